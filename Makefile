@@ -1,0 +1,73 @@
+# make demo    pictures -> pairs -> DPO -> measured hallucination -> report, on a laptop
+# make test    all tests (make check: format, lint, types, import order, dependencies)
+# make chaos   kill data generation at random moments, resume, compare
+#
+# TORCH_BUILD chooses the torch that is installed: `cpu`, `cuda` (what the package index gives), or one of PyTorch's own
+# builds such as `cu130`. Without it: `cuda` where an NVIDIA driver is found, else `cpu`.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_BUILD ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+FAMILIES := $(VENV)-families
+OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=1
+
+.PHONY: demo test check chaos format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/prefalign demo --output runs/demo
+
+test: $(VENV)/.dev $(FAMILIES)/.ready
+	$(OFFLINE) $(BIN)/pytest -n 2 --dist loadfile tests
+	$(OFFLINE) PYTHONPATH=tests/torchvision_shim $(FAMILIES)/bin/python -m pytest -m families tests/families
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/deptry .
+
+chaos: $(VENV)/.dev
+	$(OFFLINE) $(BIN)/python benchmarks/chaos.py --kills 20
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+$(VENV)/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifeq ($(TORCH_BUILD),cpu)
+	$(PIP) install "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || \
+	  $(PIP) install "torch==$(TORCH_VERSION)" --index-url https://download.pytorch.org/whl/cpu
+else ifeq ($(TORCH_BUILD),cuda)
+	$(PIP) install "torch==$(TORCH_VERSION)"
+else
+	$(PIP) install "torch==$(TORCH_VERSION)" --index-url https://download.pytorch.org/whl/$(TORCH_BUILD)
+endif
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e ".[train]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e ".[train,deepspeed,dev]"
+	touch $@ $(VENV)/.demo
+
+# Families whose processor holds a video processor need torchvision. It has no CPU build on package indexes, so the tests
+# use the ordinary one with a shim, in an environment of its own that sees the packages of $(VENV).
+$(FAMILIES)/.ready: $(VENV)/.dev
+	test -x $(FAMILIES)/bin/python || $(PYTHON) -m venv $(FAMILIES)
+	$(FAMILIES)/bin/python -c "import pathlib, sysconfig; \
+	  site = pathlib.Path(sysconfig.get_path('purelib')); \
+	  shared = site.parents[3] / '$(notdir $(VENV))' / site.relative_to(site.parents[2]); \
+	  (site / 'shared.pth').write_text(f'import site; site.addsitedir({str(shared)!r})\n')"
+	$(FAMILIES)/bin/pip --disable-pip-version-check --quiet install -c constraints.txt --no-deps torchvision num2words docopt
+	touch $@

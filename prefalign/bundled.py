@@ -1,0 +1,56 @@
+"""Find the stages and configs that travel with the package, in a checkout and in an installed wheel alike."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from prefalign.config import ConfigError, nearest
+
+STAGE_FOLDERS = ("datagen", "reward_models", "recipes")
+
+
+def root() -> Path:
+    """Folder that holds `datagen/`, `recipes/` and `configs/`."""
+    inside = Path(__file__).parent / "_bundled"
+    return inside if (inside / "configs").is_dir() else Path(__file__).parent.parent
+
+
+def stages() -> dict[str, Path]:
+    """Stage name to file, as in `{"bdhs": .../datagen/bdhs.py}`."""
+    files = (file for folder in STAGE_FOLDERS for file in sorted((root() / folder).glob("*.py")))
+    return {file.stem: file for file in files if file.stem != "__init__"}
+
+
+def configs() -> dict[str, Path]:
+    """Config name to file, as in `{"datagen/bdhs": .../configs/datagen/bdhs.yaml}`."""
+    base = root() / "configs"
+    return {file.relative_to(base).with_suffix("").as_posix(): file for file in sorted(base.rglob("*.yaml"))}
+
+
+def find(name: str) -> Path:
+    """A stage or config by name, or an existing file by path."""
+    if Path(name).is_file():
+        return Path(name)
+    known = {**stages(), **configs()}
+    bare = name.removeprefix("configs/").removesuffix(".yaml")
+    if bare in known:
+        return known[bare]
+    raise ConfigError(f"no stage, config or file called {name!r}; {nearest(bare, list(known))}")
+
+
+def load_stage(name: str) -> ModuleType:
+    """Import a stage by bundled name or file path. It has `Config`, `main(config)` and a docstring."""
+    known = stages()
+    path = known.get(name, Path(name))
+    if path.suffix != ".py" or not path.is_file():
+        raise ConfigError(f"no stage called {name!r}; {nearest(name, list(known))}")
+    spec = importlib.util.spec_from_file_location(f"prefalign_stage_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

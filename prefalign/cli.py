@@ -1,0 +1,222 @@
+"""The `prefalign` command. Verbs are thin: each finds a stage or a library function and hands over."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import prefalign
+from prefalign import bundled, config
+
+EPILOG = """\
+typical use:
+  prefalign demo --output runs/demo
+  prefalign list
+  prefalign run bdhs --config configs/datagen/bdhs.yaml --data.path rows.jsonl --output.path runs/pairs
+  prefalign inspect runs/pairs
+  prefalign publish runs/policy --to OWNER/NAME --dry-run
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The argument parser of all verbs."""
+    from prefalign import hub
+
+    parser = argparse.ArgumentParser(
+        prog="prefalign",
+        description="Preference alignment for vision-language models: make pairs, train, measure, publish.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"prefalign {prefalign.__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    demo = verbs.add_parser("demo", help="pictures to aligned, measured, publishable model in minutes", add_help=False)
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run")
+
+    verbs.add_parser("run", help="run a stage: prefalign run STAGE --config FILE --section.field VALUE", add_help=False)
+
+    scenes = verbs.add_parser("scenes", help="the embedded world: build its model, print its figures, export rows")
+    what = scenes.add_subparsers(dest="what", required=True, metavar="WHAT")
+    build = what.add_parser("build", help="train the tiny base model from its seed and write its card")
+    build.add_argument("--output", type=Path, required=True, help="folder for the checkpoint")
+    build.add_argument("--seed", type=int, default=0)
+    figures = what.add_parser("figures", help="measure a scenes model (the shipped one by default)")
+    figures.add_argument("--model", type=Path, default=None, help="checkpoint folder; the shipped base if left out")
+    export = what.add_parser("export", help="write scenes rows that stages read")
+    export.add_argument("--output", type=Path, required=True)
+    export.add_argument("--split", default="train_biased")
+    export.add_argument("--kind", default="caption", help="caption, description, yes_no, colour, count or place")
+    export.add_argument("--regime", default="seen", help="seen, fair or none: where reference answers come from")
+    export.add_argument("--start", type=int, default=0)
+    export.add_argument("--stop", type=int, default=512)
+    export.add_argument("--seed", type=int, default=0)
+
+    verbs.add_parser("list", help="bundled stages and configs")
+    for verb, help_text in (("path", "print where a bundled stage or config is"), ("copy", "copy one to edit it")):
+        entry = verbs.add_parser(verb, help=help_text)
+        entry.add_argument("name", help="as in `prefalign list`")
+        if verb == "copy":
+            entry.add_argument("target", type=Path, nargs="?", default=Path("."), help="folder or new file name")
+
+    inspect_verb = verbs.add_parser("inspect", help="HTML report of a folder of pairs")
+    inspect_verb.add_argument("folder", type=Path)
+    inspect_verb.add_argument("--output", type=Path, help="HTML file (default: FOLDER/report.html)")
+    inspect_verb.add_argument("--limit", type=int, default=200, help="pairs shown one by one")
+
+    hub.add_arguments(verbs.add_parser("publish", help="check a model or pair folder, write its card, upload it"))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit status: 0, 1 after an error, 2 for wrong usage, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    return _guarded(lambda: _dispatch(arguments))
+
+
+def run_file(path: str) -> None:
+    """What a stage does when its file is started directly: `python datagen/bdhs.py --config x.yaml`."""
+    sys.exit(_guarded(lambda: run_stage(path, sys.argv[1:])))
+
+
+def run_stage(name: str, arguments: Sequence[str]) -> None:
+    """Load a stage, resolve its config strictly, run it."""
+    stage = bundled.load_stage(name)
+    rest = list(arguments)
+    if "--help" in rest or "-h" in rest:
+        print(_describe(stage))
+        return
+    file = None
+    if "--config" in rest:
+        position = rest.index("--config")
+        if position + 1 == len(rest):
+            raise config.ConfigError("--config needs a file, as in `--config configs/datagen/bdhs.yaml`.")
+        file = bundled.find(rest[position + 1])
+        del rest[position : position + 2]
+    stage.main(config.load(stage.Config, file, rest))
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if arguments[:1] == ["run"] and len(arguments) > 1 and not arguments[1].startswith("-"):
+        return run_stage(arguments[1], arguments[2:])
+    if arguments[:1] == ["demo"]:
+        chosen, rest = build_parser().parse_known_args(arguments)
+        return run_stage("demo", ["--config", "recipes/demo", "--output", str(chosen.output), *rest])
+    parser = build_parser()
+    chosen = parser.parse_args(arguments)
+    match chosen.verb:
+        case "run":
+            parser.error("run needs a stage: prefalign run STAGE --config FILE. `prefalign list` names them.")
+        case "scenes":
+            return _scenes(chosen)
+        case "list":
+            return _list()
+        case "path":
+            print(bundled.find(chosen.name))
+        case "copy":
+            return _copy(chosen.name, chosen.target)
+        case "inspect":
+            from prefalign.report.pairs import write_pair_report
+
+            print(write_pair_report(chosen.folder, chosen.output or chosen.folder / "report.html", limit=chosen.limit))
+        case "publish":
+            from prefalign import hub
+
+            return hub.main(chosen)
+
+
+def _guarded(action: Any) -> int:
+    """Run an action; users get one readable message instead of a traceback (`PREFALIGN_TRACEBACK=1` shows it)."""
+    try:
+        action()
+    except KeyboardInterrupt:
+        print("\ninterrupted; start the same command again to continue where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        if os.environ.get("PREFALIGN_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, config.ConfigError):
+            print("(PREFALIGN_TRACEBACK=1 shows where it came from)", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _scenes(chosen: argparse.Namespace) -> None:
+    if chosen.what == "build":
+        from prefalign.scenes.build import build
+
+        build(chosen.output, seed=chosen.seed)
+    elif chosen.what == "figures":
+        from prefalign.scenes import base_checkpoint, measure
+
+        measure.print_figures(measure.figures(chosen.model or base_checkpoint()))
+    else:
+        from prefalign.scenes.export import export
+
+        manifest = export(chosen.output, split=chosen.split, kind=chosen.kind, regime=chosen.regime,
+                          start=chosen.start, stop=chosen.stop, seed=chosen.seed)  # fmt: skip
+        print(f"{manifest.rows_out} rows in {chosen.output}")
+
+
+def _list() -> None:
+    def first_line(path: Path) -> str:
+        text = path.read_text(encoding="utf-8")
+        line = next((line for line in text.splitlines() if line.strip(' #"')), "")
+        return line.strip(' #"')
+
+    for title, found in (("stages", bundled.stages()), ("configs", bundled.configs())):
+        print(f"{title}:")
+        width = max(map(len, found), default=0)
+        for name, path in found.items():
+            print(f"  {name:<{width}}  {first_line(path)}")
+
+
+def _copy(name: str, target: Path) -> None:
+    source = bundled.find(name)
+    destination = target / source.name if target.is_dir() else target
+    if destination.exists():
+        raise ValueError(f"{destination} is there already; copying would overwrite your changes. Give another name.")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, destination)
+    print(destination)
+
+
+def _describe(stage: ModuleType) -> str:
+    lines = [inspect.getdoc(stage) or "", "", "settings (--config FILE sets them, --name VALUE overrides):"]
+    lines += _settings(stage.Config, "")
+    return "\n".join(lines)
+
+
+def _settings(cls: type, prefix: str) -> list[str]:
+    import typing
+
+    lines: list[str] = []
+    for entry in dataclasses.fields(cls):
+        annotation = typing.get_type_hints(cls)[entry.name]
+        if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+            lines += _settings(annotation, f"{prefix}{entry.name}.")
+            continue
+        if entry.default is not dataclasses.MISSING:
+            default = f"= {entry.default}"
+        elif entry.default_factory is not dataclasses.MISSING:
+            default = f"= {entry.default_factory()}"
+        else:
+            default = "(required)"
+        lines.append(f"  --{prefix}{entry.name} {default}")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

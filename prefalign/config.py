@@ -1,0 +1,172 @@
+"""Strict YAML to dataclasses: unknown and duplicate keys fail with the nearest name, dotted overrides win.
+
+Validation is pydantic's (`TypeAdapter` with extra keys forbidden); a config class is a plain standard dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+
+Config = TypeVar("Config")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message lists every problem found."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML loader that refuses a key written twice (plain YAML keeps the last one and says nothing)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise ConfigError(
+                    f"key {key!r} is written twice (lines {seen[key]} and {key_node.start_mark.line + 1}); "
+                    "only one can count. Delete one."
+                )
+            seen[key] = key_node.start_mark.line + 1
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file whose top level is a mapping."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no config at {path}. `prefalign list` names the bundled ones.")
+    try:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path.name} is not valid YAML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path.name}: {error}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path.name} must be a mapping of settings, got a {type(loaded).__name__}.")
+    return loaded
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """Turn `--section.field value` (or `--section.field=value`) into a nested mapping; values are read as YAML.
+
+    Example:
+        >>> parse_overrides(["--trainer.beta", "0.2", "--seed=3"])
+        {'trainer': {'beta': 0.2}, 'seed': 3}
+    """
+    nested: dict[str, Any] = {}
+    pending = list(arguments)
+    while pending:
+        flag = pending.pop(0)
+        if not flag.startswith("--"):
+            raise ConfigError(f"expected an override such as --seed 3, got {flag!r}.")
+        dotted, equals, text = flag[2:].partition("=")
+        if not equals:
+            if not pending or (pending[0].startswith("--") and not _is_number(pending[0])):
+                raise ConfigError(f"{flag} needs a value, as in `{flag} VALUE`.")
+            text = pending.pop(0)
+        try:
+            value = yaml.load(text, _StrictLoader)
+        except yaml.YAMLError:
+            value = text
+        target = nested
+        *parents, leaf = dotted.split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"{flag}: {parent!r} was already given a plain value on this command line.")
+        target[leaf] = value
+    return nested
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Deep merge of mappings; `over` wins."""
+    merged = dict(base)
+    for key, value in over.items():
+        current = merged.get(key)
+        merged[key] = merge(current, value) if isinstance(current, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def build(cls: type[Config], values: Mapping[str, Any], *, source: str = "config") -> Config:
+    """Validate a mapping into dataclass `cls`.
+
+    Raises:
+        ConfigError: one line per problem, each with the dotted key, the value and the nearest known name.
+    """
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    _forbid_extra(cls, ConfigDict(extra="forbid"))
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        lines = [_explain(cls, problem) for problem in error.errors()]
+        raise ConfigError(f"{source}: " + "\n  ".join(["", *lines] if len(lines) > 1 else lines)) from None
+
+
+def load(cls: type[Config], path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read `path` (if given), apply command-line `overrides`, validate into `cls`."""
+    values = merge(read_yaml(path) if path else {}, parse_overrides(overrides))
+    return build(cls, values, source=Path(path).name if path else "command line")
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The resolved config as plain JSON-able values."""
+    from pydantic import TypeAdapter
+
+    return cast(dict[str, Any], TypeAdapter(type(config)).dump_python(config, mode="json"))
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A `did you mean` sentence, or the list of known names when nothing is close."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}."
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _dataclasses_in(annotation: Any) -> list[type]:
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        return [annotation]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        return [found for argument in typing.get_args(annotation) for found in _dataclasses_in(argument)]
+    return []
+
+
+def _forbid_extra(cls: type, pydantic_config: Any) -> None:
+    """Mark `cls` and every dataclass inside it so that pydantic refuses unknown keys."""
+    cls.__pydantic_config__ = pydantic_config  # type: ignore[attr-defined]
+    for annotation in typing.get_type_hints(cls).values():
+        for inner in _dataclasses_in(annotation):
+            if "__pydantic_config__" not in vars(inner):
+                _forbid_extra(inner, pydantic_config)
+
+
+def _explain(cls: type, problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    dotted = ".".join(location)
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        owner: Any = cls
+        for part in location[:-1]:
+            inner = _dataclasses_in(typing.get_type_hints(owner).get(part)) if owner else []
+            owner = inner[0] if inner else None
+        known = [field.name for field in dataclasses.fields(owner)] if owner else []
+        return f"{dotted}: unknown key (value {problem['input']!r}); {nearest(location[-1], known)}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{dotted}: required, and not given."
+    return f"{dotted}: {problem['msg']} (got {problem['input']!r})."

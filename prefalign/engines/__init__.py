@@ -1,0 +1,114 @@
+"""Generation behind one interface: requests in, completions out, batching and ordering inside the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from prefalign.records import Message
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+CAPABILITIES = {
+    "sample": "draw answers with temperature, top-p and top-k",
+    "logprobs": "log-probs of a given answer",
+    "prefix": "force the start of the answer",
+    "image_mask": "hide a share of the image tokens",
+}
+
+
+@dataclass(frozen=True)
+class ImageMask:
+    """Hide image tokens from attention: each one is hidden with probability `share`, drawn from `seed`."""
+
+    share: float
+    seed: int
+
+
+@dataclass
+class Request:
+    """One answer to generate or to score.
+
+    Attributes:
+        id: identity; with `seed` it decides the sampling noise, whatever batch the request lands in.
+        messages: conversation up to the user turn, one placeholder for each picture.
+        images: decoded RGB pictures in the order of their placeholders.
+        prefix: forced start of the assistant turn, not part of the completion's text.
+        seed: seed of the stage.
+        image_mask: hide a share of the image tokens (needs capability `image_mask`).
+        stop_at_sentence: end the completion at its first sentence end.
+    """
+
+    id: str
+    messages: list[Message]
+    images: list[Image.Image]
+    prefix: str = ""
+    seed: int = 0
+    image_mask: ImageMask | None = None
+    stop_at_sentence: bool = False
+
+
+@dataclass
+class Sampling:
+    """How answers are drawn. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 cut nothing."""
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+
+@dataclass
+class Completion:
+    """A generated answer.
+
+    Attributes:
+        id: the request's id.
+        text: new text only, without the forced prefix and special tokens.
+        token_ids: new tokens, end-of-sequence excluded.
+        finish_reason: `stop` (end of sequence), `sentence`, `length`, or `error`.
+        error: why this request alone failed, when `finish_reason` is `error`.
+    """
+
+    id: str
+    text: str
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = "stop"
+    error: str | None = None
+
+
+class Engine(Protocol):
+    """What a stage asks of a generator."""
+
+    capabilities: frozenset[str]
+    fingerprint: str
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """One completion per request, in order."""
+        ...
+
+    def logprobs(self, requests: Sequence[Request], answers: Sequence[str]) -> list[torch.Tensor]:
+        """Log-probs of given answers, teacher-forced.
+
+        Returns:
+            One float32 tensor of shape (T_i,) per request: a value for each token of the answer and its end-of-turn.
+        """
+        ...
+
+
+def require(engine: Engine, needed: Sequence[str], stage: str) -> None:
+    """Raise if an engine lacks a capability that a stage needs.
+
+    Raises:
+        ValueError: names what is missing and an engine that has it.
+    """
+    missing = sorted(set(needed) - engine.capabilities)
+    if missing:
+        wanted = "; ".join(f"{name} ({CAPABILITIES[name]})" for name in missing)
+        raise ValueError(
+            f"{stage} needs {wanted}, which {type(engine).__name__} cannot do. Use the transformers engine, which can."
+        )

@@ -1,0 +1,115 @@
+"""The one way pictures enter: encoded bytes on disk and between stages, RGB `PIL.Image` for a model.
+
+Nothing in this package calls `PIL.Image.open` anywhere else, so orientation, transparency, animation and size are
+settled once and identically for generation, training and evaluation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PIXELS = 64_000_000
+MAX_BYTES = 128 * 1024 * 1024
+MAX_ASPECT_RATIO = 200
+
+
+class EncodedImage(TypedDict):
+    """A picture as `datasets.Image` stores it: the original file's bytes and its name (never a machine path)."""
+
+    bytes: bytes
+    path: str | None
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used; `reason` is the word it is counted under in a manifest."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def read_image(path: str | Path) -> EncodedImage:
+    """Read a file's bytes without decoding them.
+
+    Raises:
+        ImageError: `missing_image` if there is no such file, `empty_image`, or `huge_image` above `MAX_BYTES`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ImageError("missing_image", f"picture {path.name!r} is not in {path.parent.name or '.'}/. Check the path "
+                         "in the row, or say where pictures are with `data.images`.")  # fmt: skip
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ImageError("huge_image", f"picture {path.name!r} is {size / 2**20:.0f} MiB; files above "
+                         f"{MAX_BYTES // 2**20} MiB are refused. Re-encode it smaller.")  # fmt: skip
+    return {"bytes": path.read_bytes(), "path": path.name}
+
+
+def encode_png(image: Image.Image, name: str | None = None) -> EncodedImage:
+    """Encode an RGB picture as PNG (lossless)."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": name}
+
+
+def sha256(image: EncodedImage) -> str:
+    """Hex SHA-256 of the encoded bytes: the picture's identity in provenance."""
+    return hashlib.sha256(image["bytes"]).hexdigest()
+
+
+def open_image(image: EncodedImage, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode to RGB: EXIF orientation applied, alpha laid over white, first frame of animations, CMYK and palette converted.
+
+    Args:
+        image: encoded picture.
+        max_pixels: width x height above which the picture is refused before it is decoded.
+
+    Returns:
+        An RGB picture that owns its pixels.
+
+    Raises:
+        ImageError: with `reason` one of `empty_image`, `not_an_image`, `truncated_image`, `huge_image`, `thin_image`.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    name = repr(image["path"]) if image["path"] else "(unnamed)"
+    if not image["bytes"]:
+        raise ImageError("empty_image", f"picture {name} is an empty file. Fetch it again.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(io.BytesIO(image["bytes"]))
+    except Image.DecompressionBombError as error:
+        raise ImageError("huge_image", f"picture {name} declares more pixels than can be decoded safely ({error}). "
+                         "Reduce it before use.") from error  # fmt: skip
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ImageError("not_an_image", f"picture {name} is not an image that Pillow can read (it starts with "
+                         f"{image['bytes'][:8]!r}). Convert it to JPEG, PNG or WebP.") from error  # fmt: skip
+    width, height = opened.size
+    if width * height > max_pixels:
+        raise ImageError("huge_image", f"picture {name} has {width} x {height} pixels, above the limit of {max_pixels:,}. "
+                         "A model shrinks it anyway: reduce it first, or raise `max_pixels`.")  # fmt: skip
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ImageError("thin_image", f"picture {name} is {width} x {height} pixels; image processors refuse sides "
+                         f"more than {MAX_ASPECT_RATIO} to 1. Crop it.")  # fmt: skip
+    try:
+        opened.seek(0)
+        oriented = ImageOps.exif_transpose(opened)
+        oriented.load()
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ImageError("truncated_image", f"picture {name} is damaged ({error}). Fetch it again.") from error
+    if "A" in oriented.getbands() or "transparency" in oriented.info:
+        with_alpha = oriented.convert("RGBA")
+        white = Image.new("RGBA", with_alpha.size, "white")
+        return Image.alpha_composite(white, with_alpha).convert("RGB")
+    if oriented.mode in ("I;16", "I;16B", "I;16L", "I"):
+        # Pillow clips 16-bit grey to 8 bits on conversion; scale it instead
+        return oriented.point(lambda value: value / 256).convert("L").convert("RGB")
+    return oriented.convert("RGB")

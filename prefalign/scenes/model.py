@@ -1,0 +1,186 @@
+"""The tiny VLM of the embedded world: LLaVA architecture, byte-level tokenizer, processor and chat template, from nothing.
+
+The picture's 64x64 pixels become 8x8 = 64 image tokens. Every word of the world is one token; any other text still encodes.
+Weights are saved under the Hub's LLaVA names (`vision_tower.vision_model.*`), which transformers and vLLM both load.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from prefalign.scenes import language
+from prefalign.scenes.world import COLOURS, PIXELS, PLACES, SHAPES, SIZES, scenes
+
+PATCH = 8
+IMAGE_TOKENS = (PIXELS // PATCH) ** 2
+PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
+WIDTH, HEADS, LAYERS = 128, 2, 4  # heads of 64, which vLLM supports
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{% if message['content'] is string %}{{ message['content'] + ' ' }}"
+    "{% else %}{% for block in message['content'] %}{{ block['text'] + ' ' }}{% endfor %}{% endif %}"
+    "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' }}{% generation %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for block in message['content'] %}{{ block['text'] }}{% endfor %}{% endif %}"
+    "{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ 'USER: ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for block in message['content'] %}"
+    "{% if block['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ block['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ ' ' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+_HUB, _OURS = "vision_tower.vision_model.", "vision_tower."
+
+
+def corpus() -> list[str]:
+    """The text the tokenizer is trained on: every word of the world, alone and capitalised, and a sample of what is said."""
+    words = [*SHAPES, *COLOURS, *SIZES, *language.NUMBERS, *" ".join(PLACES).split()]
+    words += [word for forms in language.SYNONYMS.values() for word in forms]
+    words += ["first", "second", "both", "neither", "pictures", "which", "assistant", "user"]
+    lines = [f"{word} {word}\n{word.capitalize()} {word.capitalize()}" for word in words]
+    prompts = [*language.CAPTION_PROMPTS, *language.DESCRIPTION_PROMPTS]
+    lines += [f"USER: {IMAGE}\n{prompt} ASSISTANT: {prompt}" for prompt in prompts]
+    for picture in scenes("train_biased", 0, 400):
+        lines += [language.caption(picture), language.description(picture)]
+        lines += [f"{asked.text}\n{asked.text} ASSISTANT: {asked.answer}" for asked in language.questions(picture)]
+    return lines * 2
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE whose merges run until every word of `corpus` is one token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        min_frequency=2,
+        special_tokens=[PAD, BOS, EOS, IMAGE],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(corpus(), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        padding_side="left",
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens={"image_token": IMAGE},
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def processor() -> LlavaProcessor:
+    """The LLaVA processor: any picture is brought to 64x64 RGB, pixels to -1..1, `<image>` to 64 image tokens."""
+    words = tokenizer()
+    size = {"height": PIXELS, "width": PIXELS}
+    pictures = CLIPImageProcessorPil(
+        size=size,
+        crop_size=size,
+        do_center_crop=False,
+        do_convert_rgb=True,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    return LlavaProcessor(
+        pictures,
+        words,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=IMAGE,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def config(words: PreTrainedTokenizerFast) -> LlavaConfig:
+    """The model's config for this tokenizer."""
+    ids = {name: words.convert_tokens_to_ids(token) for name, token in (("pad", PAD), ("bos", BOS), ("eos", EOS))}
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        image_size=PIXELS,
+        patch_size=PATCH,
+        projection_dim=WIDTH,
+    )
+    text = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=2048,
+        pad_token_id=ids["pad"],
+        bos_token_id=ids["bos"],
+        eos_token_id=ids["eos"],
+        tie_word_embeddings=False,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=words.convert_tokens_to_ids(IMAGE),
+        image_seq_length=IMAGE_TOKENS,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        pad_token_id=ids["pad"],
+        bos_token_id=ids["bos"],
+        eos_token_id=ids["eos"],
+        tie_word_embeddings=False,
+    )
+
+
+def untrained(words: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForConditionalGeneration:
+    """The model with random float32 weights drawn from `seed`."""
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config(words))
+    for name, weight in model.named_parameters():
+        if weight.dim() >= 2 and "vision_tower" in name:
+            torch.nn.init.normal_(weight, std=0.02 if "position" in name else weight[0].numel() ** -0.5)
+    model.generation_config = GenerationConfig(
+        bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id, max_length=2048
+    )
+    return model
+
+
+def save(
+    model: LlavaForConditionalGeneration, maker: LlavaProcessor, output: Path, dtype: torch.dtype = torch.float16
+) -> None:
+    """Write config, weights (cast to `dtype`, Hub names), processor, tokenizer and chat template. The model stays as it is."""
+    output.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().to(dtype) for name, value in model.state_dict().items()}
+    model.save_pretrained(output, state_dict=weights)
+    maker.save_pretrained(output)
+    file = output / "model.safetensors"
+    named = {_hub_name(name): value.to(dtype).contiguous() for name, value in load_file(file).items()}
+    save_file(named, file, metadata={"format": "pt"})
+    stored = LlavaConfig.from_pretrained(output)
+    stored.dtype = stored.text_config.dtype = stored.vision_config.dtype = str(dtype).removeprefix("torch.")
+    stored.architectures = ["LlavaForConditionalGeneration"]
+    stored.save_pretrained(output)
+
+
+def _hub_name(name: str) -> str:
+    if name.startswith(_OURS) and not name.startswith(_HUB):
+        return _HUB + name.removeprefix(_OURS)
+    return name

@@ -1,0 +1,437 @@
+"""Stage output that survives anything: atomic shards, a manifest that adds up, resume by itself, quarantine.
+
+A stage's folder holds
+
+    config.json        what decides the rows; another config refuses the folder
+    data/train-*.parquet   one shard per block of inputs, written to a temporary name, synced, renamed
+    quarantine/*.jsonl     rows that failed, with reason and message
+    progress/*.json        one ledger per finished block; its rename commits the block
+    manifest.json      the sum of all ledgers, written last
+
+Work is cut into blocks by input index, so a run killed at any moment and started again with the same config makes the
+same batches and ends with the same rows.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import prefalign
+from prefalign.images import EncodedImage, ImageError
+from prefalign.records import SCHEMA_VERSION, Candidates, Example, Pair, Prompt, RecordError, canonical_json
+from prefalign.sources import BadRow, DataConfig, count_rows, fingerprint, read_rows, to_prompt
+
+Record = Pair | Candidates | Example | Prompt
+AnyRecord = TypeVar("AnyRecord", Pair, Candidates, Example, Prompt)
+LIBRARIES = ("torch", "transformers", "datasets", "pyarrow", "pillow", "trl", "peft", "accelerate")
+
+
+class StoreError(RuntimeError):
+    """A stage cannot go on; the message says what is on disk and how to continue."""
+
+
+@dataclass
+class OutputConfig:
+    """Where a stage writes, and when it gives up.
+
+    Attributes:
+        path: folder of the stage's output.
+        block_size: inputs per block; one block is one batch of work, one shard and one step of progress.
+        max_quarantine: stop when more rows than this have failed.
+    """
+
+    path: Path
+    block_size: int = 64
+    max_quarantine: int = 100
+
+
+@dataclass
+class Dropped:
+    """A row that a stage decided not to keep; counted by `reason`."""
+
+    reason: str
+
+
+@dataclass
+class Failed:
+    """A row that could not be worked on; kept in quarantine with its message and counted by `reason`."""
+
+    reason: str
+    message: str
+
+
+@dataclass
+class Manifest:
+    """What a stage did. `rows_in == rows_used + sum(dropped.values())`; a row used gives one or more rows out."""
+
+    stage: str
+    complete: bool
+    schema_version: int
+    code_version: str
+    config: dict[str, Any]
+    seed: int
+    models: dict[str, str]
+    libraries: dict[str, str]
+    rows_in: int
+    rows_used: int
+    rows_out: int
+    dropped: dict[str, int] = field(default_factory=dict)
+    quarantined: int = 0
+
+
+Outcome = Sequence[Record] | Dropped | Failed
+Process = Callable[[list[Prompt]], Iterable[Outcome]]
+
+
+def run_stage(
+    stage: str,
+    data: DataConfig,
+    process: Process,
+    *,
+    output: OutputConfig,
+    record: type[Record],
+    settings: Mapping[str, Any],
+    seed: int,
+    models: Mapping[str, str] | None = None,
+) -> Manifest:
+    """Read prompts, work on them block by block, write records; continue where an earlier run stopped.
+
+    Args:
+        stage: stage name for manifest and messages.
+        data: where prompts come from.
+        process: takes the good prompts of one block and gives one outcome each, in order: a list of records,
+            `Dropped` or `Failed`.
+        output: folder, block size, quarantine limit.
+        record: class of the records that `process` gives.
+        settings: everything that changes the rows (not devices or batch sizes).
+        seed: seed of the stage.
+        models: model names to fingerprints, for the manifest and the config check.
+
+    Returns:
+        The manifest, also written to `manifest.json`.
+
+    Raises:
+        StoreError: if the folder belongs to another config, too many rows failed, nothing was left, or the disk is full.
+    """
+    folder = output.path
+    identity = {
+        "stage": stage,
+        "schema_version": SCHEMA_VERSION,
+        "settings": json.loads(canonical_json(settings)),
+        "seed": seed,
+        "models": dict(models or {}),
+        "data_sha256": fingerprint(data),
+        "limit": data.limit,
+        "block_size": output.block_size,
+    }
+    with _disk_errors(folder):
+        _claim_folder(folder, identity)
+        finished = read_manifest(folder)
+        if finished is not None and finished.complete:
+            return finished
+        total = count_rows(data)
+        ledgers = list(_run_blocks(data, process, output, record, total, stage))
+        manifest = _sum_up(stage, identity, ledgers)
+        if manifest.rows_out == 0:
+            raise StoreError(
+                f"{stage} made no row out of {manifest.rows_in}: {_reasons(manifest.dropped)}. "
+                f"See {folder / 'quarantine'} for messages."
+            )
+        write_atomically(folder / "manifest.json", json.dumps(vars(manifest), indent=2).encode())
+    return manifest
+
+
+def write_records(
+    stage: str,
+    records: Iterable[AnyRecord],
+    *,
+    output: OutputConfig,
+    record: type[AnyRecord],
+    settings: Mapping[str, Any],
+    seed: int,
+) -> Manifest:
+    """Write records that are cheap to make again (an export): same folder layout, one shard per block, no resume."""
+    folder = output.path
+    identity = {"stage": stage, "schema_version": SCHEMA_VERSION, "settings": json.loads(canonical_json(settings)),
+                "seed": seed, "models": {}, "data_sha256": "", "limit": 0, "block_size": output.block_size}  # fmt: skip
+    with _disk_errors(folder):
+        _claim_folder(folder, identity)
+        finished = read_manifest(folder)
+        if finished is not None and finished.complete:
+            return finished
+        ledgers = []
+        for number, block in enumerate(_batched(records, output.block_size)):
+            ledger = {"block": number, "rows_in": len(block), "rows_used": len(block), "rows_out": len(block),
+                      "dropped": {}, "quarantined": 0}  # fmt: skip
+            _commit_block(folder, number, block, [], ledger, record)
+            ledgers.append(ledger)
+        manifest = _sum_up(stage, identity, ledgers)
+        write_atomically(folder / "manifest.json", json.dumps(vars(manifest), indent=2).encode())
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a finished stage, or None."""
+    file = folder / "manifest.json"
+    return Manifest(**json.loads(file.read_text())) if file.is_file() else None
+
+
+def read_records(folder: Path, record: type[AnyRecord]) -> Iterator[AnyRecord]:
+    """Stream the records of a stage's folder, pictures still encoded."""
+    import pyarrow.parquet as pq
+
+    shards = sorted(folder.glob("data/*.parquet"))
+    if not shards:
+        raise ValueError(f"{folder} holds no data/*.parquet shards; give the output folder of a stage.")
+    for shard in shards:
+        for batch in pq.ParquetFile(shard).iter_batches(batch_size=32):
+            for row in batch.to_pylist():
+                yield record.from_row(row)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it either is there whole or is not there: temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide numbers."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _run_blocks(
+    data: DataConfig, process: Process, output: OutputConfig, record: type[Record], total: int, stage: str
+) -> Iterator[dict[str, Any]]:
+    from tqdm import tqdm
+
+    seen: set[str] = set()
+    quarantined = 0
+    with tqdm(total=total, desc=stage, unit="row", disable=None) as bar:
+        for number, rows in enumerate(_batched(read_rows(data), output.block_size)):
+            ledger_file = output.path / "progress" / f"{number:05d}.json"
+            if ledger_file.is_file():
+                ledger = json.loads(ledger_file.read_text())
+                seen.update(ledger["ids"])
+            else:
+                ledger = _work_block(number, rows, data, process, output, record, seen)
+            quarantined += ledger["quarantined"]
+            if quarantined > output.max_quarantine:
+                raise StoreError(
+                    f"{stage} stopped: {quarantined} rows failed, above --output.max_quarantine "
+                    f"{output.max_quarantine} (last block: {_reasons(ledger['dropped'])}). Messages are in "
+                    f"{output.path / 'quarantine'}. Mend the data and start in another folder, or raise the limit and start again: it resumes."
+                )
+            bar.update(len(rows))
+            yield ledger
+
+
+def _work_block(
+    number: int,
+    rows: list[Mapping[str, Any] | BadRow],
+    data: DataConfig,
+    process: Process,
+    output: OutputConfig,
+    record: type[Record],
+    seen: set[str],
+) -> dict[str, Any]:
+    dropped: Counter[str] = Counter()
+    quarantine: list[dict[str, Any]] = []
+    prompts: list[tuple[int, Prompt]] = []
+    first = number * output.block_size
+    for offset, row in enumerate(rows):
+        try:
+            prompt = to_prompt(row, data)
+        except (RecordError, ImageError) as error:
+            quarantine.append(_quarantine_row(first + offset, row, error.reason, str(error)))
+            continue
+        if prompt.id in seen:
+            dropped["duplicate"] += 1
+            continue
+        seen.add(prompt.id)
+        prompts.append((offset, prompt))
+    records: list[Record] = []
+    used = 0
+    outcomes = list(process([prompt for _, prompt in prompts])) if prompts else []
+    assert len(outcomes) == len(prompts), "a stage gives one outcome per prompt"
+    for (offset, _), outcome in zip(prompts, outcomes, strict=True):
+        if isinstance(outcome, Dropped):
+            dropped[outcome.reason] += 1
+        elif isinstance(outcome, Failed):
+            quarantine.append(_quarantine_row(first + offset, rows[offset], outcome.reason, outcome.message))
+        else:
+            used += 1
+            records.extend(outcome)
+    for row in quarantine:
+        dropped[row["reason"]] += 1
+    ledger = {
+        "block": number,
+        "rows_in": len(rows),
+        "rows_used": used,
+        "rows_out": len(records),
+        "dropped": dict(sorted(dropped.items())),
+        "quarantined": len(quarantine),
+        "ids": [prompt.id for _, prompt in prompts],
+    }
+    _commit_block(output.path, number, records, quarantine, ledger, record)
+    return ledger
+
+
+def _commit_block(
+    folder: Path,
+    number: int,
+    records: Sequence[Record],
+    quarantine: Sequence[Mapping[str, Any]],
+    ledger: Mapping[str, Any],
+    record: type[Record],
+) -> None:
+    if quarantine:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in quarantine)
+        write_atomically(folder / "quarantine" / f"{number:05d}.jsonl", text.encode())
+    if records:
+        write_atomically(folder / "data" / f"train-{number:05d}.parquet", _to_parquet(records, record))
+    write_atomically(folder / "progress" / f"{number:05d}.json", json.dumps(ledger).encode())
+
+
+def _to_parquet(records: Sequence[Record], record: type[Record]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = record.features().arrow_schema
+    table = pa.Table.from_pylist([item.to_row() for item in records], schema=schema)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def _claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
+    file = folder / "config.json"
+    if file.is_file():
+        before = json.loads(file.read_text())
+        if before != identity:
+            changed = "; ".join(_differences(before, identity))
+            raise StoreError(
+                f"{folder} holds rows made with another config ({changed}). Mixing them would make the manifest a lie: "
+                "give another `output.path`, or delete the folder."
+            )
+        return
+    if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise StoreError(f"{folder} is not empty and holds no stage's output. Give another `output.path`.")
+    write_atomically(file, json.dumps(identity, indent=2).encode())
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in sorted({*before, *now}):
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        yield f"{name}: {str(before)[:60]} -> {str(now)[:60]}"
+
+
+def _quarantine_row(index: int, row: Mapping[str, Any] | BadRow, reason: str, message: str) -> dict[str, Any]:
+    return {
+        "index": index,
+        "reason": reason,
+        "message": message,
+        "row": None if isinstance(row, BadRow) else _legible(row),
+    }
+
+
+def _legible(value: Any) -> Any:
+    """A row as JSON, encoded pictures replaced by their size."""
+    if isinstance(value, Mapping):
+        return {key: _legible(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_legible(item) for item in value]
+    if isinstance(value, bytes):
+        return f"({len(value)} bytes)"
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _sum_up(stage: str, identity: Mapping[str, Any], ledgers: Iterable[Mapping[str, Any]]) -> Manifest:
+    manifest = Manifest(
+        stage=stage,
+        complete=True,
+        schema_version=SCHEMA_VERSION,
+        code_version=prefalign.__version__,
+        config=dict(identity),
+        seed=identity["seed"],
+        models=dict(identity["models"]),
+        libraries=library_versions(),
+        rows_in=0,
+        rows_used=0,
+        rows_out=0,
+    )
+    dropped: Counter[str] = Counter()
+    for ledger in ledgers:
+        manifest.rows_in += ledger["rows_in"]
+        manifest.rows_used += ledger["rows_used"]
+        manifest.rows_out += ledger["rows_out"]
+        manifest.quarantined += ledger["quarantined"]
+        dropped.update(ledger["dropped"])
+    manifest.dropped = dict(sorted(dropped.items()))
+    return manifest
+
+
+def _reasons(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+
+
+def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while block := list(itertools.islice(iterator, size)):
+        yield block
+
+
+class _disk_errors:
+    """Turn a full or read-only disk into a message that says how to go on."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(
+                f"the disk that holds {self.folder} is full. Finished blocks are safe: free some space and start the same "
+                "command again, it resumes."
+            ) from error
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+            raise StoreError(
+                f"cannot write to {self.folder} ({error.strerror}). Give an `output.path` you may write to."
+            ) from error
+
+
+def provenance(images: Iterable[EncodedImage]) -> list[str]:
+    """SHA-256 of each picture, for a row's `meta`."""
+    from prefalign.images import sha256
+
+    return [sha256(image) for image in images]

@@ -1,0 +1,123 @@
+"""Strict configuration: every mistake is named, with the value and the nearest name."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from prefalign import config
+
+
+@dataclass
+class Crop:
+    size: int = 4
+
+
+@dataclass
+class Noise:
+    step: int = 500
+
+
+@dataclass
+class Trainer:
+    beta: float = 0.1
+    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
+
+
+@dataclass
+class Config:
+    output: Path
+    trainer: Trainer = field(default_factory=Trainer)
+    corruption: Crop | Noise = field(default_factory=Crop)
+    seed: int = 0
+    note: str | None = None
+
+
+def write(tmp_path, text):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_yaml_and_overrides(tmp_path):
+    file = write(tmp_path, "output: runs/x\ntrainer: {beta: 1e-1}\n")
+    loaded = config.load(Config, file, ["--trainer.beta", "5e-2", "--seed=3", "--note", "two words"])
+    assert loaded == Config(Path("runs/x"), Trainer(beta=0.05), Crop(), 3, "two words")
+
+
+def test_negative_values_are_values(tmp_path):
+    assert config.load(Config, None, ["--output", "x", "--seed", "-1"]).seed == -1
+
+
+def test_union_of_dataclasses(tmp_path):
+    loaded = config.load(Config, write(tmp_path, "output: x\ncorruption: {step: 7}\n"))
+    assert loaded.corruption == Noise(7)
+
+
+def test_unknown_key_names_the_nearest(tmp_path):
+    file = write(tmp_path, "output: x\ntrainer: {betta: 0.3}\n")
+    with pytest.raises(config.ConfigError, match=r"trainer\.betta: unknown key \(value 0\.3\); did you mean 'beta'\?"):
+        config.load(Config, file)
+
+
+def test_unknown_override_names_the_nearest():
+    with pytest.raises(config.ConfigError, match=r"sed: unknown key \(value 1\); did you mean 'seed'\?"):
+        config.load(Config, None, ["--output", "x", "--sed", "1"])
+
+
+def test_bad_type_and_missing_are_listed_together():
+    with pytest.raises(config.ConfigError) as error:
+        config.load(Config, None, ["--trainer.beta", "high"])
+    assert "output: required, and not given" in str(error.value)
+    assert "trainer.beta: Input should be a valid number" in str(error.value)
+    assert "(got 'high')" in str(error.value)
+
+
+def test_duplicate_key(tmp_path):
+    file = write(tmp_path, "output: x\nseed: 1\nseed: 2\n")
+    with pytest.raises(config.ConfigError, match=r"run\.yaml: key 'seed' is written twice \(lines 2 and 3\)"):
+        config.load(Config, file)
+
+
+def test_broken_yaml(tmp_path):
+    with pytest.raises(config.ConfigError, match=r"run\.yaml is not valid YAML"):
+        config.load(Config, write(tmp_path, "output: [x\n"))
+
+
+def test_top_level_must_be_a_mapping(tmp_path):
+    with pytest.raises(config.ConfigError, match="must be a mapping of settings, got a list"):
+        config.load(Config, write(tmp_path, "- a\n- b\n"))
+
+
+def test_missing_file():
+    with pytest.raises(config.ConfigError, match=r"no config at nowhere\.yaml.*prefalign list"):
+        config.load(Config, "nowhere.yaml")
+
+
+def test_override_without_value():
+    with pytest.raises(config.ConfigError, match=r"--seed needs a value"):
+        config.parse_overrides(["--seed"])
+    with pytest.raises(config.ConfigError, match=r"--seed needs a value"):
+        config.parse_overrides(["--seed", "--note", "x"])
+
+
+def test_stray_word():
+    with pytest.raises(config.ConfigError, match=r"expected an override such as --seed 3, got 'x'"):
+        config.parse_overrides(["x"])
+
+
+def test_override_conflict():
+    with pytest.raises(config.ConfigError, match="'trainer' was already given a plain value"):
+        config.parse_overrides(["--trainer", "x", "--trainer.beta", "1"])
+
+
+def test_round_trip():
+    original = Config(Path("runs/x"), Trainer(0.2), Noise(3))
+    assert config.build(Config, config.to_mapping(original)) == original
+
+
+def test_inputs_are_not_edited():
+    base = {"a": {"b": 1}}
+    assert config.merge(base, {"a": {"c": 2}}) == {"a": {"b": 1, "c": 2}}
+    assert base == {"a": {"b": 1}}

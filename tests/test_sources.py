@@ -1,0 +1,193 @@
+"""Rows in the formats people have, and what happens to bad ones."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from prefalign.images import ImageError
+from prefalign.records import RecordError, assistant_message, placeholder_count, user_message
+from prefalign.sources import BadRow, DataConfig, count_rows, fingerprint, read_rows, to_prompt
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / name)
+    return tmp_path
+
+
+def first_prompt(folder, row):
+    file = folder / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    data = DataConfig(path=file)
+    return to_prompt(next(iter(read_rows(data))), data)
+
+
+ASKED = [user_message("What is this?", 1)]
+FORMATS = {
+    "llava": {
+        "id": 1,
+        "image": "a.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat is this?"},
+            {"from": "gpt", "value": "A dog."},
+        ],
+    },
+    "povid": {
+        "id": "1",
+        "image": "a.png",
+        "conversations": [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A dog."}],
+        "rejected_conversations": [
+            {"from": "human", "value": "<image>\nWhat is this?"},
+            {"from": "gpt", "value": "A cat."},
+        ],
+    },
+    "sharegpt": {
+        "id": "1",
+        "images": ["a.png"],
+        "conversations": [{"from": "human", "value": "<image>What is this?"}],
+        "chosen": {"from": "gpt", "value": "A dog."},
+        "rejected": {"from": "gpt", "value": "A cat."},
+    },
+    "trl": {
+        "id": "1",
+        "images": ["a.png"],
+        "prompt": ASKED,
+        "chosen": [assistant_message("A dog.")],
+        "rejected": [assistant_message("A cat.")],
+    },
+    "trl_plain": {
+        "id": "1",
+        "image": "a.png",
+        "prompt": [{"role": "user", "content": "What is this?"}],
+        "chosen": [{"role": "assistant", "content": "A dog."}],
+        "rejected": [{"role": "assistant", "content": "A cat."}],
+    },
+    "rlaif_v": {"idx": 1, "image_path": "a.png", "question": "What is this?", "chosen": "A dog.", "rejected": "A cat."},
+    "ms_swift": {
+        "id": "1",
+        "images": ["a.png"],
+        "messages": [
+            {"role": "user", "content": "<image>What is this?"},
+            {"role": "assistant", "content": "A dog."},
+        ],
+        "rejected_response": "A cat.",
+    },
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_prompt(folder, name):
+    prompt = first_prompt(folder, FORMATS[name])
+    assert prompt.id == "1"
+    assert prompt.messages == ASKED
+    assert prompt.answer == "A dog."
+    assert prompt.images[0]["bytes"] == (folder / "a.png").read_bytes()
+
+
+def test_the_picture_of_the_row_is_read(folder):
+    other = first_prompt(folder, {**FORMATS["llava"], "image": "b.png"})
+    assert other.images[0]["bytes"] == (folder / "b.png").read_bytes()
+
+
+def test_pictures_stay_where_their_marks_are(folder):
+    row = {"images": ["a.png", "b.png"], "messages": [{"role": "user", "content": "First <image> then <image>. Same?"}]}
+    blocks = first_prompt(folder, row).messages[0]["content"]
+    assert [block["type"] for block in blocks] == ["text", "image", "text", "image", "text"]
+
+
+def test_many_turns_keep_their_context(folder):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."},
+             {"from": "human", "value": "What colour?"}, {"from": "gpt", "value": "Brown."}]  # fmt: skip
+    prompt = first_prompt(folder, {"id": "1", "image": "a.png", "conversations": turns})
+    assert [message["role"] for message in prompt.messages] == ["user", "assistant", "user"]
+    assert prompt.answer == "Brown."
+    assert placeholder_count(prompt.messages) == 1
+
+
+def test_rows_without_id_get_one_from_their_content(folder):
+    row = {key: value for key, value in FORMATS["rlaif_v"].items() if key != "idx"}
+    one, again = first_prompt(folder, row), first_prompt(folder, row)
+    other_picture = first_prompt(folder, {**row, "image_path": "b.png"})
+    assert one.id == again.id != other_picture.id
+
+
+def test_two_marks_and_one_picture(folder):
+    row = {"image": "a.png", "conversations": [{"from": "human", "value": "<image><image> Which?"}]}
+    with pytest.raises(RecordError, match=r"2 image placeholder\(s\) for 1 picture"):
+        first_prompt(folder, row)
+
+
+def test_missing_picture(folder):
+    with pytest.raises(ImageError, match=r"'gone\.png' is not in") as error:
+        first_prompt(folder, {**FORMATS["llava"], "image": "gone.png"})
+    assert error.value.reason == "missing_image"
+
+
+def test_missing_column(folder):
+    with pytest.raises(RecordError, match=r"needs `conversations`, `messages`, `prompt` or `question`; this one has .*text"):
+        first_prompt(folder, {"image": "a.png", "text": "hello"})
+
+
+def test_bad_turn(folder):
+    with pytest.raises(RecordError, match=r"a conversation turn needs `from`"):
+        first_prompt(folder, {"conversations": [{"from": "robot", "value": "x"}]})
+
+
+def test_bad_picture_field(folder):
+    with pytest.raises(RecordError, match="a picture is a path or encoded bytes, got int"):
+        first_prompt(folder, {"image": 7, "question": "x"})
+
+
+def test_truncated_jsonl_costs_one_line(folder):
+    file = folder / "rows.jsonl"
+    whole = json.dumps(FORMATS["llava"])
+    file.write_text(whole + "\n\n" + whole[:40])
+    rows = list(read_rows(DataConfig(path=file)))
+    assert len(rows) == 2
+    assert isinstance(rows[1], BadRow)
+    with pytest.raises(RecordError, match=r"rows\.jsonl line 3 is not complete JSON"):
+        to_prompt(rows[1], DataConfig(path=file))
+
+
+def test_json_list_and_limit(folder):
+    file = folder / "rows.json"
+    file.write_text(json.dumps([FORMATS["llava"]] * 5))
+    assert count_rows(DataConfig(path=file, limit=3)) == len(list(read_rows(DataConfig(path=file, limit=3)))) == 3
+
+
+def test_truncated_json_list(folder):
+    (folder / "rows.json").write_text('[{"id": 1},')
+    with pytest.raises(ValueError, match="is not complete JSON .*Was the download cut off"):
+        list(read_rows(DataConfig(path=folder / "rows.json")))
+
+
+def test_empty_file(folder):
+    (folder / "rows.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"rows\.jsonl is empty"):
+        list(read_rows(DataConfig(path=folder / "rows.jsonl")))
+
+
+def test_no_file(folder):
+    with pytest.raises(ValueError, match=r"no data at .*Set `data\.path`"):
+        list(read_rows(DataConfig(path=folder / "nothing.jsonl")))
+
+
+def test_unknown_file_type(folder):
+    (folder / "rows.csv").write_text("a,b")
+    with pytest.raises(ValueError, match=r"rows are read from \.jsonl, \.json and \.parquet, not '\.csv'"):
+        list(read_rows(DataConfig(path=folder / "rows.csv")))
+
+
+def test_folder_without_rows(folder):
+    with pytest.raises(ValueError, match=r"holds no \.parquet or \.jsonl rows"):
+        list(read_rows(DataConfig(path=folder)))
+
+
+def test_fingerprint_notices_other_content(folder):
+    file = folder / "rows.jsonl"
+    file.write_text("{}\n")
+    before = fingerprint(DataConfig(path=file))
+    file.write_text('{"a": 1}\n')
+    assert fingerprint(DataConfig(path=file)) != before
