@@ -7,6 +7,7 @@ Every sentence of the reference answer is begun as it stands and finished by the
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,8 +20,7 @@ from prefalign.text import Similarity, first_sentence, same_answer, split_inside
 if TYPE_CHECKING:
     from PIL import Image
 
-_TERMINALS = ".!?\u3002\uff01\uff1f"
-_CLOSERS = "\"')]*\u2019\u201d"
+_ENDING = re.compile("[.!?\u3002\uff01\uff1f]+[\"')\\]*\u2019\u201d]*$")
 
 
 @dataclass
@@ -47,11 +47,13 @@ class BiasConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rho_th <= 1:
-            raise ValueError(f"rho_th {self.rho_th} is a share of image tokens to hide: give a value from 0 to 1 (0.99).")
-        if not 0 < self.threshold <= 1.01:
             raise ValueError(
-                f"threshold {self.threshold} is a cosine similarity below which an answer is accepted: give a value above 0 "
-                "and up to 1 (0.97); 1.01 accepts every answer at once."
+                f"rho_th {self.rho_th} is a share of image tokens to hide: give a value from 0 to 1 (0.99)."
+            )
+        if not 0 < self.threshold <= 1:
+            raise ValueError(
+                f"threshold {self.threshold} is the cosine similarity below which an answer is accepted; outside (0, 1] all "
+                "or none would be. Give 0.97, as published."
             )
         if self.iterations < 1:
             raise ValueError(f"iterations {self.iterations}: at least 1 round is needed to make an answer (5).")
@@ -98,14 +100,18 @@ class Corrupted:
 
 @dataclass
 class _Piece:
-    """One sentence of a reference answer on its way: blanks before, forced head, original ending and blanks after."""
+    """One sentence of a reference answer on its way: `head` is its forced start, or all of it when `settled`.
 
-    before: str
+    `prefix` is what the answer is forced to start with; `before`, `gap` and `after` are the original's blanks before the
+    sentence and at the cut, and its terminal punctuation with the blanks that follow.
+    """
+
+    prefix: str
     head: str
-    gap: str
-    ending: str
-    after: str
-    request: Request | None
+    before: str = ""
+    gap: str = ""
+    after: str = ""
+    settled: bool = False
 
 
 def corrupted_answers(
@@ -197,13 +203,28 @@ def guided_completions(
     for item in items:
         rng = random.Random(row_seed(seed, f"{item.id}/{iteration}/split"))
         result = Corrupted("", True, iteration, picture_seed=row_seed(seed, f"{item.id}/{iteration}/picture"))
-        shown = _shown(item, bias, result.picture_seed)
         results.append(result)
-        pieces.append(_pieces(item, result, rng, {**shown, "seed": seed}))
-    requests = [piece.request for row in pieces for piece in row if piece.request is not None]
-    completions = _generate(engine, requests, sampling)
+        pieces.append(_cut(item.answer, result, rng))
+    requests = []
+    for item, result, row in zip(items, results, pieces, strict=True):
+        shown = _shown(item, bias, result.picture_seed)
+        requests += [
+            Request(
+                f"{item.id}/{iteration}/{number}",
+                item.messages,
+                prefix=piece.prefix,
+                seed=seed,
+                stop_at_sentence=True,
+                **shown,
+            )
+            for number, piece in enumerate(row)
+            if not piece.settled
+        ]
+    completions = iter(engine.generate(requests, sampling) if requests else [])
     for result, row in zip(results, pieces, strict=True):
-        result.text = "".join(_finished(piece, completions, result) for piece in row)
+        result.text = "".join(
+            piece.head if piece.settled else _finished(piece, next(completions), result) for piece in row
+        )
     return results
 
 
@@ -214,12 +235,10 @@ def free_completions(
     results, requests = [], []
     for item in items:
         result = Corrupted("", False, iteration, picture_seed=row_seed(seed, f"{item.id}/{iteration}/picture"))
-        shown = _shown(item, bias, result.picture_seed)
         results.append(result)
-        requests.append(Request(id=f"{item.id}/{iteration}", messages=item.messages, seed=seed, **shown))
-    completions = _generate(engine, requests, sampling)
-    for result, request in zip(results, requests, strict=True):
-        completion = completions[request.id]
+        shown = _shown(item, bias, result.picture_seed)
+        requests.append(Request(f"{item.id}/{iteration}", item.messages, seed=seed, **shown))
+    for result, completion in zip(results, engine.generate(requests, sampling), strict=True):
         result.text = completion.text.strip()
         result.error = completion.error
         result.empty = not result.text
@@ -227,37 +246,56 @@ def free_completions(
 
 
 def _shown(item: Item, bias: BiasConfig, picture_seed: int) -> dict[str, Any]:
-    """The picture side of an item's requests: one mask, or one noised picture, for all its sentences."""
+    """The picture side of an item's requests: one mask, or one set of noised pictures, for all its sentences."""
     if bias.variant == "attention":
         return {"images": item.images, "image_mask": ImageMask(bias.rho_th, picture_seed)}
     noised = [
-        diffusion_noise(image, seed=picture_seed + number, step=bias.noise_step) for number, image in enumerate(item.images)
+        diffusion_noise(image, seed=picture_seed + number, step=bias.noise_step)
+        for number, image in enumerate(item.images)
     ]
     return {"images": noised}
 
 
-def _pieces(item: Item, result: Corrupted, rng: random.Random, shown: dict[str, Any]) -> list[_Piece]:
-    """Cut an answer into sentences, each with its request; note swaps and split points in `result`."""
+def _cut(answer: str, result: Corrupted, rng: random.Random) -> list[_Piece]:
+    """Cut an answer into sentences with their forced starts; note swaps and split points in `result`."""
     pieces = []
     earlier = ""
-    for number, part in enumerate(split_sentences(item.answer)):
+    for number, part in enumerate(split_sentences(answer)):
         original = part.strip()
-        before = part[: len(part) - len(part.lstrip())]
-        after = part[len(part.rstrip()) :] if original else ""
+        before, after = part.split(original, 1) if original else (part, "")
         swapped = swap_yes_no(original) if rng.random() >= 0.5 else None
         sentence = original if swapped is None else swapped
         if swapped is not None:
             result.yesno_swapped.append(number)
         head, tail = split_inside(sentence, rng)
         result.split_points.append(len(head))
-        ending = sentence[len(_without_ending(sentence)) :]
-        request = None
         if not original or (swapped is not None and not head):
-            head, ending = sentence, ""
+            pieces.append(_Piece("", before + sentence + after, settled=True))
         else:
-            prefix = earlier + before + head if head else (earlier + before).rstrip(" \t")
-            request = Request(f"{item.id}/{iteration_of(result)}/{number}", item.messages, prefix=prefix,
-                              stop_at_sentence=True, **shown)  # fmt: skip
-        pieces.append(_Piece(before, head, tail[: len(tail) - len(tail.lstrip())], ending, after, request))
+            # a start that ends in a blank would be tokenised apart from the word that follows it
+            prefix = (earlier + before + head) if head else (earlier + before).rstrip(" \t")
+            gap = tail[: len(tail) - len(tail.lstrip())]
+            pieces.append(
+                _Piece(prefix, head, before=before, gap=gap, after=sentence[len(_without_ending(sentence)) :] + after)
+            )
         earlier += part
     return pieces
+
+
+def _finished(piece: _Piece, completion: Completion, result: Corrupted) -> str:
+    """Head and completion as one sentence with the original's ending; note failure and emptiness in `result`."""
+    result.error = result.error or completion.error
+    new = completion.text
+    if piece.head and new[:1].isspace():
+        new = piece.gap + new.lstrip()
+    whole = first_sentence(piece.head + new)
+    if len(whole) <= len(piece.head):
+        whole = piece.head + first_sentence(new)
+    body = _without_ending(whole.strip())
+    result.empty = result.empty or not new.strip() or not body
+    return piece.before + body + piece.after
+
+
+def _without_ending(sentence: str) -> str:
+    """A sentence without its terminal punctuation and the closing quotes after it."""
+    return _ENDING.sub("", sentence)

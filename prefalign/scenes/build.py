@@ -160,7 +160,9 @@ def train(
             model.eval()
             quick = measure.half(model, maker, "val_fair", 128)
             model.train()
-            tqdm.write(f"step {step + 1} loss {total / tokens:.3f} " + json.dumps({k: round(v, 3) for k, v in quick.items()}))
+            tqdm.write(
+                f"step {step + 1} loss {total / tokens:.3f} " + json.dumps({k: round(v, 3) for k, v in quick.items()})
+            )
     return model.eval()
 
 
@@ -175,7 +177,9 @@ def build(
 ) -> dict:
     """Train the base, save it to `output`, measure what was saved, write its card (README.md), and return the figures."""
     if steps < 1:
-        raise ValueError(f"steps={steps}: the base needs at least one training step; leave it out for the usual {STEPS}")
+        raise ValueError(
+            f"steps={steps}: the base needs at least one training step; leave it out for the usual {STEPS}"
+        )
     folder = Path(output)
     began = time.monotonic()
     maker = processor()
@@ -204,7 +208,7 @@ It is a test object for alignment methods. It knows nothing of the world outside
 
 ## Figures
 
-Greedy answers, {figures["sample"]} pictures of each split, from the saved weights (`prefalign scenes measure` prints them):
+Greedy answers, {figures["sample"]} pictures of each split, from the saved weights (`prefalign scenes figures` prints them):
 
 {measure.table(figures)}
 

@@ -57,7 +57,9 @@ def rows(
 def _split_of(regime: str | None, split: str | None, world_seed: int) -> str:
     if regime is None:
         if split is None:
-            raise ValueError("neither split nor regime is given, so there are no pictures to ask about: name one of them")
+            raise ValueError(
+                "neither split nor regime is given, so there are no pictures to ask about: name one of them"
+            )
         return split
     if regime not in REGIMES:
         raise ValueError(f"unknown regime {regime!r}: supervision is one of {', '.join(REGIMES)}; use one of them")
@@ -76,9 +78,7 @@ def _split_of(regime: str | None, split: str | None, world_seed: int) -> str:
     return REGIMES[regime]
 
 
-def _rows(
-    kind: str, split: str, start: int, stop: int, seed: int, world_seed: int, *, answers: bool
-) -> Iterator[dict]:
+def _rows(kind: str, split: str, start: int, stop: int, seed: int, world_seed: int, *, answers: bool) -> Iterator[dict]:
     for index in range(start, stop):
         picture = scene(split, index, world_seed)
         pictures = [picture]

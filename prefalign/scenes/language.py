@@ -130,7 +130,9 @@ def _sentences(things: list[Object], rng: random.Random, style: str, plain: bool
 def caption(picture: Scene, number: int = 0, *, style: str | None = None) -> str:
     """One caption; other `number`s give other phrasings and leave other things out. `style` forces a phrasing."""
     if style is not None and style not in _STYLES:
-        raise ValueError(f"unknown caption style {style!r}: captions are written as {', '.join(_STYLES)}; use one of them")
+        raise ValueError(
+            f"unknown caption style {style!r}: captions are written as {', '.join(_STYLES)}; use one of them"
+        )
     rng = random.Random(f"caption {picture.id} {number}")
     drawn = rng.choices(_STYLES, weights=_STYLE_WEIGHTS)[0]
     plain = rng.random() < _PLAIN_RATE
@@ -245,7 +247,9 @@ def _count(picture: Scene, shape: str, rng: random.Random) -> Question:
     if rng.random() < 0.5:
         text, answer = f"How many {plural(shape)} are there? {SHORT}", f"{_capital(NUMBERS[number])}."
     else:
-        noun = f"is one {singular(shape)}" if number == 1 else f"are {NUMBERS[number] if number else 'no'} {plural(shape)}"
+        noun = (
+            f"is one {singular(shape)}" if number == 1 else f"are {NUMBERS[number] if number else 'no'} {plural(shape)}"
+        )
         text, answer = f"How many {plural(shape)} are there?", f"There {noun} in the picture."
     return Question("count", text, answer, str(number), shape)
 

@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from prefalign.scenes import language
+from prefalign.scenes import base_checkpoint, language
 from prefalign.scenes.world import COMPANIONS, SHAPES, Scene, draw, scene
 
 SAMPLE = 512
@@ -43,7 +43,9 @@ def answers(
     out = []
     for start in tqdm(range(0, len(pictures), BATCH), desc=desc, leave=False, disable=not desc):
         part = slice(start, start + BATCH)
-        prompts = [maker.apply_chat_template(chat(text), tokenize=False, add_generation_prompt=True) for text in asked[part]]
+        prompts = [
+            maker.apply_chat_template(chat(text), tokenize=False, add_generation_prompt=True) for text in asked[part]
+        ]
         images = [[draw(picture)] for picture in pictures[part]]
         inputs = maker(images=images, text=prompts, padding=True, return_tensors="pt")
         if blind:
@@ -127,7 +129,9 @@ def figures(checkpoint: str | Path, *, sample: int = SAMPLE, dtype: torch.dtype 
     fluency, parameters, bytes of the folder. Computed in `dtype` from the weights as they are stored."""
     folder = Path(checkpoint)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json, so there is no checkpoint to measure: give the folder of a saved model")
+        raise ValueError(
+            f"{folder} holds no config.json, so there is no checkpoint to measure: give the folder of a saved model"
+        )
     maker = AutoProcessor.from_pretrained(folder, backend="pil")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
     out: dict = {
@@ -175,12 +179,15 @@ def table(found: dict) -> str:
     return "\n".join(lines)
 
 
+def print_figures(found: dict) -> None:
+    """Print what `figures` returned."""
+    print(table(found))
+
+
 def main(checkpoint: str | Path | None = None, *, sample: int = SAMPLE) -> dict:
     """Print the figures of a checkpoint, by default of the shipped base, and return them."""
-    from prefalign.scenes import base_checkpoint
-
     found = figures(base_checkpoint() if checkpoint is None else checkpoint, sample=sample)
-    print(table(found))
+    print_figures(found)
     return found
 
 

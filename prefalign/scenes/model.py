@@ -4,6 +4,7 @@ The picture's 64x64 pixels become 8x8 = 64 image tokens. Every word of the world
 Weights are saved under the Hub's LLaVA names (`vision_tower.vision_model.*`), which transformers and vLLM both load.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -155,12 +156,27 @@ def untrained(words: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForConditio
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config(words))
     for name, weight in model.named_parameters():
-        if weight.dim() >= 2 and "vision_tower" in name:
-            torch.nn.init.normal_(weight, std=0.02 if "position" in name else weight[0].numel() ** -0.5)
+        if weight.dim() >= 2:  # transformers' 0.02 suits wide models; at this width it costs hundreds of steps
+            torch.nn.init.normal_(weight, std=0.02 if "embed" in name else weight[0].numel() ** -0.5)
+    patches = model.model.vision_tower.embeddings
+    torch.nn.init.normal_(patches.patch_embedding.weight, std=patches.patch_embedding.weight[0].numel() ** -0.5)
+    patches.position_embedding.weight.data[1:] = 0.5 * _waves(PIXELS // PATCH)
     model.generation_config = GenerationConfig(
-        bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id, max_length=2048
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+        max_length=2048,
     )
     return model
+
+
+def _waves(side: int) -> torch.Tensor:
+    """Sines and cosines of row and column for a grid of patches, (side * side, WIDTH): neighbours start out alike."""
+    speeds = math.pi / 2 ** torch.linspace(0, math.log2(side) + 1, WIDTH // 4)
+    turns = torch.arange(side)[:, None] * speeds
+    line = torch.cat([turns.sin(), turns.cos()], dim=1)
+    rows, columns = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)
+    return torch.cat([rows, columns], dim=2).reshape(side * side, WIDTH)
 
 
 def save(

@@ -33,11 +33,11 @@ class Lengths:
 
     Attributes:
         prompt: prompt with its image tokens, the longer of the two sides.
-        answer: the longer of the two answers, end of turn included.
+        total: prompt and answer, end of turn included, the longer of the two sides.
     """
 
     prompt: int
-    answer: int
+    total: int
 
 
 @dataclass
@@ -79,17 +79,14 @@ class PreferenceCollator:
                     "more, or leave it out."
                 )
         shape = batch["input_ids"].shape
-        return {
-            key: value[:, : self.max_length] if isinstance(value, torch.Tensor) and value.shape == shape else value
-            for key, value in batch.items()
-        }
+        return {key: value[:, : self.max_length] if _per_token(value, shape) else value for key, value in batch.items()}
 
     def lengths(self, row: Mapping[str, Any]) -> Lengths:
         """Tokens that one row needs."""
-        completion_mask = self._uncut([row])["completion_mask"]
+        batch = self._uncut([row])
         return Lengths(
-            prompt=int(completion_mask.argmax(dim=1).max()),
-            answer=int(completion_mask.sum(dim=1).max()),
+            prompt=int(batch["completion_mask"].argmax(dim=1).max()),
+            total=int(batch["attention_mask"].sum(dim=1).max()),
         )
 
     def _uncut(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -154,6 +151,10 @@ class _TwoPictures:
         if images is not None:
             images = list(images[: len(self._other_images)]) + self._other_images
         return self._processor(images=images, **kwargs)
+
+
+def _per_token(value: Any, shape: torch.Size) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == shape and not value.is_floating_point()
 
 
 def _name(row: Mapping[str, Any]) -> str:

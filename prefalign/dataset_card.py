@@ -1,0 +1,176 @@
+"""The card of a data set: columns, how its rows were made, what they hold, what is not known of them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefalign.images import sha256
+from prefalign.model_card import counted, data_section, is_scenes, stage_docstring, template
+from prefalign.records import message_text, normalise_messages
+from prefalign.release_checks import refuse, scan_row
+from prefalign.store import Manifest
+
+COLUMNS = {
+    "id": "identity of the row: a hash of method, parent row, settings, generator, seed and index",
+    "images": "the picture(s) that both answers are about, as their original encoded bytes",
+    "prompt": "conversation up to the question, one placeholder for each picture",
+    "messages": "conversation, one placeholder for each picture",
+    "chosen": "the preferred answer",
+    "rejected": "the dispreferred answer",
+    "responses": "JSON text: several answers with sampling settings and scores",
+    "method": "the method that made the row",
+    "rejected_images": "the other picture(s) of the pair; empty: none",
+    "answer": "reference answer",
+    "facts": "JSON text: what is known of the pictures",
+    "margin": "by how much the chosen answer is better, in the scorer's units",
+    "meta": "JSON text: provenance (generator, seed, settings, SHA-256 of the pictures, parent row, scores)",
+}
+
+
+@dataclass
+class RowStatistics:
+    """Counts over the rows of a data set, one row at a time."""
+
+    rows: int = 0
+    pictures: set[str] = field(default_factory=set)
+    methods: Counter[str] = field(default_factory=Counter)
+    generators: Counter[str] = field(default_factory=Counter)
+    words: dict[str, list[int]] = field(default_factory=lambda: {"chosen": [], "rejected": []})
+    rejected_images: int = 0
+    margins: list[float] = field(default_factory=list)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Count one Parquet row (pictures encoded)."""
+        self.rows += 1
+        self.pictures.update(sha256(picture) for picture in row.get("images") or [])
+        self.pictures.update(sha256(picture) for picture in row.get("rejected_images") or [])
+        self.rejected_images += bool(row.get("rejected_images"))
+        if row.get("method"):
+            self.methods[row["method"]] += 1
+        meta = row.get("meta")
+        meta = json.loads(meta) if isinstance(meta, str) else {}
+        if isinstance(meta.get("generator"), str):
+            self.generators[meta["generator"]] += 1
+        if row.get("margin") is not None:
+            self.margins.append(row["margin"])
+        for side, counts in self.words.items():
+            if row.get(side):
+                counts.append(len(message_text(normalise_messages(row[side])).split()))
+
+    def as_table(self) -> dict[str, str]:
+        """Name to text, for a card."""
+        table = {"rows": f"{self.rows:,}", "distinct pictures": f"{len(self.pictures):,}"}
+        if self.methods:
+            table["rows by method"] = counted(self.methods)
+        if self.generators:
+            table["rows by generator"] = counted(self.generators)
+        for side, counts in self.words.items():
+            if counts:
+                mean = sum(counts) / len(counts)
+                table[f"words in `{side}`"] = f"mean {mean:.1f}, from {min(counts)} to {max(counts)}"
+        if self.margins:
+            mean = sum(self.margins) / len(self.margins)
+            table["margin"] = f"mean {mean:.3f}, from {min(self.margins):.3f} to {max(self.margins):.3f}"
+        if self.rejected_images:
+            table["rows with another picture"] = f"{self.rejected_images:,}"
+        return table
+
+
+def read_rows(shards: Sequence[Path]) -> tuple[RowStatistics, dict[str, str]]:
+    """Count all rows and look into each for secrets and paths."""
+    import pyarrow.parquet as pq
+
+    statistics, findings, schema = RowStatistics(), [], {}
+    for shard in shards:
+        file = pq.ParquetFile(shard)
+        schema = {entry.name: _type_name(entry.name, str(entry.type)) for entry in file.schema_arrow}
+        for batch in file.iter_batches(batch_size=32):
+            for row in batch.to_pylist():
+                statistics.add(row)
+                findings += [f"{shard.name} row {row.get('id')}, {finding}" for finding in scan_row(row)]
+    refuse(findings)
+    return statistics, schema
+
+
+def dataset_card(
+    repo_id: str,
+    *,
+    manifest: Manifest,
+    statistics: RowStatistics,
+    schema: Mapping[str, str],
+    size: int,
+    license: str | None,
+) -> str:
+    """Write a data set card whose YAML makes `load_dataset` find the shards.
+
+    Args:
+        repo_id: OWNER/NAME on the Hub.
+        manifest: the stage's manifest.
+        statistics: counted over all rows.
+        schema: column name to type.
+        size: bytes of all shards.
+        license: Hub licence id, or None if the publisher named none.
+    """
+    from huggingface_hub import DatasetCard, DatasetCardData
+
+    is_pairs = "chosen" in schema and "rejected" in schema
+    split = {"name": "train", "num_bytes": size, "num_examples": statistics.rows}
+    data = DatasetCardData(
+        license=license,
+        task_categories=["image-text-to-text"],
+        size_categories=[_size_category(statistics.rows)],
+        tags=["prefalign", "preference" if is_pairs else "vlm", *(["dpo", "trl"] if is_pairs else []), manifest.stage],
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}],
+        dataset_info={"splits": [split], "download_size": size, "dataset_size": size},
+    )
+    kind = "Preference pairs: a prompt with picture(s), a chosen and a rejected answer" if is_pairs else "Rows"
+    limitations = [
+        f"The rows are published under `{license}`. That covers what prefalign made; the pictures keep the licence of "
+        "their source, which prefalign does not know: check it before you use them."
+        if license
+        else "The publisher named no licence, neither for the rows nor for the pictures in them: ask before you use them.",
+        "No person checked the rows one by one; which answer is better was decided by the method named above.",
+    ]
+    if is_scenes(manifest.config):
+        limitations.append(
+            "The pictures are drawn (prefalign's world of coloured shapes); they say nothing of photographs."
+        )
+    return str(
+        DatasetCard.from_template(
+            data,
+            template_str=template("dataset_card.md.j2"),
+            name=repo_id.split("/")[-1],
+            repo_id=repo_id,
+            what=f"{kind}, made without human labels by the stage `{manifest.stage}` of prefalign.",
+            is_pairs=is_pairs,
+            first_text="chosen" if is_pairs else "messages",
+            rejected_images=statistics.rejected_images,
+            columns=[{"name": key, "type": kind, "what": COLUMNS.get(key, "")} for key, kind in schema.items()],
+            provenance=data_section(vars(manifest))["facts"],
+            about=stage_docstring(manifest.stage),
+            settings=json.dumps(manifest.config, indent=2),
+            statistics=statistics.as_table(),
+            limitations=limitations,
+            versions={"prefalign": manifest.code_version, **manifest.libraries},
+        )
+    )
+
+
+def _size_category(rows: int) -> str:
+    for limit, name in ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")):
+        if rows < limit:
+            return name
+    return "n>1M"
+
+
+def _type_name(column: str, arrow: str) -> str:
+    if column in ("images", "rejected_images"):
+        return "list of images"
+    if column in ("prompt", "messages", "chosen", "rejected"):
+        return "list of messages"
+    return "text" if arrow == "string" else arrow

@@ -1,0 +1,472 @@
+"""Generation and scoring with transformers: batched, ordered by length, with noise and masks that belong to the row.
+
+Legend of shapes: `B` rows of a batch, `T` tokens, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from prefalign import families
+from prefalign.engines import Completion, Request, Sampling
+from prefalign.models import ModelConfig, fingerprint, load_model, load_processor
+from prefalign.records import placeholder_count, row_seed
+from prefalign.text import first_sentence
+
+_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+_CONTEXT_TAIL = 8
+_SENTENCE_MARKS = frozenset(".!?\n\u3002\uff01\uff1f")
+
+
+class TransformersEngine:
+    """An `Engine` on a model in this process.
+
+    Args:
+        model: model from `models.load_model` (a `PeftModel` is fine); it may go on being trained between calls.
+        processor: its processor.
+        batch_size: rows in one forward pass. It changes speed and memory, not the results beyond rounding.
+        fingerprint: identity of the weights for record ids (`models.fingerprint`).
+    """
+
+    capabilities = frozenset({"sample", "logprobs", "prefix", "image_mask"})
+
+    def __init__(self, model: Any, processor: Any, *, batch_size: int = 16, fingerprint: str = "") -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        self.model = model
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.batch_size = batch_size
+        self.fingerprint = fingerprint
+        self.config = families.core(model).config
+        self.ends = families.end_token_ids(processor, families.core(model).generation_config)
+        self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        self.banned = families.banned_token_ids(processor, self.config, keep=self.ends)
+        self.context = families.context_length(self.config)
+        self._visual_tokens = families.visual_tokens(processor, self.config)
+        self._sentence_tokens: torch.Tensor | None = None
+        families.family(self.config)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """One completion per request, in order.
+
+        A request that cannot be put to the model (pictures and placeholders differ, an image mark in its text, a prompt longer
+        than the context) comes back alone with `finish_reason` `error`.
+
+        Args:
+            requests: what to answer.
+            sampling: how to draw. The noise of a row depends on its id and seed, the step and the token, so neither order nor
+                batch changes what is drawn.
+        """
+        _check_sampling(sampling)
+        done: dict[int, Completion] = {}
+        for rows in self._batches(requests, [""] * len(requests), done):
+            for row, completion in zip(rows.rows, self._generate(rows, sampling), strict=True):
+                done[row.index] = completion
+        return [done[index] for index in range(len(requests))]
+
+    def logprobs(self, requests: Sequence[Request], answers: Sequence[str]) -> list[torch.Tensor]:
+        """Log-probs of given answers, teacher-forced; the tokens are those that TRL trains on.
+
+        Args:
+            requests: the prompts; a `prefix` counts as prompt, an `image_mask` is applied.
+            answers: one answer each, without the prefix.
+
+        Returns:
+            One float32 tensor (T_i,) per request on the CPU: a value for each token of the answer and of what the chat template
+            closes the turn with. A request that cannot be scored (`problem` says why) gives a single NaN.
+        """
+        if len(requests) != len(answers):
+            raise ValueError(f"there are {len(requests)} requests for {len(answers)} answers; give one answer to each.")
+        failed: dict[int, Completion] = {}
+        scored: dict[int, torch.Tensor] = {}
+        for rows in self._batches(requests, answers, failed, score=True):
+            for row, values in zip(rows.rows, self._score(rows), strict=True):
+                scored[row.index] = values
+        return [scored.get(index, torch.tensor([float("nan")])) for index in range(len(requests))]
+
+    def problem(self, request: Request, answer: str = "") -> str | None:
+        """Why a request cannot be put to the model, as far as that shows before the pictures are prepared; None if it can."""
+        placeholders = placeholder_count(request.messages)
+        if placeholders != len(request.images):
+            return (
+                f"request {request.id} has {placeholders} image placeholder(s) for {len(request.images)} picture(s). "
+                "Write one for each picture."
+            )
+        blocks = [block["text"] for message in request.messages for block in message["content"] if block["type"] == "text"]
+        for text in (*blocks, request.prefix, answer):
+            for token in self._visual_tokens:
+                if token in text:
+                    return (
+                        f"request {request.id}: the text holds {token!r}, which the model reads as a place for a picture. "
+                        "Take it out, or make it an image block."
+                    )
+        return None
+
+    def _batches(
+        self, requests: Sequence[Request], answers: Sequence[str], failed: dict[int, Completion], *, score: bool = False
+    ) -> Iterator[_Batch]:
+        """Batches of rows that can be run, longest first; the others are put into `failed`."""
+        rows = []
+        for index, (request, answer) in enumerate(zip(requests, answers, strict=True)):
+            reason = self.problem(request, answer)
+            if reason is None:
+                rows.append(self._row(index, request, answer, score=score))
+            else:
+                failed[index] = Completion(request.id, "", finish_reason="error", error=reason)
+        lengths = self._lengths(rows)
+        rows.sort(key=lambda row: (not row.request.images, -lengths[row.index], row.index))
+        with_images = sum(bool(row.request.images) for row in rows)
+        for group in (rows[:with_images], rows[with_images:]):
+            for start in range(0, len(group), self.batch_size):
+                batch = self._encode(group[start : start + self.batch_size], failed)
+                if batch.rows:
+                    yield batch
+
+    def _row(self, index: int, request: Request, answer: str, *, score: bool) -> _Row:
+        if score:
+            prompt, completion = families.render_answer(self.processor, request.messages, answer, request.prefix)
+            return _Row(index, request, prompt, self._tokens(completion))
+        if families.rewrites_prompt(self.processor):
+            prompt = families.render(self.processor, request.messages)
+            return _Row(index, request, prompt, self._tokens(request.prefix.rstrip()))
+        return _Row(index, request, families.render(self.processor, request.messages, request.prefix), [])
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+
+    def _lengths(self, rows: Sequence[_Row]) -> dict[int, int]:
+        sizes = sorted({(image.height, image.width) for row in rows for image in row.request.images})
+        image_tokens = dict(zip(sizes, families.image_lengths(self.processor, sizes), strict=True))
+        texts = self.tokenizer([row.prompt for row in rows], add_special_tokens=False).input_ids if rows else []
+        return {
+            row.index: len(ids) + len(row.tail) + sum(image_tokens[image.height, image.width] for image in row.request.images)
+            for row, ids in zip(rows, texts, strict=True)
+        }
+
+    def _encode(self, rows: list[_Row], failed: dict[int, Completion]) -> _Batch:
+        """Processor, tails, positions and masks of some rows; rows that the processor or the context refuses go to `failed`."""
+        try:
+            tensors = self._process(rows)
+        except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+            if len(rows) == 1:
+                failed[rows[0].index] = _error(rows[0], f"the processor refused the prompt or its picture: {error}")
+                return _Batch()
+            halves = [self._encode(half, failed).rows for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :])]
+            return self._encode([*halves[0], *halves[1]], failed) if any(halves) else _Batch()
+        lengths = tensors["attention_mask"].sum(1).tolist()
+        fitting = []
+        for row, length in zip(rows, lengths, strict=True):
+            if self.context is not None and length + len(row.tail) > self.context - (not row.tail):
+                failed[row.index] = _error(
+                    row,
+                    f"the prompt has {length} tokens{f' and the text after it {len(row.tail)}' if row.tail else ''}, and the "
+                    f"model has {self.context} positions. Use fewer or smaller pictures, or less text.",
+                )
+            else:
+                fitting.append(row)
+        if len(fitting) < len(rows):
+            return self._encode(fitting, failed) if fitting else _Batch()
+        if any(row.tail for row in rows):
+            tensors = self._with_tails(tensors, [row.tail for row in rows])
+        model = families.core(self.model)
+        tensors = {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for name, value in tensors.items()
+            if isinstance(value, torch.Tensor)
+        }
+        tensors["position_ids"] = families.position_ids(model, tensors)
+        tensors["attention_mask"] = self._hide(tensors, rows)
+        return _Batch(rows, tensors, [length + len(row.tail) for length, row in zip(lengths, rows, strict=True)])
+
+    def _process(self, rows: Sequence[_Row]) -> dict[str, torch.Tensor]:
+        images = [row.request.images for row in rows]
+        tensors = self.processor(
+            text=[row.prompt for row in rows],
+            images=images if any(images) else None,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
+        return {name: value for name, value in tensors.items() if name != "labels"}
+
+    def _with_tails(self, tensors: dict[str, torch.Tensor], tails: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """Append token ids to left-padded prompts and pad to the left again."""
+        lengths = tensors["attention_mask"].sum(1).tolist()
+        width = max(length + len(tail) for length, tail in zip(lengths, tails, strict=True))
+        suffix_type = int(families.rewrites_prompt(self.processor))
+        fill = {"input_ids": self.pad, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0}
+        result = dict(tensors)
+        for name in _PER_TOKEN:
+            if name not in tensors:
+                continue
+            old = tensors[name]
+            new = torch.full((len(tails), width), fill[name], dtype=old.dtype)
+            for index, (length, tail) in enumerate(zip(lengths, tails, strict=True)):
+                start = width - length - len(tail)
+                new[index, start : start + length] = old[index, old.shape[1] - length :]
+                if tail:
+                    value = {"input_ids": torch.tensor(tail), "attention_mask": 1, "token_type_ids": suffix_type}
+                    new[index, start + length :] = value.get(name, 0)
+            result[name] = new
+        return result
+
+    def _hide(self, tensors: dict[str, torch.Tensor], rows: Sequence[_Row]) -> torch.Tensor:
+        """Attention mask (B, T) with zeros also at the image tokens drawn to be hidden (BDHS, arXiv 2407.02477, eq. 6)."""
+        mask = tensors["attention_mask"]
+        if all(row.request.image_mask is None for row in rows):
+            return mask
+        mask = mask.clone()
+        pieces = families.image_token_mask(tensors["input_ids"], self.config)
+        for index, row in enumerate(rows):
+            wanted = row.request.image_mask
+            if wanted is None:
+                continue
+            places = pieces[index].nonzero().squeeze(1)
+            draw = torch.rand(len(places), generator=torch.Generator().manual_seed(wanted.seed))
+            mask[index, places[(draw < wanted.share).to(places.device)]] = 0
+        return mask
+
+    @contextmanager
+    def _inference(self) -> Iterator[Any]:
+        """The bare model in eval mode, left afterwards as it was found."""
+        model = families.core(self.model)
+        training, generation = self.model.training, model.generation_config
+        self.model.eval()
+        families.clear_position_cache(model)
+        try:
+            with torch.no_grad():
+                yield model
+        finally:
+            families.clear_position_cache(model)
+            model.generation_config = generation
+            self.model.train(training)
+
+    def _generate(self, batch: _Batch, sampling: Sampling) -> list[Completion]:
+        width = batch.tensors["input_ids"].shape[1]
+        noise = _RowNoise([row.request for row in batch.rows], sampling, self.banned, len(self.tokenizer), width)
+        stop = _RowStop(self, batch, width)
+        settings = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            repetition_penalty=sampling.repetition_penalty,
+            eos_token_id=self.ends,
+            pad_token_id=self.pad,
+            bos_token_id=self.tokenizer.bos_token_id,
+        )
+        with self._inference() as model:
+            # generate fills what is not set here from the model's own settings (sampling of the checkpoint's author)
+            model.generation_config = settings
+            ids = model.generate(
+                **batch.tensors,
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([noise]),
+                stopping_criteria=StoppingCriteriaList([stop]),
+            )
+        tails = ids[:, max(0, width - _CONTEXT_TAIL) : width].tolist()
+        return [
+            self._completion(row, tail, new[: stop.stopped.get(index, len(new))])
+            for index, (row, tail, new) in enumerate(zip(batch.rows, tails, ids[:, width:].tolist(), strict=True))
+        ]
+
+    def _completion(self, row: _Row, tail: list[int], new: list[int]) -> Completion:
+        request = row.request
+        end = next((place for place, token in enumerate(new) if token in self.ends), None)
+        reason = "length" if end is None else "stop"
+        new = new[:end]
+        text = self.new_text(request, tail, new)
+        if request.stop_at_sentence and (cut := _certain_sentence(request.prefix, text)) is not None:
+            while new and len(self.new_text(request, tail, new[:-1]).rstrip()) >= len(cut):
+                new = new[:-1]
+            text, reason = cut, "sentence"
+        return Completion(request.id, text, token_ids=new, finish_reason=reason)
+
+    def new_text(self, request: Request, tail: list[int], new: list[int]) -> str:
+        """What new tokens add to the text, so that `prefix + text` reads well: decoded after the tokens before them."""
+
+        def decode(ids: list[int]) -> str:
+            return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+        before, whole = decode(tail), decode([*tail, *new])
+        text = whole[len(before) :] if whole.startswith(before) else decode(new)
+        joined = request.prefix and not request.prefix[-1].isspace()
+        return text if joined else text.lstrip()
+
+    def sentence_tokens(self) -> torch.Tensor:
+        """(V,) bool: tokens that hold a mark which may end a sentence."""
+        if self._sentence_tokens is None:
+            texts = self.tokenizer.batch_decode([[index] for index in range(len(self.tokenizer))])
+            self._sentence_tokens = torch.tensor([not _SENTENCE_MARKS.isdisjoint(text) for text in texts])
+        return self._sentence_tokens
+
+    def _score(self, batch: _Batch) -> list[torch.Tensor]:
+        longest = max(len(row.tail) for row in batch.rows)
+        with self._inference() as model:
+            logits = model(**batch.tensors, logits_to_keep=longest + 1, use_cache=False).logits[:, :-1]
+            targets = batch.tensors["input_ids"][:, -longest:] if longest else batch.tensors["input_ids"][:, :0]
+            values = [
+                row_logits.float().log_softmax(-1).gather(1, row_targets[:, None]).squeeze(1).cpu()
+                for row_logits, row_targets in zip(logits, targets.to(logits.device), strict=True)
+            ]
+        return [value[longest - len(row.tail) :] for row, value in zip(batch.rows, values, strict=True)]
+
+
+def load_engine(config: ModelConfig, *, batch_size: int = 16) -> TransformersEngine:
+    """Load model and processor and put an engine on them, with the fingerprint of the weights."""
+    model = load_model(config)
+    return TransformersEngine(model, load_processor(config), batch_size=batch_size, fingerprint=fingerprint(model))
+
+
+@dataclass
+class _Row:
+    index: int
+    request: Request
+    prompt: str
+    tail: list[int]
+
+
+@dataclass
+class _Batch:
+    rows: list[_Row] = field(default_factory=list)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+
+
+class _RowNoise(LogitsProcessor):
+    """Ban tokens, apply temperature, top-k and top-p, and add Gumbel noise, whose argmax is a draw from the softmax."""
+
+    def __init__(self, requests: Sequence[Request], sampling: Sampling, banned: list[int], words: int, width: int):
+        self.seeds = torch.tensor([row_seed(request.seed, request.id) for request in requests])
+        self.sampling = sampling
+        self.banned = banned
+        self.words = words
+        self.width = width
+        self.warpers: list[Any] = []
+        if sampling.top_k > 0:
+            self.warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, self.banned] = float("-inf")
+        scores[:, self.words :] = float("-inf")  # rows that round the embedding up to a multiple have no token
+        if self.sampling.temperature == 0:
+            return scores
+        scores = scores / self.sampling.temperature
+        for warper in self.warpers:
+            scores = warper(input_ids, scores)
+        self.seeds = self.seeds.to(scores.device)
+        return scores + gumbel_noise(self.seeds, input_ids.shape[1] - self.width, scores.shape[1])
+
+
+def gumbel_noise(seeds: torch.Tensor, step: int, size: int) -> torch.Tensor:
+    """Standard Gumbel noise as a pure function of (seed, step, index), the same on every device.
+
+    The bits are those of SplitMix64 (Steele, Lea and Flood 2014), keyed by seed and step and counted by index.
+
+    Args:
+        seeds: (B,) int64, one of each row.
+        step: number of the generated token.
+        size: V.
+
+    Returns:
+        (B, V) float32.
+    """
+    keys = _mix(seeds + _wrap(step * 0xD1342543DE82EF95 + 1))
+    counts = torch.arange(1, size + 1, device=seeds.device) * _wrap(0x9E3779B97F4A7C15)
+    bits = (_mix(keys[:, None] + counts) >> 11) & (2**53 - 1)
+    # float32 keeps small u exactly; they are the large noise that decides
+    uniform = ((bits.float() + 0.5) * 2.0**-53).clamp(max=1 - 2.0**-24)
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def _wrap(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _mix(value: torch.Tensor) -> torch.Tensor:
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        value = (value ^ ((value >> shift) & (2 ** (64 - shift) - 1))) * _wrap(factor)
+    return value ^ ((value >> 31) & (2**33 - 1))
+
+
+class _RowStop(StoppingCriteria):
+    """Stop a row at a certain sentence end, or where the context is full. `stopped` has the number of its new tokens."""
+
+    def __init__(self, engine: TransformersEngine, batch: _Batch, width: int):
+        self.engine = engine
+        self.width = width
+        self.rows = batch.rows
+        self.lengths = batch.lengths
+        self.stopped: dict[int, int] = {}
+        self.sentences = [index for index, row in enumerate(batch.rows) if row.request.stop_at_sentence]
+        self.marks = engine.sentence_tokens() if self.sentences else None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        new = input_ids.shape[1] - self.width
+        context = self.engine.context
+        if context is not None and max(self.lengths) + new >= context:
+            for index, length in enumerate(self.lengths):
+                if length + new >= context:
+                    self.stopped.setdefault(index, new)
+        if self.sentences and self.marks is not None:
+            recent = input_ids[:, max(self.width, input_ids.shape[1] - 3) :].cpu()
+            for index in self.sentences:
+                if index not in self.stopped and self.marks[recent[index]].any() and self._ended(index, input_ids[index]):
+                    self.stopped[index] = new
+        done = torch.zeros(len(self.rows), dtype=torch.bool, device=input_ids.device)
+        if self.stopped:
+            done[list(self.stopped)] = True
+        return done
+
+    def _ended(self, index: int, ids: torch.Tensor) -> bool:
+        tail, new = ids[max(0, self.width - _CONTEXT_TAIL) : self.width].tolist(), ids[self.width :].tolist()
+        if any(token in self.engine.ends for token in new):
+            return False
+        request = self.rows[index].request
+        return _certain_sentence(request.prefix, self.engine.new_text(request, tail, new)) is not None
+
+
+def _certain_sentence(prefix: str, text: str) -> str | None:
+    """The part of `text` up to the first sentence end after the prefix, once something follows that end; else None."""
+    joined, start = prefix + text, 0
+    while start < len(joined):
+        end = start + len(first_sentence(joined[start:]))
+        if end >= len(joined):
+            return None
+        if end > len(prefix.rstrip()):
+            return joined[len(prefix) : end]
+        start = end
+    return None
+
+
+def _error(row: _Row, reason: str) -> Completion:
+    return Completion(row.request.id, "", finish_reason="error", error=f"request {row.request.id}: {reason}")
+
+
+def _check_sampling(sampling: Sampling) -> None:
+    problems = [
+        (sampling.max_new_tokens < 1, f"max_new_tokens must be at least 1, got {sampling.max_new_tokens}"),
+        (sampling.temperature < 0, f"temperature must be 0 (greedy) or more, got {sampling.temperature}"),
+        (not 0 < sampling.top_p <= 1, f"top_p must be in (0, 1], got {sampling.top_p}; 1 cuts nothing"),
+        (sampling.top_k < 0, f"top_k must be 0 (cuts nothing) or more, got {sampling.top_k}"),
+        (sampling.repetition_penalty <= 0, f"repetition_penalty must be above 0, got {sampling.repetition_penalty}"),
+    ]
+    for wrong, message in problems:
+        if wrong:
+            raise ValueError(message + ".")

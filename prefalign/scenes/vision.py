@@ -1,0 +1,72 @@
+"""Teach the vision tower to see before the language model learns to look, as pretrained vision encoders do.
+
+A linear head reads, from the image tokens under each of the nine places, which shape stands there, in which colour and size.
+It is trained on the same pictures as the base and then thrown away; grounding then comes in a few hundred steps.
+"""
+
+import numpy as np
+import torch
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
+from tqdm.auto import tqdm
+from transformers import LlavaForConditionalGeneration
+
+from prefalign.scenes.model import PATCH, WIDTH
+from prefalign.scenes.world import COLOURS, PIXELS, PLACES, SHAPES, SIZES, Scene, scene
+
+STEPS = 600
+BATCH = 96
+PEAK_LR = 1.5e-3
+GRID = PIXELS // PATCH
+OPTIONS = (len(SHAPES) + 1, len(COLOURS), len(SIZES))  # the last shape is "nothing"
+IGNORE = -100
+
+
+def labels(picture: Scene) -> list[list[int]]:
+    """What stands at each of the nine places: rows of (shape, colour, size) numbers; nothing there has no colour and size."""
+    out = [[len(SHAPES), IGNORE, IGNORE] for _ in PLACES]
+    for thing in picture.objects:
+        out[PLACES.index(thing.place)] = [
+            SHAPES.index(thing.shape),
+            list(COLOURS).index(thing.colour),
+            list(SIZES).index(thing.size),
+        ]
+    return out
+
+
+def read(model: LlavaForConditionalGeneration, head: torch.nn.Linear, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """Logits of shape, colour and size, each (B, 9, options), for pixels (B, 3, 64, 64) from -1 to 1."""
+    tokens = model.model.vision_tower(pixels).last_hidden_state[:, 1:]
+    grid = tokens.transpose(1, 2).reshape(len(pixels), WIDTH, GRID, GRID)
+    logits = head(adaptive_avg_pool2d(grid, 3).flatten(2).transpose(1, 2))
+    return list(logits.float().split(OPTIONS, dim=-1))
+
+
+def warm_up(
+    model: LlavaForConditionalGeneration, pixels: np.ndarray, *, seed: int = 0, steps: int = STEPS
+) -> torch.nn.Linear:
+    """Train the vision tower in place on `pixels` (pictures, 64, 64, 3) uint8 of `train_biased`; returns the head."""
+    torch.manual_seed(seed)
+    head = torch.nn.Linear(WIDTH, sum(OPTIONS))
+    truth = torch.tensor([labels(scene("train_biased", at)) for at in range(len(pixels))])
+    weights = [*model.model.vision_tower.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps + 1, pct_start=0.15)
+    rng = np.random.default_rng(seed)
+    bar = tqdm(range(steps), desc="vision")
+    for step in bar:
+        chosen = rng.integers(0, len(pixels), BATCH)
+        images = torch.from_numpy(pixels[chosen]).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            told = read(model, head, images)
+        loss = sum(
+            cross_entropy(logits.flatten(0, 1), truth[chosen, :, at].flatten(), ignore_index=IGNORE)
+            for at, logits in enumerate(told)
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
+    return head

@@ -1,0 +1,158 @@
+"""Make a clean folder of what belongs on the Hub: no optimizer, no pickles, no machine paths; know what was trained from."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+MODEL_FILES = (
+    "config.json", "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
+    "adapter_config.json", "adapter_model.safetensors", "processor_config.json", "preprocessor_config.json",
+    "video_preprocessor_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "prefalign_config.yaml",
+    "pairs_manifest.json",
+)  # fmt: skip
+DATASET_FILES = ("data/*.parquet", "manifest.json", "config.json")
+WITHOUT_PATHS = ("config.json", "generation_config.json", "adapter_config.json", "processor_config.json",
+                 "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer_config.json",
+                 "pairs_manifest.json", "manifest.json", "prefalign_config.yaml")  # fmt: skip
+BASE_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path", "model_name_or_path")
+ABSOLUTE = re.compile(r"(?:~?/[^/\n]+/|[A-Za-z]:\\)[^\n]*")
+Kind = Literal["full", "adapter", "dataset"]
+
+
+class PublishError(ValueError):
+    """Publishing stopped; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that an adapter or a full model was trained from.
+
+    Attributes:
+        label: for readers: Hub id, or honest words for a model that is not there.
+        hub_id: its name on the Hub, or None.
+        local: where it is on this machine, or None.
+        is_scenes: whether it is the model that ships with prefalign.
+    """
+
+    label: str
+    hub_id: str | None = None
+    local: Path | None = None
+    is_scenes: bool = False
+
+
+def kind_of(folder: Path) -> Kind:
+    """Tell full weights, an adapter and a data set apart by their files.
+
+    Raises:
+        PublishError: there is nothing to publish, only pickled weights, or both an adapter and full weights.
+    """
+    if not folder.is_dir():
+        raise PublishError(f"no folder at {folder}. Give a training run's folder or a folder of pairs.")
+    if any(folder.glob("data/*.parquet")):
+        return "dataset"
+    full, adapter = any(folder.glob("model*.safetensors")), (folder / "adapter_model.safetensors").is_file()
+    if full and adapter:
+        raise PublishError(f"{folder} holds an adapter and full weights; which one is meant? Move one elsewhere.")
+    if not full and not adapter:
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        if pickles:
+            raise PublishError(
+                f"{folder} holds no safetensors, only pickle files ({', '.join(pickles)}), which run code when opened. "
+                "Load the model and save it again: `model.save_pretrained(folder)` writes safetensors."
+            )
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise PublishError(
+            f"{folder} holds neither model weights (model.safetensors, adapter_model.safetensors) nor pairs "
+            f"(data/*.parquet), but {found}. Give the folder that a run wrote."
+        )
+    return "adapter" if adapter else "full"
+
+
+def resolve_base(folder: Path, kind: Kind, config: Mapping[str, Any], base_model: str | None) -> Base:
+    """Find out what was trained from: `--base-model`, else the adapter's or the run's config.
+
+    Raises:
+        PublishError: an adapter's base is not on the Hub, so no one could load the adapter.
+    """
+    if base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
+        raise PublishError(f"--base-model {base_model!r} is not a model on the Hub. Write it as OWNER/NAME.")
+    recorded = (
+        (config.get("model") or {}).get("model_name_or_path") if isinstance(config.get("model"), Mapping) else None
+    )
+    if kind == "adapter":
+        recorded = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] or recorded
+    if not recorded:
+        return Base(base_model or "a base that was not recorded", hub_id=base_model)
+    local = Path(recorded).expanduser()
+    shipped = Path(__file__).parent / "scenes" / "base"
+    if recorded == "scenes" or local.resolve() == shipped.resolve():
+        label = base_model or "the scenes base that ships with prefalign (`prefalign.scenes.base_checkpoint()`)"
+        return Base(label, hub_id=base_model, local=shipped, is_scenes=True)
+    if not local.is_dir() and not ABSOLUTE.fullmatch(recorded):
+        return Base(base_model or recorded, hub_id=base_model or recorded)
+    if base_model is None and kind == "adapter":
+        raise PublishError(
+            f"the adapter's base is a folder of this machine ({local.name}), so no one else could load the adapter. Name "
+            "the base on the Hub with --base-model OWNER/NAME, or merge the adapter and publish full weights."
+        )
+    label = base_model or f"a local checkpoint called `{local.name}`, which is not on the Hub"
+    return Base(label, hub_id=base_model, local=local if local.is_dir() else None)
+
+
+def stage(folder: Path, staged: Path, patterns: Sequence[str], base: Base) -> list[str]:
+    """Bring over the files that belong, machine paths taken out of their configs; returns what was left out."""
+    staged.mkdir()
+    left_out = set()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder).as_posix()
+        if not any(fnmatch.fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns):
+            left_out.add(name if "/" not in name else name.split("/")[0] + "/")
+            continue
+        destination = staged / name
+        destination.parent.mkdir(exist_ok=True)
+        text = _portable_text(file, base) if name in WITHOUT_PATHS else None
+        if text is None:
+            shutil.copyfile(file, destination)
+        else:
+            destination.write_text(text, encoding="utf-8")
+    return sorted(left_out)
+
+
+def _portable_text(file: Path, base: Base) -> str | None:
+    """The file with machine paths taken out, or None if it has none (it is then copied byte by byte)."""
+    text = file.read_text(encoding="utf-8")
+    content = yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
+    portable = without_paths(content, base)
+    if portable == content:
+        return None
+    if file.suffix == ".yaml":
+        return yaml.safe_dump(portable, sort_keys=False, allow_unicode=True)
+    return json.dumps(portable, indent=2, ensure_ascii=False) + "\n"
+
+
+def without_paths(value: Any, base: Base, key: str = "") -> Any:
+    """Replace strings that are absolute paths by their last part, and a local base by its name on the Hub."""
+    if isinstance(value, Mapping):
+        return {without_paths(name, base): without_paths(item, base, str(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item, base, key) for item in value]
+    if not isinstance(value, str):
+        return value
+    if key in BASE_KEYS and (ABSOLUTE.fullmatch(value) or (base.local and Path(value).is_dir())):
+        return base.hub_id or _last_part(value)
+    return _last_part(value) if ABSOLUTE.fullmatch(value) else value
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]

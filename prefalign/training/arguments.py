@@ -1,0 +1,67 @@
+"""The `trainer:` mapping of a config to TRL's `DPOConfig`: names checked, numbers read, defaults that suit a VLM."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from trl import DPOConfig
+
+from prefalign.config import ConfigError, nearest
+
+OWNED = {
+    "output_dir": "set `output`",
+    "seed": "set `seed`",
+    "resume_from_checkpoint": "set `resume`",
+}
+
+
+def defaults() -> dict[str, Any]:
+    """Where this project starts from, if a config says nothing.
+
+    `max_length` None (nothing is cut), bfloat16 only on a GPU that has it, no tracker, plain log lines without a
+    terminal. Everything else is TRL's default, `beta` 0.1 and gradient checkpointing included.
+    """
+    on_gpu = torch.cuda.is_available()
+    return {
+        "max_length": None,
+        "bf16": on_gpu and torch.cuda.is_bf16_supported(),
+        "report_to": "none",
+        "disable_tqdm": not sys.stderr.isatty(),
+        "dataloader_pin_memory": on_gpu,
+    }
+
+
+def training_arguments(settings: Mapping[str, Any], *, output: Path, seed: int) -> DPOConfig:
+    """Build TRL's arguments from a config's `trainer:` mapping.
+
+    Args:
+        settings: names and values of `trl.DPOConfig` fields.
+        output: folder of the run.
+        seed: seed of the run; order of rows and LoRA start follow from it.
+
+    Raises:
+        ConfigError: one line per unknown name (with the nearest known one), wrong type, or field that the recipe sets.
+    """
+    known = [entry.name for entry in dataclasses.fields(DPOConfig) if entry.init]
+    hints = typing.get_type_hints(DPOConfig)
+    problems, values = [], {}
+    for name, value in settings.items():
+        if name in OWNED:
+            problems.append(f"trainer.{name}: the recipe sets this field; {OWNED[name]} instead.")
+        elif name not in known:
+            problems.append(f"trainer.{name}: unknown key (value {value!r}); {nearest(name, known)}")
+        else:
+            try:
+                values[name] = TypeAdapter(hints[name]).validate_python(value)
+            except ValidationError as error:
+                problems.append(f"trainer.{name}: {error.errors()[0]['msg']} (got {value!r}).")
+    if problems:
+        raise ConfigError("\n  ".join(problems))
+    return DPOConfig(**{**defaults(), **values, "output_dir": str(output), "seed": seed})

@@ -1,0 +1,57 @@
+"""Find and restore checkpoints so that a resumed run equals one that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def last_checkpoint(folder: Path, *, processes: int = 1) -> Path | None:
+    """The newest whole checkpoint of a run, or None.
+
+    A checkpoint is whole if its `trainer_state.json` (written last) can be read and each process left its random state, so
+    one that a kill cut short is passed over for the one before.
+    """
+    numbered = [
+        (int(match[1]), path)
+        for path in folder.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    whole = [path for _, path in sorted(numbered) if _is_whole(path, processes)]
+    return whole[-1] if whole else None
+
+
+def _is_whole(checkpoint: Path, processes: int) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    names = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
+    return all((checkpoint / name).is_file() for name in names)
+
+
+def restore_weights(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Load a checkpoint's full weights into a model, under whatever names the family saves them.
+
+    `save_pretrained` writes the Hub's names, which for most VLM families are not the names of the modules;
+    `from_pretrained` renames them back, `load_state_dict` on the file does not (and with `strict=False` says nothing).
+
+    Raises:
+        ValueError: the checkpoint lacks weights of the model or has others.
+    """
+    loaded, report = type(model).from_pretrained(
+        checkpoint, dtype=next(model.parameters()).dtype, output_loading_info=True
+    )
+    wrong = sorted(str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind])
+    if wrong:
+        raise ValueError(
+            f"{checkpoint.name} does not hold the weights of this {type(model).__name__}: {len(wrong)} tensors are missing, "
+            f"unknown or of another shape ({', '.join(wrong[:3])}). Training would go on from other weights than were saved. "
+            "Resume with the model that the run started from, or delete this checkpoint."
+        )
+    model.load_state_dict(loaded.state_dict(), strict=True)

@@ -1,0 +1,67 @@
+"""LoRA that stays in the language model, for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prefalign.config import ConfigError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import nn
+
+LANGUAGE_LINEAR = (
+    r"(?!.*(vision|visual|projector|connector|merger|aligner))"
+    r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+)
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapter.
+
+    Attributes:
+        r: rank; higher learns more and takes more memory.
+        alpha: scale; updates are multiplied by alpha / r.
+        dropout: on the adapter's input while training; only counts with `trainer.disable_dropout: false`.
+        target_modules: regular expression over full module names; the default is every linear layer of the language
+            model's blocks in all families, never the vision tower or the projector.
+    """
+
+    r: int = 64
+    alpha: int = 128
+    dropout: float = 0.05
+    target_modules: str = LANGUAGE_LINEAR
+
+    def to_peft(self) -> LoraConfig:
+        """The same in PEFT's terms."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            task_type="CAUSAL_LM",
+        )
+
+
+def check_trainable(model: nn.Module, frozen: Sequence[str]) -> None:
+    """Check that something trains, and nothing in a frozen tower.
+
+    Raises:
+        ConfigError: an adapter sits in a tower that is meant to stay as it is, or everything is frozen.
+    """
+    from prefalign.families import tower
+
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ConfigError(f"freeze: {', '.join(frozen)} leaves nothing to train. Take one off the list.")
+    for name in trainable:
+        if tower(name) in frozen:
+            raise ConfigError(
+                f"lora.target_modules reaches {name}, and `freeze` names the {tower(name)} tower. Narrow the expression, "
+                f"or take {tower(name)!r} off `freeze`."
+            )

@@ -1,0 +1,115 @@
+"""A pairs folder as a memory-mapped dataset, pictures left encoded, and the rows that fit `max_length`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefalign.records import Pair
+from prefalign.store import Manifest, read_manifest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from prefalign.training.collator import PreferenceCollator
+
+COLUMNS = ("id", "images", "rejected_images", "prompt", "chosen", "rejected")
+
+
+def load_pairs(folder: Path) -> Dataset:
+    """The columns that training reads, as Arrow on disk; a row's pictures are decoded when it is collated.
+
+    Raises:
+        ValueError: the folder is not the finished output of a stage.
+    """
+    from datasets import Features, Image, List, load_dataset
+
+    pairs_manifest(folder)
+    shards = sorted(str(shard) for shard in folder.glob("data/*.parquet"))
+    encoded = List(Image(decode=False))
+    features = Features(
+        {name: encoded if "images" in name else kind for name, kind in Pair.features().items() if name in COLUMNS}
+    )
+    return load_dataset("parquet", data_files=shards, columns=list(features), features=features, split="train")
+
+
+def pairs_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished pairs folder.
+
+    Raises:
+        ValueError: there is none, or the folder holds no pairs.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None or not manifest.complete:
+        raise ValueError(
+            f"{folder} holds no finished pairs (no manifest.json). Give the output folder of a stage that makes pairs; if one "
+            "was interrupted, start it again with the same config and it resumes."
+        )
+    if manifest.rows_out == 0:
+        raise ValueError(f"{folder} holds 0 pairs; there is nothing to train on.")
+    return manifest
+
+
+@dataclass
+class Fit:
+    """Which rows fit `max_length`. `rows_in == rows_used + len(too_long)`.
+
+    Attributes:
+        rows_in: rows looked at.
+        rows_used: rows kept.
+        too_long: id to tokens of the prompt, for rows dropped because the prompt fills `max_length`.
+        answers_cut: rows kept whose answer loses its end.
+    """
+
+    rows_in: int
+    rows_used: int
+    too_long: dict[str, int] = field(default_factory=dict)
+    answers_cut: int = 0
+
+    @property
+    def needed(self) -> int:
+        """Smallest `max_length` that keeps every row."""
+        return max(self.too_long.values()) + 1
+
+    def summary(self) -> str:
+        """What was dropped, why, and what would keep it; empty if everything fits."""
+        parts = []
+        if self.too_long:
+            some = ", ".join(list(self.too_long)[:5]) + (" ..." if len(self.too_long) > 5 else "")
+            parts.append(
+                f"dropped {len(self.too_long)} of {self.rows_in} rows whose prompt and image tokens fill max_length ({some}); "
+                f"max_length {self.needed} keeps all of them"
+            )
+        if self.answers_cut:
+            parts.append(f"{self.answers_cut} answers are cut to max_length")
+        return "; ".join(parts)
+
+
+def keep_fitting(dataset: Dataset, collator: PreferenceCollator) -> tuple[Dataset, Fit]:
+    """Drop rows whose prompt leaves no room for an answer; with `max_length` None nothing is looked at.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    from tqdm import tqdm
+
+    if collator.max_length is None:
+        return dataset, Fit(rows_in=len(dataset), rows_used=len(dataset))
+    fit = Fit(rows_in=len(dataset), rows_used=0)
+    keep = []
+    for index, row in enumerate(tqdm(dataset, desc="count tokens", unit="row", disable=None)):
+        lengths = collator.lengths(row)
+        if lengths.prompt >= collator.max_length:
+            fit.too_long[row["id"]] = lengths.prompt
+            continue
+        fit.answers_cut += lengths.total > collator.max_length
+        keep.append(index)
+    fit.rows_used = len(keep)
+    if not keep:
+        raise ValueError(
+            f"no row fits max_length {collator.max_length}: the shortest prompt needs {min(fit.too_long.values()) + 1} and "
+            f"max_length {fit.needed} keeps all {fit.rows_in} rows. Image tokens are never cut. Raise max_length, or "
+            "leave it out."
+        )
+    return dataset.select(keep), fit

@@ -1,0 +1,153 @@
+"""Train a vision-language model on preference pairs: DPO and its relatives with TRL's losses, LoRA or full weights.
+
+Paper: DPO, arXiv 2305.18290 (term `text`, any TRL `trainer.loss_type`); mDPO, arXiv 2406.11839, and Re-Align, arXiv 2502.13146
+(term `visual`: the chosen answer on its own against the other picture). `trainer.loss_type: [sft]` imitates the chosen
+answers, the control that a preference method has to beat.
+
+Needs: a pairs folder (the output of any stage that makes pairs) and a model. Started again with the same config it goes on from
+its last checkpoint and ends with the weights of an uninterrupted run. Several processes: `torchrun --nproc_per_node N`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from prefalign.models import ModelConfig
+from prefalign.training.lora import LoraSettings
+
+
+@dataclass
+class Config:
+    """One training run.
+
+    Attributes:
+        model: the policy's starting weights, which are the reference too.
+        pairs: folder of pairs to train on.
+        output: folder of the run: checkpoints, final model or adapter with its processor, logs, resolved config.
+        eval_pairs: folder of held-out pairs; measured at the end, and during the run with `trainer.eval_strategy`.
+        term: which views are compared: `text` or `visual` (needs pairs with `rejected_images`).
+        trainer: fields of TRL's `DPOConfig` by name.
+        lora: train an adapter; without it all weights that are not frozen.
+        freeze: towers that stay as they are: `vision`, `projector`, `language_model`.
+        resume: "auto" goes on from the last checkpoint if there is one; true demands one; false refuses one.
+        seed: order of the rows and start of the adapter.
+    """
+
+    model: ModelConfig
+    pairs: Path
+    output: Path
+    eval_pairs: Path | None = None
+    term: str = "text"
+    trainer: dict[str, Any] = field(default_factory=dict)
+    lora: LoraSettings | None = None
+    freeze: list[str] = field(default_factory=lambda: ["vision"])
+    resume: Literal["auto"] | bool = "auto"
+    seed: int = 0
+
+
+def main(config: Config) -> None:
+    """Train, or go on training, and save everything that an evaluation and a model card need."""
+    from prefalign.config import to_mapping
+    from prefalign.losses import find_term
+    from prefalign.models import freeze, load_processor, parameter_table
+    from prefalign.training.arguments import training_arguments
+    from prefalign.training.lora import check_trainable
+    from prefalign.training.pairs import keep_fitting, load_pairs, pairs_manifest
+    from prefalign.training.preference import PreferenceTrainer
+    from prefalign.training.runs import CONFIG_FILE, PAIRS_FILE, finish_run, is_finished, open_run
+
+    _plain_lines_without_a_terminal()
+    arguments = training_arguments(config.trainer, output=config.output, seed=config.seed)
+    term = find_term(config.term)
+    term.check(arguments.loss_type)
+    pairs_manifest(config.pairs)
+    checkpoint = open_run(
+        config.output,
+        to_mapping(config),
+        (config.pairs / "manifest.json").read_text(encoding="utf-8"),
+        resume=config.resume,
+        processes=arguments.world_size,
+        write=arguments.process_index == 0,
+    )
+    if is_finished(config.output):
+        print(f"{config.output} is finished; nothing to do.")
+        return
+
+    processor = load_processor(config.model)
+    model = _load_policy(config, str(arguments.device))
+    if config.lora is None:
+        freeze(model, config.freeze)
+    trainer = PreferenceTrainer(
+        model,
+        args=arguments,
+        train_dataset=load_pairs(config.pairs),
+        eval_dataset=load_pairs(config.eval_pairs) if config.eval_pairs else None,
+        processing_class=processor,
+        term=term,
+        peft_config=config.lora.to_peft() if config.lora else None,
+        files={name: (config.output / name).read_text(encoding="utf-8") for name in (CONFIG_FILE, PAIRS_FILE)},
+    )
+    check_trainable(trainer.model, config.freeze)
+    trainer.train_dataset, fit = keep_fitting(trainer.train_dataset, trainer.data_collator)
+    if config.eval_pairs:
+        trainer.eval_dataset, eval_fit = keep_fitting(trainer.eval_dataset, trainer.data_collator)
+    main_process = trainer.is_world_process_zero()
+    if main_process:
+        for row in parameter_table(trainer.model):
+            print(f"{row['tower']:<15}{row['parameters']:>16,} parameters{row['trainable']:>16,} trainable")
+        print(f"{fit.rows_used} pairs, {fit.summary() or 'all fit'}; {arguments.world_size} process(es)")
+        if checkpoint:
+            print(f"going on from {checkpoint.name}")
+
+    metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    metrics |= {"rows_in": fit.rows_in, "rows_used": fit.rows_used, "rows_prompt_too_long": len(fit.too_long)}
+    if config.eval_pairs:
+        evaluated = trainer.evaluate()
+        evaluated |= {"eval_rows_in": eval_fit.rows_in, "eval_rows_used": eval_fit.rows_used}
+        trainer.save_metrics("eval", evaluated, combined=False)
+        metrics |= evaluated
+    trainer.save_metrics("train", metrics, combined=False)
+    trainer.save_model()
+    trainer.save_state()
+    if main_process:
+        (config.output / "rows.json").write_text(json.dumps(asdict(fit), indent=2), encoding="utf-8")
+        finish_run(config.output, metrics)
+        print(f"saved {config.output}")
+
+
+def _load_policy(config: Config, device: str) -> Any:
+    """The policy on this process's device; an adapter under full training is merged first."""
+    from accelerate.utils import is_peft_model
+
+    from prefalign.config import ConfigError
+    from prefalign.models import load_model
+
+    on_device = device if config.model.device == "auto" else config.model.device
+    model = load_model(replace(config.model, device=on_device))
+    if not is_peft_model(model):
+        return model
+    if config.lora is not None:
+        raise ConfigError(
+            "lora: the model is an adapter already, and a second one would be saved without the first. Merge and save the model "
+            "first, or leave `lora` out to train all weights of the merged model."
+        )
+    return model.merge_and_unload()
+
+
+def _plain_lines_without_a_terminal() -> None:
+    if not sys.stderr.isatty():
+        import datasets
+        from transformers.utils import logging
+
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    from prefalign.cli import run_file
+
+    run_file(__file__)
