@@ -24,7 +24,7 @@ def noise_factors(step: int, *, first: Literal[0, 1] = 0) -> tuple[float, float]
     `(sqrt(abar_k), sqrt(1 - abar_k))`.
 
     Args:
-        step: k, up to 1000 steps. 500 is the published one: (0.86302, 0.50518).
+        step: k, up to 1000 steps. 500 is the published one: (0.86302, 0.50517).
         first: 0 counts from zero with `s` evenly spaced from -6 to 6 (POVID's code); 1 counts from one with spacing 12/1000, as
             the BDHS paper writes it: (0.86344, 0.50444) at 500.
 

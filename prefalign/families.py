@@ -8,11 +8,12 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from prefalign.records import Message, assistant_message
+
+if TYPE_CHECKING:
+    import torch
 
 TESTED = {
     "llava": "LLaVA-1.5",
@@ -86,6 +87,8 @@ def image_token_mask(input_ids: torch.Tensor, config: Any) -> torch.Tensor:
     Returns:
         (B, T) bool.
     """
+    import torch
+
     wanted = torch.tensor(image_token_ids(config), device=input_ids.device)
     return torch.isin(input_ids, wanted)
 
@@ -147,7 +150,7 @@ def position_ids(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
     Args:
         model: the model.
-        batch: `input_ids` and `attention_mask` (B, T), where the mask has zeros at padding only, and what else the processor gave.
+        batch: `input_ids` and `attention_mask` (B, T), zeros in the mask at padding only, and what else the processor gave.
 
     Returns:
         (B, T), or (3, B, T) for families with rotary positions in time, height and width (Qwen-VL).
@@ -165,7 +168,7 @@ def position_ids(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def clear_position_cache(model: Any) -> None:
     """Forget the rotary offsets that a Qwen-VL keeps from its last call; stale ones shift a later forward pass."""
     inner = getattr(core(model), "model", None)
-    if getattr(inner, "rope_deltas", None) is not None:
+    if inner is not None and getattr(inner, "rope_deltas", None) is not None:
         inner.rope_deltas = None
 
 
@@ -255,12 +258,10 @@ def _image_token_id(config: Any) -> int | None:
 def _apply(processor: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
     if not getattr(processor, "chat_template", None):
         raise ValueError(
-            f"the {type(processor).__name__} of this checkpoint has no chat template, so a conversation cannot be put to the model. "
-            "Use an instruction-tuned checkpoint, or add a `chat_template.jinja` to its folder."
+            f"the {type(processor).__name__} of this checkpoint has no chat template, so a conversation cannot be put to the "
+            "model. Use an instruction-tuned checkpoint, or add a `chat_template.jinja` to its folder."
         )
-    return processor.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    return processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
 def _closing(processor: Any) -> str:

@@ -127,8 +127,8 @@ def corrupted_answers(
 
     Each round draws a new mask and new split points for the items not yet accepted, and asks the engine for all their
     sentences in one call. An item is accepted when no completion was empty and its similarity to the reference is below
-    `bias.threshold`; what the last round gives is returned whatever its similarity, so a caller still drops empty, identical
-    and failed answers (`rejection`).
+    `bias.threshold`; one that the generator refuses is given up at once. What the last round gives is returned whatever its
+    similarity, so a caller still drops empty, identical and failed answers (`rejection`).
 
     Args:
         engine: generator; needs `sample`, `prefix` when guided, `image_mask` for the attention variant.
@@ -160,7 +160,7 @@ def corrupted_answers(
         for index, answer, score in zip(waiting, drawn, scores, strict=True):
             answer.similarity = score
             results[index] = answer
-            if answer.empty or score >= bias.threshold:
+            if answer.error is None and (answer.empty or score >= bias.threshold):
                 still.append(index)
         waiting = still
     return [results[index] for index in range(len(items))]

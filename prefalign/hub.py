@@ -20,13 +20,14 @@ from typing import Any
 import yaml
 
 from prefalign.dataset_card import dataset_card, read_rows
-from prefalign.images import EncodedImage, encode_png, open_image, sha256
+from prefalign.images import encode_png, open_image
 from prefalign.model_card import model_card
 from prefalign.release_checks import CheckError, in_fresh_process, refuse, scan_folder
 from prefalign.staging import (
     DATASET_FILES,
     MODEL_FILES,
     Base,
+    Kind,
     PublishError,
     kind_of,
     resolve_base,
@@ -123,16 +124,16 @@ def publish_model(
     if before and not measured:
         raise PublishError("--baseline-evaluation without --evaluation shows a model that is not published. Give both.")
     manifest = _pairs_manifest(folder, pairs)
-    state = folder / "trainer_state.json"
 
     def describe(staged: Path) -> str:
         with tempfile.TemporaryDirectory() as scratch:
             checked = in_fresh_process(
                 staged,
-                base=str(base.local or base.hub_id) if kind == "adapter" else _optional_text(base.local),
+                base=_base_for_checks(base, kind),
                 picture=_first_picture(pairs, Path(scratch)) if pairs else None,
             )
         print(f"checked in a fresh process: {_summary(checked)}")
+        _check_same_weights(measured, checked)
         return model_card(
             repo_id,
             base=base,
@@ -142,10 +143,10 @@ def publish_model(
             datasets=datasets,
             config=(staged / "prefalign_config.yaml").read_text(encoding="utf-8") if config else None,
             pairs=without_paths(manifest, base) if manifest else None,
-            trainer_state=json.loads(state.read_text(encoding="utf-8")) if state.is_file() else None,
+            trainer_state=_read_json(folder / "trainer_state.json"),
+            rows=_read_json(folder / "rows.json"),
             evaluation=measured,
             baseline=before,
-            shared_pictures=_shared_pictures(pairs, evaluation),
             checked=checked,
         )
 
@@ -232,6 +233,7 @@ def _publish(
     with tempfile.TemporaryDirectory(dir=_parent(target) if dry_run else None, prefix=".prefalign-publish-") as scratch:
         staged = Path(scratch) / "staged"
         left_out = stage(folder, staged, patterns, base)
+        refuse(scan_folder(staged))
         (staged / "README.md").write_text(describe(staged), encoding="utf-8")
         refuse(scan_folder(staged))
         files = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file())
@@ -299,6 +301,20 @@ def _read_results(evaluation: Path | None) -> dict[str, Any] | None:
     return results
 
 
+def _check_same_weights(evaluation: Mapping[str, Any] | None, checked: Mapping[str, Any]) -> None:
+    """Refuse an evaluation of other weights (one of saved answers has no fingerprint)."""
+    found = (evaluation or {}).get("fingerprint")
+    if found and found != checked["fingerprint"]:
+        raise PublishError(
+            f"--evaluation is of other weights: its fingerprint is {found}, that of the folder {checked['fingerprint']}. A "
+            "card must not show another model's numbers: evaluate this folder, with dtype auto (the fingerprint depends on it)."
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
 def _read_yaml(file: Path) -> dict[str, Any]:
     return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
 
@@ -315,28 +331,11 @@ def _first_picture(pairs: Path, scratch: Path) -> Path | None:
     return None
 
 
-def _shared_pictures(pairs: Path | None, evaluation: Path | None) -> str | None:
-    """Count evaluation pictures that training saw, if the predictions name pictures by SHA-256."""
-    import pyarrow.parquet as pq
-
-    file = evaluation / "predictions.jsonl" if evaluation else None
-    if pairs is None or file is None or not file.is_file():
-        return None
-    lines = file.read_text(encoding="utf-8").splitlines()
-    asked = {str(json.loads(line).get("picture")) for line in lines if line.strip()}
-    if not asked or not all(re.fullmatch(r"[0-9a-f]{64}", name) for name in asked):
-        return None
-    seen: set[str] = set()
-    for shard in sorted(pairs.glob("data/*.parquet")):
-        for batch in pq.ParquetFile(shard).iter_batches(batch_size=32):
-            for row in batch.to_pylist():
-                pictures: list[EncodedImage] = [*(row.get("images") or []), *(row.get("rejected_images") or [])]
-                seen.update(sha256(picture) for picture in pictures)
-    return f"{len(asked & seen)} of {len(asked)} evaluation pictures are also training pictures (equal files)."
-
-
-def _optional_text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+def _base_for_checks(base: Base, kind: Kind) -> str | None:
+    """A local base if it is still there; else, for an adapter, the one on the Hub."""
+    if base.local is not None and base.local.is_dir():
+        return str(base.local)
+    return base.hub_id if kind == "adapter" else None
 
 
 def _summary(checked: Mapping[str, Any]) -> str:

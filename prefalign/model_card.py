@@ -61,7 +61,7 @@ def model_card(
     trainer_state: Mapping[str, Any] | None,
     evaluation: Mapping[str, Any] | None,
     baseline: Mapping[str, Any] | None,
-    shared_pictures: str | None,
+    rows: Mapping[str, Any] | None,
     checked: Mapping[str, Any],
 ) -> str:
     """Write a model card with `model-index`.
@@ -76,9 +76,9 @@ def model_card(
         config: resolved training config as YAML.
         pairs: manifest of the training pairs.
         trainer_state: the trainer's `trainer_state.json`.
+        rows: the run's `rows.json`: how many pairs fitted.
         evaluation: `results.json` of an evaluation of this model.
         baseline: `results.json` of the same evaluation of its base.
-        shared_pictures: a sentence on pictures that training and evaluation share, if it was counted.
         checked: report of `release_checks.verify`.
     """
     from huggingface_hub import ModelCard, ModelCardData
@@ -117,11 +117,11 @@ def model_card(
             base=base.label,
             method=method,
             published=kind,
-            training=_training_facts(trainer_state),
+            training=_training_facts(trainer_state, rows),
             config=config.strip() if config else None,
             data=data_section(pairs) if pairs else None,
             checks=_check_lines(checked),
-            limitations=_limitations(evaluation, base, license, shared_pictures),
+            limitations=_limitations(evaluation, base, license),
             versions={"prefalign": prefalign.__version__, **library_versions()},
         )
     )
@@ -196,22 +196,19 @@ def _asked(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _test_set(evaluation: Mapping[str, Any]) -> str:
-    settings = evaluation.get("settings") or {}
-    for key in ("test_set", "dataset", "split", "evals", "data"):
-        value = settings.get(key)
-        if isinstance(value, Mapping):
-            value = value.get("path")
-        if isinstance(value, (list, tuple)) and value:
-            value = ", ".join(map(str, value))
-        if isinstance(value, str) and value:
-            return f"scenes {value}" if key == "split" and is_scenes(settings) else _portable(value)
-    return "scenes" if is_scenes(settings) else "held-out pictures"
+    name = (evaluation.get("settings") or {}).get("test_set")
+    return _portable(str(name)) if name else "pictures that the evaluation did not name"
 
 
-def _training_facts(state: Mapping[str, Any] | None) -> dict[str, str]:
+def _training_facts(state: Mapping[str, Any] | None, rows: Mapping[str, Any] | None) -> dict[str, str]:
+    facts = {}
+    if rows:
+        facts["pairs trained on"] = (
+            f"{rows['rows_used']:,} of {rows['rows_in']:,} ({len(rows['too_long'])} dropped: prompt longer than max_length)"
+        )
     if not state:
-        return {}
-    facts = {"updates": str(state.get("global_step")), "epochs": f"{state.get('epoch') or 0:.2f}"}
+        return facts
+    facts |= {"updates": str(state.get("global_step")), "epochs": f"{state.get('epoch') or 0:.2f}"}
     logged = [entry for entry in state.get("log_history") or [] if "loss" in entry]
     if logged:
         facts["first and last logged loss"] = f"{logged[0]['loss']:.4f}, {logged[-1]['loss']:.4f}"
@@ -258,9 +255,7 @@ def _check_lines(checked: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _limitations(
-    evaluation: Mapping[str, Any] | None, base: Base, license: str | None, shared_pictures: str | None
-) -> list[str]:
+def _limitations(evaluation: Mapping[str, Any] | None, base: Base, license: str | None) -> list[str]:
     limits = []
     if base.is_scenes or (evaluation and is_scenes(evaluation.get("settings"))):
         limits.append(
@@ -272,7 +267,7 @@ def _limitations(
         limits.append(
             "A change whose interval includes zero, or whose before and after intervals overlap, is not shown."
         )
-        limits.append(shared_pictures or "Whether evaluation pictures were also seen in training was not counted.")
+        limits.append("Whether pictures of the evaluation were also seen in training was not counted.")
     else:
         limits.append("Nothing was measured.")
     limits.append("Preference training can make answers shorter or lose true details; it does not make a model safe.")

@@ -151,6 +151,8 @@ def verify(folder: Path, *, base: str | None = None, picture: Path | None = None
         return _verify_dataset(folder)
     import torch
 
+    from prefalign.models import fingerprint
+
     processor = _load_processor(folder)
     model = _load_model(folder, base)
     true = _sample_picture() if picture is None else _open(picture)
@@ -174,7 +176,7 @@ def verify(folder: Path, *, base: str | None = None, picture: Path | None = None
                 f"the model answers {QUESTION!r} on a sample picture with nothing at all ({len(answer)} token(s)). "
                 "Check the chat template and the end-of-sequence token."
             )
-        report: dict[str, Any] = {"text": text, "picture_effect": picture_effect}
+        report: dict[str, Any] = {"text": text, "picture_effect": picture_effect, "fingerprint": fingerprint(model)}
         if (folder / "adapter_config.json").is_file():
             with model.disable_adapter():
                 report["adapter_effect"] = _change(logits, model(**inputs).logits.float())
@@ -219,28 +221,14 @@ def _load_processor(folder: Path) -> Any:
 
 
 def _load_model(folder: Path, base: str | None) -> Any:
-    import torch
-    from transformers import AutoModelForImageTextToText
+    from prefalign.models import ModelConfig, load_model
 
-    is_adapter = (folder / "adapter_config.json").is_file()
-    source = base if is_adapter else folder
+    adapter = (folder / "adapter_config.json").is_file()
+    source = str(base) if adapter else str(folder)
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(source, dtype="auto", output_loading_info=True)
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            raise CheckError(
-                f"{len(missing)} weights are missing from the folder and would be random, such as {missing[0]}. "
-                "Save the whole model again."
-            )
-        if is_adapter:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, folder)
-    except CheckError:
-        raise
+        return load_model(ModelConfig(source, adapter=str(folder) if adapter else None))
     except Exception as error:
-        raise CheckError(f"the model does not load ({type(error).__name__}: {_first_line(error)}).") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        raise CheckError(f"the model does not load ({type(error).__name__}: {_first_line(error)})") from error
 
 
 def _encode(processor: Any, picture: Image.Image, model: Any) -> Any:

@@ -13,6 +13,7 @@ from prefalign.records import row_seed
 from prefalign.text import split_sentences, swap_yes_no
 
 KINDS = ("object", "attribute", "place", "relation", "count", "existence")
+_ANYWHERE = "in the picture"
 
 
 @dataclass
@@ -62,6 +63,22 @@ class Vocabulary:
             "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
         ]
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        stray = sorted({other for others in self.companions.values() for other in others} - set(self.objects))
+        if not self.objects or stray:
+            known = ", ".join(self.objects) or "nothing"
+            raise ValueError(
+                f"vocabulary: companions name {', '.join(stray) or 'nothing'}, and objects has {known}; an object that is to be "
+                "written into answers must be known. Add it to `objects`."
+            )
+        words = [*self.objects, *self.places, *self.opposites, *self.numbers]
+        words += [word for group in (*self.objects.values(), *self.attributes.values()) for word in group]
+        capitals = [word for word in words if word != word.lower()]
+        if capitals:
+            raise ValueError(
+                f"vocabulary: {capitals[0]!r} has capitals; words are found in any case: write them in lower case."
+            )
 
 
 @dataclass
@@ -234,11 +251,13 @@ class RuleEditor:
         return _replaced(sentence, found, other)
 
     def _change_place(self, sentence: str, item: EditItem, now: str, rng: random.Random) -> _Change | None:
-        """Another place, one where no object of that name stands."""
+        """Another place, one where no object of that name stands, and if possible one that the answer does not yet name."""
         options = []
         for found in self._place.finditer(sentence):
             true = {found[0].lower(), *self._places_of(item, self._about(sentence, found.start()))}
             options += [(found, other) for other in self.vocabulary.places if other not in true]
+        named = {found[0].lower() for found in self._place.finditer(now)}
+        options = [(found, other) for found, other in options if other not in named] or options
         return _replaced(sentence, *rng.choice(options)) if options else None
 
     def _change_relation(self, sentence: str, item: EditItem, now: str, rng: random.Random) -> _Change | None:
@@ -269,9 +288,12 @@ class RuleEditor:
             mentions = self._mentions(swapped)
             if len(mentions) != 1 or mentions[0].article not in ("a", "an", "no") or "there is" not in swapped:
                 return None
-            mention = mentions[0]
-            rest = swapped[mention.words :]
-            swapped = swapped[: mention.start] + ("no" if mention.article != "no" else _article(rest)) + " " + rest
+            mention, rest = mentions[0], swapped[mentions[0].words :]
+            if mention.article == "no":
+                article, rest = _article(rest), rest.replace(_ANYWHERE, rng.choice(self.vocabulary.places))
+            else:
+                article, rest = "no", self._place.sub(_ANYWHERE, rest)
+            swapped = f"{swapped[: mention.start]}{article} {rest}"
         return _Change(swapped, sentence, swapped, 0)
 
     def _mentions(self, sentence: str) -> list[_Mention]:
@@ -303,7 +325,8 @@ class RuleEditor:
 
 
 def _any_of(words: Mapping[str, Any] | Sequence[str]) -> str:
-    return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    """A pattern of any of the words, the longest first; one that never matches for none."""
+    return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)) or "(?!)"
 
 
 def _plural(noun: str) -> str:

@@ -41,7 +41,7 @@ class Base:
     Attributes:
         label: for readers: Hub id, or honest words for a model that is not there.
         hub_id: its name on the Hub, or None.
-        local: where it is on this machine, or None.
+        local: where it is, or was, on this machine; None if it came from the Hub.
         is_scenes: whether it is the model that ships with prefalign.
     """
 
@@ -96,7 +96,7 @@ def resolve_base(folder: Path, kind: Kind, config: Mapping[str, Any], base_model
         return Base(base_model or "a base that was not recorded", hub_id=base_model)
     local = Path(recorded).expanduser()
     shipped = Path(__file__).parent / "scenes" / "base"
-    if recorded == "scenes" or local.resolve() == shipped.resolve():
+    if recorded == "scenes" or local.resolve() == shipped.resolve() or local.parts[-3:] == shipped.parts[-3:]:
         label = base_model or "the scenes base that ships with prefalign (`prefalign.scenes.base_checkpoint()`)"
         return Base(label, hub_id=base_model, local=shipped, is_scenes=True)
     if not local.is_dir() and not ABSOLUTE.fullmatch(recorded):
@@ -107,7 +107,7 @@ def resolve_base(folder: Path, kind: Kind, config: Mapping[str, Any], base_model
             "the base on the Hub with --base-model OWNER/NAME, or merge the adapter and publish full weights."
         )
     label = base_model or f"a local checkpoint called `{local.name}`, which is not on the Hub"
-    return Base(label, hub_id=base_model, local=local if local.is_dir() else None)
+    return Base(label, hub_id=base_model, local=local)
 
 
 def stage(folder: Path, staged: Path, patterns: Sequence[str], base: Base) -> list[str]:
@@ -132,7 +132,10 @@ def stage(folder: Path, staged: Path, patterns: Sequence[str], base: Base) -> li
 def _portable_text(file: Path, base: Base) -> str | None:
     """The file with machine paths taken out, or None if it has none (it is then copied byte by byte)."""
     text = file.read_text(encoding="utf-8")
-    content = yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
+    try:
+        content = yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise PublishError(f"{file.name} is damaged ({error}), so the folder would not load. Save it again.") from error
     portable = without_paths(content, base)
     if portable == content:
         return None
@@ -149,8 +152,8 @@ def without_paths(value: Any, base: Base, key: str = "") -> Any:
         return [without_paths(item, base, key) for item in value]
     if not isinstance(value, str):
         return value
-    if key in BASE_KEYS and (ABSOLUTE.fullmatch(value) or (base.local and Path(value).is_dir())):
-        return base.hub_id or _last_part(value)
+    if key in BASE_KEYS and base.local and Path(value).expanduser().resolve() == base.local.resolve():
+        return base.hub_id or ("scenes" if base.is_scenes else _last_part(value))
     return _last_part(value) if ABSOLUTE.fullmatch(value) else value
 
 

@@ -65,10 +65,11 @@ def _explain(error: Exception, what: str) -> PublishError:
     if status in (409, 412):
         return PublishError(f"{what} changed while this was being pushed ({status}). Look at the repository and run the "
                             f"command again. {end}")  # fmt: skip
-    if status is not None:
-        return PublishError(f"the Hub answered {status} for {what}. If it is 429 or 5xx, wait and run the command again. "
-                            f"{end}")  # fmt: skip
+    if isinstance(error, HfHubHTTPError) and status is not None:
+        said = f" ({error.server_message})" if error.server_message else ""
+        return PublishError(f"the Hub answered {status} for {what}{said}. If it is 429 or 5xx, wait and run the command "
+                            f"again. {end}")  # fmt: skip
     if type(error).__module__.partition(".")[0] in ("httpx", "httpx2") or isinstance(error, OSError):
         return PublishError(f"cannot reach the Hub at {constants.ENDPOINT} ({type(error).__name__}). Check the network and "
                             f"HF_ENDPOINT and run the command again, or add --dry-run. {end}")  # fmt: skip
-    return PublishError(f"{type(error).__name__} while publishing {what}: {error}")
+    return PublishError(f"{type(error).__name__} while publishing {what}: {error} {end}")

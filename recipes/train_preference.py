@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -139,6 +140,8 @@ def _load_policy(config: Config, device: str) -> Any:
 
 
 def _plain_lines_without_a_terminal() -> None:
+    # TRL 1.16 still calls transformers' older names at every step
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     if not sys.stderr.isatty():
         import datasets
         from transformers.utils import logging

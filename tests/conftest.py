@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from tests.tiny_vlms import save_tiny
+from tiny_vlms import save_tiny
 
 torch.set_num_threads(1)
 

@@ -15,7 +15,15 @@ COUNTS = tuple(str(number) for number in range(10))
 
 @pytest.mark.parametrize(
     ("text", "normal"),
-    [("Blue.", "blue"), ("The  BLUE one", "blue 1"), ("Two", "2"), ("a dog", "dog"), ("Gray!", "grey"), ("3.5", "3.5"), ("...", "")],
+    [
+        ("Blue.", "blue"),
+        ("The  BLUE one", "blue 1"),
+        ("Two", "2"),
+        ("a dog", "dog"),
+        ("Gray!", "grey"),
+        ("3.5", "3.5"),
+        ("...", ""),
+    ],
 )
 def test_normalise(text, normal):
     assert attributes.normalise(text) == normal
@@ -49,8 +57,8 @@ def scored(reply, label, choices=()):
 
 
 def test_score():
-    assert scored("The ring is blue.", "blue", COLOURS).numbers == {"asked": 1, "correct": 1}
-    assert scored("Red.", "blue", COLOURS).numbers == {"asked": 1, "correct": 0}
+    assert scored("The ring is blue.", "blue", COLOURS).numbers == {"asked": 1, "words": 4, "correct": 1}
+    assert scored("Red.", "blue", COLOURS).numbers == {"asked": 1, "words": 1, "correct": 0}
     assert scored("two", "2").numbers["correct"] == 1
     assert scored("It is two", "2").numbers["correct"] == 0
     unparsed = scored("Who knows", "blue", COLOURS)
@@ -71,8 +79,17 @@ def test_constant_answers_by_kind():
 
 def test_questions_from_a_file(tmp_path):
     file = tmp_path / "q.jsonl"
-    row = {"id": 7, "image": "a.png", "question": "What colour is it?", "answer": "red", "kind": "colour", "group": "scene 1"}
-    file.write_text(json.dumps(row) + "\n\n" + json.dumps({**row, "id": 8, "group": "scene 2", "choices": ["red", "blue"]}) + "\n")
+    row = {
+        "id": 7,
+        "image": "a.png",
+        "question": "What colour is it?",
+        "answer": "red",
+        "kind": "colour",
+        "group": "scene 1",
+    }
+    file.write_text(
+        json.dumps(row) + "\n\n" + json.dumps({**row, "id": 8, "group": "scene 2", "choices": ["red", "blue"]}) + "\n"
+    )
     first, second = attributes.read_short(file)
     assert (first.id, first.group, first.kind, first.label, first.choices) == ("7", "scene 1", "colour", "red", ())
     assert second.choices == ("red", "blue")

@@ -129,7 +129,9 @@ def test_extraction_rules(synonyms, caption, original, robust):
 
 
 def test_scenes_like_table_without_files():
-    table = chair.vocabulary({"circle": ["circle", "circles", "disc", "discs"], "cross": ["cross", "crosses", "plus", "pluses"]})
+    table = chair.vocabulary(
+        {"circle": ["circle", "circles", "disc", "discs"], "cross": ["cross", "crosses", "plus", "pluses"]}
+    )
     text = "There is a large red disc at the top left. There are two crosses. A plus is below."
     assert chair.mentions(text, table) == ["circle", "cross", "cross"]
 
@@ -168,7 +170,9 @@ def test_coco_truth_is_instances_plus_reference_captions(tmp_path, synonyms):
         "annotations": [{"image_id": 1, "category_id": 15}, {"image_id": 3, "category_id": 47},
                         {"image_id": 3, "category_id": 73}, {"image_id": 99, "category_id": 47}],
     }  # fmt: skip
-    captions = {"annotations": [{"image_id": 1, "caption": "A puppy rests."}, {"image_id": 3, "caption": "On the desk."}]}
+    captions = {
+        "annotations": [{"image_id": 1, "caption": "A puppy rests."}, {"image_id": 3, "caption": "On the desk."}]
+    }
     (tmp_path / "instances.json").write_text(json.dumps(instances))
     (tmp_path / "captions.json").write_text(json.dumps(captions))
     files = {"instances": [tmp_path / "instances.json"], "captions": [tmp_path / "captions.json"]}

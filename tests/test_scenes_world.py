@@ -20,7 +20,10 @@ def sampled():
 
 
 def test_a_picture_is_the_same_in_another_process():
-    code = "import hashlib; from prefalign.scenes.world import png, scene; print(hashlib.sha256(png(scene('val_fair', 7))).hexdigest())"
+    code = (
+        "import hashlib\nfrom prefalign.scenes.world import png, scene\n"
+        "print(hashlib.sha256(png(scene('val_fair', 7))).hexdigest())"
+    )
     other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
     assert other == hashlib.sha256(world.png(world.scene("val_fair", 7))).hexdigest()
 
@@ -36,9 +39,9 @@ def test_split_index_and_seed_each_change_the_picture():
     assert len({picture.id for picture in pictures}) == 4
 
 
-def test_a_picture_is_64_pixels_wide_and_rgb():
+def test_a_picture_is_60_pixels_wide_and_rgb():
     image = world.draw(world.scene("train_biased", 0))
-    assert (image.size, image.mode) == ((64, 64), "RGB")
+    assert (image.size, image.mode) == ((60, 60), "RGB")
 
 
 def test_splits_share_no_index_and_no_layout(sampled):
@@ -77,11 +80,11 @@ def test_scenes_have_two_to_five_objects_at_different_places_some_faint_some_cov
 
 def test_a_clear_object_stands_out_and_a_faint_one_hardly():
     bare = world.scene("train_biased", 3)
-    thing = replace(bare.objects[-1], x=32.0, y=32.0, radius=12.0, shape="square", colour="blue", visible=1.0)
+    thing = replace(bare.objects[-1], x=30.0, y=30.0, radius=12.0, shape="square", colour="blue", visible=1.0)
 
     def contrast(faint):
         drawn = np.asarray(world.draw(replace(bare, objects=(replace(thing, faint=faint),))), dtype=float)
-        return np.abs(drawn[26:38, 26:38].mean((0, 1)) - np.array(world.BACKGROUND)).max()
+        return np.abs(drawn[24:36, 24:36].mean((0, 1)) - np.array(world.BACKGROUND)).max()
 
     assert contrast(False) == pytest.approx(148, abs=6)  # blue's red channel: 186 - 38
     assert contrast(True) == pytest.approx(14.8, abs=6)
@@ -132,8 +135,8 @@ def test_places_name_rows_and_columns():
     picture = world.scene("train_biased", 0)
     for thing in picture.objects:
         assert PLACES[3 * thing.row + thing.column] == thing.place
-        assert abs(thing.x - (thing.column + 0.5) * 64 / 3) <= 4.01
-        assert abs(thing.y - (thing.row + 0.5) * 64 / 3) <= 4.01
+        assert abs(thing.x - (thing.column + 0.5) * 20) <= 3.01
+        assert abs(thing.y - (thing.row + 0.5) * 20) <= 3.01
 
 
 @pytest.mark.parametrize(

@@ -121,11 +121,15 @@ def test_paired_difference_uses_the_same_draws():
     rng = random.Random(1)
     first = [rng.random() for _ in range(50)]
     columns = {"a": [x + 0.1 for x in first], "b": first, "n": [1.0] * 50}
-    found, p = statistics.resample(columns, [str(i) for i in range(50)], draws=400).difference(("a", "b"), ("n", "n"), n=50)
+    found, p = statistics.resample(columns, [str(i) for i in range(50)], draws=400).difference(
+        ("a", "b"), ("n", "n"), n=50
+    )
     assert found.value == pytest.approx(0.1)
     assert found.ci95 == pytest.approx((0.1, 0.1))
     assert p < 0.01
-    same, p = statistics.resample(columns, [str(i) for i in range(50)], draws=400).difference(("a", "a"), ("n", "n"), n=50)
+    same, p = statistics.resample(columns, [str(i) for i in range(50)], draws=400).difference(
+        ("a", "a"), ("n", "n"), n=50
+    )
     assert (same.value, p) == (0.0, 1.0)
 
 

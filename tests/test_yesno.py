@@ -25,7 +25,9 @@ def test_worked_example(reading):
     rows = [row.numbers for row in scored(REPLIES, GOLD)]
     assert [sum(row[reading + cell] for row in rows) for cell in ("tp", "fp", "tn", "fn")] == [2, 1, 2, 1]
     found = yesno.figures(rows, reading=reading)
-    assert found == pytest.approx({"accuracy": 2 / 3, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 0.5})
+    assert found == pytest.approx(
+        {"accuracy": 2 / 3, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 0.5}
+    )
 
 
 def test_real_run_of_2910_questions():
@@ -38,7 +40,9 @@ def test_real_run_of_2910_questions():
 
 def test_constant_answers():
     found = yesno.constant_answers(["yes", "no"] * 5)
-    assert found["always_yes"] == pytest.approx({"accuracy": 0.5, "precision": 0.5, "recall": 1, "f1": 2 / 3, "yes_ratio": 1})
+    assert found["always_yes"] == pytest.approx(
+        {"accuracy": 0.5, "precision": 0.5, "recall": 1, "f1": 2 / 3, "yes_ratio": 1}
+    )
     assert found["always_no"] == {"accuracy": 0.5, "precision": None, "recall": 0, "f1": 0, "yes_ratio": 0}
 
 

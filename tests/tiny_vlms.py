@@ -27,7 +27,8 @@ _CORPUS = [
 _ROLE_LOOP = "{% for message in messages %}"
 _BLOCKS = (
     "{{% if message['content'] is string %}}{{{{ message['content'] }}}}{{% else %}}{{% for block in message['content'] %}}"
-    "{{% if block['type'] == 'image' %}}{{{{ '{image}' }}}}{{% elif block['type'] == 'text' %}}{{{{ block['text'] }}}}{{% endif %}}"
+    "{{% if block['type'] == 'image' %}}{{{{ '{image}' }}}}{{% elif block['type'] == 'text' %}}{{{{ block['text'] }}}}"
+    "{{% endif %}}"
     "{{% endfor %}}{{% endif %}}"
 )
 
@@ -45,7 +46,10 @@ def _vicuna(image: str) -> str:
 def _chatml(image: str) -> str:
     """Qwen-VL, LLaVA-OneVision, InternVL."""
     return (
-        _ROLE_LOOP + r"{{ '<|im_start|>' + message['role'] + '\n' }}" + _BLOCKS.format(image=image) + r"{{ '<|im_end|>\n' }}"
+        _ROLE_LOOP
+        + r"{{ '<|im_start|>' + message['role'] + '\n' }}"
+        + _BLOCKS.format(image=image)
+        + r"{{ '<|im_end|>\n' }}"
         r"{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
 
@@ -64,7 +68,9 @@ def _gemma(image: str) -> str:
     """Gemma3: the assistant is called `model`, and text is trimmed."""
     blocks = _BLOCKS.format(image=image).replace("block['text']", "block['text'] | trim")
     return (
-        "{{ bos_token }}" + _ROLE_LOOP + "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+        "{{ bos_token }}"
+        + _ROLE_LOOP
+        + "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
         r"{{ '<start_of_turn>' + role + '\n' }}" + blocks + r"{{ '<end_of_turn>\n' }}{% endfor %}"
         r"{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
     )
@@ -72,10 +78,16 @@ def _gemma(image: str) -> str:
 
 def _plain(image: str) -> str:
     """PaliGemma has no turns: picture, question, newline (added by the processor), answer."""
-    return _ROLE_LOOP + _BLOCKS.format(image=image) + "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    return (
+        _ROLE_LOOP
+        + _BLOCKS.format(image=image)
+        + "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
 
 
-def _tokenizer(extra: list[str], chat_template: str, named: dict[str, str] | None = None, *, eos: str = "<eos>", bos: bool = False):
+def _tokenizer(
+    extra: list[str], chat_template: str, named: dict[str, str] | None = None, *, eos: str = "<eos>", bos: bool = False
+):
     bpe = Tokenizer(models.BPE(unk_token=None))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -88,7 +100,9 @@ def _tokenizer(extra: list[str], chat_template: str, named: dict[str, str] | Non
     )
     bpe.train_from_iterator(_CORPUS, trainer)
     if bos:
-        bpe.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bpe.token_to_id("<bos>"))])
+        bpe.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", bpe.token_to_id("<bos>"))]
+        )
     fast = T.PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token=eos,
@@ -255,7 +269,9 @@ def _internvl():
         "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
     }
-    words = _tokenizer(["<|im_start|>", "<|im_end|>", *named.values()], _chatml(r"<IMG_CONTEXT>\n"), named, eos="<|im_end|>")
+    words = _tokenizer(
+        ["<|im_start|>", "<|im_end|>", *named.values()], _chatml(r"<IMG_CONTEXT>\n"), named, eos="<|im_end|>"
+    )
     processor = T.InternVLProcessor(
         T.GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, crop_to_patches=True, max_patches=4),
         words,
@@ -340,6 +356,8 @@ def save_tiny(name: str, folder: str | Path, seed: int = 0) -> Path:
         for key, weight in model.named_parameters():
             if weight.dim() >= 2 and "embed" not in key:
                 weight.mul_(4.0)
+            if weight.dim() >= 2 and not weight.any():  # Gemma3's projector begins at zero: blind
+                weight.normal_(std=0.2)
     model.generation_config = T.GenerationConfig(
         bos_token_id=processor.tokenizer.bos_token_id,
         eos_token_id=processor.tokenizer.eos_token_id,
@@ -359,7 +377,7 @@ def picture(seed: int, size: tuple[int, int] = (40, 48)) -> Image.Image:
 
 
 def _rename_as_on_the_hub(file: Path) -> None:
-    """transformers 5 saves a fresh LLaVA as `vision_tower.*`; checkpoints on the Hub, and vLLM, say `vision_tower.vision_model.*`."""
+    """transformers 5 saves a fresh LLaVA as `vision_tower.*`; the Hub and vLLM say `vision_tower.vision_model.*`."""
     ours, hub = "vision_tower.", "vision_tower.vision_model."
     named = {
         hub + key.removeprefix(ours) if key.startswith(ours) and not key.startswith(hub) else key: value

@@ -13,18 +13,16 @@ from typing import Any
 import torch
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from prefalign import families
 from prefalign.engines import Completion, Request, Sampling
+from prefalign.engines.sampling import RowNoise, check_sampling
 from prefalign.models import ModelConfig, fingerprint, load_model, load_processor
-from prefalign.records import placeholder_count, row_seed
+from prefalign.records import placeholder_count
 from prefalign.text import first_sentence
 
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -54,7 +52,9 @@ class TransformersEngine:
         self.fingerprint = fingerprint
         self.config = families.core(model).config
         self.ends = families.end_token_ids(processor, families.core(model).generation_config)
-        self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        self.pad = (
+            self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        )
         self.banned = families.banned_token_ids(processor, self.config, keep=self.ends)
         self.context = families.context_length(self.config)
         self._visual_tokens = families.visual_tokens(processor, self.config)
@@ -72,7 +72,7 @@ class TransformersEngine:
             sampling: how to draw. The noise of a row depends on its id and seed, the step and the token, so neither order nor
                 batch changes what is drawn.
         """
-        _check_sampling(sampling)
+        check_sampling(sampling)
         done: dict[int, Completion] = {}
         for rows in self._batches(requests, [""] * len(requests), done):
             for row, completion in zip(rows.rows, self._generate(rows, sampling), strict=True):
@@ -107,7 +107,12 @@ class TransformersEngine:
                 f"request {request.id} has {placeholders} image placeholder(s) for {len(request.images)} picture(s). "
                 "Write one for each picture."
             )
-        blocks = [block["text"] for message in request.messages for block in message["content"] if block["type"] == "text"]
+        hidden = request.image_mask
+        if hidden is not None and not 0 <= hidden.share <= 1:
+            return f"request {request.id}: the share of image tokens to hide must be in [0, 1], got {hidden.share}."
+        blocks = [
+            block["text"] for message in request.messages for block in message["content"] if block["type"] == "text"
+        ]
         for text in (*blocks, request.prefix, answer):
             for token in self._visual_tokens:
                 if token in text:
@@ -154,7 +159,9 @@ class TransformersEngine:
         image_tokens = dict(zip(sizes, families.image_lengths(self.processor, sizes), strict=True))
         texts = self.tokenizer([row.prompt for row in rows], add_special_tokens=False).input_ids if rows else []
         return {
-            row.index: len(ids) + len(row.tail) + sum(image_tokens[image.height, image.width] for image in row.request.images)
+            row.index: len(ids)
+            + len(row.tail)
+            + sum(image_tokens[image.height, image.width] for image in row.request.images)
             for row, ids in zip(rows, texts, strict=True)
         }
 
@@ -162,12 +169,15 @@ class TransformersEngine:
         """Processor, tails, positions and masks of some rows; rows that the processor or the context refuses go to `failed`."""
         try:
             tensors = self._process(rows)
-        except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+        except (ValueError, TypeError, IndexError, RuntimeError, ZeroDivisionError) as error:
             if len(rows) == 1:
                 failed[rows[0].index] = _error(rows[0], f"the processor refused the prompt or its picture: {error}")
                 return _Batch()
             halves = [self._encode(half, failed).rows for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :])]
-            return self._encode([*halves[0], *halves[1]], failed) if any(halves) else _Batch()
+            good = [*halves[0], *halves[1]]
+            if len(good) == len(rows):
+                raise
+            return self._encode(good, failed) if good else _Batch()
         lengths = tensors["attention_mask"].sum(1).tolist()
         fitting = []
         for row, length in zip(rows, lengths, strict=True):
@@ -211,6 +221,7 @@ class TransformersEngine:
         width = max(length + len(tail) for length, tail in zip(lengths, tails, strict=True))
         suffix_type = int(families.rewrites_prompt(self.processor))
         fill = {"input_ids": self.pad, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0}
+        mark = {"attention_mask": 1, "token_type_ids": suffix_type, "mm_token_type_ids": 0}
         result = dict(tensors)
         for name in _PER_TOKEN:
             if name not in tensors:
@@ -221,8 +232,7 @@ class TransformersEngine:
                 start = width - length - len(tail)
                 new[index, start : start + length] = old[index, old.shape[1] - length :]
                 if tail:
-                    value = {"input_ids": torch.tensor(tail), "attention_mask": 1, "token_type_ids": suffix_type}
-                    new[index, start + length :] = value.get(name, 0)
+                    new[index, start + length :] = torch.tensor(tail) if name == "input_ids" else mark[name]
             result[name] = new
         return result
 
@@ -259,7 +269,7 @@ class TransformersEngine:
 
     def _generate(self, batch: _Batch, sampling: Sampling) -> list[Completion]:
         width = batch.tensors["input_ids"].shape[1]
-        noise = _RowNoise([row.request for row in batch.rows], sampling, self.banned, len(self.tokenizer), width)
+        noise = RowNoise([row.request for row in batch.rows], sampling, self.banned, len(self.tokenizer), width)
         stop = _RowStop(self, batch, width)
         settings = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
@@ -347,64 +357,6 @@ class _Batch:
     lengths: list[int] = field(default_factory=list)
 
 
-class _RowNoise(LogitsProcessor):
-    """Ban tokens, apply temperature, top-k and top-p, and add Gumbel noise, whose argmax is a draw from the softmax."""
-
-    def __init__(self, requests: Sequence[Request], sampling: Sampling, banned: list[int], words: int, width: int):
-        self.seeds = torch.tensor([row_seed(request.seed, request.id) for request in requests])
-        self.sampling = sampling
-        self.banned = banned
-        self.words = words
-        self.width = width
-        self.warpers: list[Any] = []
-        if sampling.top_k > 0:
-            self.warpers.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            self.warpers.append(TopPLogitsWarper(sampling.top_p))
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores[:, self.banned] = float("-inf")
-        scores[:, self.words :] = float("-inf")  # rows that round the embedding up to a multiple have no token
-        if self.sampling.temperature == 0:
-            return scores
-        scores = scores / self.sampling.temperature
-        for warper in self.warpers:
-            scores = warper(input_ids, scores)
-        self.seeds = self.seeds.to(scores.device)
-        return scores + gumbel_noise(self.seeds, input_ids.shape[1] - self.width, scores.shape[1])
-
-
-def gumbel_noise(seeds: torch.Tensor, step: int, size: int) -> torch.Tensor:
-    """Standard Gumbel noise as a pure function of (seed, step, index), the same on every device.
-
-    The bits are those of SplitMix64 (Steele, Lea and Flood 2014), keyed by seed and step and counted by index.
-
-    Args:
-        seeds: (B,) int64, one of each row.
-        step: number of the generated token.
-        size: V.
-
-    Returns:
-        (B, V) float32.
-    """
-    keys = _mix(seeds + _wrap(step * 0xD1342543DE82EF95 + 1))
-    counts = torch.arange(1, size + 1, device=seeds.device) * _wrap(0x9E3779B97F4A7C15)
-    bits = (_mix(keys[:, None] + counts) >> 11) & (2**53 - 1)
-    # float32 keeps small u exactly; they are the large noise that decides
-    uniform = ((bits.float() + 0.5) * 2.0**-53).clamp(max=1 - 2.0**-24)
-    return -torch.log(-torch.log1p(-uniform))
-
-
-def _wrap(value: int) -> int:
-    return (value + 2**63) % 2**64 - 2**63
-
-
-def _mix(value: torch.Tensor) -> torch.Tensor:
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        value = (value ^ ((value >> shift) & (2 ** (64 - shift) - 1))) * _wrap(factor)
-    return value ^ ((value >> 31) & (2**33 - 1))
-
-
 class _RowStop(StoppingCriteria):
     """Stop a row at a certain sentence end, or where the context is full. `stopped` has the number of its new tokens."""
 
@@ -427,7 +379,11 @@ class _RowStop(StoppingCriteria):
         if self.sentences and self.marks is not None:
             recent = input_ids[:, max(self.width, input_ids.shape[1] - 3) :].cpu()
             for index in self.sentences:
-                if index not in self.stopped and self.marks[recent[index]].any() and self._ended(index, input_ids[index]):
+                if (
+                    index not in self.stopped
+                    and self.marks[recent[index]].any()
+                    and self._ended(index, input_ids[index])
+                ):
                     self.stopped[index] = new
         done = torch.zeros(len(self.rows), dtype=torch.bool, device=input_ids.device)
         if self.stopped:
@@ -457,16 +413,3 @@ def _certain_sentence(prefix: str, text: str) -> str | None:
 
 def _error(row: _Row, reason: str) -> Completion:
     return Completion(row.request.id, "", finish_reason="error", error=f"request {row.request.id}: {reason}")
-
-
-def _check_sampling(sampling: Sampling) -> None:
-    problems = [
-        (sampling.max_new_tokens < 1, f"max_new_tokens must be at least 1, got {sampling.max_new_tokens}"),
-        (sampling.temperature < 0, f"temperature must be 0 (greedy) or more, got {sampling.temperature}"),
-        (not 0 < sampling.top_p <= 1, f"top_p must be in (0, 1], got {sampling.top_p}; 1 cuts nothing"),
-        (sampling.top_k < 0, f"top_k must be 0 (cuts nothing) or more, got {sampling.top_k}"),
-        (sampling.repetition_penalty <= 0, f"repetition_penalty must be above 0, got {sampling.repetition_penalty}"),
-    ]
-    for wrong, message in problems:
-        if wrong:
-            raise ValueError(message + ".")

@@ -1,12 +1,12 @@
 """Evaluation: load -> ask -> parse -> score -> statistics, one file per benchmark, every per-item answer kept.
 
-    chair.py        what a caption names that is not there, and what it misses
-    yesno.py        POPE-style questions
-    attributes.py   short answers: colour, count, place
-    reliance.py     the same questions under another picture, or none
-    asking.py       engine -> predictions.jsonl, resumable
-    statistics.py   cluster bootstrap, paired tests (scipy)
-    summary.py      items -> metrics, comparison of two runs, table
+chair.py        what a caption names that is not there, and what it misses
+yesno.py        POPE-style questions
+attributes.py   short answers: colour, count, place
+reliance.py     the same questions under another picture, or none
+asking.py       engine -> predictions.jsonl, resumable
+statistics.py   cluster bootstrap, paired tests (scipy)
+summary.py      items -> metrics, comparison of two runs, table
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Prediction:
 
 @dataclass
 class Scored:
-    """What one reply is worth. Only status `ok` and `unparsed` carry `numbers`; an empty reply or an error is never a score.
+    """What one reply is worth. An empty reply or an error is never a score: it carries no `numbers` that a metric is made of.
 
     Attributes:
         parsed: what was understood.

@@ -16,9 +16,15 @@ from prefalign.evals import Item, Prediction, Scored, reply_status
 from prefalign.images import read_image
 from prefalign.records import user_message
 
-NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-           "eighteen nineteen twenty").split()  # fmt: skip
-_WORDS = {word: str(number) for number, word in enumerate(NUMBERS)} | {"gray": "grey", "center": "centre", "color": "colour"}
+NUMBERS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+)  # fmt: skip
+_WORDS = {word: str(number) for number, word in enumerate(NUMBERS)} | {
+    "gray": "grey",
+    "center": "centre",
+    "color": "colour",
+}
 _ARTICLES = {"a", "an", "the"}
 
 
@@ -51,7 +57,7 @@ def score(item: Item, prediction: Prediction | None) -> Scored:
     """Compare a reply with `item.label`.
 
     Returns:
-        numbers: `asked` (1) and `correct`.
+        numbers: `asked` (1), `words` and `correct`.
 
     Raises:
         ValueError: if the item has no label, or one that is not among its choices.
@@ -66,7 +72,7 @@ def score(item: Item, prediction: Prediction | None) -> Scored:
     if status is not None or prediction is None:
         return Scored("attributes", item.id, item.group, status or "error", item.kind)
     parsed = parse(prediction.text, item.choices)
-    numbers = {"asked": 1.0, "correct": float(parsed == gold)}
+    numbers = {"asked": 1.0, "words": float(len(prediction.text.split())), "correct": float(parsed == gold)}
     return Scored("attributes", item.id, item.group, "unparsed" if parsed is None else "ok", item.kind, parsed, numbers)
 
 
@@ -89,16 +95,20 @@ def read_short(questions: str | Path, images: str | Path | None = None) -> list[
     """
     path = Path(questions)
     items: dict[str, Item] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         row = json.loads(line)
         missing = [key for key in ("id", "image", "question", "answer") if key not in row]
         if missing:
-            raise ValueError(f"{path.name} line {number} lacks {', '.join(missing)}; short-answer lines have id, image, question, answer.")
+            raise ValueError(
+                f"{path.name} line {number} lacks {', '.join(missing)}; short-answer lines have id, image, question, answer."
+            )
         name = str(row["id"])
         if name in items:
-            raise ValueError(f"{path.name} line {number} repeats id {name!r}; answers are joined on ids. Make them distinct.")
+            raise ValueError(
+                f"{path.name} line {number} repeats id {name!r}; answers are joined on ids. Make them distinct."
+            )
         items[name] = Item(
             eval="attributes",
             id=name,

@@ -5,9 +5,10 @@
     recall = sum of |set(m) & G| / sum of |G|
 
 Source: Rohrbach et al. 2018, arXiv 1809.02156; LisaAnne/Hallucination `utils/chair.py`; recall as in CHAIR-metric-standalone.
-`original` reads captions as the released code does, with its quirks: "bus" loses its s and is never counted while "buses" is;
-a synonym with a stray leading blank or a missing one never matches; only two-word names of its own list are merged. `robust` counts all of
-these. In both, the colour "orange" counts as the fruit where the table has it, and "no dog" as a mention.
+`original` reads captions as the released code does, with its quirks: "bus" loses its s and is never counted while "buses"
+is; a synonym with a stray leading blank or a missing one never matches; only two-word names of its own list are merged.
+`robust` counts all of these. In both, the colour "orange" counts as the fruit where the table has it, and "no dog" as a
+mention.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from prefalign.evals import Item, Prediction, Scored, reply_status
 Parser = Literal["robust", "original"]
 
 TWO_WORD_NAMES = (
-    "air plane, baseball bat, baseball glove, bow tie, cell phone, fire hydrant, hair drier, home plate, hot dog, "
-    "laptop computer, mobile phone, motor bike, motor cycle, parking meter, potted plant, sports ball, stop light, stop sign, "
-    "street light, suit case, teddy bear, tennis racket, traffic light, traffic signal, wine glass"
-).split(", ")
+    "air plane", "baseball bat", "baseball glove", "bow tie", "cell phone", "fire hydrant", "hair drier", "home plate",
+    "hot dog", "laptop computer", "mobile phone", "motor bike", "motor cycle", "parking meter", "potted plant", "sports ball",
+    "stop light", "stop sign", "street light", "suit case", "teddy bear", "tennis racket", "traffic light", "traffic signal",
+    "wine glass",
+)  # fmt: skip
 ANIMALS = ("animal", "bear", "bird", "cat", "cow", "cub", "dog", "elephant", "giraffe", "horse", "sheep", "zebra")
 
 _TOKEN = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*|[^\sa-z0-9]")
@@ -35,7 +37,18 @@ _IRREGULAR = {"people": "person", "children": "child", "men": "man", "geese": "g
               "leaves": "leaf", "loaves": "loaf", "oxen": "ox", "axes": "axe"}  # fmt: skip
 _MICE = {"mice": "mouse"}
 _UNCHANGED = ("scissors", "news", "series", "species", "pliers", "shears", "clippers", "chassis", "rice")
-_KEPT_PLURALS = ("cookies", "doggies", "veggies", "birdies", "beanies", "collies", "cuties", "aunties", "pixies", "zombies")
+_KEPT_PLURALS = (
+    "cookies",
+    "doggies",
+    "veggies",
+    "birdies",
+    "beanies",
+    "collies",
+    "cuties",
+    "aunties",
+    "pixies",
+    "zombies",
+)
 _ORIGINAL_RULES = [
     (re.compile(pattern + "$"), replacement)
     for pattern, replacement in (
@@ -69,7 +82,9 @@ class Vocabulary:
             ValueError: for a name that the synonym table does not have.
         """
         if name not in self.nodes:
-            raise ValueError(f"category {name!r} is not in the synonym table, so its mentions cannot be checked. Add it there.")
+            raise ValueError(
+                f"category {name!r} is not in the synonym table, so its mentions cannot be checked. Add it there."
+            )
         return self.nodes[name]
 
 
@@ -85,7 +100,12 @@ def vocabulary(synonyms: Mapping[str, Sequence[str]], *, parser: Parser = "robus
     if parser == "original":
         nodes = {name: node for node, names in synonyms.items() for name in names}
     else:
-        listed = [(" ".join(name.split()), node) for node, names in synonyms.items() for raw in names for name in raw.split(",")]
+        listed = [
+            (" ".join(name.split()), node)
+            for node, names in synonyms.items()
+            for raw in names
+            for name in raw.split(",")
+        ]
         nodes = {name: node for name, node in reversed(listed) if name} | {node: node for node in synonyms}
     merges = {name: name for name in TWO_WORD_NAMES}
     if parser == "robust":
@@ -192,7 +212,7 @@ def read_coco_truth(
 
 
 def read_captions(path: str | Path) -> dict[int, str]:
-    """Generated captions: JSONL of `{"image_id", "caption"}` (OPERA, lmms-eval), a JSON list of them, or the original's `imgToEval`.
+    """Generated captions: JSONL of `{"image_id", "caption"}` (OPERA, lmms-eval), a list of them, or the original's `imgToEval`.
 
     Raises:
         ValueError: for a row without these keys, or a picture with two captions.
@@ -202,13 +222,15 @@ def read_captions(path: str | Path) -> dict[int, str]:
     try:
         content: Any = json.loads(text)
     except json.JSONDecodeError:
-        content = [json.loads(line) for line in text.splitlines() if line.strip()]
+        content = [json.loads(line) for line in text.split("\n") if line.strip()]
     if isinstance(content, dict):
         content = list(content["imgToEval"].values()) if "imgToEval" in content else [content]
     found: dict[int, str] = {}
     for number, row in enumerate(content, 1):
         if "image_id" not in row or "caption" not in row:
-            raise ValueError(f"{path.name} row {number} has {', '.join(sorted(row))}; CHAIR reads `image_id` and `caption`.")
+            raise ValueError(
+                f"{path.name} row {number} has {', '.join(sorted(row))}; CHAIR reads `image_id` and `caption`."
+            )
         image_id = int(row["image_id"])
         if image_id in found:
             raise ValueError(f"{path.name} has two captions for picture {image_id}; which one counts? Keep one.")

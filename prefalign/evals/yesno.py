@@ -44,7 +44,7 @@ def score(item: Item, prediction: Prediction | None) -> Scored:
     """Compare a reply with `item.label` in both readings.
 
     Returns:
-        numbers: `asked` (1), `correct`, `tp`, `fp`, `fn`, `tn`, `said_yes`, `gold_yes`, and the same with `strict_` before.
+        numbers: `asked` (1), `words`, `gold_yes`; `correct`, `tp`, `fp`, `fn`, `tn`, `said_yes`, and these with `strict_` before.
 
     Raises:
         ValueError: if the item's label is neither `yes` nor `no`.
@@ -55,7 +55,8 @@ def score(item: Item, prediction: Prediction | None) -> Scored:
     if status is not None or prediction is None:
         return Scored("yesno", item.id, item.group, status or "error", item.kind)
     parsed = robust(prediction.text)
-    numbers = {"asked": 1.0, "gold_yes": float(item.label == "yes"), **_cells(parsed, item.label)}
+    numbers = {"asked": 1.0, "words": float(len(prediction.text.split())), "gold_yes": float(item.label == "yes")}
+    numbers |= _cells(parsed, item.label)
     numbers |= {f"strict_{name}": value for name, value in _cells(strict(prediction.text), item.label).items()}
     return Scored("yesno", item.id, item.group, "unparsed" if parsed is None else "ok", item.kind, parsed, numbers)
 
@@ -109,7 +110,9 @@ def read_pope(questions: str | Path, images: str | Path | None = None, *, suffix
     for number, row in enumerate(_jsonl(path), 1):
         missing = [key for key in ("image", "text", "label") if key not in row]
         if missing:
-            raise ValueError(f"{path.name} line {number} lacks {', '.join(missing)}; POPE lines have question_id, image, text, label.")
+            raise ValueError(
+                f"{path.name} line {number} lacks {', '.join(missing)}; POPE lines have question_id, image, text, label."
+            )
         pictures: list[EncodedImage] = [read_image(Path(images) / row["image"])] if images is not None else []
         items.append(
             Item(
@@ -143,7 +146,9 @@ def read_pope_answers(path: str | Path, items: Sequence[Item]) -> list[Predictio
         asked = item.messages[-1]["content"][-1]["text"]
         given = str(row.get("question", asked)).strip()
         if not (given.startswith(asked) or asked.startswith(given)):
-            raise ValueError(f"{Path(path).name} line {number} answers {given!r}, but question {number} is {asked!r}; order differs.")
+            raise ValueError(
+                f"{Path(path).name} line {number} answers {given!r}, but question {number} is {asked!r}; order differs."
+            )
         if "answer" not in row:
             raise ValueError(f"{Path(path).name} line {number} has no `answer`.")
         predictions.append(Prediction("yesno", item.id, item.group, asked, str(row["answer"])))
@@ -151,7 +156,7 @@ def read_pope_answers(path: str | Path, items: Sequence[Item]) -> list[Predictio
 
 
 def _jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def _ratio(above: float, below: float) -> float | None:

@@ -1,6 +1,5 @@
 """Self-contained HTML reports: one file, no requests, light and dark, readable on a phone.
 
-`pairs.write_pair_report` shows a folder of pairs, `runs.write_run_report` a training run before and after,
-`examples.choose_examples` finds the answers that changed most. Everything a page shows is escaped, and its
-Content-Security-Policy lets nothing in or out.
+`pairs.write_pair_report` shows a folder of pairs, `runs.write_run_report` a training run before and after. Everything a
+page shows is escaped, and its Content-Security-Policy lets nothing in or out.
 """

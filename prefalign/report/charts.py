@@ -15,6 +15,7 @@ WIDTH = 340
 HEIGHT = 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 34
 MAX_POINTS = 300
+STYLES = {"rejected": 1, "held out": 2}  # how a curve is drawn, by its label; others are 0
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Chart:
     note: str = ""
 
 
-def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers, about `count` of them, that cover [low, high] from the inside (1, 2, 2.5 or 5 times a power of ten)."""
     if not high > low:
         return [low]
@@ -59,7 +60,9 @@ def short(value: float) -> str:
     return text.replace("-", "\u2212")
 
 
-def line_chart(title: str, series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: str = "step") -> Chart | None:
+def line_chart(
+    title: str, series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: str = "step"
+) -> Chart | None:
     """Curves over steps.
 
     Args:
@@ -81,7 +84,7 @@ def line_chart(title: str, series: Mapping[str, Sequence[tuple[float, float]]], 
     y_low, y_high = _range([y for _, y in everything], pad=0.06)
     across, up = _scales(x_low, x_high, y_low, y_high)
     drawn = []
-    for number, (label, points) in enumerate(series.items()):
+    for label, points in series.items():
         step = max(1, math.ceil(len(points) / MAX_POINTS))
         kept = [point for i, point in enumerate(points) if i % step == 0 or i == len(points) - 1]
         dots = [
@@ -89,7 +92,7 @@ def line_chart(title: str, series: Mapping[str, Sequence[tuple[float, float]]], 
             for x, y in kept
             if math.isfinite(x) and math.isfinite(y)
         ]
-        drawn.append({"label": label, "number": number, "path": _path(kept, across, up), "dots": dots,
+        drawn.append({"label": label, "style": STYLES.get(label, 0), "path": _path(kept, across, up), "dots": dots,
                       "last": short(finite[label][-1][1]) if finite[label] else ""})  # fmt: skip
     note = f"{lost} value{'s' * (lost != 1)} not finite" if lost else ""
     return Chart(title, x_label, WIDTH, HEIGHT, [Tick(across(x), short(x)) for x in nice_ticks(x_low, x_high)],
@@ -124,11 +127,11 @@ def histogram(
     if whole:
         step = math.ceil(step)
     start = math.floor(low / step + 1e-9) * step
-    number = max(1, int(math.floor((high - start) / step + 1e-9)) + 1)
+    number = max(1, math.floor((high - start) / step + 1e-9) + 1)
     heights = {label: [0] * number for label in series}
     for label, values in series.items():
         for value, count in values.items():
-            heights[label][min(number - 1, int(math.floor((value - start) / step + 1e-9)))] += count
+            heights[label][min(number - 1, math.floor((value - start) / step + 1e-9))] += count
     most = max(max(row) for row in heights.values())
     across, up = _scales(start, start + number * step, 0, most * 1.06)
     slot = across(start + step) - across(start)
@@ -140,8 +143,9 @@ def histogram(
             if count:
                 left, right = start + i * step, start + (i + 1) * step
                 reach = _bin_name(left, right, whole, last=i == number - 1 and top > high)
+                reach = f"{reach} {x_label}" if whole else f"{x_label} {reach}"
                 bars.append({"x": across(left) + index * wide, "y": up(count), "width": max(wide, 1.0),
-                             "height": up(0) - up(count), "title": f"{label}: {count:,} with {reach} {x_label}"})  # fmt: skip
+                             "height": up(0) - up(count), "title": f"{label}: {count:,} at {reach}"})  # fmt: skip
         drawn.append({"label": label, "number": index, "bars": bars})
     x_ticks = [Tick(across(x), short(x)) for x in nice_ticks(start, start + number * step, 6)]
     y_ticks = [Tick(up(y), short(y)) for y in nice_ticks(0, most * 1.06) if y == int(y)]
@@ -168,7 +172,7 @@ def intervals(
         return None
     low, high = _range([*numbers, 0.0] if zero else numbers, pad=0.05)
     labels = list(dict.fromkeys(label for _, marks in rows for label in marks))
-    row_height = 24 + 11 * len(labels)
+    row_height = 26 + 11 * len(labels)
     height = TOP + row_height * len(rows) + BOTTOM
     left = 14
     across = _linear(low, high, left, WIDTH - RIGHT - 4)
@@ -179,9 +183,9 @@ def intervals(
         for label, (value, start, stop) in marks.items():
             number = labels.index(label)
             points.append({"x": across(value), "from": across(start), "to": across(stop), "number": number,
-                           "y": top + 24 + number * 11,
+                           "y": top + 25 + number * 11,
                            "title": f"{name}, {label}: {short(value)} [{short(start)}, {short(stop)}]"})  # fmt: skip
-        drawn.append({"name": name, "y": top + 12, "line": top + row_height, "points": points})
+        drawn.append({"name": name, "top": top - 2, "y": top + 13, "points": points})
     ticks = [Tick(across(x), short(x)) for x in nice_ticks(low, high, 5)]
     origin = [Tick(across(0.0), "0")] if zero else []
     return Chart(title, x_label, WIDTH, height, ticks, origin, [{"rows": drawn, "labels": labels}])

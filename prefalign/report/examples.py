@@ -4,12 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefalign.images import EncodedImage
+from prefalign.images import EncodedImage, read_image
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question and its answers before and after.
+
+    Attributes:
+        id: identity of the item.
+        image: its picture, if the evaluation kept a copy.
+        prompt: text of the question.
+        before: answer of the first model.
+        after: answer of the second model.
+        invented_before: names in `before` of things that are not in the picture, each once.
+        invented_after: the same for `after`.
+        recalled_before: names in `before` of things that are in the picture, each once.
+        recalled_after: the same for `after`.
+    """
+
+    id: str
+    image: EncodedImage | None
+    prompt: str
+    before: str
+    after: str
+    invented_before: list[str]
+    invented_after: list[str]
+    recalled_before: list[str]
+    recalled_after: list[str]
 
 
 @dataclass(frozen=True)
@@ -17,92 +43,94 @@ class Examples:
     """Answers before and after, and how common each change is.
 
     Attributes:
-        better: mappings with `id`, `image`, `prompt`, `before`, `after`, `invented_before`, `invented_after`,
-            `recalled_before`, `recalled_after`; the largest improvement first.
-        worse: the same, the largest deterioration first.
+        better: the largest improvement first.
+        worse: the largest deterioration first.
         fewer: number of answers that invent fewer objects than before.
         more: number of answers that invent more.
         same: number of answers that invent as many.
+        with_picture: number of answers whose picture was kept, if only these were chosen from; else 0.
     """
 
-    better: list[dict[str, Any]]
-    worse: list[dict[str, Any]]
+    better: list[Example]
+    worse: list[Example]
     fewer: int
     more: int
     same: int
+    with_picture: int = 0
 
 
-def choose_examples(
-    before: Path,
-    after: Path,
-    *,
-    pictures: Callable[[Mapping[str, Any]], EncodedImage | None],
-    count: int = 6,
-    name: str = "chair",
-) -> Examples:
-    """Choose by rule, not by taste: the largest change in invented objects, then in objects found, ties by a hash of the id.
+def choose_examples(before: Path, after: Path, *, count: int = 6) -> Examples:
+    """Choose captions by rule: the largest change in invented objects, then in objects found, ties by a hash of the id.
+
+    Where the first evaluation kept pictures, only items with a picture are chosen; the counts are over all.
 
     Args:
-        before: evaluation folder of the first model (`predictions.jsonl`, `items.jsonl`).
+        before: evaluation folder of the first model (`predictions.jsonl`, `items.jsonl` with `chair` items).
         after: evaluation folder of the second model, asked the same questions.
-        pictures: gives the picture of a row of `predictions.jsonl`.
         count: most examples of each kind.
-        name: evaluation whose items carry `hallucinated` and `recalled` lists.
 
     Returns:
         The examples and the counts over all items that both models answered.
 
     Raises:
-        ValueError: if a file is missing, or the folders share no scored item.
+        ValueError: if a file is missing, or the folders share no scored caption.
     """
-    old, new = _items(Path(before), name), _items(Path(after), name)
+    before, after = Path(before), Path(after)
+    old, new = _named(before), _named(after)
     shared = [key for key in old if key in new]
     if not shared:
         raise ValueError(
-            f"{before} and {after} share no scored item of {name!r} ({len(old)} and {len(new)} items): before and after "
-            "cannot be put side by side. Evaluate both models on the same questions."
+            f"{before} and {after} share no scored caption ({len(old)} and {len(new)} of them): before and after cannot be put "
+            "side by side. Evaluate both models on the same questions."
         )
-    asked_old, asked_new = _rows(Path(before) / "predictions.jsonl", name), _rows(Path(after) / "predictions.jsonl", name)
-    changes = []
+    asked, asked_after = _rows(before / "predictions.jsonl"), _rows(after / "predictions.jsonl")
+    changes = {}
     for key in shared:
-        invented = len(set(new[key]["hallucinated"])) - len(set(old[key]["hallucinated"]))
-        found = len(set(new[key].get("recalled", ()))) - len(set(old[key].get("recalled", ())))
-        changes.append((invented, -found, hashlib.sha256(key.encode()).hexdigest(), key))
-    changes.sort()
+        (invented, found), (invented_after, found_after) = old[key], new[key]
+        changes[key] = len(invented_after) - len(invented), len(found) - len(found_after)
+    pictured = [key for key in shared if asked[key].get("picture") and (before / asked[key]["picture"]).is_file()]
 
-    def example(key: str) -> dict[str, Any]:
-        return {
-            "id": key,
-            "image": pictures(asked_old[key]),
-            "prompt": asked_old[key]["prompt"],
-            "before": asked_old[key]["text"],
-            "after": asked_new[key]["text"],
-            "invented_before": sorted(set(old[key]["hallucinated"])),
-            "invented_after": sorted(set(new[key]["hallucinated"])),
-            "recalled_before": sorted(set(old[key].get("recalled", ()))),
-            "recalled_after": sorted(set(new[key].get("recalled", ()))),
-        }
+    def example(key: str) -> Example:
+        picture = asked[key].get("picture")
+        image = read_image(before / picture) if picture and (before / picture).is_file() else None
+        return Example(key, image, asked[key]["prompt"], asked[key]["text"], asked_after[key]["text"], old[key][0], new[key][0],
+                       old[key][1], new[key][1])  # fmt: skip
 
-    good = [change for change in changes if change[:2] < (0, 0)]
-    bad = sorted((change for change in changes if change[:2] > (0, 0)), key=lambda c: (-c[0], -c[1], c[2]))
+    def tie(key: str) -> str:
+        return hashlib.sha256(key.encode()).hexdigest()
+
+    pool = pictured or shared
+    better = sorted((key for key in pool if changes[key] < (0, 0)), key=lambda key: (changes[key], tie(key)))
+    worse = sorted(
+        (key for key in pool if changes[key] > (0, 0)), key=lambda key: (-changes[key][0], -changes[key][1], tie(key))
+    )
     return Examples(
-        better=[example(change[3]) for change in good[:count]],
-        worse=[example(change[3]) for change in bad[:count]],
-        fewer=sum(change[0] < 0 for change in changes),
-        more=sum(change[0] > 0 for change in changes),
-        same=sum(change[0] == 0 for change in changes),
+        better=[example(key) for key in better[:count]],
+        worse=[example(key) for key in worse[:count]],
+        fewer=sum(change[0] < 0 for change in changes.values()),
+        more=sum(change[0] > 0 for change in changes.values()),
+        same=sum(change[0] == 0 for change in changes.values()),
+        with_picture=len(pictured) if len(pictured) < len(shared) else 0,
     )
 
 
-def _items(folder: Path, name: str) -> dict[str, dict[str, Any]]:
-    rows = _rows(folder / "items.jsonl", name)
-    return {key: row for key, row in rows.items() if row.get("status", "ok") == "ok" and "hallucinated" in row}
+def _named(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
+    """Item id to (names invented, names recalled), each once, from `parsed` as `evals.chair` writes it: `circle, square!`."""
+    result = {}
+    for key, row in _rows(folder / "items.jsonl").items():
+        if row["status"] == "ok":
+            names = dict.fromkeys(name for name in (row["parsed"] or "").split(", ") if name)
+            result[key] = (
+                [name[:-1] for name in names if name.endswith("!")],
+                [name for name in names if name[-1] != "!"],
+            )
+    return result
 
 
-def _rows(file: Path, name: str) -> dict[str, dict[str, Any]]:
+def _rows(file: Path) -> dict[str, dict[str, Any]]:
     if not file.is_file():
         raise ValueError(
             f"{file} is not there: examples need the answers of both models. Give folders that an evaluation wrote."
         )
-    rows = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line)
-    return {str(row["id"]): row for row in rows if row.get("eval", name) == name}
+    rows = (json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line)
+    return {row["id"]: row for row in rows if row["eval"] == "chair"}

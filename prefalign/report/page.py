@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ HERE = Path(__file__).parent
 LONGEST_SIDE = 160  # pixels kept of a thumbnail
 SHOWN_SIDE = 128  # CSS pixels it is shown at
 MINUS = "\u2212"
+_WORDS = re.compile(r"\w+\s*|[^\w\s]\s*|\s+")
+_STOPS = (".", "!", "?")
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,15 @@ def write_page(template: str, output: Path, **values: Any) -> Path:
     output = output / "report.html" if output.is_dir() else output
     script = (HERE / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = _environment().get_template(template).render(
-        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),  # noqa: S704
-        script=Markup(script),  # noqa: S704
-        script_sha256=digest,
-        **values,
+    page = (
+        _environment()
+        .get_template(template)
+        .render(
+            style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+            script=Markup(script),
+            script_sha256=digest,
+            **values,
+        )
     )
     write_atomically(output, page.encode("utf-8", "replace"))
     return output
@@ -137,10 +144,37 @@ def marked(
     Returns:
         Pieces of `before` and pieces of `after`; their texts join to the two answers.
     """
-    pieces = word_diff(before, after)
-    old = [(text, op == "removed") for op, text in pieces if op != "added"]
-    new = [(text, op == "added") for op, text in pieces if op != "removed"]
+    old, new = _sides(before, after)
     return list(_pieces(old, before, invented_before)), list(_pieces(new, after, invented_after))
+
+
+def _sides(before: str, after: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+    """`word_diff` for the eye: (text, changed) parts of each side.
+
+    A word that differs only in the blanks after it (the last of a text) is not marked, and a sentence that one side adds is
+    marked from its first word to its full stop, not from the full stop before it.
+    """
+    old: list[tuple[str, bool]] = []
+    new: list[tuple[str, bool]] = []
+    removed: list[str] = []
+    added: list[str] = []
+    for op, text in [*word_diff(before, after), ("same", "")]:
+        words = _WORDS.findall(text)
+        if op != "same":
+            (removed if op == "removed" else added).extend(words)
+            continue
+        alike = 0
+        while alike < min(len(removed), len(added)) and removed[alike].strip() == added[alike].strip():
+            alike += 1
+        for side, change, other in ((old, removed[alike:], added[alike:]), (new, added[alike:], removed[alike:])):
+            side.append(("".join((removed if side is old else added)[:alike]), False))
+            if change and not other and words and change[0].strip() == words[0].strip() and change[0].strip() in _STOPS:
+                change, rest = [*change, words[0]], words[1:]
+                side += [(change[0], False), ("".join(change[1:]), True), ("".join(rest), False)]
+            else:
+                side += [("".join(change), True), (text, False)]
+        removed, added = [], []
+    return [part for part in old if part[0]], [part for part in new if part[0]]
 
 
 def _pieces(parts: list[tuple[str, bool]], text: str, invented: Sequence[str]) -> Iterator[Piece]:
@@ -155,7 +189,7 @@ def _pieces(parts: list[tuple[str, bool]], text: str, invented: Sequence[str]) -
         if changed:  # blanks at the end of a changed run stay unmarked
             cuts.add(start + len(part.rstrip()))
         edges = sorted(cuts)
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in pairwise(edges):
             inside = any(a <= low and high <= b for a, b in spans)
             yield Piece(text[low:high], changed and not text[low:high].isspace(), inside)
         start = stop
@@ -174,6 +208,10 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, st
 
 
 def _legible(value: Any) -> str:
+    """A value for people; of an absolute path only the name, for a report is shared and a machine's folders are not."""
+    if isinstance(value, Path) or (isinstance(value, str) and value.startswith(("/", "~/")) and "\n" not in value):
+        path = Path(value)
+        return f".../{path.name}" if path.is_absolute() or str(value).startswith("~") else str(path)
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -183,5 +221,5 @@ def _legible(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(_legible(item) for item in value) or "none"
     if isinstance(value, Mapping):
-        return "; ".join(f"{key}: {_legible(item)}" for key, item in value.items()) or "none"
+        return "; ".join(f"{key} {_legible(item)}" for key, item in value.items()) or "none"
     return str(value)

@@ -32,6 +32,47 @@ FLAGS = {
     "unreadable picture": "cannot be decoded (looked for in the pairs shown only)",
 }
 _WORD = re.compile(r"[^\W\d_]+")
+_FUNCTION_WORDS = frozenset(
+    [
+        "a",
+        "an",
+        "and",
+        "are",
+        "as",
+        "at",
+        "be",
+        "been",
+        "by",
+        "can",
+        "for",
+        "from",
+        "has",
+        "have",
+        "in",
+        "is",
+        "it",
+        "its",
+        "no",
+        "not",
+        "of",
+        "on",
+        "or",
+        "that",
+        "the",
+        "their",
+        "there",
+        "these",
+        "this",
+        "to",
+        "was",
+        "were",
+        "which",
+        "while",
+        "who",
+        "with",
+        "yes",
+    ]
+)
 
 
 @dataclass
@@ -46,7 +87,6 @@ class _Statistics:
     margin: Counter[float] = field(default_factory=Counter)
     flags: Counter[str] = field(default_factory=Counter)
     methods: Counter[str] = field(default_factory=Counter)
-    generators: Counter[str] = field(default_factory=Counter)
     pictures: int = 0
     rejected_pictures: int = 0
     one_sided: Counter[str] = field(default_factory=Counter)
@@ -67,8 +107,6 @@ class _Statistics:
             self.margin[float(f"{pair.margin:.3g}")] += 1
         self.flags.update(flags)
         self.methods[pair.method] += 1
-        if pair.meta.get("generator"):
-            self.generators[str(pair.meta["generator"])] += 1
         self.pictures += len(pair.images)
         self.rejected_pictures += len(pair.rejected_images)
         words = set(_WORD.findall(chosen.lower())), set(_WORD.findall(rejected.lower()))
@@ -122,17 +160,15 @@ def write_pair_report(folder: Path, output: Path, *, limit: int = 200) -> Path:
     return write_page("pairs.html.j2", output, extra=extra, **_overview(folder, manifest, stats, cards))
 
 
-def _overview(
-    folder: Path, manifest: Manifest, stats: _Statistics, cards: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _overview(folder: Path, manifest: Manifest, stats: _Statistics, cards: list[dict[str, Any]]) -> dict[str, Any]:
     dropped = sum(manifest.dropped.values())
+    lengths = {"chosen": stats.words_chosen, "rejected": stats.words_rejected}
     charts: list[Chart | None] = [
-        histogram("Length of the answers", {"chosen": stats.words_chosen, "rejected": stats.words_rejected},
-                  x_label="words", whole=True),  # fmt: skip
+        histogram("Length of the answers", lengths, x_label="words", whole=True),
         histogram("Similarity of chosen and rejected", {"pairs": stats.similarity}, x_label="similarity"),
         histogram("Margin", {"pairs": stats.margin}, x_label="margin"),
     ]
-    one_sided = [(word, number) for word, number in stats.one_sided.items() if number]
+    one_sided = [(word, number) for word, number in stats.one_sided.items() if number and word not in _FUNCTION_WORDS]
     one_sided.sort(key=lambda entry: (-entry[1], entry[0]))
     fewest = sorted(one_sided, key=lambda entry: (entry[1], entry[0]))
     names = list(FLAGS) + sorted(set(stats.flags) - set(FLAGS))
@@ -141,6 +177,9 @@ def _overview(
     orders += [("similarity", "Similarity")] if stats.similarity else []
     identity = dict(manifest.config)
     settings = identity.pop("settings", {})
+    counted = [f"{name} ({number:,})" for name, number in stats.methods.most_common()]
+    rest = {"stage": manifest.stage, "code_version": manifest.code_version, "seed": manifest.seed, "models": manifest.models,
+            "libraries": manifest.libraries, **identity}  # fmt: skip
     return {
         "title": folder.resolve().name,
         "version": prefalign.__version__,
@@ -149,23 +188,25 @@ def _overview(
         "cards": cards,
         "problems": _problems(manifest, stats, dropped),
         "dropped_total": dropped,
-        "methods": ", ".join(f"{name} ({number:,})" if len(stats.methods) > 1 else name
-                             for name, number in stats.methods.most_common()),  # fmt: skip
-        "generators": ", ".join(name for name, _ in stats.generators.most_common(3)),
+        "methods": ", ".join(counted if len(counted) > 1 else stats.methods),
+        "models": ", ".join(f"{role} {fingerprint[:16]}" for role, fingerprint in manifest.models.items()),
         "tiles": _tiles(manifest, stats, dropped),
-        "flags": [{"name": name, "meaning": FLAGS.get(name, "set by the stage"), "pairs": stats.flags[name]}
-                  for name in names if stats.flags[name]],  # fmt: skip
-        "vocabulary": {"chosen": [(word, number) for word, number in one_sided[:8] if number > 0],
-                       "rejected": [(word, -number) for word, number in fewest[:8] if number < 0]},  # fmt: skip
+        "flags": [
+            {"name": name, "meaning": FLAGS.get(name, "set by the stage"), "pairs": stats.flags[name]}
+            for name in names
+            if stats.flags[name]
+        ],
+        "vocabulary": {
+            "chosen": [(word, number) for word, number in one_sided[:8] if number > 0],
+            "rejected": [(word, -number) for word, number in fewest[:8] if number < 0],
+        },
         "histograms": [chart for chart in charts if chart is not None],
         "orders": orders,
         "provenance": {
             "settings": flattened(settings) or [("settings", "none")],
-            "rest": flattened({"stage": manifest.stage, "code_version": manifest.code_version, "seed": manifest.seed,
-                               "models": manifest.models, "libraries": manifest.libraries,
-                               **{key: value for key, value in identity.items() if key not in ("stage", "seed", "models")}}),
+            "rest": flattened(rest),
         },
-    }  # fmt: skip
+    }
 
 
 def _problems(manifest: Manifest, stats: _Statistics, dropped: int) -> list[str]:
@@ -209,7 +250,6 @@ def _card(number: int, pair: Pair, flags: list[str]) -> dict[str, Any]:
     similarity = _number(pair.meta.get("similarity"))
     facts = [("margin", _signed(pair.margin))] if pair.margin is not None else []
     facts += [("similarity", f"{similarity:.3g}")] if similarity is not None else []
-    facts += [(name, str(pair.meta[name])) for name in ("generator", "seed") if pair.meta.get(name) is not None]
     return {
         "number": number,
         "id": pair.id,
@@ -264,7 +304,11 @@ def _scores(scores: Any, side: str) -> list[str]:
         return [f"{name} {_plain(value)}" for name, value in found.items()]
     if found is not None:
         return [f"score {_plain(found)}"]
-    return [f"{name} {_plain(value[side])}" for name, value in scores.items() if isinstance(value, Mapping) and side in value]
+    return [
+        f"{name} {_plain(value[side])}"
+        for name, value in scores.items()
+        if isinstance(value, Mapping) and side in value
+    ]
 
 
 def _evenly(total: int, count: int) -> set[int]:
@@ -286,7 +330,7 @@ def _number(value: Any) -> float | None:
 
 
 def _plain(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}".replace("-", MINUS) if isinstance(value, float) else str(value)
 
 
 def _signed(value: float) -> str:

@@ -1,247 +1,81 @@
-"""The report of a run: did it help, by how much, what did it cost, and what do the answers look like now."""
+"""The report of a run from its folders: training logs, evaluations before and after, and the pairs it learnt from."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import prefalign
-from prefalign.report.charts import Chart, intervals, line_chart
-from prefalign.report.examples import Examples
-from prefalign.report.page import MINUS, flattened, marked, thumbnail, write_page
+from prefalign.config import read_yaml
+from prefalign.report.comparison import MODELS, write_comparison
+from prefalign.report.examples import choose_examples
 
-
-@dataclass(frozen=True)
-class Metric:
-    """How a metric is shown: `better` is -1 if lower is better, 1 if higher is, 0 if neither; a share is printed in %."""
-
-    name: str
-    meaning: str
-    better: int
-    share: bool = True
-
-
-METRICS = {
-    "chair_i": Metric("Invented objects", "CHAIRi: mentioned objects that are not in the picture", -1),
-    "chair_s": Metric("Answers that invent", "CHAIRs: answers with at least one invented object", -1),
-    "recall": Metric("Objects found", "recall: objects in the picture that are mentioned", 1),
-    "recall_clear": Metric("Clear objects found", "recall of clearly visible objects", 1),
-    "objects_per_caption": Metric("Objects per caption", "how much is said", 0, share=False),
-    "accuracy": Metric("Answer accuracy", "questions answered right", 1),
-    "reliance": Metric("Image reliance", "how far the answer needs the right picture", 1),
-}
-MODELS = {"base": "Base", "aligned": "Aligned", "sft_control": "SFT control"}
-CLASSES = {"Base": "base", "Aligned": "aligned", "SFT control": "sft"}
-DIFFERENCES = {"difference": "Aligned", "difference_sft": "SFT control"}
-TILES = ("chair_i", "recall", "accuracy", "objects_per_caption")
-PANELS: tuple[tuple[str, dict[str, str]], ...] = (
-    ("Loss", {"loss": "training", "eval_loss": "held out"}),
-    ("Reward margin", {"rewards/margins": "training", "eval_rewards/margins": "held out"}),
-    ("Reward accuracy", {"rewards/accuracies": "training", "eval_rewards/accuracies": "held out"}),
-    ("Log-probability of the answers", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
-    ("Rewards", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
-    ("Token accuracy", {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "held out"}),
-)
+RUN_CONFIG = "prefalign_config.yaml"
 
 
 def write_run_report(
     output: Path,
     *,
-    title: str,
-    summary: str,
-    results: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    histories: Mapping[str, Sequence[Mapping[str, Any]]],
-    examples: Examples | None = None,
-    config: Mapping[str, Any] | None = None,
-    links: Mapping[str, str] | None = None,
-    notes: Sequence[str] = (),
+    results: Mapping[str, Any],
+    runs: Mapping[str, Path],
+    evaluations: Mapping[str, Path],
+    config: Mapping[str, Any],
+    title: str = "Before and after alignment",
+    summary: str | None = None,
+    pairs_report: str | None = None,
 ) -> Path:
     """Write the report of a run as one HTML file.
 
     Args:
         output: HTML file to write; a folder gets a `report.html`.
+        results: `base`, `aligned` and perhaps `sft_control`, `difference`, `difference_sft`, each metric to `{"value", "ci95"}`
+            (see `write_comparison`); `verdict` is the summary if none is given.
+        runs: `aligned` and perhaps `sft_control` to the folder of a training run (`trainer_state.json` holds the curves).
+        evaluations: the same names and `base` to the folder of an evaluation.
+        config: resolved settings of the whole.
         title: heading.
         summary: the verdict in a sentence or two.
-        results: `base` and `aligned` (and `sft_control`) to metric to `{"value", "ci95"}`; `difference` (aligned minus base,
-            paired) and `difference_sft` (SFT control minus base) of the same form. Shares are fractions, not per cent.
-        histories: name of a training run to its TRL `log_history`.
-        examples: answers that got better and that got worse (`choose_examples`).
-        config: name of a section ("training", "provenance", ...) to its settings; nested mappings are flattened.
-        links: label to address of another report, relative to this one.
-        notes: what a reader must know of the numbers.
+        pairs_report: address of the pairs' report, relative to this one.
 
     Returns:
         The file written.
 
     Raises:
-        ValueError: if `base` or `aligned` has no results, or a link is not relative.
+        ValueError: if a run has no `trainer_state.json`, an evaluation lacks its answers, or results lack before or after.
     """
-    missing = [name for name in ("base", "aligned") if not results.get(name)]
-    if missing:
-        raise ValueError(
-            f"results have no {' and no '.join(missing)} (they have {', '.join(results) or 'nothing'}): there is no before and "
-            "after to show. Evaluate both models first."
-        )
-    for address in (links or {}).values():
-        if ":" in address or address.startswith("/"):
-            raise ValueError(
-                f"link {address!r} is not relative to the report, so it breaks when the folder is moved or shared. Give a path "
-                "from the report's folder."
-            )
-    models = {key: label for key, label in MODELS.items() if results.get(key)}
-    differences = {key: label for key, label in DIFFERENCES.items() if results.get(key)}
-    keys = [key for key in METRICS if any(key in results[model] for model in models)]
-    keys += sorted({key for model in models for key in results[model]} - set(METRICS))
-    return write_page(
-        "runs.html.j2",
-        Path(output),
+    sections: dict[str, Mapping[str, Any]] = {"Settings": config}
+    histories = {}
+    for name, folder in runs.items():
+        histories[MODELS.get(name, name)] = _history(Path(folder))
+        if (Path(folder) / RUN_CONFIG).is_file():
+            sections[f"Training: {MODELS.get(name, name)}"] = read_yaml(Path(folder) / RUN_CONFIG)
+    notes = []
+    for name, folder in evaluations.items():
+        measured = _json(Path(folder) / "results.json")
+        sections[f"Evaluation: {MODELS.get(name, name)}"] = {
+            key: measured[key] for key in ("model", "fingerprint", "settings") if key in measured
+        }
+        notes += [f"{MODELS.get(name, name)}: {note}" for note in measured.get("notes", ())]
+    both = "base" in evaluations and "aligned" in evaluations
+    return write_comparison(
+        output,
         title=title,
-        version=prefalign.__version__,
-        summary=summary,
-        tiles=[_tile(key, results) for key in TILES if key in keys],
-        models=list(models.values()),
-        differences=list(differences.values()),
-        rows=[_row(key, results, models, differences) for key in keys],
-        forests=_forests(keys, results, models, differences),
-        classes=CLASSES,
-        histories=[{"name": name, "charts": _panels(history)} for name, history in histories.items()],
-        examples=examples and {
-            "fewer": examples.fewer,
-            "more": examples.more,
-            "same": examples.same,
-            "kinds": [{"name": "Got better", "cards": [_card(example) for example in examples.better]},
-                      {"name": "Got worse", "cards": [_card(example) for example in examples.worse]}],
-        },
-        sections=[{"name": str(name).capitalize(), "rows": flattened(section if isinstance(section, Mapping) else {name: section})}
-                  for name, section in (config or {}).items()],
-        links=dict(links or {}),
-        notes=list(notes),
-    )  # fmt: skip
-
-
-def _metric(key: str) -> Metric:
-    return METRICS.get(key, Metric(key, "", 0, share=False))
-
-
-def number(value: float, *, share: bool, signed: bool = False) -> str:
-    """A metric as text: a share in per cent with one decimal, another number with two or more digits; a true minus sign."""
-    if not math.isfinite(value):
-        return "not finite"
-    sign = "+" if signed else ""
-    text = f"{100 * value:{sign}.1f}" if share else f"{value:{sign}.2f}" if abs(value) >= 0.1 else f"{value:{sign}.3g}"
-    return text.replace("-", MINUS)
-
-
-def _entry(found: Mapping[str, Any] | None, metric: Metric, *, signed: bool = False) -> dict[str, Any] | None:
-    if found is None:
-        return None
-    unit = "" if not metric.share else " points" if signed else " %"
-    interval = ""
-    if found.get("ci95") is not None:
-        low, high = (number(end, share=metric.share, signed=signed) for end in found["ci95"])
-        interval = f"{low} to {high}"
-    return {"value": number(found["value"], share=metric.share, signed=signed) + unit, "interval": interval,
-            **(_judgement(found, metric) if signed else {})}  # fmt: skip
-
-
-def _judgement(found: Mapping[str, Any], metric: Metric) -> dict[str, str]:
-    """The word and colour of a difference: only an interval that excludes 0 gets a colour."""
-    if found.get("ci95") is None:
-        return {"word": "no interval", "tone": ""}
-    low, high = found["ci95"]
-    if not (low > 0 or high < 0):
-        return {"word": "no clear change", "tone": ""}
-    direction = 1 if low > 0 else -1
-    if metric.better == 0:
-        return {"word": "more" if direction > 0 else "less", "tone": ""}
-    return {"word": "better", "tone": "good"} if direction == metric.better else {"word": "worse", "tone": "bad"}
-
-
-def _row(
-    key: str, results: Mapping[str, Any], models: Mapping[str, str], differences: Mapping[str, str]
-) -> dict[str, Any]:
-    metric = _metric(key)
-    hint = {-1: "\u2193 lower is better", 0: "", 1: "\u2191 higher is better"}[metric.better]
-    return {
-        "name": metric.name,
-        "meaning": metric.meaning,
-        "hint": hint,
-        "values": [_entry(results[model].get(key), metric) for model in models],
-        "changes": [_entry(results[name].get(key), metric, signed=True) for name in differences],
-    }
-
-
-def _tile(key: str, results: Mapping[str, Any]) -> dict[str, Any]:
-    metric = _metric(key)
-    return {
-        "name": metric.name,
-        "before": _entry(results["base"].get(key), metric),
-        "after": _entry(results["aligned"].get(key), metric),
-        "change": _entry((results.get("difference") or {}).get(key), metric, signed=True),
-    }
-
-
-def _forests(
-    keys: list[str], results: Mapping[str, Any], models: Mapping[str, str], differences: Mapping[str, str]
-) -> list[Chart]:
-    """Levels and paired differences of the metrics that are shares: they have one scale in common."""
-
-    def rows(columns: Mapping[str, str], arrows: bool) -> list[tuple[str, dict[str, tuple[float, float, float]]]]:
-        found = []
-        for key in keys:
-            metric = _metric(key)
-            if not metric.share:
-                continue
-            marks = {}
-            for column, label in columns.items():
-                entry = results[column].get(key)
-                if entry is not None and entry.get("ci95") is not None:
-                    three = (100 * entry["value"], 100 * entry["ci95"][0], 100 * entry["ci95"][1])
-                    if all(math.isfinite(value) for value in three):
-                        marks[label] = three
-            arrow = {-1: " (better: left)", 0: "", 1: " (better: right)"}[metric.better] if arrows else ""
-            if marks:
-                found.append((metric.name + arrow, marks))
-        return found
-
-    charts = [
-        intervals("Before and after", rows(models, False), x_label="%", zero=False),
-        intervals("Change against the base", rows(differences, True), x_label="points", zero=True),
-    ]
-    return [chart for chart in charts if chart is not None]
-
-
-def _panels(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    charts = []
-    for title, columns in PANELS:
-        series = {}
-        for key, label in columns.items():
-            points = [
-                (float(entry["step"]), float(entry[key]))
-                for entry in history
-                if isinstance(entry.get(key), (int, float)) and "step" in entry
-            ]
-            if points:
-                series[label] = points
-        chart = line_chart(title, series) if series else None
-        if chart is not None:
-            charts.append(chart)
-    return charts
-
-
-def _card(example: Mapping[str, Any]) -> dict[str, Any]:
-    before, after = marked(
-        example["before"],
-        example["after"],
-        invented_before=example["invented_before"],
-        invented_after=example["invented_after"],
+        summary=summary if summary is not None else results.get("verdict", ""),
+        results={name: values for name, values in results.items() if isinstance(values, Mapping)},
+        histories=histories,
+        examples=choose_examples(evaluations["base"], evaluations["aligned"]) if both else None,
+        config=sections,
+        links={"The pairs it learnt from": pairs_report} if pairs_report else None,
+        notes=notes,
     )
-    return {
-        **example,
-        "picture": thumbnail(example["image"]) if example["image"] is not None else None,
-        "pieces_before": before,
-        "pieces_after": after,
-    }
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    return _json(folder / "trainer_state.json")["log_history"]
+
+
+def _json(file: Path) -> Any:
+    if not file.is_file():
+        raise ValueError(f"{file} is not there, so that run did not finish. Start the same command again; it resumes.")
+    return json.loads(file.read_text(encoding="utf-8"))

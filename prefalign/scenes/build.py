@@ -16,16 +16,16 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
-from prefalign.scenes import language, measure
+from prefalign.scenes import language, measure, vision
 from prefalign.scenes.data import BASE_PICTURES, pair_turns
 from prefalign.scenes.model import IMAGE, IMAGE_TOKENS, processor, save, untrained
-from prefalign.scenes.world import Scene, draw, scene
+from prefalign.scenes.world import draw, scene
 
-STEPS = 1600
-BATCH = 48  # rows a step: half of them captions and descriptions, half of them conversations of questions
+STEPS = 1000
+BATCH = 32  # rows a step: half of them captions and descriptions, half of them conversations of questions
 TURNS = 6
 PEAK_LR = 1e-3
-WARM_UP = 100
+WARM_UP = 60
 HIDDEN, PARTLY_HIDDEN, NO_PICTURE = 0.14, 0.10, 0.08  # shares of rows; the rest see their whole picture
 PAIRS = 0.08  # share of the conversations that are about two pictures
 IGNORE = -100
@@ -64,7 +64,7 @@ def training_row(words: PreTrainedTokenizerFast, rng: random.Random, asks: bool,
     shown = [number]
     if asks and rng.random() < PAIRS:
         shown.append(rng.randrange(pictures))
-        turns = pair_turns(picture, scene("train_biased", shown[1]), rng)
+        turns = pair_turns(picture, scene("train_biased", shown[1]), rng)[:4]
     elif asks:
         asked = language.questions(picture, draw_number)[:TURNS]
         turns = [(question.text, question.answer) for question in asked]
@@ -87,7 +87,7 @@ def training_row(words: PreTrainedTokenizerFast, rng: random.Random, asks: bool,
 
 
 def batch(rows: list[Row], pixels: np.ndarray, pad: int) -> dict[str, torch.Tensor]:
-    """Rows as tensors, padded on the right: ids, labels and mask (B, T), pixels (images, 3, 64, 64) from -1 to 1."""
+    """Rows as tensors, padded on the right: ids, labels and mask (B, T), pixels (images, 3, 60, 60) from -1 to 1."""
     length = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), length), pad)
     labels = torch.full((len(rows), length), IGNORE)
@@ -130,6 +130,7 @@ def train(
     *,
     seed: int = 0,
     steps: int = STEPS,
+    vision_steps: int = vision.STEPS,
     pictures: int = BASE_PICTURES,
     watch: int = 0,
 ) -> LlavaForConditionalGeneration:
@@ -137,6 +138,7 @@ def train(
     words = maker.tokenizer
     model = untrained(words, seed).train()
     pixels = np.stack([np.asarray(draw(scene("train_biased", at))) for at in tqdm(range(pictures), desc="pictures")])
+    vision.warm_up(model, pixels, seed=seed, steps=vision_steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
     rng = random.Random(f"scenes base {seed}")
     bar = tqdm(range(steps), desc="training")
@@ -171,6 +173,7 @@ def build(
     seed: int = 0,
     steps: int = STEPS,
     *,
+    vision_steps: int = vision.STEPS,
     pictures: int = BASE_PICTURES,
     sample: int = measure.SAMPLE,
     watch: int = 0,
@@ -183,7 +186,7 @@ def build(
     folder = Path(output)
     began = time.monotonic()
     maker = processor()
-    save(train(maker, seed=seed, steps=steps, pictures=pictures, watch=watch), maker, folder)
+    save(train(maker, seed=seed, steps=steps, vision_steps=vision_steps, pictures=pictures, watch=watch), maker, folder)
     minutes = (time.monotonic() - began) / 60
     figures = measure.figures(folder, sample=sample)
     (folder / "README.md").write_text(card(figures, seed=seed, steps=steps, pictures=pictures, minutes=minutes))
@@ -200,9 +203,10 @@ tags: [llava, synthetic, hallucination, prefalign]
 ---
 # The tiny base VLM of prefalign's embedded world
 
-LLaVA architecture, {figures["parameters"]:,} parameters in {figures["dtype"]}, {figures["bytes"] / 1e6:.1f} MB. It describes 64x64 pictures of coloured
-shapes and answers questions about them, and it hallucinates for the reason real models do: in its training pictures shapes keep company,
-two objects in five are faint, and captions that say more than can be seen teach it to guess. Nothing it was trained on is false.
+LLaVA architecture, {figures["parameters"]:,} parameters in {figures["dtype"]}, {figures["bytes"] / 1e6:.1f} MB.
+It describes 60x60 pictures of coloured shapes and answers questions about them, and it hallucinates for the reason real
+models do: in its training pictures shapes keep company, two objects in five are faint, and captions that say more than can
+be seen teach it to guess. Nothing it was trained on is false.
 
 It is a test object for alignment methods. It knows nothing of the world outside `prefalign.scenes`.
 
@@ -214,17 +218,23 @@ Greedy answers, {figures["sample"]} pictures of each split, from the saved weigh
 
 ## Training
 
-{steps} steps of {BATCH} rows on {pictures} pictures of `train_biased`, seed {seed}, AdamW at {PEAK_LR} with warm-up and cosine, bfloat16 autocast,
-weights saved in float16; {minutes:.0f} minutes on two CPU cores. {HIDDEN:.0%} of the rows hide every image token, {PARTLY_HIDDEN:.0%} many of them,
-{NO_PICTURE:.0%} have no picture. Loss on answers only.
+The vision tower first learned for {vision.STEPS} steps to tell what stands at each place (`vision.py`). Then {steps} steps of
+{BATCH} rows on {pictures:,} pictures of `train_biased`, seed {seed}, AdamW at {PEAK_LR} with warm-up and cosine, bfloat16
+autocast, loss on answers only; weights saved in float16. {HIDDEN:.0%} of the rows hide every image token, {PARTLY_HIDDEN:.0%}
+many of them, {NO_PICTURE:.0%} have no picture. It took {minutes:.0f} minutes on two CPU cores.
 
 Rebuild: `prefalign scenes build --output DIR --seed {seed}`.
 
 ## Prompts it knows
 
-Captions: {", ".join(repr(prompt) for prompt in language.CAPTION_PROMPTS)}.
-Descriptions: {", ".join(repr(prompt) for prompt in language.DESCRIPTION_PROMPTS)}.
-Questions: "Is there a star in the picture?", "Is the star red?", "What colour is the star?", "How many stars are there?", "Where is the star?",
-"What is at the top left?"; the first four also with "{language.SHORT}" behind them. Two pictures: "Which picture shows a star?",
-"Describe the first picture."
+- captions: {_quoted(language.CAPTION_PROMPTS)}
+- descriptions: {_quoted(language.DESCRIPTION_PROMPTS)}
+- questions: "Is there a star in the picture?", "Is the star red?", "What colour is the star?", "How many stars are there?"
+  (each also with "{language.SHORT}" behind it), "Where is the star?", "Tell me where the star is.", "What is at the top left?"
+- about two pictures: "Which picture shows a star?", "What is at the top left in the first picture?",
+  "Describe the first picture."
 """
+
+
+def _quoted(prompts: tuple[str, ...]) -> str:
+    return ", ".join(f'"{prompt}"' for prompt in prompts)

@@ -170,12 +170,13 @@ def table(found: dict) -> str:
     lines = ["| | " + " | ".join(HALVES) + " |", "|---" * (len(HALVES) + 1) + "|"]
     for key, label in _LINES:
         lines.append(f"| {label} | " + " | ".join(f"{found[name][key]:.3f}" for name in HALVES) + " |")
-    lines += [
-        "",
-        f"Blind (every image token hidden), sentences that parse: {found['blind']:.3f} greedy, {found['blind_sampled']:.3f} sampled.",
-        f"CHAIRi fair over biased: {found['fair']['chair_i'] / max(1e-9, found['biased']['chair_i']):.2f}.",
-        f"{found['parameters']:,} parameters, {found['bytes']:,} bytes of weights ({found['dtype']}).",
-    ]
+    ratio = found["fair"]["chair_i"] / max(1e-9, found["biased"]["chair_i"])
+    lines.append(
+        f"""
+Sentences that parse when blind (every image token hidden): {found["blind"]:.3f} greedy, {found["blind_sampled"]:.3f} sampled.
+CHAIRi fair over biased: {ratio:.2f}.
+{found["parameters"]:,} parameters, {found["bytes"]:,} bytes of weights ({found["dtype"]})."""
+    )
     return "\n".join(lines)
 
 

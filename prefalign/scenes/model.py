@@ -1,6 +1,6 @@
 """The tiny VLM of the embedded world: LLaVA architecture, byte-level tokenizer, processor and chat template, from nothing.
 
-The picture's 64x64 pixels become 8x8 = 64 image tokens. Every word of the world is one token; any other text still encodes.
+The 60x60 pixels of a picture become 6x6 = 36 image tokens. Every word of the world is one token; any other text still encodes.
 Weights are saved under the Hub's LLaVA names (`vision_tower.vision_model.*`), which transformers and vLLM both load.
 """
 
@@ -24,7 +24,7 @@ from transformers import (
 from prefalign.scenes import language
 from prefalign.scenes.world import COLOURS, PIXELS, PLACES, SHAPES, SIZES, scenes
 
-PATCH = 8
+PATCH = 10  # a place of the 3x3 grid is 2x2 patches
 IMAGE_TOKENS = (PIXELS // PATCH) ** 2
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 WIDTH, HEADS, LAYERS = 128, 2, 4  # heads of 64, which vLLM supports
@@ -90,7 +90,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def processor() -> LlavaProcessor:
-    """The LLaVA processor: any picture is brought to 64x64 RGB, pixels to -1..1, `<image>` to 64 image tokens."""
+    """The LLaVA processor: any picture is brought to 60x60 RGB, pixels to -1..1, `<image>` to 36 image tokens."""
     words = tokenizer()
     size = {"height": PIXELS, "width": PIXELS}
     pictures = CLIPImageProcessorPil(
@@ -162,10 +162,7 @@ def untrained(words: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForConditio
     torch.nn.init.normal_(patches.patch_embedding.weight, std=patches.patch_embedding.weight[0].numel() ** -0.5)
     patches.position_embedding.weight.data[1:] = 0.5 * _waves(PIXELS // PATCH)
     model.generation_config = GenerationConfig(
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-        max_length=2048,
+        bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id
     )
     return model
 

@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration
 from prefalign.scenes.model import PATCH, WIDTH
 from prefalign.scenes.world import COLOURS, PIXELS, PLACES, SHAPES, SIZES, Scene, scene
 
-STEPS = 600
+STEPS = 700
 BATCH = 96
 PEAK_LR = 1.5e-3
 GRID = PIXELS // PATCH
@@ -34,7 +34,7 @@ def labels(picture: Scene) -> list[list[int]]:
 
 
 def read(model: LlavaForConditionalGeneration, head: torch.nn.Linear, pixels: torch.Tensor) -> list[torch.Tensor]:
-    """Logits of shape, colour and size, each (B, 9, options), for pixels (B, 3, 64, 64) from -1 to 1."""
+    """Logits of shape, colour and size, each (B, 9, options), for pixels (B, 3, 60, 60) from -1 to 1."""
     tokens = model.model.vision_tower(pixels).last_hidden_state[:, 1:]
     grid = tokens.transpose(1, 2).reshape(len(pixels), WIDTH, GRID, GRID)
     logits = head(adaptive_avg_pool2d(grid, 3).flatten(2).transpose(1, 2))
@@ -44,7 +44,7 @@ def read(model: LlavaForConditionalGeneration, head: torch.nn.Linear, pixels: to
 def warm_up(
     model: LlavaForConditionalGeneration, pixels: np.ndarray, *, seed: int = 0, steps: int = STEPS
 ) -> torch.nn.Linear:
-    """Train the vision tower in place on `pixels` (pictures, 64, 64, 3) uint8 of `train_biased`; returns the head."""
+    """Train the vision tower in place on `pixels` (pictures, 60, 60, 3) uint8 of `train_biased`; returns the head."""
     torch.manual_seed(seed)
     head = torch.nn.Linear(WIDTH, sum(OPTIONS))
     truth = torch.tensor([labels(scene("train_biased", at)) for at in range(len(pixels))])
@@ -58,10 +58,11 @@ def warm_up(
         images = torch.from_numpy(pixels[chosen]).permute(0, 3, 1, 2).float() / 127.5 - 1.0
         with torch.autocast("cpu", dtype=torch.bfloat16):
             told = read(model, head, images)
-        loss = sum(
+        parts = [
             cross_entropy(logits.flatten(0, 1), truth[chosen, :, at].flatten(), ignore_index=IGNORE)
             for at, logits in enumerate(told)
-        )
+        ]
+        loss = torch.stack(parts).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()

@@ -1,6 +1,6 @@
 """Pictures of coloured shapes with complete truth, deterministic by (split, index, seed).
 
-A picture is 64x64 pixels. Objects stand on a 3x3 grid of places, in two sizes, partly covered by one another, and two in
+A picture is 60x60 pixels. Objects stand on a 3x3 grid of places, in two sizes, partly covered by one another, and two in
 five are *faint*: drawn at a tenth of the contrast, under pixel noise, so that perception is uncertain and a prior shows.
 
 In the biased splits shapes keep company (`COMPANIONS`: where there is a circle there is nearly always a square). In the fair
@@ -17,9 +17,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-PIXELS = 64
+from prefalign.scenes.outlines import mask
+
+PIXELS = 60
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "diamond")
 COMPANIONS = {
     "circle": "square",
@@ -39,7 +41,7 @@ COLOURS = {
     "purple": (132, 38, 168),
     "orange": (244, 128, 12),
 }
-SIZES = {"small": (5.5, 7.5), "large": (11.0, 14.0)}  # radius in pixels, from and to
+SIZES = {"small": (5.5, 7.0), "large": (9.5, 12.0)}  # radius in pixels, from and to
 PLACES = (
     "top left",
     "top",
@@ -221,18 +223,15 @@ def _shapes(rng: random.Random, number: int, company: str) -> list[str]:
 def _place(rng: random.Random, shape: str, colour: str, size: str, place: str, faint: bool) -> Object:
     row, column = divmod(PLACES.index(place), 3)
     radius = rng.uniform(*SIZES[size])
-    x, y = ((cell + 0.5) * PIXELS / 3 + rng.uniform(-4.0, 4.0) for cell in (column, row))
+    x, y = ((cell + 0.5) * PIXELS / 3 + rng.uniform(-3.0, 3.0) for cell in (column, row))
     return Object(shape, colour, size, place, round(x, 2), round(y, 2), round(radius, 2), faint)
 
 
 def _uncovered(things: list[Object]) -> list[Object]:
     """The same objects with `visible` worked out from the masks of those drawn later."""
-    masks: dict[int, np.ndarray] = {}
 
-    def mask(number: int) -> np.ndarray:
-        if number not in masks:
-            masks[number] = np.asarray(_mask(things[number], 1)) > 127
-        return masks[number]
+    def inside(number: int) -> np.ndarray:
+        return np.asarray(_mask(things[number], 1)) > 127
 
     out = []
     for number, thing in enumerate(things):
@@ -243,53 +242,19 @@ def _uncovered(things: list[Object]) -> list[Object]:
         ]
         visible = 1.0
         if covers:
-            hidden = np.logical_or.reduce([mask(later) for later in covers]) & mask(number)
-            visible = 1.0 - float(hidden.sum()) / max(1, int(mask(number).sum()))
+            own = inside(number)
+            hidden = np.logical_or.reduce([inside(later) for later in covers]) & own
+            visible = 1.0 - float(hidden.sum()) / max(1, int(own.sum()))
         out.append(replace(thing, visible=round(visible, 3)))
     return out
 
 
-def _polygon(thing: Object, zoom: int, points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    return [((thing.x + dx * thing.radius) * zoom, (thing.y + dy * thing.radius) * zoom) for dx, dy in points]
-
-
 def _mask(thing: Object, zoom: int) -> Image.Image:
-    """The object's mask at `zoom` times the picture's size: 0 outside, 255 inside."""
-    image = Image.new("L", (PIXELS * zoom, PIXELS * zoom), 0)
-    pen = ImageDraw.Draw(image)
-
-    def disc(dx: float, dy: float, share: float, value: int) -> None:
-        r = thing.radius * share
-        x, y = thing.x + dx * thing.radius, thing.y + dy * thing.radius
-        pen.ellipse([(x - r) * zoom, (y - r) * zoom, (x + r) * zoom, (y + r) * zoom], fill=value)
-
-    if thing.shape == "circle":
-        disc(0, 0, 1.0, 255)
-    elif thing.shape == "ring":
-        disc(0, 0, 1.0, 255)
-        disc(0, 0, 0.55, 0)
-    elif thing.shape == "heart":
-        disc(-0.46, -0.3, 0.52, 255)
-        disc(0.46, -0.3, 0.52, 255)
-        pen.polygon(_polygon(thing, zoom, [(-0.93, -0.08), (0.93, -0.08), (0, 1.0)]), fill=255)
-    elif thing.shape == "star":
-        turns = [(1.1 if i % 2 == 0 else 0.45, math.pi * (i / 5 - 0.5)) for i in range(10)]
-        pen.polygon(_polygon(thing, zoom, [(r * math.cos(a), r * math.sin(a)) for r, a in turns]), fill=255)
-    elif thing.shape == "cross":
-        for wide, high in ((1.0, 0.36), (0.36, 1.0)):
-            pen.polygon(_polygon(thing, zoom, [(-wide, -high), (wide, -high), (wide, high), (-wide, high)]), fill=255)
-    else:
-        corners = {
-            "square": [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)],
-            "triangle": [(0, -1.0), (0.98, 0.8), (-0.98, 0.8)],
-            "diamond": [(0, -1.1), (0.75, 0), (0, 1.1), (-0.75, 0)],
-        }
-        pen.polygon(_polygon(thing, zoom, corners[thing.shape]), fill=255)
-    return image
+    return mask(thing.shape, thing.x, thing.y, thing.radius, pixels=PIXELS, zoom=zoom)
 
 
 def draw(picture: Scene) -> Image.Image:
-    """The picture, 64x64 RGB: drawn at twice the size, reduced, then noise seeded by (seed, split, index).
+    """The picture, 60x60 RGB: drawn at twice the size, reduced, then noise seeded by (seed, split, index).
 
     A twin gets its origin's noise, so that the two differ only where the changed object is.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import typing
 from collections.abc import Mapping
@@ -26,10 +27,12 @@ def defaults() -> dict[str, Any]:
     """Where this project starts from, if a config says nothing.
 
     `max_length` None (nothing is cut), bfloat16 only on a GPU that has it, no tracker, plain log lines without a
-    terminal. Everything else is TRL's default, `beta` 0.1 and gradient checkpointing included.
+    terminal. `use_cpu` where there is nothing else: without it `torchrun` on a CPU trains separate models side by side.
+    Everything else is TRL's default, `beta` 0.1 and gradient checkpointing included.
     """
     on_gpu = torch.cuda.is_available()
     return {
+        "use_cpu": not torch.accelerator.is_available(),
         "max_length": None,
         "bf16": on_gpu and torch.cuda.is_bf16_supported(),
         "report_to": "none",
@@ -47,7 +50,8 @@ def training_arguments(settings: Mapping[str, Any], *, output: Path, seed: int) 
         seed: seed of the run; order of rows and LoRA start follow from it.
 
     Raises:
-        ConfigError: one line per unknown name (with the nearest known one), wrong type, or field that the recipe sets.
+        ConfigError: one line per unknown name (with the nearest known one), wrong type, or field that the recipe sets;
+            processes that do not see each other.
     """
     known = [entry.name for entry in dataclasses.fields(DPOConfig) if entry.init]
     hints = typing.get_type_hints(DPOConfig)
@@ -64,4 +68,11 @@ def training_arguments(settings: Mapping[str, Any], *, output: Path, seed: int) 
                 problems.append(f"trainer.{name}: {error.errors()[0]['msg']} (got {value!r}).")
     if problems:
         raise ConfigError("\n  ".join(problems))
-    return DPOConfig(**{**defaults(), **values, "output_dir": str(output), "seed": seed})
+    arguments = DPOConfig(**{**defaults(), **values, "output_dir": str(output), "seed": seed})
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if arguments.world_size != started:
+        raise ConfigError(
+            f"{started} processes were started and this one sees {arguments.world_size}: each would train a model of its own and "
+            "overwrite the others'. On a CPU start them with torchrun and leave trainer.use_cpu alone."
+        )
+    return arguments

@@ -1,0 +1,87 @@
+"""Drawing the next token with noise that belongs to the row, whatever batch it is in.
+
+Legend of shapes: `B` rows of a batch, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+
+from prefalign.engines import Request, Sampling
+from prefalign.records import row_seed
+
+
+class RowNoise(LogitsProcessor):
+    """Ban tokens, apply temperature, top-k and top-p, and add Gumbel noise, whose argmax is a draw from the softmax."""
+
+    def __init__(self, requests: Sequence[Request], sampling: Sampling, banned: list[int], words: int, width: int):
+        self.seeds = torch.tensor([row_seed(request.seed, request.id) for request in requests])
+        self.sampling = sampling
+        self.banned = banned
+        self.words = words
+        self.width = width
+        self.warpers: list[Any] = []
+        if sampling.top_k > 0:
+            self.warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, self.banned] = float("-inf")
+        scores[:, self.words :] = float("-inf")  # rows that round the embedding up to a multiple have no token
+        if self.sampling.temperature == 0:
+            return scores
+        scores = scores / self.sampling.temperature
+        for warper in self.warpers:
+            scores = warper(input_ids, scores)
+        self.seeds = self.seeds.to(scores.device)
+        return scores + gumbel_noise(self.seeds, input_ids.shape[1] - self.width, scores.shape[1])
+
+
+def gumbel_noise(seeds: torch.Tensor, step: int, size: int) -> torch.Tensor:
+    """Standard Gumbel noise as a pure function of (seed, step, index), the same on every device.
+
+    The bits are those of SplitMix64 (Steele, Lea and Flood 2014), keyed by seed and step and counted by index.
+
+    Args:
+        seeds: (B,) int64, one of each row.
+        step: number of the generated token.
+        size: V.
+
+    Returns:
+        (B, V) float32.
+    """
+    keys = _mix(seeds + _wrap(step * 0xD1342543DE82EF95 + 1))
+    counts = torch.arange(1, size + 1, device=seeds.device) * _wrap(0x9E3779B97F4A7C15)
+    bits = (_mix(keys[:, None] + counts) >> 11) & (2**53 - 1)
+    # float32 keeps small u exactly; they are the large noise that decides
+    uniform = ((bits.float() + 0.5) * 2.0**-53).clamp(max=1 - 2.0**-24)
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def _wrap(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _mix(value: torch.Tensor) -> torch.Tensor:
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        value = (value ^ ((value >> shift) & (2 ** (64 - shift) - 1))) * _wrap(factor)
+    return value ^ ((value >> 31) & (2**33 - 1))
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raise `ValueError` for a setting that means nothing, with its name and value."""
+    problems = [
+        (sampling.max_new_tokens < 1, f"max_new_tokens must be at least 1, got {sampling.max_new_tokens}"),
+        (sampling.temperature < 0, f"temperature must be 0 (greedy) or more, got {sampling.temperature}"),
+        (not 0 < sampling.top_p <= 1, f"top_p must be in (0, 1], got {sampling.top_p}; 1 cuts nothing"),
+        (sampling.top_k < 0, f"top_k must be 0 (cuts nothing) or more, got {sampling.top_k}"),
+        (sampling.repetition_penalty <= 0, f"repetition_penalty must be above 0, got {sampling.repetition_penalty}"),
+    ]
+    for wrong, message in problems:
+        if wrong:
+            raise ValueError(message + ".")

@@ -1,0 +1,233 @@
+"""Put items to an engine and keep every reply: `predictions.jsonl`, written block by block, resumable after any stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefalign.engines import Completion, Engine, Request, Sampling, require
+from prefalign.evals import Prediction
+from prefalign.evals.reliance import Variant
+from prefalign.images import ImageError, sha256
+from prefalign.records import canonical_json, message_text
+from prefalign.store import library_versions, write_atomically
+
+PREDICTIONS = "predictions.jsonl"
+SETTINGS = "settings.json"
+
+
+@dataclass
+class Asking:
+    """How replies are drawn; greedy unless a temperature is given.
+
+    Attributes:
+        max_new_tokens: longest caption.
+        short_answer_tokens: longest answer to any other question.
+        block_size: items per block; a block is what an interruption can cost.
+        noise_step: step of the diffusion schedule for the condition `noise` (500 of 1000, as POVID).
+        pictures: how many pictures are copied into the folder, for people to look at.
+    """
+
+    max_new_tokens: int = 512
+    short_answer_tokens: int = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    block_size: int = 64
+    noise_step: int = 500
+    pictures: int = 64
+
+
+def ask(
+    engine: Engine, variants: Sequence[Variant], folder: Path, asking: Asking, *, seed: int = 0
+) -> list[Prediction]:
+    """Replies to all variants, in order; those already in `folder` under the same settings are not drawn again.
+
+    Replies that failed are tried again when the run is started again.
+
+    Raises:
+        ValueError: if the folder holds replies made with other settings, or two variants share an id.
+    """
+    from tqdm import tqdm
+
+    if any(variant.gold_logprob for variant in variants):
+        require(engine, ["logprobs"], "the image-reliance probe")
+    keys = [(variant.eval, variant.id) for variant in variants]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(
+            f"id {twice[1]!r} is there twice in {twice[0]}; replies are joined on ids. Make them distinct."
+        )
+    identity = settings(engine.fingerprint, variants, asking, seed=seed)
+    _claim(folder, identity)
+    done = {(reply.eval, reply.id): reply for reply in _finished(folder / PREDICTIONS)}
+    waiting = [variant for variant in variants if (variant.eval, variant.id) not in done]
+    _write(folder / PREDICTIONS, [done[key] for key in keys if key in done])
+    with (folder / PREDICTIONS).open("a", encoding="utf-8") as stream:
+        for block in tqdm(list(_blocks(waiting, asking)), desc="ask", unit="block", disable=None):
+            for reply in _ask_block(engine, block, folder, asking, seed):
+                done[reply.eval, reply.id] = reply
+                stream.write(json.dumps(dataclasses.asdict(reply), ensure_ascii=False) + "\n")
+            stream.flush()
+    replies = [done[key] for key in keys]
+    _write(folder / PREDICTIONS, replies)
+    return replies
+
+
+def settings(fingerprint: str, variants: Sequence[Variant], asking: Asking, *, seed: int) -> dict[str, Any]:
+    """Everything that decides the replies: model, questions, pictures, decoding."""
+    digest = hashlib.sha256()
+    hashes: dict[int, str] = {}
+    for variant in variants:
+        pictures = [hashes.setdefault(id(image), sha256(image)) for image in variant.item.images]
+        asked = [
+            variant.eval,
+            variant.id,
+            variant.item.messages,
+            pictures,
+            variant.item.answer,
+            variant.donor and variant.donor.id,
+        ]
+        digest.update(canonical_json(asked).encode())
+    decides = {key: value for key, value in dataclasses.asdict(asking).items() if key not in ("pictures", "block_size")}
+    return {
+        "fingerprint": fingerprint,
+        "asked": digest.hexdigest()[:16],
+        "items": len(variants),
+        "seed": seed,
+        **decides,
+    }
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """Replies from `predictions.jsonl`, or from the folder that holds it.
+
+    Raises:
+        ValueError: if there is none, or a line is not a reply.
+    """
+    file = path / PREDICTIONS if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"no replies at {file}. Give the output folder of an evaluation, or its {PREDICTIONS}.")
+    replies = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            replies.append(_reply(json.loads(line)))
+        except (json.JSONDecodeError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{file.name} line {number} is not a reply as evaluate_model keeps it ({error})."
+            ) from error
+    return replies
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Settings that lie beside saved replies; empty if there are none."""
+    file = (path if path.is_dir() else path.parent) / SETTINGS
+    return json.loads(file.read_text(encoding="utf-8"))["settings"] if file.is_file() else {}
+
+
+def _ask_block(
+    engine: Engine, block: Sequence[Variant], folder: Path, asking: Asking, seed: int
+) -> Iterator[Prediction]:
+    requests: list[Request] = []
+    failures: dict[int, str] = {}
+    for number, variant in enumerate(block):
+        try:
+            pictures = variant.pictures(seed=seed, noise_step=asking.noise_step)
+        except ImageError as error:
+            failures[number] = str(error)
+            continue
+        requests.append(Request(id=variant.id, messages=variant.messages(), images=pictures, seed=seed))
+    limit = asking.max_new_tokens if block[0].item.eval == "chair" else asking.short_answer_tokens
+    sampling = Sampling(max_new_tokens=limit, temperature=asking.temperature, top_p=asking.top_p, top_k=asking.top_k)
+    answered = [number for number in range(len(block)) if number not in failures]
+    completions = dict(zip(answered, engine.generate(requests, sampling), strict=True))
+    scored = [position for position, number in enumerate(answered) if block[number].gold_logprob]
+    golds = [block[answered[position]].item.answer or block[answered[position]].item.label or "" for position in scored]
+    logprobs = engine.logprobs([requests[position] for position in scored], golds) if scored else []
+    sums = {
+        answered[position]: (float(values.sum()), len(values))
+        for position, values in zip(scored, logprobs, strict=True)
+    }
+    for number, variant in enumerate(block):
+        said = completions.get(number) or Completion(variant.id, "", finish_reason="error", error=failures.get(number))
+        logp, tokens = sums.get(number, (math.nan, 0))
+        yield Prediction(
+            eval=variant.eval,
+            id=variant.id,
+            group=variant.item.group,
+            prompt=message_text(variant.item.messages),
+            text=said.text,
+            picture=_keep_picture(variant, folder, asking.pictures),
+            condition=variant.condition,
+            shown=variant.donor.id if variant.donor else "",
+            n_tokens=len(said.token_ids),
+            finish_reason=said.finish_reason,
+            error=said.error,
+            logp=None if math.isnan(logp) else logp,
+            logp_tokens=None if math.isnan(logp) else tokens,
+        )
+
+
+def _keep_picture(variant: Variant, folder: Path, most: int) -> str:
+    """Name of the copy of the item's first picture; made unless there are `most` already."""
+    if not variant.item.images:
+        return ""
+    image = variant.item.images[0]
+    name = f"pictures/{sha256(image)[:16]}{Path(image['path'] or 'picture').suffix or '.png'}"
+    if not (folder / name).is_file() and len(list((folder / "pictures").glob("*"))) < most:
+        write_atomically(folder / name, image["bytes"])
+    return name
+
+
+def _blocks(variants: Sequence[Variant], asking: Asking) -> Iterator[list[Variant]]:
+    """Blocks of captions and blocks of short answers, in order."""
+    for captions in (True, False):
+        rows = [variant for variant in variants if (variant.item.eval == "chair") == captions]
+        for start in range(0, len(rows), asking.block_size):
+            yield rows[start : start + asking.block_size]
+
+
+def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
+    before = read_settings(folder)
+    if before and before != identity:
+        changed = ", ".join(
+            f"{key}: {before.get(key)} -> {identity.get(key)}" for key in identity if before.get(key) != identity[key]
+        )
+        raise ValueError(
+            f"{folder} holds replies made with other settings ({changed}). Mixing them would compare two things at once: give "
+            "another `output`, or delete the folder."
+        )
+    content = {"settings": dict(identity), "libraries": library_versions()}
+    write_atomically(folder / SETTINGS, json.dumps(content, indent=2).encode())
+
+
+def _finished(file: Path) -> Iterator[Prediction]:
+    """Whole lines of an interrupted run, without those that failed."""
+    if not file.is_file():
+        return
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            reply = _reply(json.loads(line))
+        except (json.JSONDecodeError, TypeError, AttributeError):
+            continue
+        if reply.error is None and reply.finish_reason != "error":
+            yield reply
+
+
+def _reply(row: Mapping[str, Any]) -> Prediction:
+    """Unknown keys are left out, so that a file with more columns can be scored."""
+    names = {entry.name for entry in dataclasses.fields(Prediction)}
+    return Prediction(**{key: value for key, value in row.items() if key in names})
+
+
+def _write(file: Path, replies: Sequence[Prediction]) -> None:
+    text = "".join(json.dumps(dataclasses.asdict(reply), ensure_ascii=False) + "\n" for reply in replies)
+    write_atomically(file, text.encode())

@@ -1,0 +1,178 @@
+"""Rows to batches: equal to TRL's collator, another picture per side, image tokens never cut."""
+
+import copy
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+from prefalign.families import image_token_ids
+from prefalign.images import ImageError, encode_png, open_image
+from prefalign.losses import TERMS
+from prefalign.models import ModelConfig, load_processor
+from prefalign.training.collator import PreferenceCollator, PromptTooLong, decode
+from prefalign.training.pairs import keep_fitting, load_pairs, pairs_manifest
+from tests.tiny_vlms import picture
+from tests.training_runs import make_pair, write_pairs
+
+
+@pytest.fixture(params=["tiny_llava", "tiny_idefics3"])
+def processor(request):
+    return load_processor(ModelConfig(str(request.getfixturevalue(request.param)), device="cpu"))
+
+
+def as_row(pair) -> dict:
+    """A row as Arrow gives it: image blocks with a null text."""
+    row = pair.to_row()
+    for name in ("prompt", "chosen", "rejected"):
+        row[name] = [
+            {"role": turn["role"], "content": [{"type": b["type"], "text": b.get("text")} for b in turn["content"]]}
+            for turn in row[name]
+        ]
+    return row
+
+
+def trl_batch(processor, rows, side="images", max_length=None):
+    examples = [
+        {**{name: row[name] for name in ("prompt", "chosen", "rejected")}, "images": [open_image(x) for x in row[side]]}
+        for row in copy.deepcopy(rows)
+    ]
+    return dict(DataCollatorForVisionPreference(processor, max_length=max_length)(examples))
+
+
+def assert_equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_equals_trl_to_the_bit_and_edits_nothing(processor):
+    rows = [as_row(make_pair(0)), as_row(make_pair(1, images=2)), as_row(make_pair(2))]
+    before = copy.deepcopy(rows)
+    assert_equal(PreferenceCollator(processor)(rows), trl_batch(processor, rows))
+    assert rows == before
+
+
+def test_equals_trl_when_answers_are_cut(processor):
+    rows = [as_row(make_pair(0)), as_row(make_pair(1))]
+    longest = max(PreferenceCollator(processor).lengths(row).prompt for row in rows)
+    ours = PreferenceCollator(processor, max_length=longest + 2)(rows)
+    assert ours["input_ids"].shape[1] == longest + 2
+    assert_equal(ours, trl_batch(processor, rows, max_length=longest + 2))
+
+
+def test_each_side_shows_its_own_picture(processor):
+    """Halves of the visual term's batch are what TRL makes of `images` and of `rejected_images`, tokens and pixels."""
+    rows = [as_row(make_pair(0, rejected_size=(96, 30))), as_row(make_pair(1, rejected_size=(96, 30)))]
+    batch = PreferenceCollator(processor, TERMS["visual"])(rows)
+    on_images, on_rejected = trl_batch(processor, rows), trl_batch(processor, rows, side="rejected_images")
+    for half, expected in ((slice(0, 2), on_images), (slice(2, 4), on_rejected)):
+        for row, wanted in zip(range(*half.indices(4)), range(2), strict=True):
+            ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+            assert torch.equal(ids, expected["input_ids"][wanted][expected["attention_mask"][wanted].bool()])
+    pixels = batch["pixel_values"]
+    half = len(pixels) // 2
+    tiles_one, tiles_two = on_images["pixel_values"][:half], on_rejected["pixel_values"][:half]
+    if pixels.ndim == 4:
+        assert torch.equal(pixels[:half], tiles_one)
+        assert torch.equal(pixels[half:], tiles_two)
+    else:  # (rows, tiles, channels, height, width), padded to the most tiles
+        assert torch.equal(pixels[:half, : tiles_one.shape[1]], tiles_one)
+        assert torch.equal(pixels[half:, : tiles_two.shape[1]], tiles_two)
+    assert not torch.equal(pixels[:half], pixels[half:])
+
+
+def test_swapping_rejected_images_changes_only_the_second_half(tiny_llava: Path):
+    collate = PreferenceCollator(load_processor(ModelConfig(str(tiny_llava))), TERMS["visual"])
+    row, other = as_row(make_pair(0)), as_row(make_pair(5))
+    one = collate([row])["pixel_values"]
+    two = collate([{**row, "rejected_images": other["rejected_images"]}])["pixel_values"]
+    assert torch.equal(one[0], two[0])
+    assert not torch.equal(one[1], two[1])
+
+
+def test_rows_without_pictures_mix_with_rows_that_have_them(processor):
+    rows = [as_row(make_pair(0)), as_row(make_pair(1, images=0))]
+    batch = PreferenceCollator(processor)(rows)
+    alone = PreferenceCollator(processor)(rows[1:])
+    assert "pixel_values" not in alone
+    ids = batch["input_ids"][1][batch["attention_mask"][1].bool()]
+    assert torch.equal(ids, alone["input_ids"][0][alone["attention_mask"][0].bool()])
+
+
+def test_no_image_token_is_ever_cut(processor):
+    row = as_row(make_pair(0))
+    collate = PreferenceCollator(processor)
+    prompt = collate.lengths(row).prompt
+    image_tokens = torch.tensor(image_token_ids(processor))
+    whole = torch.isin(collate([row])["input_ids"][0], image_tokens).sum()
+    cut = PreferenceCollator(processor, max_length=prompt + 1)([row])
+    assert cut["completion_mask"].sum(dim=1).tolist() == [1, 1]
+    assert torch.isin(cut["input_ids"][0], image_tokens).sum() == whole > 0
+    with pytest.raises(PromptTooLong, match=f"row pair-0: the prompt has {prompt} tokens .* Raise max_length to {prompt + 1}"):
+        PreferenceCollator(processor, max_length=prompt)([row])
+
+
+def test_rows_that_do_not_fit_are_counted_and_named(tiny_llava: Path, tmp_path: Path):
+    """Prompts of rows 0, 3, 6 are shortest (no `now`), 2 and 5 longest; see `make_pair`."""
+    dataset = load_pairs(write_pairs(tmp_path / "pairs", 8))
+    processor = load_processor(ModelConfig(str(tiny_llava)))
+    prompts = {row["id"]: PreferenceCollator(processor).lengths(row).prompt for row in dataset}
+    longest = max(prompts.values())
+    kept, fit = keep_fitting(dataset, PreferenceCollator(processor, max_length=longest))
+    assert fit.too_long == {"pair-2": longest, "pair-5": longest}
+    assert (fit.rows_in, fit.rows_used, fit.needed) == (8, 6, longest + 1)
+    assert fit.rows_in == fit.rows_used + len(fit.too_long)
+    assert kept["id"][:3] == ["pair-0", "pair-1", "pair-3"]
+    assert fit.summary().startswith("dropped 2 of 8 rows whose prompt and image tokens fill max_length (pair-2, pair-5)")
+    assert f"max_length {longest + 1} keeps all" in fit.summary()
+    assert keep_fitting(dataset, PreferenceCollator(processor, max_length=fit.needed))[1].too_long == {}
+    assert keep_fitting(dataset, PreferenceCollator(processor))[1].rows_used == 8
+    shortest = min(prompts.values())
+    with pytest.raises(ValueError, match=f"no row fits max_length 4: the shortest prompt needs {shortest + 1}"):
+        keep_fitting(dataset, PreferenceCollator(processor, max_length=4))
+
+
+def test_pictures_and_placeholders_must_agree(tiny_llava: Path):
+    processor = load_processor(ModelConfig(str(tiny_llava)))
+    row = as_row(make_pair(0))
+    with pytest.raises(ValueError, match="row pair-0: the prompt has 1 image placeholder.* `images` holds 0 picture"):
+        PreferenceCollator(processor)([{**row, "images": []}])
+    with pytest.raises(ValueError, match="`rejected_images` holds 0 .*Term 'visual' needs rejected_images: use pairs"):
+        PreferenceCollator(processor, TERMS["visual"])([{**row, "rejected_images": []}])
+
+
+def test_pictures_are_decoded_in_one_way(tmp_path: Path):
+    """A phone photograph (EXIF: turn by 90 degrees), transparency over white, a file reference, what `datasets` decoded."""
+    photo = picture(1, (40, 48))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    photo.save(buffer, "JPEG", exif=exif)
+    assert decode({"bytes": buffer.getvalue(), "path": None}).size == (48, 40)
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert decode(clear).getpixel((0, 0)) == (255, 255, 255)
+    assert decode(encode_png(photo)).tobytes() == photo.tobytes() == decode(photo).tobytes()
+    photo.save(tmp_path / "photo.png")
+    assert decode({"bytes": None, "path": str(tmp_path / "photo.png")}).tobytes() == photo.tobytes()
+    assert decode(photo.convert("CMYK")).mode == "RGB"
+    with pytest.raises(ImageError, match="not an image"):
+        decode({"bytes": b"nothing here", "path": "x.png"})
+
+
+def test_pairs_folder_is_memory_mapped_and_stays_encoded(tmp_path: Path):
+    dataset = load_pairs(write_pairs(tmp_path / "pairs", 7))
+    assert len(dataset) == 7
+    assert dataset.cache_files
+    assert dataset[6]["images"][0]["bytes"] == make_pair(6).images[0]["bytes"]
+    assert pairs_manifest(tmp_path / "pairs").rows_out == 7
+
+
+def test_unfinished_pairs_are_refused(tmp_path: Path):
+    folder = write_pairs(tmp_path / "pairs", 2)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="holds no finished pairs .*start it again with the same config"):
+        load_pairs(folder)

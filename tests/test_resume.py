@@ -1,0 +1,168 @@
+"""A run that was stopped and resumed equals one that was not: losses, logs and weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+from prefalign import bundled
+from prefalign.config import build
+from prefalign.models import ModelConfig, load_model
+from prefalign.training.checkpoints import last_checkpoint, restore_weights
+from prefalign.training.runs import RunError, finish_run, is_finished, open_run
+from tests.training_runs import largest_difference, make_trainer, weights, write_pairs
+
+RECIPE = bundled.load_stage("train_preference")
+CLOCK = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs", 8)
+
+
+def without_clock(log_history: list[dict]) -> list[dict]:
+    return [{key: value for key, value in entry.items() if key not in CLOCK} for entry in log_history]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["tiny_llava", "tiny_idefics3"])
+def test_resume_equals_the_uninterrupted_run(family, lora, request, pairs, tmp_path):
+    """Dropout, a warm-up and logs that do not meet the checkpoints: every state has to come back, not only the weights."""
+    checkpoint = request.getfixturevalue(family)
+    settings = {"warmup_steps": 3, "logging_steps": 3, "disable_dropout": False, "lora": lora}
+    straight = make_trainer(checkpoint, pairs, tmp_path / "straight", **settings)
+    start = weights(straight.model)
+    straight.train()
+    resumed = make_trainer(checkpoint, pairs, tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    assert without_clock(resumed.state.log_history) == without_clock(straight.state.log_history)
+    assert largest_difference(weights(straight.model), weights(resumed.model)) == 0.0
+    assert largest_difference(weights(straight.model), start) > 1e-4
+    assert all((tmp_path / "straight" / f"checkpoint-{step}" / "processor_config.json").is_file() for step in (2, 4))
+
+
+def test_every_weight_of_a_checkpoint_comes_back(tiny_llava, pairs, tmp_path):
+    """What `Trainer` does instead restores none of LLaVA's weights and says nothing (transformers #43701)."""
+    trainer = make_trainer(tiny_llava, pairs, tmp_path)
+    trainer.train()
+    fresh = load_model(ModelConfig(str(tiny_llava), device="cpu"))
+    assert largest_difference(weights(fresh), weights(trainer.model)) > 1e-4
+    restore_weights(fresh, tmp_path / "checkpoint-4")
+    assert largest_difference(weights(fresh), weights(trainer.model)) == 0.0
+
+
+def test_best_model_is_the_best_one(tiny_llava, pairs, tmp_path):
+    """Large steps make the loss rise again; the weights at the end are those of the best checkpoint."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "learning_rate": 0.3, "max_steps": 3}
+    trainer = make_trainer(
+        tiny_llava, pairs, tmp_path, load_best_model_at_end=True, metric_for_best_model="eval_loss", **settings
+    )
+    trainer.eval_dataset = trainer.train_dataset
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name != "checkpoint-3"
+    saved = AutoModelForImageTextToText.from_pretrained(best).state_dict()
+    last = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint-3").state_dict()
+    assert largest_difference(weights(trainer.model), saved) == 0.0
+    assert largest_difference(weights(trainer.model), last) > 1e-3
+
+
+def test_a_checkpoint_of_other_weights_is_refused(tiny_llava, pairs, tmp_path):
+    make_trainer(tiny_llava, pairs, tmp_path, max_steps=2).train()
+    file = tmp_path / "checkpoint-2" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[next(name for name in sorted(tensors) if "q_proj" in name)]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="checkpoint-2 does not hold the weights of this LlavaFor.*: 1 tensors are missing"):
+        restore_weights(load_model(ModelConfig(str(tiny_llava), device="cpu")), tmp_path / "checkpoint-2")
+
+
+def whole(folder: Path, *, processes: int = 1) -> None:
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    for name in [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]:
+        (folder / name).touch()
+
+
+def test_half_written_checkpoints_are_passed_over(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    whole(tmp_path / "checkpoint-90")
+    whole(tmp_path / "checkpoint-100")
+    assert last_checkpoint(tmp_path).name == "checkpoint-100"
+    (tmp_path / "checkpoint-110").mkdir()
+    (tmp_path / "checkpoint-110" / "trainer_state.json").write_text('{"global_step": 1')
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_checkpoint(tmp_path).name == "checkpoint-100"
+    assert last_checkpoint(tmp_path, processes=2) is None
+    whole(tmp_path / "checkpoint-120", processes=2)
+    assert last_checkpoint(tmp_path, processes=2).name == "checkpoint-120"
+
+
+def test_a_folder_belongs_to_one_run(tmp_path):
+    config = {"output": "a", "resume": "auto", "trainer": {"beta": 0.1}, "model": {"device": "cpu"}}
+    run = tmp_path / "run"
+    with pytest.raises(RunError, match="resume is true and .* holds no whole checkpoint"):
+        open_run(run, config, "{}", resume=True)
+    assert open_run(run, config, "{}") is None
+    assert open_run(run, {**config, "output": "b", "resume": True, "model": {"device": "cuda"}}, "{}") is None
+    with pytest.raises(RunError, match=r"another config \(trainer.beta: 0.1 -> 0.2\)"):
+        open_run(run, {**config, "trainer": {"beta": 0.2}}, "{}")
+    with pytest.raises(RunError, match="pairs: their manifest is another one now"):
+        open_run(run, config, '{"rows_out": 3}')
+    whole(run / "checkpoint-5")
+    assert open_run(run, config, "{}") == run / "checkpoint-5"
+    with pytest.raises(RunError, match="resume is false and .* holds checkpoint-5"):
+        open_run(run, config, "{}", resume=False)
+    assert not is_finished(run)
+    finish_run(run, {"train_loss": 0.5})
+    assert is_finished(run)
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "a.txt").write_text("mine")
+    with pytest.raises(RunError, match="is not empty and holds no run of prefalign"):
+        open_run(tmp_path / "letters", config, "{}")
+
+
+def test_recipe_resumes_by_itself(tiny_llava, pairs, tmp_path, capsys):
+    """A kill while checkpoint-4 was written leaves checkpoint-2; the same command ends with the same files."""
+    values = {
+        "model": {"model_name_or_path": str(tiny_llava), "device": "cpu"},
+        "pairs": str(pairs),
+        "trainer": {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 4},
+    }
+    RECIPE.main(build(RECIPE.Config, {**values, "output": str(tmp_path / "straight")}))
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    for name in ("prefalign_config.yaml", "pairs_manifest.json"):
+        shutil.copy(tmp_path / "straight" / name, killed / name)
+    shutil.copytree(tmp_path / "straight" / "checkpoint-2", killed / "checkpoint-2")
+    shutil.copytree(tmp_path / "straight" / "checkpoint-4", killed / "checkpoint-4")
+    (killed / "checkpoint-4" / "trainer_state.json").write_text('{"epoch"')
+    capsys.readouterr()
+    RECIPE.main(build(RECIPE.Config, {**values, "output": str(killed)}))
+    assert "going on from checkpoint-2" in capsys.readouterr().out
+    one, two = (load_file(folder / "model.safetensors") for folder in (tmp_path / "straight", killed))
+    assert largest_difference(one, two) == 0.0
+    results = [json.loads((folder / "all_results.json").read_text()) for folder in (tmp_path / "straight", killed)]
+    assert [{k: v for k, v in result.items() if k not in CLOCK} for result in results][0] == {
+        k: v for k, v in results[1].items() if k not in CLOCK
+    }
+
+
+def test_tied_weights_come_back(tiny_llava, pairs, tmp_path):
+    """A head that shares its matrix with the embeddings is saved once."""
+    model = load_model(ModelConfig(str(tiny_llava), device="cpu"))
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+    model.tie_weights()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(1.0)
+    model.save_pretrained(tmp_path / "tied")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "tied")
+    with torch.no_grad():
+        again.get_input_embeddings().weight.zero_()
+    restore_weights(again, tmp_path / "tied")
+    assert largest_difference(weights(model), weights(again)) == 0.0

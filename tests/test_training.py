@@ -1,0 +1,369 @@
+"""The trainer against stock TRL, its terms, the recipe's files, and the private names it leans on."""
+
+import json
+import logging
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import load_dataset
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import DPOConfig, DPOTrainer
+
+from prefalign import bundled
+from prefalign.config import ConfigError, build
+from prefalign.families import tower
+from prefalign.losses import TERMS, find_term
+from prefalign.models import ModelConfig, load_model, load_processor
+from prefalign.training.arguments import training_arguments
+from prefalign.training.lora import LoraSettings, check_trainable
+from prefalign.training.preference import PRIVATE, PreferenceTrainer, audit_gradients
+from tests.training_runs import largest_difference, losses, make_trainer, weights, write_pairs
+
+LN2 = math.log(2)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs", 8)
+
+
+@pytest.fixture(scope="module")
+def multi_image_pairs(tmp_path_factory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs", 4, images=2)
+
+
+def stock_trainer(checkpoint: Path, pairs: Path, output: Path, *, lora: bool, **settings) -> DPOTrainer:
+    """What a user of TRL writes: the pair directory through `load_dataset`, no code of ours but the processor's loading."""
+    config = ModelConfig(str(checkpoint), device="cpu")
+    return DPOTrainer(
+        load_model(config),
+        args=training_arguments(
+            {"per_device_train_batch_size": 2, "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-3, "save_strategy": "no",
+             "gradient_checkpointing": False, "disable_tqdm": True, **settings}, output=output, seed=3),
+        train_dataset=load_dataset(str(pairs), split="train"),
+        processing_class=load_processor(config),
+        peft_config=LoraSettings(r=4, alpha=8).to_peft() if lora else None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["tiny_llava", "tiny_idefics3"])
+def test_same_losses_and_gradients_as_stock_trl(family, lora, request, multi_image_pairs, tmp_path):
+    checkpoint = request.getfixturevalue(family)
+    loss_type = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]}
+    stock = stock_trainer(checkpoint, multi_image_pairs, tmp_path / "a", lora=lora, **loss_type)
+    ours = make_trainer(checkpoint, multi_image_pairs, tmp_path / "b", lora=lora, frozen=(), max_steps=2, **loss_type)
+
+    raw = [stock.train_dataset[index] for index in (0, 1)]
+    encoded = [ours.train_dataset[index] for index in (0, 1)]
+    gradients = []
+    for trainer, rows in ((stock, raw), (ours, encoded)):
+        batch = trainer._prepare_inputs(trainer.data_collator(rows))
+        trainer.model.train()
+        trainer.compute_loss(trainer.model, batch).backward()
+        gradients.append({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+        trainer.model.zero_grad()
+        trainer._metrics["train"].clear()
+    assert largest_difference(*gradients) == 0.0
+    assert max(gradient.abs().max() for gradient in gradients[1].values()) > 1e-3
+
+    stock.train()
+    ours.train()
+    assert losses(stock) == losses(ours)
+    assert len(losses(ours)) == 2
+    assert largest_difference(weights(stock.model), weights(ours.model)) == 0.0
+
+
+@pytest.mark.parametrize("term", ["text", "visual"])
+def test_loss_is_ln2_at_the_start_and_falls(term, tiny_llava, pairs, tmp_path):
+    trainer = make_trainer(tiny_llava, pairs, tmp_path, term=term, max_steps=8, per_device_train_batch_size=8)
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(LN2, abs=1e-6)
+    assert losses(trainer)[-1] < LN2 - 0.01
+
+
+def test_visual_term_is_ln2_for_ever_when_both_pictures_are_one(tiny_llava, pairs, tmp_path):
+    trainer = make_trainer(tiny_llava, pairs, tmp_path, term="visual")
+    same = trainer.train_dataset.to_list()
+    trainer.train_dataset = [{**row, "rejected_images": row["images"]} for row in same]
+    trainer.train()
+    assert losses(trainer) == pytest.approx([LN2] * 4, abs=1e-6)
+
+
+def visual_loss(trainer, rows) -> float:
+    with torch.no_grad():
+        return trainer.compute_loss(trainer.model, trainer.data_collator(rows)).item()
+
+
+def test_another_rejected_picture_is_another_loss(tiny_llava, pairs, tmp_path):
+    """Conditional term by hand: -log sigmoid(beta * (d(chosen | images) - d(chosen | rejected_images)))."""
+    trainer = make_trainer(tiny_llava, pairs, tmp_path, term="visual", per_device_train_batch_size=8)
+    trainer.train()
+    rows = [trainer.train_dataset[index] for index in range(4)]
+    swapped = [{**row, "rejected_images": rows[index - 1]["rejected_images"]} for index, row in enumerate(rows)]
+    as_given = visual_loss(trainer, rows)
+    assert abs(visual_loss(trainer, swapped) - as_given) > 1e-5
+
+    batch = trainer.data_collator(rows)
+    sums = []
+    for model in (trainer.model, trainer.ref_model):
+        with torch.no_grad():
+            inputs = {key: value for key, value in batch.items() if key != "completion_mask"}
+            logps = model(**inputs).logits.log_softmax(-1)[:, :-1]
+        tokens = logps.gather(2, batch["input_ids"][:, 1:, None]).squeeze(2) * batch["completion_mask"][:, 1:]
+        sums.append(tokens.sum(1))
+    ratio = sums[0] - sums[1]
+    by_hand = -torch.nn.functional.logsigmoid(0.1 * (ratio[:4] - ratio[4:])).mean().item()
+    assert as_given == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_the_picture_matters_for_the_text_term(tiny_llava, pairs, tmp_path):
+    trainer = make_trainer(tiny_llava, pairs, tmp_path, per_device_train_batch_size=8)
+    trainer.train()
+    rows = [trainer.train_dataset[index] for index in range(4)]
+    swapped = [{**row, "images": rows[index - 1]["images"]} for index, row in enumerate(rows)]
+    blank = [{**row, "images": row["rejected_images"]} for row in rows]
+    numbers = {round(visual_loss(trainer, batch), 6) for batch in (rows, swapped, blank)}
+    assert len(numbers) == 3
+    others = [{**row, "rejected_images": []} for row in rows]
+    assert visual_loss(trainer, others) == visual_loss(trainer, rows)
+
+
+def test_sft_loss_is_plain_nll_of_the_chosen_answers(tiny_llava, pairs, tmp_path):
+    trainer = make_trainer(tiny_llava, pairs, tmp_path, loss_type=["sft"], per_device_train_batch_size=8)
+    assert trainer.ref_model is None
+    rows = [trainer.train_dataset[index] for index in range(8)]
+    batch = trainer.data_collator(rows)
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)[:8]
+    with torch.no_grad():
+        inputs = {"input_ids": batch["input_ids"][:8], "attention_mask": batch["attention_mask"][:8]}
+        logits = load_model(ModelConfig(str(tiny_llava)))(**inputs, pixel_values=batch["pixel_values"][:8]).logits
+    nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item()
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(nll, abs=1e-5)
+    assert losses(trainer)[-1] < nll
+    assert "rewards/margins" not in trainer.state.log_history[0]
+    assert "logps/chosen" in trainer.state.log_history[0]
+
+
+def test_eight_small_batches_are_one_large(tiny_llava, pairs, tmp_path):
+    runs = []
+    for size, steps in ((8, 1), (1, 8)):
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 3}
+        trainer = make_trainer(tiny_llava, pairs, tmp_path / str(size), save_strategy="no", **settings)
+        trainer.train()
+        runs.append((losses(trainer), weights(trainer.model)))
+    assert runs[0][0] == pytest.approx(runs[1][0], abs=2e-6)
+    assert largest_difference(runs[0][1], runs[1][1]) < 2e-5
+
+
+def test_what_is_free_changes_and_what_is_frozen_does_not(tiny_llava, pairs, tmp_path):
+    trainer = make_trainer(tiny_llava, pairs, tmp_path, save_strategy="no")
+    before = weights(trainer.model)
+    trainer.train()
+    moved = {name for name, tensor in weights(trainer.model).items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name in before if tower(name) != "vision"}
+
+
+@pytest.mark.parametrize("family", ["tiny_llava", "tiny_idefics3"])
+def test_lora_reaches_every_layer_of_the_language_model_and_nothing_else(family, request, pairs, tmp_path):
+    trainer = make_trainer(request.getfixturevalue(family), pairs, tmp_path, lora=True)
+    adapted = {name.split(".lora_")[0] for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert {tower(name) for name in adapted} == {"language_model"}
+    assert len(adapted) == 2 * 7  # layers x projections
+    check_trainable(trainer.model, ["vision", "projector"])
+
+
+def test_adapter_in_a_frozen_tower_is_refused(tiny_llava):
+    from peft import get_peft_model
+
+    model = load_model(ModelConfig(str(tiny_llava)))
+    wide = get_peft_model(model, LoraSettings(r=2, target_modules=r".*\.q_proj").to_peft())
+    with pytest.raises(ConfigError, match="lora.target_modules reaches .*vision.* `freeze` names the vision tower"):
+        check_trainable(wide, ["vision"])
+    wide.requires_grad_(False)
+    with pytest.raises(ConfigError, match="freeze: vision, projector, language_model leaves nothing to train"):
+        check_trainable(wide, ["vision", "projector", "language_model"])
+
+
+def test_tensors_without_gradient_are_named(tiny_llava, pairs, tmp_path, caplog):
+    """LLaVA reads the second-last layer of its tower, so the last one never learns: a warning names it."""
+    trainer = make_trainer(tiny_llava, pairs, tmp_path, frozen=(), max_steps=1, save_strategy="no")
+    with caplog.at_level(logging.WARNING, logger="prefalign.training.preference"):
+        trainer.train()
+    assert re.search(r"\d+ of \d+ trainable tensors got no gradient .* model\.vision_tower.*layers\.1\.", caplog.text)
+    model = load_model(ModelConfig(str(tiny_llava)))
+    for name, parameter in model.named_parameters():
+        parameter.grad = None if tower(name) == "vision" else torch.zeros_like(parameter)
+    with pytest.raises(ValueError, match="none of the 39 trainable tensors of the vision tower got a gradient"):
+        audit_gradients(model.named_parameters())
+    assert len(audit_gradients(model.named_parameters(), saw_pictures=False)) == 39
+
+
+def test_terms_say_what_they_need():
+    assert TERMS["text"].needs_reference(["sigmoid", "sft"])
+    assert not TERMS["text"].needs_reference(["sft"])
+    assert TERMS["visual"].sides[1].images == "rejected_images"
+    assert find_term("visual") is TERMS["visual"]
+    with pytest.raises(ConfigError, match="no preference term called 'visuel'; did you mean 'visual'"):
+        find_term("visuel")
+    with pytest.raises(ConfigError, match="'text\\+visual' asks for several terms; a run trains one"):
+        find_term("text+visual")
+    with pytest.raises(ValueError, match="loss_type 'sft' does not fit term 'visual'"):
+        TERMS["visual"].check(["sft"])
+
+
+def test_trainer_mapping_is_checked_by_name_and_type(tmp_path):
+    arguments = training_arguments({"learning_rate": "1e-6", "loss_type": ["ipo"]}, output=tmp_path, seed=5)
+    assert (arguments.learning_rate, arguments.loss_type, arguments.seed) == (1e-6, ["ipo"], 5)
+    assert (arguments.max_length, arguments.beta, arguments.report_to) == (None, 0.1, [])
+    assert arguments.bf16 == (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    with pytest.raises(ConfigError) as error:
+        training_arguments({"lerning_rate": 1, "beta": "high", "output_dir": "x"}, output=tmp_path, seed=0)
+    assert "trainer.lerning_rate: unknown key (value 1); did you mean 'learning_rate'?" in str(error.value)
+    assert "trainer.beta: Input should be a valid number" in str(error.value)
+    assert "trainer.output_dir: the recipe sets this field; set `output` instead." in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the processes do find each other")
+def test_processes_that_do_not_see_each_other_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 processes were started and this one sees 1.* leave trainer.use_cpu alone"):
+        training_arguments({"use_cpu": False}, output=tmp_path, seed=0)
+
+
+def test_private_names_that_we_lean_on_exist():
+    for name in PRIVATE:
+        assert callable(getattr(DPOTrainer, name)), name
+    from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+    assert callable(DataCollatorForVisionPreference.torch_call)
+    source = Path(sys.modules["trl.trainer.dpo_trainer"].__file__).read_text()
+    for used in ("self._metrics[mode]", "self._total_train_tokens", "self.precompute_ref_logps", 'inputs["ref_chosen_logps"]',
+                 "self._signature_columns", '"rewards/margins"'):  # fmt: skip
+        assert used in source, used
+    assert {"max_length", "loss_type", "beta"} <= set(DPOConfig.__dataclass_fields__)
+
+
+RECIPE = bundled.load_stage("train_preference")
+
+
+def recipe_config(checkpoint: Path, pairs: Path, output: Path, **more):
+    values = {
+        "model": {"model_name_or_path": str(checkpoint), "device": "cpu"},
+        "pairs": str(pairs),
+        "output": str(output),
+        "trainer": {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 4,
+                    "learning_rate": 1e-3, "lr_scheduler_type": "constant"},
+        **more,
+    }  # fmt: skip
+    return build(RECIPE.Config, values)
+
+
+def test_recipe_saves_everything_and_starts_no_second_time(tiny_llava, pairs, tmp_path, capsys):
+    config = recipe_config(tiny_llava, pairs, tmp_path / "run", lora={"r": 4, "alpha": 8}, eval_pairs=str(pairs))
+    RECIPE.main(config)
+    run = tmp_path / "run"
+    printed = capsys.readouterr().out
+    assert re.search(r"vision +36,224 parameters +0 trainable", printed)
+    assert yaml.safe_load((run / "prefalign_config.yaml").read_text())["lora"]["r"] == 4
+    assert (run / "pairs_manifest.json").read_text() == (pairs / "manifest.json").read_text()
+    results = json.loads((run / "all_results.json").read_text())
+    assert results["rows_used"] == results["rows_in"] == 8
+    assert results["eval_loss"] < results["train_loss"] < LN2
+    assert [row["step"] for row in json.loads((run / "trainer_state.json").read_text())["log_history"] if "loss" in row] == [1, 2, 3, 4]
+    for folder in (run, run / "checkpoint-2", run / "checkpoint-4"):
+        AutoProcessor.from_pretrained(folder)
+        assert (folder / "prefalign_config.yaml").is_file()
+        PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(tiny_llava), folder)
+    RECIPE.main(config)
+    assert "is finished; nothing to do" in capsys.readouterr().out
+
+
+def test_recipe_drops_what_does_not_fit_and_says_so(tiny_llava, pairs, tmp_path, capsys):
+    collate = make_trainer(tiny_llava, pairs, tmp_path / "x").data_collator
+    dataset = make_trainer(tiny_llava, pairs, tmp_path / "x").train_dataset
+    longest = max(collate.lengths(row).prompt for row in dataset)
+    settings = {"max_steps": 1, "max_length": longest, "per_device_train_batch_size": 2, "save_strategy": "no"}
+    RECIPE.main(recipe_config(tiny_llava, pairs, tmp_path / "run", trainer=settings))
+    assert f"max_length {longest + 1} keeps all" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "run" / "rows.json").read_text())
+    assert rows["rows_in"] == 8 == rows["rows_used"] + len(rows["too_long"])
+    assert set(rows["too_long"]) == {"pair-2", "pair-5"}
+
+
+def test_recipe_refuses_an_adapter_on_an_adapter(tiny_llava, pairs, tmp_path):
+    make_trainer(tiny_llava, pairs, tmp_path / "a", lora=True).save_model(str(tmp_path / "a"))
+    on_top = {"model": {"model_name_or_path": str(tmp_path / "a"), "device": "cpu"}}
+    with pytest.raises(ConfigError, match="the model is an adapter already"):
+        RECIPE.main(recipe_config(tiny_llava, pairs, tmp_path / "b", lora={"r": 4}, **on_top))
+
+
+def test_two_processes_are_one_and_resume_like_one(tiny_llava, pairs, tmp_path):
+    """torchrun, DDP: the losses and weights of one process with the same global batch, straight through and resumed."""
+    RECIPE.main(recipe_config(tiny_llava, pairs, tmp_path / "one"))
+    script = tmp_path / "two.py"
+    script.write_text(f"""
+import json, shutil
+from pathlib import Path
+import torch.distributed as dist
+from accelerate import PartialState
+from prefalign import bundled
+from prefalign.config import build
+recipe, base = bundled.load_stage("train_preference"), Path({str(tmp_path)!r})
+values = json.loads((base / "values.json").read_text())
+recipe.main(build(recipe.Config, values | {{"output": str(base / "two")}}))
+state = PartialState()
+assert state.num_processes == 2 and state.distributed_type.value == "MULTI_CPU", state
+if state.is_main_process:
+    for name in ("prefalign_config.yaml", "pairs_manifest.json", "checkpoint-2"):
+        copy = shutil.copytree if name == "checkpoint-2" else shutil.copy
+        (base / "resumed").mkdir(exist_ok=True)
+        copy(base / "two" / name, base / "resumed" / name)
+dist.barrier()
+recipe.main(build(recipe.Config, values | {{"output": str(base / "resumed")}}))
+""")
+    values = yaml.safe_load((tmp_path / "one" / "prefalign_config.yaml").read_text())
+    values["trainer"]["per_device_train_batch_size"] = 2
+    (tmp_path / "values.json").write_text(json.dumps(values))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(bundled.root()), os.environ.get("PYTHONPATH")]))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on from checkpoint-2" in done.stdout
+    runs = [json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("one", "two", "resumed")]
+    in_one, in_two, resumed = [[entry["loss"] for entry in run if "loss" in entry] for run in runs]
+    assert in_two == pytest.approx(in_one, abs=2e-6)
+    assert resumed == in_two
+    models = [AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two", "resumed")]
+    assert largest_difference(models[0], models[1]) < 1e-5
+    assert largest_difference(models[1], models[2]) == 0.0
+
+
+def test_reference_stays_the_starting_point(tiny_llava, pairs, tmp_path):
+    trainer = make_trainer(tiny_llava, pairs, tmp_path, save_strategy="no")
+    start = weights(trainer.model)
+    trainer.train()
+    assert largest_difference(weights(trainer.ref_model), start) == 0.0
+    assert not any(parameter.requires_grad for parameter in trainer.ref_model.parameters())
+
+
+def test_a_model_built_in_memory_trains(tiny_llava, pairs, tmp_path):
+    """Stock TRL loads the reference from the model's path, which such a model has not."""
+    config = ModelConfig(str(tiny_llava))
+    model = load_model(config)
+    model.config._name_or_path = ""
+    trainer = make_trainer(tiny_llava, pairs, tmp_path)
+    again = PreferenceTrainer(
+        model, args=trainer.args, train_dataset=trainer.train_dataset, processing_class=load_processor(config)
+    )
+    again.train()
+    assert losses(again)[0] == pytest.approx(LN2, abs=1e-6)
