@@ -298,7 +298,22 @@ def _read_results(evaluation: Path | None) -> dict[str, Any] | None:
     results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if not results.get("metrics"):
         raise PublishError(f"{file} holds no metrics; the evaluation did not finish. Run it again.")
+    results["test_set"] = _test_set(evaluation / "items.jsonl", results)
     return results
+
+
+def _test_set(items: Path, results: Mapping[str, Any]) -> str:
+    """What was measured on, from the scored items: splits of the embedded world, or the kinds of items read from files."""
+    if not items.is_file():
+        return "pictures that the evaluation did not name"
+    lines = items.read_text(encoding="utf-8").splitlines()
+    groups = [str(json.loads(line).get("group")) for line in lines if line.strip()]
+    matches = [re.fullmatch(r"scene-\d+-(\w+)-\d+", group) for group in groups]
+    splits = ", ".join(sorted({match[1] for match in matches if match}))
+    if splits and all(matches):
+        return f"scenes {splits}"
+    kinds = f"{', '.join(results.get('counts') or ['items'])} from files"
+    return f"{kinds} and scenes {splits}" if splits else kinds
 
 
 def _check_same_weights(evaluation: Mapping[str, Any] | None, checked: Mapping[str, Any]) -> None:

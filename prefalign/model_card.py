@@ -77,7 +77,7 @@ def model_card(
         pairs: manifest of the training pairs.
         trainer_state: the trainer's `trainer_state.json`.
         rows: the run's `rows.json`: how many pairs fitted.
-        evaluation: `results.json` of an evaluation of this model.
+        evaluation: `results.json` of an evaluation of this model, with `test_set`: what it was measured on, in words.
         baseline: `results.json` of the same evaluation of its base.
         checked: report of `release_checks.verify`.
     """
@@ -138,9 +138,9 @@ def _eval_results(evaluation: Mapping[str, Any] | None) -> list[Any]:
         return []
     results = []
     for name, metric in evaluation["metrics"].items():
-        if name.startswith("difference.") or not _finite(metric["value"]):
+        if name.startswith("difference.") or metric.get("invalid") or not _finite(metric["value"]):
             continue
-        test_set = _test_set(evaluation)
+        test_set, interval = evaluation["test_set"], _interval(metric)
         results.append(
             EvalResult(
                 task_type="image-text-to-text",
@@ -149,7 +149,7 @@ def _eval_results(evaluation: Mapping[str, Any] | None) -> list[Any]:
                 metric_type=name,
                 metric_name=name,
                 metric_value=metric["value"],
-                metric_args={"ci95": list(metric["ci95"]), "n": metric["n"]} if _finite(*metric["ci95"]) else None,
+                metric_args={**({"ci95": interval} if interval else {}), "n": metric["n"]},
             )
         )
     return results
@@ -180,9 +180,10 @@ def _evaluation_table(evaluation: Mapping[str, Any], baseline: Mapping[str, Any]
         if uneven:
             notes.append(f"Before and after cover different numbers of items in: {', '.join(uneven)}.")
     return {
-        "lead": f"Measured on {_test_set(evaluation)}.",
+        "lead": f"Measured on {evaluation['test_set']}.",
         "has_baseline": baseline is not None,
         "before_model": _portable(str(baseline["model"])) if baseline else "",
+        "has_p": any(_finite(metric.get("p_holm")) for metric in after.values()),
         "has_difference": any(name.startswith("difference.") for name in after),
         "rows": rows,
         "notes": notes,
@@ -193,11 +194,6 @@ def _asked(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that decide what was asked, not which model answered or where it wrote."""
     ignored = ("model", "output", "baseline", "batch_size", "fingerprint")
     return {key: value for key, value in (evaluation.get("settings") or {}).items() if key not in ignored}
-
-
-def _test_set(evaluation: Mapping[str, Any]) -> str:
-    name = (evaluation.get("settings") or {}).get("test_set")
-    return _portable(str(name)) if name else "pictures that the evaluation did not name"
 
 
 def _training_facts(state: Mapping[str, Any] | None, rows: Mapping[str, Any] | None) -> dict[str, str]:
@@ -257,16 +253,14 @@ def _check_lines(checked: Mapping[str, Any]) -> list[str]:
 
 def _limitations(evaluation: Mapping[str, Any] | None, base: Base, license: str | None) -> list[str]:
     limits = []
-    if base.is_scenes or (evaluation and is_scenes(evaluation.get("settings"))):
+    if base.is_scenes or (evaluation and evaluation["test_set"].startswith("scenes")):
         limits.append(
             "Made and measured in the synthetic scenes world only (drawn coloured shapes): the numbers say nothing about "
             "photographs, and the model is of no use outside that world."
         )
     if evaluation:
-        limits.append(f"Nothing was measured beyond the table above ({_test_set(evaluation)}).")
-        limits.append(
-            "A change whose interval includes zero, or whose before and after intervals overlap, is not shown."
-        )
+        limits.append(f"Nothing was measured beyond the table above ({evaluation['test_set']}).")
+        limits.append("A difference whose interval includes zero is no evidence of a change.")
         limits.append("Whether pictures of the evaluation were also seen in training was not counted.")
     else:
         limits.append("Nothing was measured.")
@@ -285,10 +279,16 @@ def _estimate(metric: Mapping[str, Any] | None, *, signed: bool = False) -> str:
         return "n/a"
     sign = "+" if signed else ""
     text = f"{metric['value']:{sign}.3f}"
-    if not _finite(*metric["ci95"]):
-        return text
-    low, high = metric["ci95"]
-    return f"{text} [{low:{sign}.3f}, {high:{sign}.3f}]"
+    if interval := _interval(metric):
+        text += f" [{interval[0]:{sign}.3f}, {interval[1]:{sign}.3f}]"
+    if _finite(metric.get("p_holm")):
+        text += f", p {metric['p_holm']:.2g}"
+    return f"{text}, INVALID: {metric['invalid']}" if metric.get("invalid") else text
+
+
+def _interval(metric: Mapping[str, Any]) -> list[float] | None:
+    interval = metric.get("ci95")
+    return list(interval) if interval and _finite(*interval) else None
 
 
 def _finite(*values: Any) -> bool:

@@ -126,7 +126,7 @@ def in_fresh_process(folder: Path, *, base: str | None = None, picture: Path | N
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         start = next((number for number, line in enumerate(lines) if line.startswith("refused: ")), len(lines) - 5)
-        why = "\n  ".join(lines[max(start, 0) :]).removeprefix("refused: ")
+        why = "\n  ".join(lines[max(start, 0) :]).removeprefix("refused: ").replace(str(folder), "the folder")
         raise CheckError(f"nothing was published, because the folder failed in a fresh process: {why}")
     report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return report
@@ -313,7 +313,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]
+    return (str(error).strip().splitlines() or [""])[0][:500]
 
 
 def main() -> int:

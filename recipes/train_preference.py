@@ -59,23 +59,21 @@ def main(config: Config) -> None:
     from prefalign.training.lora import check_trainable
     from prefalign.training.pairs import keep_fitting, load_pairs, pairs_manifest
     from prefalign.training.preference import PreferenceTrainer
-    from prefalign.training.runs import CONFIG_FILE, PAIRS_FILE, finish_run, is_finished, open_run
+    from prefalign.training.runs import finish_run, is_finished, open_run, run_files
 
     _plain_lines_without_a_terminal()
     arguments = training_arguments(config.trainer, output=config.output, seed=config.seed)
     term = find_term(config.term)
     term.check(arguments.loss_type)
     pairs_manifest(config.pairs)
+    files = run_files(to_mapping(config), (config.pairs / "manifest.json").read_text(encoding="utf-8"))
+    main_process = arguments.process_index == 0
     checkpoint = open_run(
-        config.output,
-        to_mapping(config),
-        (config.pairs / "manifest.json").read_text(encoding="utf-8"),
-        resume=config.resume,
-        processes=arguments.world_size,
-        write=arguments.process_index == 0,
+        config.output, files, resume=config.resume, processes=arguments.world_size, write=main_process
     )
     if is_finished(config.output):
-        print(f"{config.output} is finished; nothing to do.")
+        if main_process:
+            print(f"{config.output} is finished; nothing to do.")
         return
 
     processor = load_processor(config.model)
@@ -90,13 +88,12 @@ def main(config: Config) -> None:
         processing_class=processor,
         term=term,
         peft_config=config.lora.to_peft() if config.lora else None,
-        files={name: (config.output / name).read_text(encoding="utf-8") for name in (CONFIG_FILE, PAIRS_FILE)},
+        files=files,
     )
     check_trainable(trainer.model, config.freeze)
     trainer.train_dataset, fit = keep_fitting(trainer.train_dataset, trainer.data_collator)
     if config.eval_pairs:
         trainer.eval_dataset, eval_fit = keep_fitting(trainer.eval_dataset, trainer.data_collator)
-    main_process = trainer.is_world_process_zero()
     if main_process:
         for row in parameter_table(trainer.model):
             print(f"{row['tower']:<15}{row['parameters']:>16,} parameters{row['trainable']:>16,} trainable")
@@ -121,14 +118,19 @@ def main(config: Config) -> None:
 
 
 def _load_policy(config: Config, device: str) -> Any:
-    """The policy on this process's device; an adapter under full training is merged first."""
+    """The policy on this process's device.
+
+    For full training an adapter is merged first, and `dtype: auto` is float32 (as in TRL): steps of 1e-6 are lost in a
+    checkpoint's 16 bits.
+    """
     from accelerate.utils import is_peft_model
 
     from prefalign.config import ConfigError
     from prefalign.models import load_model
 
     on_device = device if config.model.device == "auto" else config.model.device
-    model = load_model(replace(config.model, device=on_device))
+    dtype = "float32" if config.lora is None and config.model.dtype == "auto" else config.model.dtype
+    model = load_model(replace(config.model, device=on_device, dtype=dtype))
     if not is_peft_model(model):
         return model
     if config.lora is not None:

@@ -9,7 +9,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-
 from tiny_vlms import save_tiny
 
 torch.set_num_threads(1)

@@ -7,7 +7,6 @@ import torch
 from prefalign import families
 from prefalign.engines import ImageMask
 
-
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
@@ -19,7 +18,9 @@ def hidden_places(input_ids: torch.Tensor, mask: ImageMask, config) -> torch.Ten
     return hidden
 
 
-def greedy(model, processor, text: str, images, hide: ImageMask, steps: int, banned: list[int]) -> tuple[list[int], torch.Tensor]:
+def greedy(
+    model, processor, text: str, images, hide: ImageMask, steps: int, banned: list[int]
+) -> tuple[list[int], torch.Tensor]:
     """Tokens and (steps, V) logits of one prompt whose hidden image tokens no later position may see."""
     batch = dict(processor(text=[text], images=[images], add_special_tokens=False, return_tensors="pt"))
     ids = batch["input_ids"]
@@ -39,7 +40,9 @@ def greedy(model, processor, text: str, images, hide: ImageMask, steps: int, ban
         seen |= (grown[:, None] == grown[None, :]) & (grown > 0)[:, None]
         seen &= ~torch.cat([hidden, torch.zeros(size - len(hidden), dtype=torch.bool)])[None, :]
         seen |= torch.eye(size, dtype=torch.bool)  # a hidden token sees itself; nobody else sees it
-        more = {} if types is None else {"mm_token_type_ids": torch.nn.functional.pad(types, (0, size - types.shape[1]))}
+        more = (
+            {} if types is None else {"mm_token_type_ids": torch.nn.functional.pad(types, (0, size - types.shape[1]))}
+        )
         with torch.no_grad():
             out = model(
                 input_ids=ids, attention_mask=seen[None, None], position_ids=positions, use_cache=False, **extra, **more

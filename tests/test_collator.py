@@ -112,7 +112,9 @@ def test_no_image_token_is_ever_cut(processor):
     cut = PreferenceCollator(processor, max_length=prompt + 1)([row])
     assert cut["completion_mask"].sum(dim=1).tolist() == [1, 1]
     assert torch.isin(cut["input_ids"][0], image_tokens).sum() == whole > 0
-    with pytest.raises(PromptTooLong, match=f"row pair-0: the prompt has {prompt} tokens .* Raise max_length to {prompt + 1}"):
+    with pytest.raises(
+        PromptTooLong, match=f"row pair-0: the prompt has {prompt} tokens .* Raise max_length to {prompt + 1}"
+    ):
         PreferenceCollator(processor, max_length=prompt)([row])
 
 
@@ -127,7 +129,9 @@ def test_rows_that_do_not_fit_are_counted_and_named(tiny_llava: Path, tmp_path: 
     assert (fit.rows_in, fit.rows_used, fit.needed) == (8, 6, longest + 1)
     assert fit.rows_in == fit.rows_used + len(fit.too_long)
     assert kept["id"][:3] == ["pair-0", "pair-1", "pair-3"]
-    assert fit.summary().startswith("dropped 2 of 8 rows whose prompt and image tokens fill max_length (pair-2, pair-5)")
+    assert fit.summary().startswith(
+        "dropped 2 of 8 rows whose prompt and image tokens fill max_length (pair-2, pair-5)"
+    )
     assert f"max_length {longest + 1} keeps all" in fit.summary()
     assert keep_fitting(dataset, PreferenceCollator(processor, max_length=fit.needed))[1].too_long == {}
     assert keep_fitting(dataset, PreferenceCollator(processor))[1].rows_used == 8

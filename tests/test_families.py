@@ -36,10 +36,15 @@ def test_image_tokens_are_as_many_as_the_features(checkpoint: Path, processor) -
     batch = _asked(processor, images=2)
     mask = families.image_token_mask(batch["input_ids"], model.config)
     features = model.get_image_features(
-        **{key: value for key, value in batch.items() if key in ("pixel_values", "image_sizes", "pixel_attention_mask")},
+        **{
+            key: value for key, value in batch.items() if key in ("pixel_values", "image_sizes", "pixel_attention_mask")
+        },
         return_dict=True,
     ).pooler_output
-    rows = sum(part.reshape(-1, part.shape[-1]).shape[0] for part in (features if not torch.is_tensor(features) else [features]))
+    rows = sum(
+        part.reshape(-1, part.shape[-1]).shape[0]
+        for part in (features if not torch.is_tensor(features) else [features])
+    )
     assert mask.sum() == rows > 0
     assert families.family(model.config) == checkpoint.name
 

@@ -1,4 +1,4 @@
-"""Publishing: uploads to a stand-in server and back, cards that parse and run, and everything that must be refused."""
+"""Publishing: uploads to a stand-in server and back, cards that parse and run, and what must be refused."""
 
 import json
 import re
@@ -12,63 +12,24 @@ import torch
 import yaml
 from datasets import load_dataset
 from huggingface_hub import DatasetCard, ModelCard, constants
-from safetensors.torch import load_file, save_file
 
 from prefalign import hub, release_checks
-from prefalign.images import encode_png
-from prefalign.records import Pair, assistant_message, user_message
 from prefalign.release_checks import CheckError
 from prefalign.staging import PublishError, kind_of, resolve_base
-from prefalign.store import OutputConfig, write_records
 from prefalign.upload import check_login, upload
+from tests.hub_folders import copy, save_adapter, save_evaluations, save_pairs, save_trained
 from tests.stand_in_hub import TOKEN, StandInHub
 from tests.tiny_vlms import picture
-
-SECRET = "hf_" + "Ab1" * 9
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hub") / "pairs"
-    rows = [
-        Pair(
-            id=f"row{n}",
-            images=[encode_png(picture(n // 2), "p.png")],
-            prompt=[user_message("what is in the image ?", images=1)],
-            chosen=[assistant_message("a red square" if n else "a fox")],
-            rejected=[assistant_message("a lazy dog")],
-            method="bdhs",
-            meta={"generator": "scenes-base", "seed": 3},
-            margin=float(n),
-        )
-        for n in range(5)
-    ]
-    write_records("bdhs", rows, output=OutputConfig(folder, block_size=2), record=Pair, settings={"share": 0.9}, seed=3)
-    (folder / "quarantine").mkdir()
-    (folder / "quarantine" / "00000.jsonl").write_text("{}\n")
-    return folder
+    return save_pairs(tmp_path_factory.mktemp("hub") / "pairs")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_llava, pairs):
-    """A full-weight run: weights other than the base's, and all the files that must not be published."""
-    folder = tmp_path_factory.mktemp("hub") / "aligned"
-    shutil.copytree(tiny_llava, folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["language_model.lm_head.weight" if "language_model.lm_head.weight" in weights else "lm_head.weight"] += 0.5
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {"model": {"model_name_or_path": str(tiny_llava)}, "pairs": str(pairs), "trainer": {"beta": 0.2}}
-    (folder / "prefalign_config.yaml").write_text(yaml.safe_dump(config))
-    shutil.copyfile(pairs / "manifest.json", folder / "pairs_manifest.json")
-    log = [{"loss": 0.6931, "step": 1}, {"loss": 0.5, "rewards/accuracies": 0.75, "step": 4}]
-    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 4, "epoch": 2.0, "log_history": log}))
-    (folder / "rows.json").write_text(
-        json.dumps({"rows_in": 5, "rows_used": 4, "too_long": {"row2": 900}, "answers_cut": 0})
-    )
-    torch.save({"lr": 1.0}, folder / "training_args.bin")
-    (folder / "checkpoint-4").mkdir()
-    torch.save({"state": 1}, folder / "checkpoint-4" / "optimizer.pt")
-    return folder
+    return save_trained(tmp_path_factory.mktemp("hub") / "aligned", tiny_llava, pairs)
 
 
 @pytest.fixture(scope="module")
@@ -76,40 +37,9 @@ def adapter(tmp_path_factory, trained):
     return save_adapter(trained, tmp_path_factory.mktemp("hub") / "adapter", spread=1.0)
 
 
-def save_adapter(base: Path, folder: Path, *, spread: float) -> Path:
-    """A LoRA on `base`; `spread` is the width of lora_B (0: as before training, a no-op)."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    torch.manual_seed(0)
-    model = get_peft_model(
-        AutoModelForImageTextToText.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-    )
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_().mul_(spread)
-    model.save_pretrained(folder)
-    AutoProcessor.from_pretrained(base).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def evaluations(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hub")
-    for name, value in (("after", 0.2), ("before", 0.3)):
-        metrics = {
-            "chair_i": {"value": value, "ci95": [value - 0.04, value + 0.04], "n": 120},
-            "recall": {"value": 0.5, "ci95": [0.4, 0.6], "n": 120},
-            "no_items": {"value": float("nan"), "ci95": [float("nan"), float("nan")], "n": 0},
-        }
-        if name == "after":
-            metrics["difference.chair_i"] = {"value": -0.1, "ci95": [-0.15, -0.05], "n": 120}
-        results = {"model": f"/somewhere/else/{name}", "settings": {"test_set": "scenes test_fair"},
-                   "metrics": metrics, "notes": ["greedy answers"]}  # fmt: skip
-        (folder / name).mkdir()
-        (folder / name / "results.json").write_text(json.dumps(results))
-    return folder
+    return save_evaluations(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture
@@ -126,11 +56,6 @@ def online(monkeypatch, tmp_path):
 
 def python_block(card: str) -> str:
     return re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
-
-
-def copy(folder: Path, target: Path) -> Path:
-    shutil.copytree(folder, target)
-    return target
 
 
 UPLOADS = """
@@ -243,7 +168,9 @@ def test_dry_run_writes_a_complete_folder_and_uploads_nothing(
     assert data.eval_results[0].metric_args["ci95"] == pytest.approx([0.16, 0.24])
     for line in (
         "a local checkpoint called `llava`, which is not on the Hub",
-        "| `chair_i` | 120 | 0.300 [0.260, 0.340] | 0.200 [0.160, 0.240] | -0.100 [-0.150, -0.050] |",
+        "| `chair_i` | 120 | 0.300 [0.260, 0.340] | 0.200 [0.160, 0.240] | -0.100 [-0.150, -0.050], p 0.004 |",
+        "| `patchy` | 9 | 0.700, INVALID: 5 % of the items are missing | 0.700, INVALID: 5 % of the items are missing | n/a |",
+        "p: two-sided, Holm-corrected",
         "| `no_items` | 0 | n/a | n/a | n/a |",
         "| inputs dropped | none |",
         "| rows made | 5 |",
@@ -265,49 +192,6 @@ def test_dry_run_writes_a_complete_folder_and_uploads_nothing(
         hub.publish_dataset(pairs, "me/pairs", output=tmp_path / "out", dry_run=True)
 
 
-def test_the_sample_picture_is_the_first_training_picture(trained, pairs, tmp_path):
-    """Another picture gives another answer to the check: it is really shown."""
-    drawn = release_checks.verify(trained)["picture_effect"]
-    given = release_checks.verify(trained, picture=hub._first_picture(pairs, tmp_path))["picture_effect"]
-    assert drawn != given
-    assert (tmp_path / "picture.png").is_file()
-
-
-def test_adapter_that_does_nothing_is_refused(tmp_path, trained, adapter):
-    assert release_checks.verify(adapter, base=str(trained))["adapter_effect"] > 0.01
-    untrained = save_adapter(trained, tmp_path / "untrained", spread=0.0)
-    with pytest.raises(CheckError, match="the adapter is a no-op"):
-        release_checks.verify(untrained, base=str(trained))
-
-
-def change_weights(folder, name, change):
-    weights = load_file(folder / "model.safetensors")
-    changed = [key for key in weights if name in key]
-    assert changed
-    for key in changed:
-        weights[key] = change(weights[key])
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def test_model_that_cannot_see_is_refused(tmp_path, trained):
-    blind = copy(trained, tmp_path / "blind")
-    change_weights(blind, "multi_modal_projector", torch.zeros_like)
-    with pytest.raises(CheckError, match="does not see pictures"):
-        release_checks.verify(blind)
-
-
-def test_broken_weights_are_refused(tmp_path, trained):
-    broken = copy(trained, tmp_path / "broken")
-    change_weights(broken, "lm_head", lambda weight: weight * float("nan"))
-    with pytest.raises(CheckError, match="NaN or infinite logits"):
-        release_checks.verify(broken)
-
-
-def test_weights_of_the_base_are_refused(trained):
-    with pytest.raises(CheckError, match=r"all \d+ weight tensors are those of the base"):
-        release_checks.verify(trained, base=str(trained))
-
-
 def test_broken_processor_is_refused_by_the_fresh_process(tmp_path, trained):
     broken = copy(trained, tmp_path / "broken")
     (broken / "processor_config.json").unlink()
@@ -316,97 +200,6 @@ def test_broken_processor_is_refused_by_the_fresh_process(tmp_path, trained):
     ):
         hub.publish_model(broken, "me/x", dry_run=True)
     assert not (tmp_path / "broken-publish").exists()
-
-
-def test_processor_without_chat_template_is_refused(tmp_path, trained):
-    broken = copy(trained, tmp_path / "broken")
-    (broken / "chat_template.jinja").unlink()
-    with pytest.raises(CheckError, match="no chat template"):
-        release_checks.verify(broken)
-
-
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        (f'{{"token": "{SECRET}"}}', "Hugging Face token"),
-        ("judge_key: sk-proj-" + "a1B2" * 6, "API key"),
-        ("AKIA" + "ABCD1234" * 2, "AWS key"),
-        ("aws_secret_access_key = " + "a/B+" * 10, "AWS secret"),
-        ("ghp_" + "a1B2" * 9, "GitHub token"),
-        ("Authorization: Bearer " + "abcd1234", "authorization header"),
-        ("-----BEGIN RSA PRIVATE KEY-----", "private key"),
-        ("WANDB_API_KEY: " + "0123456789abcdef" * 2, "secret"),
-        ("see /home/anna/notes.txt", "absolute path"),
-        ("see /Users/anna/x", "absolute path"),
-        ("in /root/cache/x", "absolute path"),
-        ("file:///tmp/run/x.png", "absolute path"),
-        (r"C:\Users\anna\x", "absolute path"),
-        (r'"C:\\Users\\anna"', "absolute path"),
-    ],
-)
-def test_scan_finds(text, kind):
-    findings = release_checks.scan_text(text)
-    assert [finding.startswith(kind) for finding in findings].count(True) >= 1
-    assert SECRET not in "".join(findings)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "https://example.org/home/anna/x.png",
-        "the ratio a/tmp/b, ./home/x and ~/data",
-        '"pad_token": "<pad>", "eos_token": "<|endoftext|>", "token": null',
-        r'"{{ \'A:\\n\' + message }}"',
-        "hf_hub and sk-learn, AKIA",
-    ],
-)
-def test_scan_lets_pass(text):
-    assert release_checks.scan_text(text) == []
-
-
-def test_secret_in_a_config_is_refused_and_masked(tmp_path, trained):
-    leaking = copy(trained, tmp_path / "leaking")
-    with (leaking / "prefalign_config.yaml").open("a") as stream:
-        stream.write(f"judge: {{key: {SECRET}}}\n")
-    masked = r"prefalign_config.yaml line \d+: Hugging Face token hf_A... \(30 characters\)"
-    with pytest.raises(CheckError, match=masked) as error:
-        hub.publish_model(leaking, "me/x", dry_run=True)
-    assert SECRET not in str(error.value)
-    assert "replace any key" in str(error.value)
-
-
-def test_absolute_path_inside_text_is_refused(tmp_path, trained):
-    leaking = copy(trained, tmp_path / "leaking")
-    with (leaking / "prefalign_config.yaml").open("a") as stream:
-        stream.write("comment: rows are from /home/anna/rows.jsonl\n")
-    with pytest.raises(CheckError, match=r"prefalign_config.yaml line \d+: absolute path /home/anna/r\.\.\."):
-        hub.publish_model(leaking, "me/x", dry_run=True)
-
-
-def test_secret_and_path_in_rows_are_refused(tmp_path):
-    row = Pair(id="row0", images=[encode_png(picture(0))], prompt=[user_message("what ?", images=1)],
-               chosen=[assistant_message(f"my key is {SECRET}")], rejected=[assistant_message("a dog in /home/of/dogs")],
-               method="bdhs", meta={"source": "/home/anna/rows.jsonl"})  # fmt: skip
-    write_records("bdhs", [row], output=OutputConfig(tmp_path / "pairs"), record=Pair, settings={}, seed=0)
-    with pytest.raises(
-        CheckError, match=r"train-00000.parquet row row0, column chosen: Hugging Face token hf_A"
-    ) as error:
-        hub.publish_dataset(tmp_path / "pairs", "me/x", dry_run=True)
-    assert "column meta: absolute path" in str(error.value)
-    assert "column rejected" not in str(error.value)
-
-
-def test_notes_of_an_evaluation_reach_the_scan(tmp_path):
-    (tmp_path / "README.md").write_text("- judged with key " + SECRET)
-    (tmp_path / "weights.bin").write_bytes(b"x")
-    with pytest.raises(CheckError, match=r"README.md line 1: Hugging Face token") as error:
-        release_checks.refuse(release_checks.scan_folder(tmp_path))
-    assert "weights.bin: a pickle file, which runs code" in str(error.value)
-
-
-def test_paths_in_a_vocabulary_are_not_leaks(tmp_path):
-    (tmp_path / "tokenizer.json").write_text('{"/home/anna/": 7}')
-    assert release_checks.scan_folder(tmp_path) == []
 
 
 def test_folders_that_are_refused(tmp_path, trained, adapter):
@@ -508,10 +301,25 @@ def test_adapter_on_the_shipped_base_can_be_found_again(tmp_path, adapter):
     assert "base_model:" not in card
 
 
+@pytest.mark.parametrize(
+    ("groups", "name"),
+    [
+        (["scene-0-test_fair-000001", "scene-0-test_adversarial-000001"], "scenes test_adversarial, test_fair"),
+        (["COCO_1"], "chair, yesno from files"),
+        (["COCO_1", "scene-0-test_fair-000001"], "chair, yesno from files and scenes test_fair"),
+    ],
+)
+def test_what_was_measured_on_is_read_from_the_items(tmp_path, groups, name):
+    (tmp_path / "results.json").write_text('{"metrics": {"x": {}}, "counts": {"chair": {}, "yesno": {}}}')
+    assert hub._read_results(tmp_path)["test_set"] == "pictures that the evaluation did not name"
+    (tmp_path / "items.jsonl").write_text("\n".join(json.dumps({"group": group}) for group in groups))
+    assert hub._read_results(tmp_path)["test_set"] == name
+
+
 def test_before_and_after_measured_differently_is_said(evaluations):
     from prefalign.model_card import _evaluation_table
 
-    after, before = (json.loads((evaluations / name / "results.json").read_text()) for name in ("after", "before"))
+    after, before = (hub._read_results(evaluations / name) for name in ("after", "before"))
     before["settings"]["max_new_tokens"] = 8
     before["metrics"]["recall"]["n"] = 60
     notes = _evaluation_table(after, before)["notes"]

@@ -94,7 +94,7 @@ def test_readme_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"(?:^|`)make ([a-z]+)", README + (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for name in re.findall(r"--config (\S+)", README):
+    for name in re.findall(r"--config ([\w/.]+)", README):
         assert bundled.find(name).is_file()
 
 

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_vlms import save_tiny
 
-from prefalign import families
+from prefalign import checkpoints, families
 from prefalign.models import (
     ModelConfig,
     ModelError,
@@ -90,7 +90,9 @@ def test_an_adapter_folder_alone_loads_on_its_base(tiny_llava: Path, tmp_path: P
     with pytest.raises(ModelError, match="does not say which model it belongs to"):
         load_model(ModelConfig(str(folder)))
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/gone/away/model"}))
-    with pytest.raises(ModelError, match=r"was trained on a model that is not found: there is no folder '/gone/away/model'"):
+    with pytest.raises(
+        ModelError, match=r"was trained on a model that is not found: there is no folder '/gone/away/model'"
+    ):
         load_model(ModelConfig(str(folder)))
     with pytest.raises(ModelError, match=r"has no adapter_config.json, so it is not a PEFT adapter"):
         load_model(ModelConfig(str(tiny_llava), adapter=str(tiny_llava)))
@@ -129,7 +131,9 @@ def test_every_tower_is_found_in_every_family(name: str, tmp_path: Path) -> None
 
 def test_freeze_refuses_what_is_not_there(tiny_llava: Path) -> None:
     model = load_model(ModelConfig(str(tiny_llava)))
-    with pytest.raises(ModelError, match="no tower called 'visual' to freeze; there are vision, projector, language_model"):
+    with pytest.raises(
+        ModelError, match="no tower called 'visual' to freeze; there are vision, projector, language_model"
+    ):
         freeze(model, ["visual"])
     with pytest.raises(ModelError, match="has no projector to freeze"):
         freeze(transformers.LlamaForCausalLM(model.config.text_config), ["projector"])
@@ -142,7 +146,9 @@ def test_missing_folders(tmp_path: Path) -> None:
         load_processor(ModelConfig("a/b/c"))
     with pytest.raises(ModelError, match=r"there is no folder 'prefalign/nowhere'"):  # its first part is a folder here
         load_model(ModelConfig("prefalign/nowhere"))
-    with pytest.raises(ModelError, match=r"'some-owner/some-vlm' is neither a folder here nor in the local cache .* HF_HUB_OFFLINE"):
+    with pytest.raises(
+        ModelError, match=r"'some-owner/some-vlm' is neither a folder here nor in the local cache .* HF_HUB_OFFLINE"
+    ):
         load_model(ModelConfig("some-owner/some-vlm"))
     with pytest.raises(ModelError, match=r"it is not the name of a model on the Hub"):
         load_model(ModelConfig("my model"))
@@ -158,14 +164,22 @@ def test_an_unreachable_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ModelError, match=r"the Hub at http://127.0.0.1:9 cannot be reached \(ConnectError\)"):
         load_model(ModelConfig("some-owner/some-vlm"))
 
 
 def test_unknown_families_are_named(tiny_llava: Path, tmp_path: Path) -> None:
-    tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+    tiny = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 20,
+    }
     transformers.BertModel(transformers.BertConfig(**tiny)).save_pretrained(tmp_path / "bert")
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny)).save_pretrained(tmp_path / "llama")
     for name, shown in (("bert", r"'bert' \(BertModel\)"), ("llama", r"'llama' \(LlamaForCausalLM\)")):
@@ -174,7 +188,9 @@ def test_unknown_families_are_named(tiny_llava: Path, tmp_path: Path) -> None:
     odd = _copy(tiny_llava, tmp_path / "odd")
     config = json.loads((odd / "config.json").read_text())
     (odd / "config.json").write_text(json.dumps({**config, "model_type": "megavlm", "auto_map": {"AutoModel": "x.Y"}}))
-    with pytest.raises(ModelError, match=r"model_type 'megavlm' .* It comes with code of its own: set trust_remote_code"):
+    with pytest.raises(
+        ModelError, match=r"model_type 'megavlm' .* It comes with code of its own: set trust_remote_code"
+    ):
         load_model(ModelConfig(str(odd)))
     (odd / "config.json").write_text("{not json")
     with pytest.raises(ModelError, match=r"config.json of .*odd' could not be read"):
@@ -205,19 +221,44 @@ def test_missing_tensors_are_not_filled_with_noise(tiny_llava: Path, tmp_path: P
     gone = [key for key in weights if "multi_modal_projector" in key]
     kept = {key: value for key, value in weights.items() if key not in gone}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"lack 4 tensor\(s\) that a LlavaForConditionalGeneration has .*they would be random"):
+    with pytest.raises(
+        ModelError, match=r"lack 4 tensor\(s\) that a LlavaForConditionalGeneration has .*they would be random"
+    ):
         load_model(ModelConfig(str(folder)))
 
 
 def test_missing_processor_files(tiny_llava: Path, tmp_path: Path) -> None:
     folder = _copy(tiny_llava, tmp_path / "copy")
     (folder / "processor_config.json").unlink()
-    with pytest.raises(ModelError, match=r"has no processor \(missing: processor_config.json or preprocessor_config.json\)"):
+    with pytest.raises(
+        ModelError, match=r"has no processor \(missing: processor_config.json or preprocessor_config.json\)"
+    ):
         load_processor(ModelConfig(str(folder)))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     with pytest.raises(ModelError, match=r"missing: tokenizer.json and processor_config.json"):
         load_processor(ModelConfig(str(folder)))
+
+
+def test_a_processor_that_cannot_be_read(tiny_llava: Path, tmp_path: Path) -> None:
+    folder = _copy(tiny_llava, tmp_path / "copy")
+    (folder / "tokenizer.json").write_text("{broken")
+    (folder / "processor_config.json").write_text("{broken")
+    with pytest.raises(ModelError, match=r"the processor of .*copy' could not be loaded"):
+        load_processor(ModelConfig(str(folder)))
+
+
+def test_scenes_is_the_shipped_base(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = _adapter(tiny_llava, tmp_path / "run", 1)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "/another/machine/prefalign/scenes/base"
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(checkpoints, "SCENES_BASE", tiny_llava)
+    assert fingerprint(load_model(ModelConfig("scenes"))) == fingerprint(load_model(ModelConfig(str(tiny_llava))))
+    assert load_model(ModelConfig(str(adapter))).peft_config  # a run of another installation finds this one's base
+    monkeypatch.setattr(checkpoints, "SCENES_BASE", tmp_path / "nothing")
+    with pytest.raises(ModelError, match="the tiny model of `scenes` is not in this installation"):
+        load_model(ModelConfig("scenes"))
 
 
 def test_settings_that_mean_nothing(tiny_llava: Path) -> None:

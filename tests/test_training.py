@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import DPOConfig, DPOTrainer
 
 from prefalign import bundled
-from prefalign.config import ConfigError, build
+from prefalign.config import ConfigError, build, load
 from prefalign.families import tower
 from prefalign.losses import TERMS, find_term
 from prefalign.models import ModelConfig, load_model, load_processor
@@ -279,7 +279,9 @@ def test_recipe_saves_everything_and_starts_no_second_time(tiny_llava, pairs, tm
     results = json.loads((run / "all_results.json").read_text())
     assert results["rows_used"] == results["rows_in"] == 8
     assert results["eval_loss"] < results["train_loss"] < LN2
-    assert [row["step"] for row in json.loads((run / "trainer_state.json").read_text())["log_history"] if "loss" in row] == [1, 2, 3, 4]
+    assert [
+        row["step"] for row in json.loads((run / "trainer_state.json").read_text())["log_history"] if "loss" in row
+    ] == [1, 2, 3, 4]
     for folder in (run, run / "checkpoint-2", run / "checkpoint-4"):
         AutoProcessor.from_pretrained(folder)
         assert (folder / "prefalign_config.yaml").is_file()
@@ -334,16 +336,25 @@ recipe.main(build(recipe.Config, values | {{"output": str(base / "resumed")}}))
     values = yaml.safe_load((tmp_path / "one" / "prefalign_config.yaml").read_text())
     values["trainer"]["per_device_train_batch_size"] = 2
     (tmp_path / "values.json").write_text(json.dumps(values))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(bundled.root()), os.environ.get("PYTHONPATH")]))}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(bundled.root()), os.environ.get("PYTHONPATH")])),
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "going on from checkpoint-2" in done.stdout
-    runs = [json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("one", "two", "resumed")]
+    runs = [
+        json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        for name in ("one", "two", "resumed")
+    ]
     in_one, in_two, resumed = [[entry["loss"] for entry in run if "loss" in entry] for run in runs]
     assert in_two == pytest.approx(in_one, abs=2e-6)
     assert resumed == in_two
-    models = [AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two", "resumed")]
+    models = [
+        AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two", "resumed")
+    ]
     assert largest_difference(models[0], models[1]) < 1e-5
     assert largest_difference(models[1], models[2]) == 0.0
 
@@ -367,3 +378,22 @@ def test_a_model_built_in_memory_trains(tiny_llava, pairs, tmp_path):
     )
     again.train()
     assert losses(again)[0] == pytest.approx(LN2, abs=1e-6)
+
+
+def test_full_training_of_a_16_bit_checkpoint_is_in_32_bits(tiny_llava, pairs, tmp_path):
+    config = ModelConfig(str(tiny_llava))
+    load_model(config).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    load_processor(config).save_pretrained(tmp_path / "half")
+    assert load_model(ModelConfig(str(tmp_path / "half"), device="cpu")).dtype == torch.bfloat16
+    full = recipe_config(tmp_path / "half", pairs, tmp_path / "run")
+    assert RECIPE._load_policy(full, "cpu").dtype == torch.float32
+    adapter = recipe_config(tmp_path / "half", pairs, tmp_path / "run", lora={"r": 4})
+    assert RECIPE._load_policy(adapter, "cpu").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["train_preference", "train_preference_scenes"])
+def test_bundled_configs_name_fields_that_trl_has(name, tmp_path):
+    config = load(RECIPE.Config, bundled.find(f"recipes/{name}"))
+    arguments = training_arguments(config.trainer, output=tmp_path, seed=config.seed)
+    find_term(config.term).check(arguments.loss_type)
+    assert arguments.learning_rate == 1e-5

@@ -47,6 +47,7 @@ def make_trainer(
     term: str = "text",
     lora: bool = False,
     frozen: tuple[str, ...] = ("vision",),
+    evaluates: bool = False,
     **settings: Any,
 ) -> PreferenceTrainer:
     """A trainer of a tiny model: batches of 2, four steps, a checkpoint after the second."""
@@ -61,6 +62,7 @@ def make_trainer(
         args=training_arguments({**base, **settings}, output=output, seed=3),
         train_dataset=load_pairs(pairs),
         processing_class=load_processor(config),
+        eval_dataset=load_pairs(pairs) if evaluates else None,
         term=TERMS[term],
         peft_config=LoraSettings(r=4, alpha=8).to_peft() if lora else None,
     )

@@ -7,27 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
 
 from prefalign import families
 from prefalign.engines import Completion, Request, Sampling
 from prefalign.engines.sampling import RowNoise, check_sampling
+from prefalign.engines.stopping import CONTEXT_TAIL, SENTENCE_MARKS, Batch, Row, RowStop, certain_sentence
 from prefalign.models import ModelConfig, fingerprint, load_model, load_processor
 from prefalign.records import placeholder_count
-from prefalign.text import first_sentence
 
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-_CONTEXT_TAIL = 8
-_SENTENCE_MARKS = frozenset(".!?\n\u3002\uff01\uff1f")
 
 
 class TransformersEngine:
@@ -124,7 +120,7 @@ class TransformersEngine:
 
     def _batches(
         self, requests: Sequence[Request], answers: Sequence[str], failed: dict[int, Completion], *, score: bool = False
-    ) -> Iterator[_Batch]:
+    ) -> Iterator[Batch]:
         """Batches of rows that can be run, longest first; the others are put into `failed`."""
         rows = []
         for index, (request, answer) in enumerate(zip(requests, answers, strict=True)):
@@ -142,19 +138,19 @@ class TransformersEngine:
                 if batch.rows:
                     yield batch
 
-    def _row(self, index: int, request: Request, answer: str, *, score: bool) -> _Row:
+    def _row(self, index: int, request: Request, answer: str, *, score: bool) -> Row:
         if score:
             prompt, completion = families.render_answer(self.processor, request.messages, answer, request.prefix)
-            return _Row(index, request, prompt, self._tokens(completion))
+            return Row(index, request, prompt, self._tokens(completion))
         if families.rewrites_prompt(self.processor):
             prompt = families.render(self.processor, request.messages)
-            return _Row(index, request, prompt, self._tokens(request.prefix.rstrip()))
-        return _Row(index, request, families.render(self.processor, request.messages, request.prefix), [])
+            return Row(index, request, prompt, self._tokens(request.prefix.rstrip()))
+        return Row(index, request, families.render(self.processor, request.messages, request.prefix), [])
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
 
-    def _lengths(self, rows: Sequence[_Row]) -> dict[int, int]:
+    def _lengths(self, rows: Sequence[Row]) -> dict[int, int]:
         sizes = sorted({(image.height, image.width) for row in rows for image in row.request.images})
         image_tokens = dict(zip(sizes, families.image_lengths(self.processor, sizes), strict=True))
         texts = self.tokenizer([row.prompt for row in rows], add_special_tokens=False).input_ids if rows else []
@@ -165,19 +161,19 @@ class TransformersEngine:
             for row, ids in zip(rows, texts, strict=True)
         }
 
-    def _encode(self, rows: list[_Row], failed: dict[int, Completion]) -> _Batch:
+    def _encode(self, rows: list[Row], failed: dict[int, Completion]) -> Batch:
         """Processor, tails, positions and masks of some rows; rows that the processor or the context refuses go to `failed`."""
         try:
             tensors = self._process(rows)
         except (ValueError, TypeError, IndexError, RuntimeError, ZeroDivisionError) as error:
             if len(rows) == 1:
                 failed[rows[0].index] = _error(rows[0], f"the processor refused the prompt or its picture: {error}")
-                return _Batch()
+                return Batch()
             halves = [self._encode(half, failed).rows for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :])]
             good = [*halves[0], *halves[1]]
             if len(good) == len(rows):
                 raise
-            return self._encode(good, failed) if good else _Batch()
+            return self._encode(good, failed) if good else Batch()
         lengths = tensors["attention_mask"].sum(1).tolist()
         fitting = []
         for row, length in zip(rows, lengths, strict=True):
@@ -190,7 +186,7 @@ class TransformersEngine:
             else:
                 fitting.append(row)
         if len(fitting) < len(rows):
-            return self._encode(fitting, failed) if fitting else _Batch()
+            return self._encode(fitting, failed) if fitting else Batch()
         if any(row.tail for row in rows):
             tensors = self._with_tails(tensors, [row.tail for row in rows])
         model = families.core(self.model)
@@ -201,9 +197,9 @@ class TransformersEngine:
         }
         tensors["position_ids"] = families.position_ids(model, tensors)
         tensors["attention_mask"] = self._hide(tensors, rows)
-        return _Batch(rows, tensors, [length + len(row.tail) for length, row in zip(lengths, rows, strict=True)])
+        return Batch(rows, tensors, [length + len(row.tail) for length, row in zip(lengths, rows, strict=True)])
 
-    def _process(self, rows: Sequence[_Row]) -> dict[str, torch.Tensor]:
+    def _process(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         images = [row.request.images for row in rows]
         tensors = self.processor(
             text=[row.prompt for row in rows],
@@ -236,7 +232,7 @@ class TransformersEngine:
             result[name] = new
         return result
 
-    def _hide(self, tensors: dict[str, torch.Tensor], rows: Sequence[_Row]) -> torch.Tensor:
+    def _hide(self, tensors: dict[str, torch.Tensor], rows: Sequence[Row]) -> torch.Tensor:
         """Attention mask (B, T) with zeros also at the image tokens drawn to be hidden (BDHS, arXiv 2407.02477, eq. 6)."""
         mask = tensors["attention_mask"]
         if all(row.request.image_mask is None for row in rows):
@@ -267,10 +263,10 @@ class TransformersEngine:
             model.generation_config = generation
             self.model.train(training)
 
-    def _generate(self, batch: _Batch, sampling: Sampling) -> list[Completion]:
+    def _generate(self, batch: Batch, sampling: Sampling) -> list[Completion]:
         width = batch.tensors["input_ids"].shape[1]
         noise = RowNoise([row.request for row in batch.rows], sampling, self.banned, len(self.tokenizer), width)
-        stop = _RowStop(self, batch, width)
+        stop = RowStop(self, batch, width)
         settings = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,
@@ -288,19 +284,19 @@ class TransformersEngine:
                 logits_processor=LogitsProcessorList([noise]),
                 stopping_criteria=StoppingCriteriaList([stop]),
             )
-        tails = ids[:, max(0, width - _CONTEXT_TAIL) : width].tolist()
+        tails = ids[:, max(0, width - CONTEXT_TAIL) : width].tolist()
         return [
             self._completion(row, tail, new[: stop.stopped.get(index, len(new))])
             for index, (row, tail, new) in enumerate(zip(batch.rows, tails, ids[:, width:].tolist(), strict=True))
         ]
 
-    def _completion(self, row: _Row, tail: list[int], new: list[int]) -> Completion:
+    def _completion(self, row: Row, tail: list[int], new: list[int]) -> Completion:
         request = row.request
         end = next((place for place, token in enumerate(new) if token in self.ends), None)
         reason = "length" if end is None else "stop"
         new = new[:end]
         text = self.new_text(request, tail, new)
-        if request.stop_at_sentence and (cut := _certain_sentence(request.prefix, text)) is not None:
+        if request.stop_at_sentence and (cut := certain_sentence(request.prefix, text)) is not None:
             while new and len(self.new_text(request, tail, new[:-1]).rstrip()) >= len(cut):
                 new = new[:-1]
             text, reason = cut, "sentence"
@@ -321,10 +317,10 @@ class TransformersEngine:
         """(V,) bool: tokens that hold a mark which may end a sentence."""
         if self._sentence_tokens is None:
             texts = self.tokenizer.batch_decode([[index] for index in range(len(self.tokenizer))])
-            self._sentence_tokens = torch.tensor([not _SENTENCE_MARKS.isdisjoint(text) for text in texts])
+            self._sentence_tokens = torch.tensor([not SENTENCE_MARKS.isdisjoint(text) for text in texts])
         return self._sentence_tokens
 
-    def _score(self, batch: _Batch) -> list[torch.Tensor]:
+    def _score(self, batch: Batch) -> list[torch.Tensor]:
         longest = max(len(row.tail) for row in batch.rows)
         with self._inference() as model:
             logits = model(**batch.tensors, logits_to_keep=longest + 1, use_cache=False).logits[:, :-1]
@@ -342,74 +338,5 @@ def load_engine(config: ModelConfig, *, batch_size: int = 16) -> TransformersEng
     return TransformersEngine(model, load_processor(config), batch_size=batch_size, fingerprint=fingerprint(model))
 
 
-@dataclass
-class _Row:
-    index: int
-    request: Request
-    prompt: str
-    tail: list[int]
-
-
-@dataclass
-class _Batch:
-    rows: list[_Row] = field(default_factory=list)
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    lengths: list[int] = field(default_factory=list)
-
-
-class _RowStop(StoppingCriteria):
-    """Stop a row at a certain sentence end, or where the context is full. `stopped` has the number of its new tokens."""
-
-    def __init__(self, engine: TransformersEngine, batch: _Batch, width: int):
-        self.engine = engine
-        self.width = width
-        self.rows = batch.rows
-        self.lengths = batch.lengths
-        self.stopped: dict[int, int] = {}
-        self.sentences = [index for index, row in enumerate(batch.rows) if row.request.stop_at_sentence]
-        self.marks = engine.sentence_tokens() if self.sentences else None
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        new = input_ids.shape[1] - self.width
-        context = self.engine.context
-        if context is not None and max(self.lengths) + new >= context:
-            for index, length in enumerate(self.lengths):
-                if length + new >= context:
-                    self.stopped.setdefault(index, new)
-        if self.sentences and self.marks is not None:
-            recent = input_ids[:, max(self.width, input_ids.shape[1] - 3) :].cpu()
-            for index in self.sentences:
-                if (
-                    index not in self.stopped
-                    and self.marks[recent[index]].any()
-                    and self._ended(index, input_ids[index])
-                ):
-                    self.stopped[index] = new
-        done = torch.zeros(len(self.rows), dtype=torch.bool, device=input_ids.device)
-        if self.stopped:
-            done[list(self.stopped)] = True
-        return done
-
-    def _ended(self, index: int, ids: torch.Tensor) -> bool:
-        tail, new = ids[max(0, self.width - _CONTEXT_TAIL) : self.width].tolist(), ids[self.width :].tolist()
-        if any(token in self.engine.ends for token in new):
-            return False
-        request = self.rows[index].request
-        return _certain_sentence(request.prefix, self.engine.new_text(request, tail, new)) is not None
-
-
-def _certain_sentence(prefix: str, text: str) -> str | None:
-    """The part of `text` up to the first sentence end after the prefix, once something follows that end; else None."""
-    joined, start = prefix + text, 0
-    while start < len(joined):
-        end = start + len(first_sentence(joined[start:]))
-        if end >= len(joined):
-            return None
-        if end > len(prefix.rstrip()):
-            return joined[len(prefix) : end]
-        start = end
-    return None
-
-
-def _error(row: _Row, reason: str) -> Completion:
+def _error(row: Row, reason: str) -> Completion:
     return Completion(row.request.id, "", finish_reason="error", error=f"request {row.request.id}: {reason}")

@@ -55,7 +55,7 @@ _ORIGINAL_RULES = [
         (r"(.)ae", r"\1a"), (r"([octpvir])i", r"\1us"), (r"(cris|ax|test)es", r"\1is"), (r"(shoe)s", r"\1"),
         (r"(o)es", r"\1"), (r"(bus)es", r"\1"), (r"([ml])ice", r"\1ouse"), (r"(x|ch|ss|sh)es", r"\1"),
         (r"movies", "movie"), (r"([^aeiouy]|qu)ies", r"\1y"), (r"([aeo]l|[^d]ea|ar)ves", r"\1f"), (r"(er)ves", r"\1ve"),
-        (r"([nlw]i)ves", r"\1fe"), (r"([lr])ves", r"\1f"), (r"([aeo])ves", r"\1ve"), (r"([^f])ves", r"\1fe"),
+        (r"([nlw]i)ves", r"\1fe"), (r"([lr])ves", r"\1f"), (r"([aeo]|[sth]i)ves", r"\1ve"), (r"([^f])ves", r"\1fe"),
         (r"(ba|the)ses", r"\1sis"), (r"([hdronp]|cl)oses", r"\1ose"), (r"([ti])a", r"\1um"), (r"s", ""),
     )
 ]  # fmt: skip

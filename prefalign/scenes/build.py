@@ -6,6 +6,7 @@ unshifted) and some have no picture, so that the model stays fluent when it is b
 """
 
 import json
+import math
 import random
 import time
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ from prefalign.scenes.data import BASE_PICTURES, pair_turns
 from prefalign.scenes.model import IMAGE, IMAGE_TOKENS, processor, save, untrained
 from prefalign.scenes.world import draw, scene
 
-STEPS = 1000
+STEPS = 900
+LOOK = 250  # of these, the first so many only ask what stands where: short answers teach where to look
 BATCH = 32  # rows a step: half of them captions and descriptions, half of them conversations of questions
-TURNS = 6
+TURNS = 6  # questions a conversation
 PEAK_LR = 1e-3
 WARM_UP = 60
 HIDDEN, PARTLY_HIDDEN, NO_PICTURE = 0.14, 0.10, 0.08  # shares of rows; the rest see their whole picture
@@ -86,6 +88,19 @@ def training_row(words: PreTrainedTokenizerFast, rng: random.Random, asks: bool,
     return Row(ids, labels, shown, hidden)
 
 
+def looking_row(words: PreTrainedTokenizerFast, rng: random.Random, pictures: int) -> Row:
+    """Draw one row of the first steps: what is at each taken place and at as many empty ones, and where things are."""
+    number = rng.randrange(pictures)
+    asked = language.questions(scene("train_biased", number), rng.randrange(1_000_000))
+    taken = [question for question in asked if question.kind == "object" and question.shape]
+    empty = [question for question in asked if question.kind == "object" and not question.shape]
+    where = [question for question in asked if question.kind == "place"]
+    kept = taken + empty[: len(taken) // 2] + where[:2]
+    rng.shuffle(kept)
+    turns = [(question.text, question.answer) for question in kept]
+    return Row(*encode(words, turns, 1), pictures=[number], hidden=[])
+
+
 def batch(rows: list[Row], pixels: np.ndarray, pad: int) -> dict[str, torch.Tensor]:
     """Rows as tensors, padded on the right: ids, labels and mask (B, T), pixels (images, 3, 60, 60) from -1 to 1."""
     length = max(len(row.ids) for row in rows)
@@ -118,11 +133,11 @@ def loss_of(model: LlavaForConditionalGeneration, inputs: dict[str, torch.Tensor
 
 
 def rate(step: int, steps: int) -> float:
-    """Learning rate as a share of its peak: linear warm-up, then a cosine down to a fiftieth."""
+    """Learning rate as a share of its peak: linear warm-up, held for two thirds, then a cosine down to a fiftieth."""
     if step < WARM_UP:
         return (step + 1) / WARM_UP
-    done = (step - WARM_UP) / max(1, steps - WARM_UP)
-    return 0.02 + 0.98 * 0.5 * (1.0 + float(np.cos(np.pi * done)))
+    done = max(0.0, (step / steps - 2 / 3) * 3)
+    return 0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 def train(
@@ -145,7 +160,10 @@ def train(
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LR * rate(step, steps)
-        halves = [[training_row(words, rng, asks, pictures) for _ in range(BATCH // 2)] for asks in (False, True)]
+        if step < LOOK:
+            halves = [[looking_row(words, rng, pictures) for _ in range(BATCH)]]
+        else:
+            halves = [[training_row(words, rng, asks, pictures) for _ in range(BATCH // 2)] for asks in (False, True)]
         total, tokens = 0.0, 0
         for rows in halves:
             inputs = batch(rows, pixels, words.pad_token_id)
@@ -219,7 +237,7 @@ Greedy answers, {figures["sample"]} pictures of each split, from the saved weigh
 ## Training
 
 The vision tower first learned for {vision.STEPS} steps to tell what stands at each place (`vision.py`). Then {steps} steps of
-{BATCH} rows on {pictures:,} pictures of `train_biased`, seed {seed}, AdamW at {PEAK_LR} with warm-up and cosine, bfloat16
+{BATCH} rows (the first {LOOK} only ask what stands where) on {pictures:,} pictures of `train_biased`, seed {seed}, AdamW at {PEAK_LR} with warm-up and cosine, bfloat16
 autocast, loss on answers only; weights saved in float16. {HIDDEN:.0%} of the rows hide every image token, {PARTLY_HIDDEN:.0%}
 many of them, {NO_PICTURE:.0%} have no picture. It took {minutes:.0f} minutes on two CPU cores.
 

@@ -155,9 +155,16 @@ def untrained(words: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForConditio
     """The model with random float32 weights drawn from `seed`."""
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config(words))
-    for name, weight in model.named_parameters():
-        if weight.dim() >= 2:  # transformers' 0.02 suits wide models; at this width it costs hundreds of steps
+    for (
+        name,
+        weight,
+    ) in model.named_parameters():  # transformers' 0.02 suits wide models; here it costs hundreds of steps
+        if "embed_tokens" in name:
+            torch.nn.init.normal_(weight)
+        elif weight.dim() >= 2:
             torch.nn.init.normal_(weight, std=0.02 if "embed" in name else weight[0].numel() ** -0.5)
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.data *= (2 * LAYERS) ** -0.5
     patches = model.model.vision_tower.embeddings
     torch.nn.init.normal_(patches.patch_embedding.weight, std=patches.patch_embedding.weight[0].numel() ** -0.5)
     patches.position_embedding.weight.data[1:] = 0.5 * _waves(PIXELS // PATCH)

@@ -28,10 +28,14 @@ def is_finished(folder: Path) -> bool:
     return (folder / RESULTS_FILE).is_file()
 
 
+def run_files(config: Mapping[str, Any], pairs_manifest: str) -> dict[str, str]:
+    """What says where a model came from, by file name; it lies beside every saved model of the run."""
+    return {CONFIG_FILE: yaml.safe_dump(dict(config), sort_keys=False), PAIRS_FILE: pairs_manifest}
+
+
 def open_run(
     folder: Path,
-    config: Mapping[str, Any],
-    pairs_manifest: str,
+    files: Mapping[str, str],
     *,
     resume: Literal["auto"] | bool = "auto",
     processes: int = 1,
@@ -41,8 +45,7 @@ def open_run(
 
     Args:
         folder: folder of the run.
-        config: resolved config.
-        pairs_manifest: text of the pairs folder's manifest; other pairs are another run.
+        files: `run_files` of this run: its resolved config and the manifest of its pairs; others are another run.
         resume: "auto" goes on from the last whole checkpoint if there is one, True demands one, False refuses one.
         processes: world size; a checkpoint holds a random state for each.
         write: whether this process writes (one per run).
@@ -55,10 +58,10 @@ def open_run(
     """
     file = folder / CONFIG_FILE
     if file.is_file():
-        before = yaml.safe_load(file.read_text(encoding="utf-8"))
-        changed = [line for line in _differences(before, config) if not line.startswith(FREE)]
+        before, now = yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(files[CONFIG_FILE])
+        changed = [line for line in _differences(before, now) if line.split(":")[0] not in FREE]
         known = folder / PAIRS_FILE
-        if known.is_file() and known.read_text(encoding="utf-8") != pairs_manifest:
+        if known.is_file() and known.read_text(encoding="utf-8") != files[PAIRS_FILE]:
             changed.append("pairs: their manifest is another one now")
         if changed:
             raise RunError(
@@ -76,8 +79,8 @@ def open_run(
             "another `output`, or set resume to auto to go on."
         )
     if write and not file.is_file():
-        write_atomically(file, yaml.safe_dump(dict(config), sort_keys=False).encode())
-        write_atomically(folder / PAIRS_FILE, pairs_manifest.encode())
+        for name, text in files.items():
+            write_atomically(folder / name, text.encode())
     return checkpoint
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_cases import close, some_requests
 from masked_reference import greedy
 from tiny_vlms import WITH_VIDEO, picture, save_tiny
 
@@ -41,24 +42,6 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return load_engine(ModelConfig(str(folder)), batch_size=8)
 
 
-def _requests(count: int, **more) -> list[Request]:
-    """One picture and two, of several sizes, so that families with dynamic resolution pad."""
-    return [
-        Request(
-            f"row-{index}",
-            [user_message("What is in the image?" * (1 + index % 3), 1 + index % 2)],
-            [picture(10 * index + number, (40 + 16 * (index % 4), 48)) for number in range(1 + index % 2)],
-            seed=3,
-            **more,
-        )
-        for index in range(count)
-    ]
-
-
-def _close(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return all(torch.allclose(a, b, atol=3e-5) for a, b in zip(one, other, strict=True))
-
-
 def test_rendering_and_ends(engine: TransformersEngine) -> None:
     name = families.family(engine.config)
     messages = [user_message("What is it?", 1)]
@@ -78,7 +61,7 @@ def test_every_tower_is_found(engine: TransformersEngine) -> None:
 
 
 def test_image_tokens_are_as_many_as_the_features(engine: TransformersEngine) -> None:
-    (request,) = _requests(2)[1:]
+    (request,) = some_requests(2)[1:]
     batch = engine._encode([engine._row(0, request, "", score=False)], {}).tensors
     names = ("pixel_values", "image_sizes", "pixel_attention_mask", "image_grid_thw", "batch_num_images")
     pictures = {name: batch[name] for name in names if name in batch}
@@ -89,7 +72,7 @@ def test_image_tokens_are_as_many_as_the_features(engine: TransformersEngine) ->
 
 
 def test_neither_batch_nor_order_changes_what_is_drawn(engine: TransformersEngine) -> None:
-    requests, sampling = _requests(6), Sampling(max_new_tokens=8)
+    requests, sampling = some_requests(6), Sampling(max_new_tokens=8)
     together = engine.generate(requests, sampling)
     assert [engine.generate([request], sampling)[0] for request in requests] == together
     assert engine.generate(requests[::-1], sampling) == together[::-1]
@@ -98,7 +81,7 @@ def test_neither_batch_nor_order_changes_what_is_drawn(engine: TransformersEngin
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_hidden_tokens_equal_the_slow_loop_with_a_4d_mask(engine: TransformersEngine, share: float) -> None:
-    requests = _requests(3)
+    requests = some_requests(3)
     for index, request in enumerate(requests):
         request.image_mask = ImageMask(share, 100 + index)
     fast = engine.generate(requests, GREEDY)
@@ -106,7 +89,9 @@ def test_hidden_tokens_equal_the_slow_loop_with_a_4d_mask(engine: TransformersEn
     for request, completion, score in zip(requests, fast, scores, strict=True):
         assert request.image_mask is not None
         text = families.render(engine.processor, request.messages)
-        tokens, logits = greedy(engine.model, engine.processor, text, request.images, request.image_mask, 8, engine.banned)
+        tokens, logits = greedy(
+            engine.model, engine.processor, text, request.images, request.image_mask, 8, engine.banned
+        )
         assert completion.token_ids == tokens[: len(completion.token_ids)]
         _, closing = families.render_answer(engine.processor, request.messages, "")
         first = engine.tokenizer(closing, add_special_tokens=False).input_ids[0]
@@ -114,7 +99,7 @@ def test_hidden_tokens_equal_the_slow_loop_with_a_4d_mask(engine: TransformersEn
 
 
 def test_share_zero_is_no_mask_to_the_bit(engine: TransformersEngine) -> None:
-    plain, masked = _requests(3), _requests(3, image_mask=ImageMask(0.0, 9))
+    plain, masked = some_requests(3), some_requests(3, image_mask=ImageMask(0.0, 9))
     assert engine.generate(plain, Sampling(max_new_tokens=6)) == engine.generate(masked, Sampling(max_new_tokens=6))
     for one, other in zip(engine.logprobs(plain, ["Yes."] * 3), engine.logprobs(masked, ["Yes."] * 3), strict=True):
         assert torch.equal(one, other)
@@ -128,31 +113,35 @@ def test_the_picture_matters_and_hidden_it_does_not(engine: TransformersEngine) 
         [Request("a", messages, [shown], image_mask=ImageMask(1.0, 0)) for shown in pictures], ["A red dog."] * 3
     )
     assert all(values.isfinite().all() for values in blind)
-    assert not any(_close([seeing[one]], [seeing[other]]) for one, other in ((0, 1), (0, 2), (1, 2)))
-    assert _close(blind[1:], blind[:1] * 2)
-    assert not _close(seeing[:1], blind[:1])
+    assert not any(close([seeing[one]], [seeing[other]]) for one, other in ((0, 1), (0, 2), (1, 2)))
+    assert close(blind[1:], blind[:1] * 2)
+    assert not close(seeing[:1], blind[:1])
 
 
 def test_logprobs_equal_the_plain_forward_pass(engine: TransformersEngine) -> None:
-    requests = _requests(4)
+    requests = some_requests(4)
     answers = ["A red dog.", "Yes", "There is a large red circle at the top left. No.", "3.5"]
     for request, answer, scores in zip(requests, answers, engine.logprobs(requests, answers), strict=True):
         prompt, completion = families.render_answer(engine.processor, request.messages, answer)
-        batch = engine.processor(text=[prompt + completion], images=[request.images], add_special_tokens=False, return_tensors="pt")
+        batch = engine.processor(
+            text=[prompt + completion], images=[request.images], add_special_tokens=False, return_tensors="pt"
+        )
         with torch.no_grad():
             logits = engine.model(**batch).logits[0]
         families.clear_position_cache(engine.model)
         targets = engine.tokenizer(completion, add_special_tokens=False).input_ids
         assert batch["input_ids"][0, -len(targets) :].tolist() == targets
         before = logits[-len(targets) - 1 : -1].log_softmax(-1)
-        torch.testing.assert_close(scores, before.gather(1, torch.tensor(targets)[:, None]).squeeze(1), atol=3e-5, rtol=0)
+        torch.testing.assert_close(
+            scores, before.gather(1, torch.tensor(targets)[:, None]).squeeze(1), atol=3e-5, rtol=0
+        )
 
 
 def test_the_tokens_are_those_that_trl_trains_on(engine: TransformersEngine) -> None:
     from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
     answers = ["A red dog.", "There is a large red circle at the top left."]
-    request = _requests(1)[0]
+    request = some_requests(1)[0]
     row = {
         "images": request.images,
         "prompt": request.messages,
@@ -166,12 +155,12 @@ def test_the_tokens_are_those_that_trl_trains_on(engine: TransformersEngine) -> 
     families.clear_position_cache(engine.model)
     gathered = logits[:, :-1].gather(2, batch["input_ids"][:, 1:, None]).squeeze(2)
     theirs = [values[mask] for values, mask in zip(gathered, completion_mask[:, 1:], strict=True)]
-    assert _close(engine.logprobs([request, request], answers), theirs)
+    assert close(engine.logprobs([request, request], answers), theirs)
 
 
 def test_nothing_stays_behind_after_generation(engine: TransformersEngine) -> None:
     """Qwen-VL keeps the rotary offsets of its last call; a later pass on other rows must not see them."""
-    first, second = _requests(3), _requests(2)
+    first, second = some_requests(3), some_requests(2)
     before = engine.logprobs(second, ["Yes."] * 2)
     engine.generate(first, GREEDY)
     assert getattr(engine.model.model, "rope_deltas", None) is None
@@ -179,7 +168,11 @@ def test_nothing_stays_behind_after_generation(engine: TransformersEngine) -> No
 
 
 def test_text_without_pictures(engine: TransformersEngine) -> None:
-    mixed = [Request("a", [user_message("Q")], []), *_requests(1), Request("b", [user_message("A longer question?")], [])]
+    mixed = [
+        Request("a", [user_message("Q")], []),
+        *some_requests(1),
+        Request("b", [user_message("A longer question?")], []),
+    ]
     out = engine.generate(mixed, GREEDY)
     assert [completion.finish_reason == "error" for completion in out] == [False] * 3
     text = families.render(engine.processor, mixed[0].messages)
