@@ -106,23 +106,25 @@ def run_stage(name: str, arguments: Sequence[str]) -> None:
 
 def _dispatch(arguments: list[str]) -> None:
     if arguments[:1] == ["run"] and len(arguments) > 1 and not arguments[1].startswith("-"):
-        return run_stage(arguments[1], arguments[2:])
+        run_stage(arguments[1], arguments[2:])
+        return
     if arguments[:1] == ["demo"]:
         chosen, rest = build_parser().parse_known_args(arguments)
-        return run_stage("demo", ["--config", "recipes/demo", "--output", str(chosen.output), *rest])
+        run_stage("demo", ["--config", "recipes/demo", "--output", str(chosen.output), *rest])
+        return
     parser = build_parser()
     chosen = parser.parse_args(arguments)
     match chosen.verb:
         case "run":
             parser.error("run needs a stage: prefalign run STAGE --config FILE. `prefalign list` names them.")
         case "scenes":
-            return _scenes(chosen)
+            _scenes(chosen)
         case "list":
-            return _list()
+            _list()
         case "path":
             print(bundled.find(chosen.name))
         case "copy":
-            return _copy(chosen.name, chosen.target)
+            _copy(chosen.name, chosen.target)
         case "inspect":
             from prefalign.report.pairs import write_pair_report
 
@@ -130,7 +132,7 @@ def _dispatch(arguments: list[str]) -> None:
         case "publish":
             from prefalign import hub
 
-            return hub.main(chosen)
+            hub.main(chosen)
 
 
 def _guarded(action: Any) -> int:

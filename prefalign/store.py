@@ -246,7 +246,8 @@ def _run_blocks(
                 raise StoreError(
                     f"{stage} stopped: {quarantined} rows failed, above --output.max_quarantine "
                     f"{output.max_quarantine} (last block: {_reasons(ledger['dropped'])}). Messages are in "
-                    f"{output.path / 'quarantine'}. Mend the data and start in another folder, or raise the limit and start again: it resumes."
+                    f"{output.path / 'quarantine'}. Mend the data and start in another folder, or raise the limit and start "
+                    "again: it resumes."
                 )
             bar.update(len(rows))
             yield ledger

@@ -52,7 +52,9 @@ def main(demo: Config) -> dict[str, Any]:
     out = demo.output
     claim(demo)
 
-    step("1/6 prompts: pictures the base model was trained on" if demo.regime == "seen" else "1/6 prompts: fair pictures")
+    step(
+        "1/6 prompts: pictures the base model was trained on" if demo.regime == "seen" else "1/6 prompts: fair pictures"
+    )
     split = {"seen": "train_biased", "fair": "train_fair"}[demo.regime]
     export(out / "prompts", split=split, kind="caption", regime=demo.regime, start=0, stop=demo.prompts, seed=demo.seed)
 
@@ -128,8 +130,10 @@ def verdict(results: Mapping[str, Any]) -> str:
     base, aligned, change = results["base"]["chair_i"], results["aligned"]["chair_i"], results["difference"]["chair_i"]
     clear = results["difference"]["recall_clear"]["value"]
     low, high = change["ci95"]
-    numbers = f"CHAIRi {base['value']:.3f} -> {aligned['value']:.3f} (difference {signed(change['value'])}, " \
-              f"95 % interval {signed(low)} to {signed(high)})"  # fmt: skip
+    numbers = (
+        f"CHAIRi {base['value']:.3f} -> {aligned['value']:.3f} (difference {signed(change['value'])}, "
+        f"95 % interval {signed(low)} to {signed(high)})"
+    )
     if high < 0:
         lead = f"The aligned model invents less: {numbers}, {-change['value'] / base['value']:.0%} lower than the base"
     elif low > 0:
@@ -154,12 +158,17 @@ def table(results: Mapping[str, Any]) -> str:
     """The results as a text table: value and 95 % interval per run, and the paired difference to the base."""
     rows = [["", *RUNS.values(), "DPO - base", "SFT - base"]]
     for metric in METRICS:
-        cells = [results[run][metric] for run in RUNS] + [results["difference"][metric], results["difference_sft"][metric]]
+        cells = [results[run][metric] for run in RUNS] + [
+            results["difference"][metric],
+            results["difference_sft"][metric],
+        ]
         texts = [f"{cell['value']:{'+' if i >= len(RUNS) else ''}.3f} [{cell['ci95'][0]:.3f}, {cell['ci95'][1]:.3f}]"
                  for i, cell in enumerate(cells)]  # fmt: skip
         rows.append([metric, *texts])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n" + "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n" + "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+    )
 
 
 def write_reports(demo: Config, results: Mapping[str, Any]) -> None:

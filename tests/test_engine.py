@@ -106,12 +106,13 @@ class TestSampling:
     def test_the_checkpoints_own_sampling_is_not_used(self, llava: TransformersEngine) -> None:
         before = llava.generate(some_requests(3), GREEDY)
         config = llava.model.generation_config
-        config.repetition_penalty, config.temperature, config.do_sample, config.min_new_tokens = 5.0, 9.0, True, 3
+        config.temperature, config.do_sample, config.repetition_penalty = 9.0, True, 5.0
+        config.suppress_tokens = [completion.token_ids[0] for completion in before]
         try:
             assert llava.generate(some_requests(3), GREEDY) == before
             assert llava.model.generation_config is config
         finally:
-            config.repetition_penalty = config.temperature = config.do_sample = config.min_new_tokens = None
+            config.temperature = config.do_sample = config.repetition_penalty = config.suppress_tokens = None
 
     def test_the_model_is_left_as_it_was(self, llava: TransformersEngine) -> None:
         llava.model.train()

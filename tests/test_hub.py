@@ -13,10 +13,11 @@ import yaml
 from datasets import load_dataset
 from huggingface_hub import DatasetCard, ModelCard, constants
 
-from prefalign import hub, release_checks
-from prefalign.release_checks import CheckError
-from prefalign.staging import PublishError, kind_of, resolve_base
-from prefalign.upload import check_login, upload
+from prefalign import hub
+from prefalign.hub import publish, release_checks
+from prefalign.hub.release_checks import CheckError
+from prefalign.hub.staging import PublishError, kind_of, resolve_base
+from prefalign.hub.upload import check_login, upload
 from tests.hub_folders import copy, save_adapter, save_evaluations, save_pairs, save_trained
 from tests.stand_in_hub import TOKEN, StandInHub
 from tests.tiny_vlms import picture
@@ -250,8 +251,8 @@ def test_evaluations_that_are_refused(tmp_path, trained, evaluations):
     with pytest.raises(PublishError, match="--baseline-evaluation without --evaluation"):
         hub.publish_model(trained, "me/x", dry_run=True, baseline_evaluation=evaluations / "before")
     with pytest.raises(PublishError, match="its fingerprint is abc, that of the folder 123"):
-        hub._check_same_weights({"fingerprint": "abc", "settings": {}}, {"fingerprint": "123"})
-    hub._check_same_weights({"fingerprint": ""}, {"fingerprint": "123"})
+        publish._check_same_weights({"fingerprint": "abc", "settings": {}}, {"fingerprint": "123"})
+    publish._check_same_weights({"fingerprint": ""}, {"fingerprint": "123"})
 
 
 def test_wrong_usage_is_refused(trained, pairs, tmp_path):
@@ -284,13 +285,13 @@ def test_what_was_trained_from(tmp_path, trained, adapter):
 
 def test_adapter_on_the_shipped_base_can_be_found_again(tmp_path, adapter):
     """Its config says `scenes`, which `prefalign` resolves anywhere, and the card's example names the function."""
-    from prefalign.model_card import model_card
-    from prefalign.staging import without_paths
+    from prefalign.hub.model_card import model_card
+    from prefalign.hub.staging import without_paths
 
     config = {"base_model_name_or_path": "/opt/env/prefalign/scenes/base"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     base = resolve_base(tmp_path, "adapter", {}, None)
-    shipped = str(Path(hub.__file__).parent / "scenes" / "base")
+    shipped = str(Path(hub.__file__).parent.parent / "scenes" / "base")
     assert without_paths({"base_model_name_or_path": shipped}, base) == {"base_model_name_or_path": "scenes"}
     card = model_card("me/x", base=base, adapter=True, method="DPO", license=None, datasets=[], config=None, pairs=None,
                       trainer_state=None, evaluation=None, baseline=None, rows=None,
@@ -311,15 +312,15 @@ def test_adapter_on_the_shipped_base_can_be_found_again(tmp_path, adapter):
 )
 def test_what_was_measured_on_is_read_from_the_items(tmp_path, groups, name):
     (tmp_path / "results.json").write_text('{"metrics": {"x": {}}, "counts": {"chair": {}, "yesno": {}}}')
-    assert hub._read_results(tmp_path)["test_set"] == "pictures that the evaluation did not name"
+    assert publish._read_results(tmp_path)["test_set"] == "pictures that the evaluation did not name"
     (tmp_path / "items.jsonl").write_text("\n".join(json.dumps({"group": group}) for group in groups))
-    assert hub._read_results(tmp_path)["test_set"] == name
+    assert publish._read_results(tmp_path)["test_set"] == name
 
 
 def test_before_and_after_measured_differently_is_said(evaluations):
-    from prefalign.model_card import _evaluation_table
+    from prefalign.hub.model_card import _evaluation_table
 
-    after, before = (hub._read_results(evaluations / name) for name in ("after", "before"))
+    after, before = (publish._read_results(evaluations / name) for name in ("after", "before"))
     before["settings"]["max_new_tokens"] = 8
     before["metrics"]["recall"]["n"] = 60
     notes = _evaluation_table(after, before)["notes"]

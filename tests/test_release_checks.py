@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prefalign import hub, release_checks
+from prefalign.hub.release_checks import CheckError
 from prefalign.images import encode_png
 from prefalign.records import Pair, assistant_message, user_message
-from prefalign.release_checks import CheckError
 from prefalign.store import OutputConfig, write_records
 from tests.hub_folders import SECRET, copy, save_adapter, save_pairs, save_trained
 from tests.tiny_vlms import picture

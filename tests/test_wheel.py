@@ -45,7 +45,10 @@ def test_everything_that_runs_is_inside(wheel):
 def test_installed_wheel_finds_its_stages_from_an_empty_folder(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     (tmp_path / "empty").mkdir()
-    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); from prefalign import cli; sys.exit(cli.main(sys.argv[1:]))"
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); "
+        "from prefalign import cli; sys.exit(cli.main(sys.argv[1:]))"
+    )
     done = subprocess.run([sys.executable, "-c", code, "path", "datagen/bdhs_scenes"], cwd=tmp_path / "empty",
                           capture_output=True, text=True, check=True)  # fmt: skip
     assert Path(done.stdout.strip()).is_relative_to(tmp_path / "site" / "prefalign" / "_bundled")

@@ -16,7 +16,7 @@ from typing import Any
 
 import prefalign
 from prefalign import bundled
-from prefalign.staging import Base
+from prefalign.hub.staging import Base
 from prefalign.store import library_versions
 
 USE_FULL = """\
@@ -128,7 +128,7 @@ def model_card(
 
 
 def template(name: str) -> str:
-    return resources.files("prefalign.report").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("prefalign.hub").joinpath(name).read_text(encoding="utf-8")
 
 
 def _eval_results(evaluation: Mapping[str, Any] | None) -> list[Any]:

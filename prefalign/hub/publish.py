@@ -19,11 +19,10 @@ from typing import Any
 
 import yaml
 
-from prefalign.dataset_card import dataset_card, read_rows
-from prefalign.images import encode_png, open_image
-from prefalign.model_card import model_card
-from prefalign.release_checks import CheckError, in_fresh_process, refuse, scan_folder
-from prefalign.staging import (
+from prefalign.hub.dataset_card import dataset_card, read_rows
+from prefalign.hub.model_card import model_card
+from prefalign.hub.release_checks import CheckError, in_fresh_process, refuse, scan_folder
+from prefalign.hub.staging import (
     DATASET_FILES,
     MODEL_FILES,
     Base,
@@ -34,8 +33,9 @@ from prefalign.staging import (
     stage,
     without_paths,
 )
+from prefalign.hub.upload import check_login, upload
+from prefalign.images import encode_png, open_image
 from prefalign.store import Manifest, read_manifest
-from prefalign.upload import check_login, upload
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
 SHARDS = ("data/*.parquet",)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefalign.staging import PublishError
+from prefalign.hub.staging import PublishError
 
 
 def check_login() -> None:

@@ -1,6 +1,6 @@
 """What must hold before anything is pushed: it loads in a fresh process, the picture and the adapter matter, nothing leaks.
 
-`python -m prefalign.release_checks FOLDER` is the fresh process: it knows nothing but the folder (and, for an adapter,
+`python -m prefalign.hub.release_checks FOLDER` is the fresh process: it knows nothing but the folder (and, for an adapter,
 the base) and prints one line of JSON.
 """
 
@@ -115,10 +115,10 @@ def in_fresh_process(folder: Path, *, base: str | None = None, picture: Path | N
     Raises:
         CheckError: with the process's own message, or the end of its traceback.
     """
-    command = [sys.executable, "-m", "prefalign.release_checks", str(folder)]
+    command = [sys.executable, "-m", "prefalign.hub.release_checks", str(folder)]
     command += ["--base", base] if base else []
     command += ["--picture", str(picture)] if picture else []
-    package = str(Path(__file__).parent.parent)
+    package = str(Path(__file__).parent.parent.parent)
     search = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": search}, check=False
@@ -318,7 +318,9 @@ def _first_line(error: BaseException) -> str:
 
 def main() -> int:
     """The fresh process."""
-    parser = argparse.ArgumentParser(prog="python -m prefalign.release_checks", description="Check a staged folder.")
+    parser = argparse.ArgumentParser(
+        prog="python -m prefalign.hub.release_checks", description="Check a staged folder."
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--base", help="path or Hub id of the base model")
     parser.add_argument("--picture", type=Path, help="picture to ask about")

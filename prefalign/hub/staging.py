@@ -95,7 +95,7 @@ def resolve_base(folder: Path, kind: Kind, config: Mapping[str, Any], base_model
     if not recorded:
         return Base(base_model or "a base that was not recorded", hub_id=base_model)
     local = Path(recorded).expanduser()
-    shipped = Path(__file__).parent / "scenes" / "base"
+    shipped = Path(__file__).parent.parent / "scenes" / "base"
     if recorded == "scenes" or local.resolve() == shipped.resolve() or local.parts[-3:] == shipped.parts[-3:]:
         label = base_model or "the scenes base that ships with prefalign (`prefalign.scenes.base_checkpoint()`)"
         return Base(label, hub_id=base_model, local=shipped, is_scenes=True)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prefalign.hub.model_card import counted, data_section, is_scenes, stage_docstring, template
+from prefalign.hub.release_checks import refuse, scan_row
 from prefalign.images import sha256
-from prefalign.model_card import counted, data_section, is_scenes, stage_docstring, template
 from prefalign.records import message_text, normalise_messages
-from prefalign.release_checks import refuse, scan_row
 from prefalign.store import Manifest
 
 COLUMNS = {
