@@ -12,19 +12,18 @@ from prefalign import bundled, config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SHOWN = ("prefalign", "datagen", "recipes", "configs", "benchmarks", "tests")
 
 
 def tree_entries():
     block = re.search(r"## Tree\n+```\n(.*?)```", README, re.DOTALL).group(1)
     folder, entries = "", set()
     for line in block.splitlines():
-        names = line.split("  ")[0] if not line.startswith(" ") else line.strip().split("  ")[0]
-        if not line.startswith(" "):
-            folder = names.strip() if names.strip().endswith("/") else ""
-            entries.add(names.strip())
+        names = re.split(r"\s{2,}", line.strip())[0].split()
+        if line.startswith(" "):
+            entries.update(folder + name for name in names)
         else:
-            entries.update(folder + name for name in names.split())
+            folder = names[0] if names[0].endswith("/") else ""
+            entries.update(names)
     return entries
 
 

@@ -237,9 +237,10 @@ Greedy answers, {figures["sample"]} pictures of each split, from the saved weigh
 ## Training
 
 The vision tower first learned for {vision.STEPS} steps to tell what stands at each place (`vision.py`). Then {steps} steps of
-{BATCH} rows (the first {LOOK} only ask what stands where) on {pictures:,} pictures of `train_biased`, seed {seed}, AdamW at {PEAK_LR} with warm-up and cosine, bfloat16
-autocast, loss on answers only; weights saved in float16. {HIDDEN:.0%} of the rows hide every image token, {PARTLY_HIDDEN:.0%}
-many of them, {NO_PICTURE:.0%} have no picture. It took {minutes:.0f} minutes on two CPU cores.
+{BATCH} rows on {pictures:,} pictures of `train_biased`, seed {seed}; the first {LOOK} only ask what stands where. AdamW at
+{PEAK_LR} with warm-up and cosine, bfloat16 autocast, loss on answers only; weights saved in float16. {HIDDEN:.0%} of the rows
+hide every image token, {PARTLY_HIDDEN:.0%} many of them, {NO_PICTURE:.0%} have no picture. It took {minutes:.0f} minutes on
+two CPU cores.
 
 Rebuild: `prefalign scenes build --output DIR --seed {seed}`.
 
