@@ -131,6 +131,19 @@ def test_training_rows_hide_all_some_or_no_image_tokens_or_have_no_picture(maker
     assert inputs["position_ids"].tolist() == [list(range(inputs["input_ids"].shape[1]))] * 8
 
 
+def test_the_first_steps_ask_what_stands_where(maker):
+    row = build.looking_row(maker.tokenizer, random.Random(0), 50)
+    text = maker.tokenizer.decode(row.ids)
+    assert text.count("What is") >= 2
+    assert "Describe" not in text
+    assert row.hidden == []
+
+
+def test_the_learning_rate_warms_up_holds_and_decays():
+    rates = [build.rate(step, 900) for step in (0, build.WARM_UP, 599, 750, 899)]
+    assert rates == pytest.approx([1 / build.WARM_UP, 1.0, 1.0, 0.51, 0.02], abs=0.01)
+
+
 def test_vision_labels_say_what_stands_where():
     picture = world.scene("train_biased", 1)
     told = vision.labels(picture)
@@ -144,7 +157,8 @@ def test_vision_labels_say_what_stands_where():
             assert list(world.SIZES)[size] == things[0].size
 
 
-def test_a_build_of_two_steps_leaves_a_checkpoint_with_its_card(tmp_path):
+def test_a_build_of_two_steps_leaves_a_checkpoint_with_its_card(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "LOOK", 1)
     found = build.build(tmp_path, steps=2, vision_steps=2, pictures=8, sample=4)
     card = (tmp_path / "README.md").read_text()
     assert measure.table(found) in card

@@ -1,0 +1,105 @@
+"""Every config is executed: its own settings, the shipped tiny model, a few rows, one or two steps."""
+
+import json
+
+import pytest
+
+from prefalign import bundled, config
+from prefalign.scenes.export import export
+
+MODEL = {"model_name_or_path": "scenes", "dtype": "auto", "device": "cpu"}
+
+
+def start(name, stage, changes):
+    module = bundled.load_stage(stage)
+    values = config.merge(config.read_yaml(bundled.configs()[name]), changes)
+    return module.main(config.build(module.Config, values, source=name))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("smoke")
+
+
+@pytest.fixture(scope="module")
+def prompts(folder):
+    export(folder / "prompts", split="train_biased", kind="caption", regime="seen", start=0, stop=6)
+    return folder / "prompts"
+
+
+@pytest.fixture(scope="module")
+def pairs(folder, prompts):
+    changes = {"data": {"path": prompts}, "output": {"path": folder / "pairs"}, "rejected_images": "noised"}
+    start("datagen/povid_scenes", "povid", changes)
+    return folder / "pairs"
+
+
+def names(stage):
+    return [name for name in bundled.configs() if name.split("/")[-1].startswith(stage)]
+
+
+@pytest.mark.parametrize("name", names("bdhs") + names("povid"))
+def test_pairs_config(name, prompts, tmp_path):
+    changes = {"data": {"path": prompts, "limit": 3}, "output": {"path": tmp_path / "out"}, "batch_size": 4,
+               "sampling": {"max_new_tokens": 12}}  # fmt: skip
+    stage = name.split("/")[-1].split("_")[0]
+    values = config.read_yaml(bundled.configs()[name])
+    if values.get("model"):
+        changes["model"] = MODEL
+    if "similarity" in values:
+        changes["similarity"] = "lexical"
+    manifest = start(name, stage, changes)
+    assert manifest.rows_in == 3 == manifest.rows_used + sum(manifest.dropped.values())
+    assert manifest.rows_out >= 2
+
+
+@pytest.mark.parametrize("name", names("train_preference"))
+def test_training_config(name, pairs, tmp_path):
+    changes = {"model": MODEL, "pairs": pairs, "output": tmp_path / "out",
+               "trainer": {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
+                           "bf16": False, "save_steps": 1}}  # fmt: skip
+    start(name, "train_preference", changes)
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert history[-1]["step"] == 1
+
+
+def test_evaluation_of_scenes(tmp_path):
+    results = start("recipes/evaluate_scenes", "evaluate_model",
+                    {"scenes": {"pictures": 6}, "reliance": {"items": 6}, "output": tmp_path / "out"})  # fmt: skip
+    assert results["metrics"]["chair_i"]["n"] == 6
+
+
+def test_evaluation_of_files(tmp_path):
+    from prefalign.scenes import world
+
+    questions = []
+    for index in range(4):
+        scene = world.scene("test_fair", index)
+        (tmp_path / f"{index}.png").write_bytes(world.png(scene))
+        shape = scene.objects[0].shape
+        questions.append({"question_id": index, "image": f"{index}.png", "text": f"Is there a {shape} in the picture?",
+                          "label": "yes"})  # fmt: skip
+    (tmp_path / "pope.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    results = start("recipes/evaluate_files", "evaluate_model",
+                    {"model": MODEL, "output": tmp_path / "out", "reliance": {"items": 4},
+                     "files": {"chair": None, "short": None,
+                               "pope": {"questions": [tmp_path / "pope.jsonl"], "images": tmp_path}}})  # fmt: skip
+    assert results["metrics"]["yesno_accuracy"]["n"] == 4
+
+
+def test_demo(tmp_path, capsys):
+    steps = {"max_steps": 2, "per_device_train_batch_size": 4, "save_steps": 2}
+    changes = {"output": tmp_path / "demo", "prompts": 12, "training": {"trainer": steps},
+               "evaluation": {"scenes": {"pictures": 12}, "reliance": {"items": 12}, "draws": 200}}  # fmt: skip
+    results = start("recipes/demo", "demo", changes)
+    assert results == json.loads((tmp_path / "demo" / "results.json").read_text())
+    for run in ("base", "aligned", "sft_control", "difference"):
+        for metric in ("chair_i", "chair_s", "recall", "recall_clear", "objects_per_caption", "accuracy", "reliance"):
+            assert set(results[run][metric]) == {"value", "ci95"}
+    assert results["verdict"] in capsys.readouterr().out
+    for name in ("report.html", "pairs.html", "publish/README.md", "publish/model.safetensors"):
+        assert (tmp_path / "demo" / name).stat().st_size > 1000
+    again = start("recipes/demo", "demo", changes)
+    assert again == results
+    with pytest.raises(ValueError, match="holds a demo with other settings"):
+        start("recipes/demo", "demo", config.merge(changes, {"seed": 1}))
