@@ -116,7 +116,9 @@ def test_path_and_copy(tmp_path, capsys):
 
 
 def test_find_says_what_is_near():
-    with pytest.raises(config.ConfigError, match=r"no stage, config or file called 'datagen/bdsh'; did you mean 'datagen/bdhs'"):
+    with pytest.raises(
+        config.ConfigError, match=r"no stage, config or file called 'datagen/bdsh'; did you mean 'datagen/bdhs'"
+    ):
         bundled.find("datagen/bdsh")
 
 

@@ -91,7 +91,9 @@ def test_every_config_resolves_strictly_and_says_how_to_run_it(name):
 
 def test_readme_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"(?:^|`)make ([a-z]+)", README + (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)):
+    for target in set(
+        re.findall(r"(?:^|`)make ([a-z]+)", README + (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    ):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for name in re.findall(r"--config ([\w/.]+)", README):
         assert bundled.find(name).is_file()
@@ -119,7 +121,9 @@ def test_importing_and_helping_loads_nothing_heavy():
 
 
 def test_no_machine_paths_or_stray_characters():
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
     for name in filter(None, listed):
         path = ROOT / name
         if path.suffix not in (".py", ".md", ".yaml", ".toml", ".j2", ".css", ".js", "") or not path.is_file():

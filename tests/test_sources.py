@@ -126,7 +126,9 @@ def test_missing_picture(folder):
 
 
 def test_missing_column(folder):
-    with pytest.raises(RecordError, match=r"needs `conversations`, `messages`, `prompt` or `question`; this one has .*text"):
+    with pytest.raises(
+        RecordError, match=r"needs `conversations`, `messages`, `prompt` or `question`; this one has .*text"
+    ):
         first_prompt(folder, {"image": "a.png", "text": "hello"})
 
 

@@ -165,6 +165,7 @@ def untrained(words: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForConditio
             torch.nn.init.normal_(weight, std=0.02 if "embed" in name else weight[0].numel() ** -0.5)
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight.data *= (2 * LAYERS) ** -0.5
+    model.model.multi_modal_projector.linear_2.weight.data *= 0.2  # image tokens about as large as words
     patches = model.model.vision_tower.embeddings
     torch.nn.init.normal_(patches.patch_embedding.weight, std=patches.patch_embedding.weight[0].numel() ** -0.5)
     patches.position_embedding.weight.data[1:] = 0.5 * _waves(PIXELS // PATCH)
