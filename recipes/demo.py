@@ -8,6 +8,7 @@ Needs: two CPU cores, no network. Start it again after an interruption: finished
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -78,9 +79,15 @@ def main(demo: Config) -> dict[str, Any]:
         if name != "base":
             settings["model"] = {"model_name_or_path": str(out / name)}
             settings["baseline"] = out / "evaluation" / "base"
-        run("evaluate_model", "recipes/evaluate_scenes", demo.evaluation, settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (out / "evaluation" / f"{name}.txt").open("w") as log, contextlib.redirect_stdout(log):
+            run("evaluate_model", "recipes/evaluate_scenes", demo.evaluation, settings)
         measured = json.loads((folder / "results.json").read_text())["metrics"]
         results[name] = {metric: only_estimate(measured[metric]) for metric in METRICS}
+        print(
+            f"{RUNS[name]}: CHAIRi {shown(results[name]['chair_i'])}, recall {shown(results[name]['recall'])}",
+            flush=True,
+        )
         if name != "base":
             key = "difference" if name == "aligned" else "difference_sft"
             results[key] = {metric: only_estimate(measured[f"difference.{metric}"]) for metric in METRICS}
@@ -125,9 +132,19 @@ def only_estimate(metric: Mapping[str, Any]) -> dict[str, Any]:
     return {"value": metric["value"], "ci95": metric["ci95"]}
 
 
+def shown(estimate: Mapping[str, Any], *, sign: bool = False) -> str:
+    """A value with its interval, or a dash where there is none (no object mentioned at all, say)."""
+    if estimate["value"] is None or estimate["ci95"] is None:
+        return "-"
+    low, high = estimate["ci95"]
+    return f"{estimate['value']:{'+' if sign else ''}.3f} [{low:.3f}, {high:.3f}]"
+
+
 def verdict(results: Mapping[str, Any]) -> str:
     """One sentence that says what happened, whatever happened."""
     base, aligned, change = results["base"]["chair_i"], results["aligned"]["chair_i"], results["difference"]["chair_i"]
+    if None in (base["value"], aligned["value"], change["value"]):
+        return "Invention cannot be compared: one of the models mentions no object at all."
     clear = results["difference"]["recall_clear"]["value"]
     low, high = change["ci95"]
     numbers = (
@@ -162,9 +179,7 @@ def table(results: Mapping[str, Any]) -> str:
             results["difference"][metric],
             results["difference_sft"][metric],
         ]
-        texts = [f"{cell['value']:{'+' if i >= len(RUNS) else ''}.3f} [{cell['ci95'][0]:.3f}, {cell['ci95'][1]:.3f}]"
-                 for i, cell in enumerate(cells)]  # fmt: skip
-        rows.append([metric, *texts])
+        rows.append([metric, *(shown(cell, sign=i >= len(RUNS)) for i, cell in enumerate(cells))])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n" + "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows

@@ -22,11 +22,10 @@ from prefalign.scenes.data import BASE_PICTURES, pair_turns
 from prefalign.scenes.model import IMAGE, IMAGE_TOKENS, processor, save, untrained
 from prefalign.scenes.world import draw, scene
 
-STEPS = 900
-LOOK = 250  # of these, the first so many only ask what stands where: short answers teach where to look
-BATCH = 32  # rows a step: half of them captions and descriptions, half of them conversations of questions
+STEPS = 1100
+CAPTIONS, CONVERSATIONS = 25, 11  # rows a step: captions and descriptions, and conversations of questions
 TURNS = 6  # questions a conversation
-PEAK_LR = 1e-3
+PEAK_LR = 2e-3
 WARM_UP = 60
 HIDDEN, PARTLY_HIDDEN, NO_PICTURE = 0.14, 0.10, 0.08  # shares of rows; the rest see their whole picture
 PAIRS = 0.08  # share of the conversations that are about two pictures
@@ -88,19 +87,6 @@ def training_row(words: PreTrainedTokenizerFast, rng: random.Random, asks: bool,
     return Row(ids, labels, shown, hidden)
 
 
-def looking_row(words: PreTrainedTokenizerFast, rng: random.Random, pictures: int) -> Row:
-    """Draw one row of the first steps: what is at each taken place and at as many empty ones, and where things are."""
-    number = rng.randrange(pictures)
-    asked = language.questions(scene("train_biased", number), rng.randrange(1_000_000))
-    taken = [question for question in asked if question.kind == "object" and question.shape]
-    empty = [question for question in asked if question.kind == "object" and not question.shape]
-    where = [question for question in asked if question.kind == "place"]
-    kept = taken + empty[: len(taken) // 2] + where[:2]
-    rng.shuffle(kept)
-    turns = [(question.text, question.answer) for question in kept]
-    return Row(*encode(words, turns, 1), pictures=[number], hidden=[])
-
-
 def batch(rows: list[Row], pixels: np.ndarray, pad: int) -> dict[str, torch.Tensor]:
     """Rows as tensors, padded on the right: ids, labels and mask (B, T), pixels (images, 3, 60, 60) from -1 to 1."""
     length = max(len(row.ids) for row in rows)
@@ -133,11 +119,23 @@ def loss_of(model: LlavaForConditionalGeneration, inputs: dict[str, torch.Tensor
 
 
 def rate(step: int, steps: int) -> float:
-    """Learning rate as a share of its peak: linear warm-up, held for two thirds, then a cosine down to a fiftieth."""
+    """Learning rate as a share of its peak: linear warm-up, held for three fifths, then a cosine down to a fiftieth."""
     if step < WARM_UP:
         return (step + 1) / WARM_UP
-    done = max(0.0, (step / steps - 2 / 3) * 3)
+    done = max(0.0, (step / steps - 0.6) / 0.4)
     return 0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def optimizers_for(model: LlavaForConditionalGeneration) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between layers, AdamW for embeddings, head and everything that is not a matrix."""
+    matrices, others = [], []
+    for name, weight in model.named_parameters():
+        inner = weight.dim() == 2 and not any(part in name for part in ("embed", "lm_head", "position"))
+        (matrices if inner else others).append(weight)
+    return [
+        torch.optim.Muon(matrices, lr=PEAK_LR, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def train(
@@ -153,27 +151,27 @@ def train(
     words = maker.tokenizer
     model = untrained(words, seed).train()
     pixels = np.stack([np.asarray(draw(scene("train_biased", at))) for at in tqdm(range(pictures), desc="pictures")])
-    vision.warm_up(model, pixels, seed=seed, steps=vision_steps)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
+    vision.warm_up(model, words, pixels, seed=seed, steps=vision_steps)
+    optimizers = optimizers_for(model)
     rng = random.Random(f"scenes base {seed}")
     bar = tqdm(range(steps), desc="training")
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK_LR * rate(step, steps)
-        if step < LOOK:
-            halves = [[looking_row(words, rng, pictures) for _ in range(BATCH)]]
-        else:
-            halves = [[training_row(words, rng, asks, pictures) for _ in range(BATCH // 2)] for asks in (False, True)]
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = PEAK_LR * rate(step, steps)
+        kinds = [[training_row(words, rng, asks, pictures) for _ in range(number)]
+                 for asks, number in ((False, CAPTIONS), (True, CONVERSATIONS))]  # fmt: skip
         total, tokens = 0.0, 0
-        for rows in halves:
+        for rows in kinds:
             inputs = batch(rows, pixels, words.pad_token_id)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss, number = loss_of(model, inputs)
-            (loss / number / len(halves)).backward()
+            (loss / number * len(rows) / (CAPTIONS + CONVERSATIONS)).backward()
             total, tokens = total + loss.item(), tokens + number
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{total / tokens:.3f}")
         if watch and (step + 1) % watch == 0:
@@ -236,11 +234,11 @@ Greedy answers, {figures["sample"]} pictures of each split, from the saved weigh
 
 ## Training
 
-The vision tower first learned for {vision.STEPS} steps to tell what stands at each place (`vision.py`). Then {steps} steps of
-{BATCH} rows on {pictures:,} pictures of `train_biased`, seed {seed}; the first {LOOK} only ask what stands where. AdamW at
-{PEAK_LR} with warm-up and cosine, bfloat16 autocast, loss on answers only; weights saved in float16. {HIDDEN:.0%} of the rows
-hide every image token, {PARTLY_HIDDEN:.0%} many of them, {NO_PICTURE:.0%} have no picture. It took {minutes:.0f} minutes on
-two CPU cores.
+Vision tower and projector first learned for {vision.STEPS} steps to name what stands at each place, in the word embeddings
+of the untrained language model (`vision.py`). Then {steps} steps of {CAPTIONS} captions and {CONVERSATIONS} conversations on
+{pictures:,} pictures of `train_biased`, seed {seed}: Muon for inner matrices and AdamW for the rest at {PEAK_LR}, warm-up and
+cosine, bfloat16 autocast, loss on answers only; weights saved in float16. {HIDDEN:.0%} of the rows hide every image token,
+{PARTLY_HIDDEN:.0%} many of them, {NO_PICTURE:.0%} have no picture. It took {minutes:.0f} minutes on two CPU cores.
 
 Rebuild: `prefalign scenes build --output DIR --seed {seed}`.
 
