@@ -41,7 +41,7 @@ format: $(VENV)/.dev
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
-$(VENV)/.torch: constraints.txt
+$(VENV)/.torch-$(TORCH_BUILD): constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifeq ($(TORCH_BUILD),cpu)
 	$(PIP) install "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || \
@@ -53,11 +53,11 @@ else
 endif
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml constraints.txt
+$(VENV)/.demo: $(VENV)/.torch-$(TORCH_BUILD) pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e ".[train]"
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
+$(VENV)/.dev: $(VENV)/.torch-$(TORCH_BUILD) pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e ".[train,deepspeed,dev]"
 	touch $@ $(VENV)/.demo
 

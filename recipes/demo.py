@@ -83,14 +83,14 @@ def main(demo: Config) -> dict[str, Any]:
         with (out / "evaluation" / f"{name}.txt").open("w") as log, contextlib.redirect_stdout(log):
             run("evaluate_model", "recipes/evaluate_scenes", demo.evaluation, settings)
         measured = json.loads((folder / "results.json").read_text())["metrics"]
-        results[name] = {metric: only_estimate(measured[metric]) for metric in METRICS}
+        results[name] = {metric: only_estimate(measured, metric) for metric in METRICS}
         print(
             f"{RUNS[name]}: CHAIRi {shown(results[name]['chair_i'])}, recall {shown(results[name]['recall'])}",
             flush=True,
         )
         if name != "base":
             key = "difference" if name == "aligned" else "difference_sft"
-            results[key] = {metric: only_estimate(measured[f"difference.{metric}"]) for metric in METRICS}
+            results[key] = {metric: only_estimate(measured, f"difference.{metric}") for metric in METRICS}
     results["verdict"] = verdict(results)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
@@ -128,8 +128,10 @@ def run(stage: str, base: str, settings: Mapping[str, Any], fixed: Mapping[str, 
     module.main(config.build(module.Config, values, source=base))
 
 
-def only_estimate(metric: Mapping[str, Any]) -> dict[str, Any]:
-    return {"value": metric["value"], "ci95": metric["ci95"]}
+def only_estimate(measured: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """Value and interval of a metric; nulls where it was not measured (the reliance probe turned off, say)."""
+    found = measured.get(metric, {})
+    return {"value": found.get("value"), "ci95": found.get("ci95")}
 
 
 def shown(estimate: Mapping[str, Any], *, sign: bool = False) -> str:
@@ -143,9 +145,9 @@ def shown(estimate: Mapping[str, Any], *, sign: bool = False) -> str:
 def verdict(results: Mapping[str, Any]) -> str:
     """One sentence that says what happened, whatever happened."""
     base, aligned, change = results["base"]["chair_i"], results["aligned"]["chair_i"], results["difference"]["chair_i"]
-    if None in (base["value"], aligned["value"], change["value"]):
+    clear, sft = results["difference"]["recall_clear"]["value"], results["sft_control"]["chair_i"]["value"]
+    if None in (base["value"], aligned["value"], change["value"], change["ci95"], clear, sft):
         return "Invention cannot be compared: one of the models mentions no object at all."
-    clear = results["difference"]["recall_clear"]["value"]
     low, high = change["ci95"]
     numbers = (
         f"CHAIRi {base['value']:.3f} -> {aligned['value']:.3f} (difference {signed(change['value'])}, "
@@ -158,7 +160,6 @@ def verdict(results: Mapping[str, Any]) -> str:
     else:
         lead = f"No difference in invention can be shown: {numbers}"
     kept = "kept within 2 points" if clear >= -0.02 else "LOST by more than 2 points"
-    sft = results["sft_control"]["chair_i"]["value"]
     beside = "below" if sft < aligned["value"] else "above" if sft > aligned["value"] else "equal to"
     return (
         f"{lead}; recall of clearly visible objects is {kept} ({signed(clear)}), total recall changes by "

@@ -58,6 +58,12 @@ def test_silence_is_not_called_better(results):
     assert " - " in demo.table(silent)
 
 
+@pytest.mark.parametrize(("run", "metric"), [("sft_control", "chair_i"), ("difference", "recall_clear")])
+def test_a_missing_figure_does_not_end_the_demo(results, run, metric):
+    results[run][metric] = demo.only_estimate({}, metric)
+    assert demo.verdict(results).startswith("Invention cannot be compared")
+
+
 def test_table_has_every_metric_and_run(results):
     shown = demo.table(results)
     for name in (*demo.METRICS, *demo.RUNS.values()):
