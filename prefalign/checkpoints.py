@@ -20,11 +20,12 @@ class ModelError(ValueError):
     """A checkpoint that cannot be used; the message says what to do."""
 
 
-def resolve(config: ModelConfig) -> tuple[str, str | None]:
+def resolve(config: ModelConfig) -> tuple[str, str | None, str | None]:
     """Where the base model and its adapter are.
 
     Returns:
-        Folder or Hub id of the base model, and of the adapter if there is one (a folder that is an adapter names its base).
+        Folder or Hub id of the base model, of the adapter if there is one, and the base's revision. A model that is an adapter,
+        in a folder or on the Hub (it is then downloaded), names its base.
 
     Raises:
         ModelError: if there is no such folder, or the Hub does not have it or cannot be reached.
@@ -37,8 +38,11 @@ def resolve(config: ModelConfig) -> tuple[str, str | None]:
                 "the tiny model of `scenes` is not in this installation. Reinstall prefalign, or rebuild the model."
             )
         source = str(SCENES_BASE)
-    _check_source(source, config.model_revision, "config.json", "adapter_config.json")
+    revision = config.model_revision
+    found = _check_source(source, revision, "config.json", "adapter_config.json")
     folder = Path(source)
+    if found == "adapter_config.json":
+        folder = _download_adapter(source, revision)
     if folder.is_dir() and not (folder / "config.json").is_file():
         if not (folder / "adapter_config.json").is_file():
             inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
@@ -48,12 +52,11 @@ def resolve(config: ModelConfig) -> tuple[str, str | None]:
             )
         if adapter is not None:
             raise ModelError(
-                f"folder {source!r} is an adapter, and adapter {adapter!r} was given too. Name the base model and one "
-                "adapter."
+                f"{source!r} is an adapter, and adapter {adapter!r} was given too. Name the base model and one adapter."
             )
-        source, adapter = _adapter_base(folder), source
+        (source, revision), adapter = _adapter_base(folder, source), str(folder)
         try:
-            _check_source(source, None, "config.json")
+            _check_source(source, revision, "config.json")
         except ModelError as error:
             raise ModelError(f"adapter {adapter!r} was trained on a model that is not found: {error}") from error
     if adapter is not None:
@@ -62,33 +65,55 @@ def resolve(config: ModelConfig) -> tuple[str, str | None]:
             raise ModelError(
                 f"folder {adapter!r} has no adapter_config.json, so it is not a PEFT adapter. Give it as the model instead."
             )
-    return source, adapter
+    return source, adapter, revision
 
 
 def _expand(name: str) -> str:
     return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
-def _adapter_base(folder: Path) -> str:
-    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+def _adapter_base(folder: Path, name: str) -> tuple[str, str | None]:
+    """The base that an adapter's folder names, and its revision."""
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    base = settings.get("base_model_name_or_path")
     if not base:
         raise ModelError(
-            f"adapter {str(folder)!r} does not say which model it belongs to. Name the model and give the folder as `adapter`."
+            f"adapter {name!r} does not say which model it belongs to. Name the model and give it as `adapter`."
         )
     if base == SCENES or (not Path(base).exists() and Path(base).parts[-3:] == ("prefalign", "scenes", "base")):
-        return str(SCENES_BASE)
-    return str(base)
+        return str(SCENES_BASE), None
+    return str(base), settings.get("revision")
 
 
-def _check_source(source: str, revision: str | None, *names: str) -> None:
-    """Raise unless `source` is a folder or a Hub id whose file can be had, without waiting on a dead network."""
+def _download_adapter(source: str, revision: str | None) -> Path:
+    """The folder of the Hub's cache that holds an adapter and, if the repository has one, its processor."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["adapter_*", "*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(
+            snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns="checkpoint-*/*")
+        )
+    except Exception as error:
+        raise ModelError(
+            f"adapter {source!r} could not be downloaded ({type(error).__name__}: {error}). Connect and try again, or name a "
+            "folder that holds it."
+        ) from error
+
+
+def _check_source(source: str, revision: str | None, *names: str) -> str | None:
+    """Raise unless `source` is a folder or a Hub id one of whose files can be had, without waiting on a dead network.
+
+    Returns:
+        The first of `names` that the Hub or its local cache has; None for a folder.
+    """
     from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_id
 
     path = Path(source)
     if path.is_dir():
-        return
+        return None
     if path.is_file():
         raise ModelError(f"{source!r} is a file; name the folder that holds it and config.json.")
     parts = source.split("/")
@@ -100,8 +125,9 @@ def _check_source(source: str, revision: str | None, *names: str) -> None:
         raise ModelError(
             f"there is no folder {source!r}, and it is not the name of a model on the Hub (`owner/name`)."
         ) from error
-    if any(isinstance(try_to_load_from_cache(source, name, revision=revision), str) for name in names):
-        return
+    for name in names:
+        if isinstance(try_to_load_from_cache(source, name, revision=revision), str):
+            return name
     if constants.HF_HUB_OFFLINE:
         raise ModelError(
             f"{source!r} is neither a folder here nor in the local cache of the Hub, and HF_HUB_OFFLINE is set. "
@@ -114,7 +140,7 @@ def _check_source(source: str, revision: str | None, *names: str) -> None:
             answer = get_session().head(url, headers=build_hf_headers(), timeout=_HUB_TIMEOUT, follow_redirects=True)
             status = answer.status_code
             if status == 200:
-                return
+                return name
     except Exception as error:
         raise ModelError(
             f"{source!r} is not a folder here, and the Hub at {constants.ENDPOINT} cannot be reached ({type(error).__name__}). "

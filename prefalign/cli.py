@@ -8,6 +8,7 @@ import inspect
 import os
 import shutil
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -39,9 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"prefalign {prefalign.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    demo = verbs.add_parser("demo", help="pictures to aligned, measured, publishable model in minutes", add_help=False)
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run")
-
+    verbs.add_parser("demo", help="pictures to aligned, measured, publishable model in minutes", add_help=False)
     verbs.add_parser("run", help="run a stage: prefalign run STAGE --config FILE --section.field VALUE", add_help=False)
 
     scenes = verbs.add_parser("scenes", help="the embedded world: build its model, print its figures, export rows")
@@ -53,12 +52,13 @@ def build_parser() -> argparse.ArgumentParser:
     figures.add_argument("--model", type=Path, default=None, help="checkpoint folder; the shipped base if left out")
     export = what.add_parser("export", help="write scenes rows that stages read")
     export.add_argument("--output", type=Path, required=True)
-    export.add_argument("--split", default="train_biased")
-    export.add_argument("--kind", default="caption", help="caption, description, yes_no, colour, count or place")
-    export.add_argument("--regime", default="seen", help="seen, fair or none: where reference answers come from")
+    export.add_argument("--split", help="follows from --regime if left out; without both: train_biased, as seen")
+    export.add_argument("--kind", default="caption",
+                        help="caption, description, yes_no, colour, count, place, object, vqa, mix or pair")  # fmt: skip
+    export.add_argument("--regime", help="where answers come from: seen, fair or none; left out: any split has them")
     export.add_argument("--start", type=int, default=0)
     export.add_argument("--stop", type=int, default=512)
-    export.add_argument("--seed", type=int, default=0)
+    export.add_argument("--seed", type=int, default=0, help="draws wording and questions, never the pictures")
 
     verbs.add_parser("list", help="bundled stages and configs")
     for verb, help_text in (("path", "print where a bundled stage or config is"), ("copy", "copy one to edit it")):
@@ -79,29 +79,43 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status: 0, 1 after an error, 2 for wrong usage, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    return _guarded(lambda: _dispatch(arguments))
+    return _guarded(lambda: _dispatch(arguments), resumes=arguments[:1] in (["run"], ["demo"]))
 
 
 def run_file(path: str) -> None:
     """What a stage does when its file is started directly: `python datagen/bdhs.py --config x.yaml`."""
-    sys.exit(_guarded(lambda: run_stage(path, sys.argv[1:])))
+    sys.exit(_guarded(lambda: run_stage(path, sys.argv[1:]), resumes=True))
 
 
-def run_stage(name: str, arguments: Sequence[str]) -> None:
-    """Load a stage, resolve its config strictly, run it."""
+def run_stage(name: str, arguments: Sequence[str], *, default_config: str | None = None) -> None:
+    """Load a stage, resolve its config strictly, run it; `default_config` is read where no `--config` is given."""
     stage = bundled.load_stage(name)
-    rest = list(arguments)
-    if "--help" in rest or "-h" in rest:
+    if "--help" in arguments or "-h" in arguments:
         print(_describe(stage))
         return
-    file = None
-    if "--config" in rest:
-        position = rest.index("--config")
-        if position + 1 == len(rest):
+    named, rest = _config_file(arguments)
+    chosen = named or default_config
+    stage.main(config.load(stage.Config, bundled.find(chosen) if chosen else None, rest))
+
+
+def _config_file(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of `--config FILE` or `--config=FILE`, and the other arguments."""
+    named: list[str] = []
+    rest: list[str] = []
+    pending = list(arguments)
+    while pending:
+        flag, equals, value = pending.pop(0).partition("=")
+        if flag != "--config":
+            rest.append(flag + equals + value)
+            continue
+        if not equals and pending:
+            value = pending.pop(0)
+        if not value or value.startswith("--"):
             raise config.ConfigError("--config needs a file, as in `--config configs/datagen/bdhs.yaml`.")
-        file = bundled.find(rest[position + 1])
-        del rest[position : position + 2]
-    stage.main(config.load(stage.Config, file, rest))
+        named.append(value)
+    if len(named) > 1:
+        raise config.ConfigError(f"--config is given {len(named)} times ({', '.join(named)}); only one can count.")
+    return (named[0] if named else None), rest
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -109,8 +123,7 @@ def _dispatch(arguments: list[str]) -> None:
         run_stage(arguments[1], arguments[2:])
         return
     if arguments[:1] == ["demo"]:
-        chosen, rest = build_parser().parse_known_args(arguments)
-        run_stage("demo", ["--config", "recipes/demo", "--output", str(chosen.output), *rest])
+        run_stage("demo", arguments[1:], default_config="recipes/demo")
         return
     parser = build_parser()
     chosen = parser.parse_args(arguments)
@@ -135,12 +148,13 @@ def _dispatch(arguments: list[str]) -> None:
             hub.main(chosen)
 
 
-def _guarded(action: Any) -> int:
+def _guarded(action: Any, *, resumes: bool) -> int:
     """Run an action; users get one readable message instead of a traceback (`PREFALIGN_TRACEBACK=1` shows it)."""
     try:
         action()
     except KeyboardInterrupt:
-        print("\ninterrupted; start the same command again to continue where it stopped", file=sys.stderr)
+        again = "; start the same command again to continue where it stopped" if resumes else ""
+        print(f"\ninterrupted{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -202,13 +216,13 @@ def _describe(stage: ModuleType) -> str:
 
 
 def _settings(cls: type, prefix: str) -> list[str]:
-    import typing
-
     lines: list[str] = []
     for entry in dataclasses.fields(cls):
         annotation = typing.get_type_hints(cls)[entry.name]
-        if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
-            lines += _settings(annotation, f"{prefix}{entry.name}.")
+        sections = [] if typing.get_origin(annotation) in (list, tuple, dict) else config._dataclasses_in(annotation)
+        inner = [line for section in sections for line in _settings(section, f"{prefix}{entry.name}.")]
+        if sections == [annotation]:
+            lines += inner
             continue
         if entry.default is not dataclasses.MISSING:
             default = f"= {entry.default}"
@@ -216,7 +230,7 @@ def _settings(cls: type, prefix: str) -> list[str]:
             default = f"= {entry.default_factory()}"
         else:
             default = "(required)"
-        lines.append(f"  --{prefix}{entry.name} {default}")
+        lines += [f"  --{prefix}{entry.name} {default}", *inner]
     return lines
 
 

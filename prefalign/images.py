@@ -6,8 +6,10 @@ settled once and identically for generation, training and evaluation.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
+import stat
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 128 * 1024 * 1024
 MAX_ASPECT_RATIO = 200
+SYSTEM_ERRORS = (errno.ENOSPC, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+"""What is wrong with the machine, not with one picture or row: never put down to the row."""
 
 
 class EncodedImage(TypedDict):
@@ -39,17 +43,32 @@ def read_image(path: str | Path) -> EncodedImage:
     """Read a file's bytes without decoding them.
 
     Raises:
-        ImageError: `missing_image` if there is no such file, `empty_image`, or `huge_image` above `MAX_BYTES`.
+        ImageError: `missing_image` if there is no such file, `huge_image` above `MAX_BYTES`, `unreadable_image` for a file
+            that may not be read or a text that is no file name.
+        OSError: for what is wrong with the machine (`SYSTEM_ERRORS`).
     """
     path = Path(path)
-    if not path.is_file():
-        raise ImageError("missing_image", f"picture {path.name!r} is not in {path.parent.name or '.'}/. Check the path "
+    name = path.name if len(path.name) <= 100 else f"{path.name[:60]}... ({len(path.name)} characters)"
+    missing = ImageError("missing_image", f"picture {name!r} is not in {path.parent.name[:60] or '.'}/. Check the path "
                          "in the row, or say where pictures are with `data.images`.")  # fmt: skip
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise ImageError("huge_image", f"picture {path.name!r} is {size / 2**20:.0f} MiB; files above "
-                         f"{MAX_BYTES // 2**20} MiB are refused. Re-encode it smaller.")  # fmt: skip
-    return {"bytes": path.read_bytes(), "path": path.name}
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise missing
+        if status.st_size > MAX_BYTES:
+            raise ImageError("huge_image", f"picture {name!r} is {status.st_size / 2**20:.0f} MiB; files above "
+                             f"{MAX_BYTES // 2**20} MiB are refused. Re-encode it smaller.")  # fmt: skip
+        return {"bytes": path.read_bytes(), "path": path.name}
+    except (FileNotFoundError, NotADirectoryError):
+        raise missing from None
+    except ImageError:
+        raise
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+            raise
+        why = error.strerror if isinstance(error, OSError) else "not a file name"
+        raise ImageError("unreadable_image", f"picture {name!r} cannot be read ({why}). Check its permissions, and that the "
+                         "row holds a file's path; base64 text is not read.") from error  # fmt: skip
 
 
 def encode_png(image: Image.Image, name: str | None = None) -> EncodedImage:
@@ -75,7 +94,8 @@ def open_image(image: EncodedImage, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         An RGB picture that owns its pixels.
 
     Raises:
-        ImageError: with `reason` one of `empty_image`, `not_an_image`, `truncated_image`, `huge_image`, `thin_image`.
+        ImageError: with `reason` one of `empty_image`, `not_an_image`, `truncated_image`, `huge_image`, `thin_image`,
+            `float_image`.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -99,6 +119,9 @@ def open_image(image: EncodedImage, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ImageError("thin_image", f"picture {name} is {width} x {height} pixels; image processors refuse sides "
                          f"more than {MAX_ASPECT_RATIO} to 1. Crop it.")  # fmt: skip
+    if opened.mode == "F":
+        raise ImageError("float_image", f"picture {name} holds floating-point values, whose black and white nothing says; "
+                         "converted as they are they would be clipped to 0 to 255. Save it with 8 bits per channel.")  # fmt: skip
     try:
         opened.seek(0)
         oriented = ImageOps.exif_transpose(opened)

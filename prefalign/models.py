@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,8 @@ class ModelConfig:
     """Which model, and how it is loaded.
 
     Attributes:
-        model_name_or_path: folder, Hub id, or `scenes` for the tiny model that ships with the package.
+        model_name_or_path: folder or Hub id of a model or of an adapter (which names its base), or `scenes` for the tiny model
+            that ships with the package.
         model_revision: branch, tag or commit on the Hub.
         adapter: folder or Hub id of a PEFT adapter to put on the model.
         dtype: `auto` (that of the checkpoint), `float32`, `bfloat16` or `float16`.
@@ -55,7 +56,8 @@ def load_model(config: ModelConfig) -> Any:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    source, adapter = resolve(config)
+    source, adapter, revision = resolve(config)
+    config = replace(config, model_revision=revision)
     check_family(source, config)
     check_weights(source)
     device = _device(config.device)
@@ -100,9 +102,8 @@ def load_processor(config: ModelConfig) -> Any:
     """
     from transformers import AutoProcessor
 
-    source, adapter = resolve(config)
-    revision = config.model_revision
-    check_family(source, config)
+    source, adapter, revision = resolve(config)
+    check_family(source, replace(config, model_revision=revision))
     if adapter is not None and has_processor(Path(adapter)):
         source, revision = adapter, None
     folder = Path(source)

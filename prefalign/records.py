@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from prefalign.images import EncodedImage
+from prefalign.text import same_answer
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -73,10 +74,15 @@ def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Bring message lists to one shape: content as blocks, without the nulls that Arrow adds to image blocks.
 
     Raises:
-        RecordError: `bad_messages` for a turn without role or with content that is neither text nor blocks.
+        RecordError: `bad_messages` for what is no list of turns, a turn without role or with content that is neither text
+            nor blocks.
     """
+    if not isinstance(messages, (list, tuple)):
+        raise RecordError("bad_messages", f"messages are a list of turns, got {str(messages)[:120]!r}.")
     result: list[Message] = []
     for message in messages:
+        if not isinstance(message, Mapping):
+            raise RecordError("bad_messages", f"a message needs `role` and `content`, got {str(message)[:120]!r}.")
         content = message.get("content")
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
@@ -84,7 +90,7 @@ def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
             raise RecordError("bad_messages", f"a message needs `role` and `content`, got {str(dict(message))[:120]}.")
         blocks = []
         for block in content:
-            kind = block.get("type")
+            kind = block.get("type") if isinstance(block, Mapping) else None
             if kind == "image":
                 blocks.append({"type": "image"})
             elif kind == "text" and isinstance(block.get("text"), str):
@@ -92,7 +98,7 @@ def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
             else:
                 raise RecordError(
                     "bad_messages",
-                    f"a content block is text or image, got {str(dict(block))[:120]}; video is not read.",
+                    f"a content block is text or image, got {str(block)[:120]}; video is not read.",
                 )
         result.append({"role": message["role"], "content": blocks})
     return result
@@ -159,6 +165,10 @@ class _Record:
             values[name] = normalise_messages(values[name])
         return cls(**values)
 
+    def check(self) -> None:
+        """Raise `RecordError` if the record cannot be used; `store` checks every record that it writes."""
+        raise NotImplementedError
+
     @classmethod
     def features(cls) -> Features:
         """Column types on disk, readable by `datasets.load_dataset` as they are."""
@@ -218,6 +228,10 @@ class Candidates(_Record):
     answer: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Raise `RecordError` if placeholders and pictures do not agree."""
+        _check_placeholders(self.messages, self.images, f"candidates {self.id}")
+
     @classmethod
     def features(cls) -> Features:
         from datasets import Features, Value
@@ -268,7 +282,7 @@ class Pair(_Record):
                 raise RecordError(
                     f"empty_{side}", f"pair {self.id}: the {side} answer is empty; it would train silence."
                 )
-        if not self.rejected_images and " ".join(chosen.lower().split()) == " ".join(rejected.lower().split()):
+        if not self.rejected_images and same_answer(chosen, rejected):
             raise RecordError(
                 "identical_answers",
                 f"pair {self.id}: chosen and rejected are the same text on the same picture, so the gradient is zero. "
@@ -296,6 +310,10 @@ class Example(_Record):
     images: list[EncodedImage]
     messages: list[Message]
     meta: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise `RecordError` if placeholders and pictures do not agree."""
+        _check_placeholders(self.messages, self.images, f"example {self.id}")
 
     @classmethod
     def features(cls) -> Features:

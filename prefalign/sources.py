@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefalign.images import EncodedImage, read_image
+from prefalign.images import SYSTEM_ERRORS, EncodedImage, ImageError, read_image, sha256
 from prefalign.records import Message, Prompt, RecordError, canonical_json, normalise_messages, user_message
 
 PLACEHOLDER = "<image>"
+ID_COLUMNS = ("id", "question_id", "idx")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -34,6 +35,10 @@ class DataConfig:
     images: Path | None = None
     limit: int = 0
 
+    def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise ValueError(f"limit is {self.limit}; give how many of the first rows to use, or 0 for all of them.")
+
 
 @dataclass(frozen=True)
 class BadRow:
@@ -47,10 +52,18 @@ def files_of(config: DataConfig) -> list[Path]:
     """The data files that `config.path` names, in order.
 
     Raises:
-        ValueError: if there is none, or one is of a kind that is not read.
+        ValueError: if there is none, one is of a kind that is not read, a stage's output is not finished, or the folder of
+            the pictures does not exist.
     """
     path = config.path
+    embedded = (path / "manifest.json").is_file()  # a stage's output holds its pictures
+    if config.images is not None and not embedded and not config.images.is_dir():
+        raise ValueError(f"data.images is {str(config.images)!r}, and there is no such folder, so no picture would be found. "
+                         "Give the folder that the rows' picture paths start from.")  # fmt: skip
     if path.is_dir():
+        if (path / "progress").is_dir() and not embedded:
+            raise ValueError(f"folder {path} is the output of a stage that is not finished: rows would be missing. Start that "
+                             "stage again (it goes on where it stopped), then this one.")  # fmt: skip
         files = sorted(path.glob("data/*.parquet")) or sorted(path.glob("*.parquet")) or sorted(path.glob("*.jsonl"))
         if not files:
             raise ValueError(
@@ -89,25 +102,48 @@ def read_rows(config: DataConfig) -> Iterator[Mapping[str, Any] | BadRow]:
             yield row
 
 
-def count_rows(config: DataConfig) -> int:
-    """Number of rows that `read_rows` will give."""
+def survey(config: DataConfig) -> tuple[int, set[str]]:
+    """Number of rows that `read_rows` will give, and the ids that more than one of them has."""
+    total = 0
+    once: set[str] = set()
+    repeated: set[str] = set()
+    for file in files_of(config):
+        for row in _read_file(file, columns=ID_COLUMNS):
+            if config.limit and total >= config.limit:
+                return total, repeated
+            total += 1
+            identity = None if isinstance(row, BadRow) else _source_id(row)
+            (repeated if identity in once else once).update([] if identity is None else [identity])
+    return total, repeated
+
+
+def parquet_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Stream the rows of a Parquet file, of all or of the named columns that it has.
+
+    Raises:
+        ValueError: if the file is not whole.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    total = 0
-    for file in files_of(config):
-        if file.suffix == ".parquet":
-            total += pq.read_metadata(file).num_rows
-        else:
-            total += sum(1 for _ in _read_file(file))
-    return min(total, config.limit) if config.limit else total
-
-
-def _read_file(file: Path) -> Iterator[Mapping[str, Any] | BadRow]:
-    if file.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=64):
+    try:
+        opened = pq.ParquetFile(file)
+        wanted = [name for name in opened.schema_arrow.names if name in columns] if columns is not None else None
+        if wanted == []:
+            yield from ({} for _ in range(opened.metadata.num_rows))
+            return
+        for batch in opened.iter_batches(batch_size=64, columns=wanted):
             yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{file.name} is not a whole Parquet file ({error}). Was the download or the copy cut off? Fetch it "
+                         "again.") from error  # fmt: skip
+
+
+def _read_file(file: Path, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any] | BadRow]:
+    if file.suffix == ".parquet":
+        yield from parquet_rows(file, columns)
         return
     if file.suffix == ".json":
         try:
@@ -116,7 +152,8 @@ def _read_file(file: Path) -> Iterator[Mapping[str, Any] | BadRow]:
             raise ValueError(f"{file.name} is not complete JSON ({error}). Was the download cut off?") from error
         if not isinstance(rows, list):
             raise ValueError(f"{file.name} must be a list of rows, got a {type(rows).__name__}.")
-        yield from rows
+        for number, row in enumerate(rows, 1):
+            yield row if isinstance(row, dict) else _not_an_object(row, f"{file.name} row {number}")
         return
     with file.open(encoding="utf-8", errors="replace") as stream:
         for number, line in enumerate(stream, 1):
@@ -124,40 +161,110 @@ def _read_file(file: Path) -> Iterator[Mapping[str, Any] | BadRow]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                yield BadRow("bad_json", f"{file.name} line {number} is not complete JSON ({error.msg}): {line[:60]!r}")
+            except (ValueError, RecursionError) as error:
+                yield BadRow("bad_json", f"{file.name} line {number} is not complete JSON ({error}): {line[:60]!r}")
                 continue
-            if not isinstance(row, dict):
-                yield BadRow("bad_json", f"{file.name} line {number} is a {type(row).__name__}, not an object.")
-                continue
-            yield row
+            yield row if isinstance(row, dict) else _not_an_object(row, f"{file.name} line {number}")
 
 
-def to_prompt(row: Mapping[str, Any] | BadRow, config: DataConfig) -> Prompt:
+def _not_an_object(row: Any, where: str) -> BadRow:
+    return BadRow("bad_json", f"{where} is a {type(row).__name__}, not an object.")
+
+
+def to_prompt(row: Mapping[str, Any] | BadRow, config: DataConfig, *, repeated: Container[str] = ()) -> Prompt:
     """Read one raw row of any known format into a `Prompt`; its answer is the row's last or chosen assistant turn.
 
+    Args:
+        row: raw row.
+        config: where it comes from.
+        repeated: ids that several rows have (`survey`), as LLaVA-Instruct's, which are those of the pictures. Such a row's id
+            gets 8 digits of its content's digest, so that neither rows nor their order decide who keeps the bare id. Rows
+            without id are called after their content; our own Parquet rows keep the id they have.
+
     Raises:
-        RecordError: with the reason a manifest counts it under.
-        ImageError: for a picture that is missing or too large.
+        RecordError: with the reason a manifest counts it under; `bad_row` for what no format has.
+        ImageError: for a picture that is missing, unreadable or too large.
     """
     if isinstance(row, BadRow):
         raise RecordError(row.reason, row.message)
-    if "messages" in row and "responses" not in row and isinstance(row.get("facts"), str):
-        prompt = Prompt.from_row(row)
+    try:
+        prompt = _own_prompt(row) if _is_own(row) else _foreign_prompt(row, config, repeated)
+        names = [image["path"] for image in prompt.images]
+        canonical_json([prompt.id, prompt.messages, prompt.answer, prompt.facts, names]).encode()
         prompt.check()
-        return prompt
+    except (RecordError, ImageError):
+        raise
+    except (AttributeError, TypeError, KeyError, IndexError, ValueError, OSError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+            raise
+        raise RecordError("bad_row", f"the row cannot be read ({type(error).__name__}: {str(error)[:200]}). Compare it with "
+                          "the formats in `prefalign.sources`.") from error  # fmt: skip
+    return prompt
+
+
+def content_digest(prompt: Prompt) -> str:
+    """Hex SHA-256 of what a prompt shows, asks and answers, whatever its id."""
+    content = {"turns": prompt.messages, "answer": prompt.answer, "images": [sha256(image) for image in prompt.images]}
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def legible(value: Any) -> Any:
+    """A row as JSON, encoded pictures replaced by their size."""
+    if isinstance(value, Mapping):
+        return {key: legible(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [legible(item) for item in value]
+    if isinstance(value, bytes):
+        return f"({len(value)} bytes)"
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _is_own(row: Mapping[str, Any]) -> bool:
+    """Whether a row is one that `Prompt.to_row` gave: all columns, facts as JSON text, pictures as bytes."""
+    images = row.get("images")
+    return (
+        isinstance(row.get("id"), str)
+        and "messages" in row
+        and isinstance(row.get("answer", 0), (str, type(None)))
+        and "responses" not in row
+        and isinstance(row.get("facts"), str)
+        and isinstance(images, list)
+        and all(isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes) for image in images)
+    )
+
+
+def _own_prompt(row: Mapping[str, Any]) -> Prompt:
+    return Prompt.from_row({**row, "facts": _facts(row)})
+
+
+def _foreign_prompt(row: Mapping[str, Any], config: DataConfig, repeated: Container[str]) -> Prompt:
     images = [_read_picture(picture, config) for picture in _pictures(row)]
     turns, answer = _conversation(row)
-    turns = _with_placeholders(turns, len(images))
-    facts = row.get("facts") or {}
-    facts = json.loads(facts) if isinstance(facts, str) else dict(facts)
-    identity = row.get("id", row.get("question_id", row.get("idx")))
+    identity = _source_id(row)
+    prompt = Prompt(identity or "", images, _with_placeholders(turns, len(images)), answer, _facts(row))
+    digest = content_digest(prompt)
     if identity is None:
-        content = {"turns": turns, "answer": answer, "images": [hashlib.sha256(i["bytes"]).hexdigest() for i in images]}
-        identity = hashlib.sha256(canonical_json(content).encode()).hexdigest()[:24]
-    prompt = Prompt(id=str(identity), images=images, messages=turns, answer=answer, facts=facts)
-    prompt.check()
+        prompt.id = digest[:24]
+    elif identity in repeated:
+        prompt.id = f"{identity}-{digest[:8]}"
     return prompt
+
+
+def _source_id(row: Mapping[str, Any]) -> str | None:
+    identity = next((row[name] for name in ID_COLUMNS if row.get(name) is not None), None)
+    return None if identity is None else str(identity)
+
+
+def _facts(row: Mapping[str, Any]) -> dict[str, Any]:
+    facts = row.get("facts") or {}
+    try:
+        known = json.loads(facts) if isinstance(facts, str) else facts
+        if isinstance(known, Mapping):
+            canonical_json(known)
+            return dict(known)
+    except (ValueError, TypeError, RecursionError):
+        known = facts
+    raise RecordError("bad_facts", f"`facts` is a JSON object or absent, got {str(known)[:80]!r}.")
 
 
 def _pictures(row: Mapping[str, Any]) -> list[Any]:
@@ -180,7 +287,7 @@ def _read_picture(picture: Any, config: DataConfig) -> EncodedImage:
 def _conversation(row: Mapping[str, Any]) -> tuple[list[Message], str | None]:
     """Turns up to the question, and the answer, from whichever columns the row has."""
     if row.get("conversations"):
-        turns = [_shared_turn(turn) for turn in row["conversations"]]
+        turns = [_shared_turn(turn) for turn in _list(row["conversations"])]
     elif row.get("messages"):
         turns = normalise_messages(row["messages"])
     elif row.get("prompt") is not None:
@@ -203,13 +310,19 @@ def _conversation(row: Mapping[str, Any]) -> tuple[list[Message], str | None]:
     return turns, answer
 
 
-def _shared_turn(turn: Mapping[str, Any]) -> Message:
-    role = ROLES.get(str(turn.get("from", turn.get("role"))))
-    text = turn.get("value", turn.get("content"))
+def _list(turns: Any) -> list[Any]:
+    if not isinstance(turns, list):
+        raise RecordError("bad_messages", f"a conversation is a list of turns, got {str(turns)[:120]!r}.")
+    return turns
+
+
+def _shared_turn(turn: Any) -> Message:
+    fields = turn if isinstance(turn, Mapping) else {}
+    role = ROLES.get(str(fields.get("from", fields.get("role"))))
+    text = fields.get("value", fields.get("content"))
     if role is None or not isinstance(text, str):
         raise RecordError(
-            "bad_messages",
-            f"a conversation turn needs `from` (human, gpt) and `value`, got {str(dict(turn))[:120]}.",
+            "bad_messages", f"a conversation turn needs `from` (human, gpt) and `value`, got {str(turn)[:120]}."
         )
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
@@ -223,7 +336,10 @@ def _answer_text(value: Any) -> str:
         return value
     if isinstance(value, Mapping):
         return _plain_text(_shared_turn(value))
-    return _plain_text(normalise_messages(value)[-1])
+    turns = normalise_messages(value)
+    if not turns:
+        raise RecordError("empty_chosen", "`chosen` has no turn, so there is no answer. Leave it out, or drop the row.")
+    return _plain_text(turns[-1])
 
 
 def _with_placeholders(turns: list[Message], pictures: int) -> list[Message]:

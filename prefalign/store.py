@@ -15,6 +15,7 @@ same batches and ends with the same rows.
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -27,12 +28,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import prefalign
-from prefalign.images import EncodedImage, ImageError
+from prefalign import sources
+from prefalign.images import EncodedImage, ImageError, sha256
 from prefalign.records import SCHEMA_VERSION, Candidates, Example, Pair, Prompt, RecordError, canonical_json
-from prefalign.sources import BadRow, DataConfig, count_rows, fingerprint, read_rows, to_prompt
+from prefalign.sources import BadRow, DataConfig
 
 Record = Pair | Candidates | Example | Prompt
 AnyRecord = TypeVar("AnyRecord", Pair, Candidates, Example, Prompt)
+MAX_BLOCK_BYTES = 2**31 - 2**20  # Arrow's limit on the bytes of one list column, less what frames them
 LIBRARIES = ("torch", "transformers", "datasets", "pyarrow", "pillow", "trl", "peft", "accelerate")
 
 
@@ -53,6 +56,12 @@ class OutputConfig:
     path: Path
     block_size: int = 64
     max_quarantine: int = 100
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"block_size is {self.block_size}; a block has at least 1 row (64 is usual).")
+        if self.max_quarantine < 0:
+            raise ValueError(f"max_quarantine is {self.max_quarantine}; 0 stops at the first row that fails.")
 
 
 @dataclass
@@ -110,7 +119,7 @@ def run_stage(
         stage: stage name for manifest and messages.
         data: where prompts come from.
         process: takes the good prompts of one block and gives one outcome each, in order: a list of records,
-            `Dropped` or `Failed`.
+            `Dropped` or `Failed`. Each record is checked; one that fails its check drops its row.
         output: folder, block size, quarantine limit.
         record: class of the records that `process` gives.
         settings: everything that changes the rows (not devices or batch sizes).
@@ -124,28 +133,19 @@ def run_stage(
         StoreError: if the folder belongs to another config, too many rows failed, nothing was left, or the disk is full.
     """
     folder = output.path
-    identity = {
-        "stage": stage,
-        "schema_version": SCHEMA_VERSION,
-        "settings": json.loads(canonical_json(settings)),
-        "seed": seed,
-        "models": dict(models or {}),
-        "data_sha256": fingerprint(data),
-        "limit": data.limit,
-        "block_size": output.block_size,
-    }
+    identity = _identity(stage, settings, seed, output, models, data)
+    if (finished := _finished(folder, identity)) is not None:
+        return finished
+    total, repeated = sources.survey(data)
     with _disk_errors(folder):
         _claim_folder(folder, identity)
-        finished = read_manifest(folder)
-        if finished is not None and finished.complete:
-            return finished
-        total = count_rows(data)
-        ledgers = list(_run_blocks(data, process, output, record, total, stage))
+        ledgers = list(_run_blocks(_Job(stage, data, process, output, record, repeated), total))
         manifest = _sum_up(stage, identity, ledgers)
         if manifest.rows_out == 0:
+            _start_afresh(folder)
             raise StoreError(
-                f"{stage} made no row out of {manifest.rows_in}: {_reasons(manifest.dropped)}. "
-                f"See {folder / 'quarantine'} for messages."
+                f"{stage} made no row out of {manifest.rows_in}: {_reasons(manifest.dropped)}. Messages are in "
+                f"{folder / 'quarantine'}. Mend the cause and start again: {folder} starts afresh, with any config."
             )
         write_atomically(folder / "manifest.json", json.dumps(vars(manifest), indent=2).encode())
     return manifest
@@ -160,15 +160,17 @@ def write_records(
     settings: Mapping[str, Any],
     seed: int,
 ) -> Manifest:
-    """Write records that are cheap to make again (an export): same folder layout, one shard per block, no resume."""
+    """Write records that are cheap to make again (an export): same folder layout, one shard per block, no resume, no checks.
+
+    Raises:
+        StoreError: if the folder belongs to another config or the disk is full.
+    """
     folder = output.path
-    identity = {"stage": stage, "schema_version": SCHEMA_VERSION, "settings": json.loads(canonical_json(settings)),
-                "seed": seed, "models": {}, "data_sha256": "", "limit": 0, "block_size": output.block_size}  # fmt: skip
+    identity = _identity(stage, settings, seed, output)
+    if (finished := _finished(folder, identity)) is not None:
+        return finished
     with _disk_errors(folder):
         _claim_folder(folder, identity)
-        finished = read_manifest(folder)
-        if finished is not None and finished.complete:
-            return finished
         ledgers = []
         for number, block in enumerate(_batched(records, output.block_size)):
             ledger = {"block": number, "rows_in": len(block), "rows_used": len(block), "rows_out": len(block),
@@ -188,15 +190,12 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 def read_records(folder: Path, record: type[AnyRecord]) -> Iterator[AnyRecord]:
     """Stream the records of a stage's folder, pictures still encoded."""
-    import pyarrow.parquet as pq
-
     shards = sorted(folder.glob("data/*.parquet"))
     if not shards:
         raise ValueError(f"{folder} holds no data/*.parquet shards; give the output folder of a stage.")
     for shard in shards:
-        for batch in pq.ParquetFile(shard).iter_batches(batch_size=32):
-            for row in batch.to_pylist():
-                yield record.from_row(row)
+        for row in sources.parquet_rows(shard):
+            yield record.from_row(row)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -226,81 +225,88 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def _run_blocks(
-    data: DataConfig, process: Process, output: OutputConfig, record: type[Record], total: int, stage: str
-) -> Iterator[dict[str, Any]]:
+@dataclass
+class _Job:
+    """What `run_stage` was asked for, the ids that several rows have, and the content of each id met so far."""
+
+    stage: str
+    data: DataConfig
+    process: Process
+    output: OutputConfig
+    record: type[Record]
+    repeated: set[str]
+    seen: dict[str, str] = field(default_factory=dict)
+
+
+def _run_blocks(job: _Job, total: int) -> Iterator[dict[str, Any]]:
     from tqdm import tqdm
 
-    seen: set[str] = set()
-    quarantined = 0
-    with tqdm(total=total, desc=stage, unit="row", disable=None) as bar:
-        for number, rows in enumerate(_batched(read_rows(data), output.block_size)):
+    output = job.output
+    quarantined = made = 0
+    with tqdm(total=total, desc=job.stage, unit="row", disable=None) as bar:
+        for number, rows in enumerate(_batched(sources.read_rows(job.data), output.block_size)):
             ledger_file = output.path / "progress" / f"{number:05d}.json"
             if ledger_file.is_file():
                 ledger = json.loads(ledger_file.read_text())
-                seen.update(ledger["ids"])
+                job.seen.update(ledger["ids"])
             else:
-                ledger = _work_block(number, rows, data, process, output, record, seen)
+                ledger = _work_block(job, number, rows)
             quarantined += ledger["quarantined"]
+            made += ledger["rows_out"]
             if quarantined > output.max_quarantine:
+                how = "Mend the data and start in another folder, or raise the limit and start again: it resumes."
+                if not made:
+                    _start_afresh(output.path)
+                    how = f"No row was made yet: mend the cause and start again, {output.path} starts afresh."
                 raise StoreError(
-                    f"{stage} stopped: {quarantined} rows failed, above --output.max_quarantine "
+                    f"{job.stage} stopped: {quarantined} rows failed, above --output.max_quarantine "
                     f"{output.max_quarantine} (last block: {_reasons(ledger['dropped'])}). Messages are in "
-                    f"{output.path / 'quarantine'}. Mend the data and start in another folder, or raise the limit and start "
-                    "again: it resumes."
+                    f"{output.path / 'quarantine'}. {how}"
                 )
             bar.update(len(rows))
             yield ledger
 
 
-def _work_block(
-    number: int,
-    rows: list[Mapping[str, Any] | BadRow],
-    data: DataConfig,
-    process: Process,
-    output: OutputConfig,
-    record: type[Record],
-    seen: set[str],
-) -> dict[str, Any]:
+def _work_block(job: _Job, number: int, rows: list[Mapping[str, Any] | BadRow]) -> dict[str, Any]:
     dropped: Counter[str] = Counter()
     quarantine: list[dict[str, Any]] = []
     prompts: list[tuple[int, Prompt]] = []
-    first = number * output.block_size
+    first = number * job.output.block_size
     for offset, row in enumerate(rows):
         try:
-            prompt = to_prompt(row, data)
+            prompt = sources.to_prompt(row, job.data, repeated=job.repeated)
+            digest = sources.content_digest(prompt)
+            if job.seen.get(prompt.id, digest) != digest:
+                raise RecordError("conflicting_id", f"id {prompt.id!r} belongs to an earlier row with other content, so rows "
+                                  "made from the two could not be told apart. Give each row its own id.")  # fmt: skip
         except (RecordError, ImageError) as error:
             quarantine.append(_quarantine_row(first + offset, row, error.reason, str(error)))
             continue
-        if prompt.id in seen:
+        if prompt.id in job.seen:
             dropped["duplicate"] += 1
             continue
-        seen.add(prompt.id)
+        job.seen[prompt.id] = digest
         prompts.append((offset, prompt))
     records: list[Record] = []
     used = 0
-    outcomes = list(process([prompt for _, prompt in prompts])) if prompts else []
+    outcomes = list(job.process([prompt for _, prompt in prompts])) if prompts else []
     assert len(outcomes) == len(prompts), "a stage gives one outcome per prompt"
     for (offset, _), outcome in zip(prompts, outcomes, strict=True):
         if isinstance(outcome, Dropped):
             dropped[outcome.reason] += 1
         elif isinstance(outcome, Failed):
             quarantine.append(_quarantine_row(first + offset, rows[offset], outcome.reason, outcome.message))
+        elif unfit := _unfit(outcome):
+            dropped[unfit] += 1
         else:
             used += 1
             records.extend(outcome)
     for row in quarantine:
         dropped[row["reason"]] += 1
-    ledger = {
-        "block": number,
-        "rows_in": len(rows),
-        "rows_used": used,
-        "rows_out": len(records),
-        "dropped": dict(sorted(dropped.items())),
-        "quarantined": len(quarantine),
-        "ids": [prompt.id for _, prompt in prompts],
-    }
-    _commit_block(output.path, number, records, quarantine, ledger, record)
+    ledger = {"block": number, "rows_in": len(rows), "rows_used": used, "rows_out": len(records),
+              "dropped": dict(sorted(dropped.items())), "quarantined": len(quarantine),
+              "ids": {prompt.id: job.seen[prompt.id] for _, prompt in prompts}}  # fmt: skip
+    _commit_block(job.output.path, number, records, quarantine, ledger, job.record)
     return ledger
 
 
@@ -312,11 +318,16 @@ def _commit_block(
     ledger: Mapping[str, Any],
     record: type[Record],
 ) -> None:
+    failures = folder / "quarantine" / f"{number:05d}.jsonl"
+    shard = folder / "data" / f"train-{number:05d}.parquet"
     if quarantine:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in quarantine)
-        write_atomically(folder / "quarantine" / f"{number:05d}.jsonl", text.encode())
+        write_atomically(failures, "".join(json.dumps(row) + "\n" for row in quarantine).encode())
+    else:
+        failures.unlink(missing_ok=True)
     if records:
-        write_atomically(folder / "data" / f"train-{number:05d}.parquet", _to_parquet(records, record))
+        write_atomically(shard, _to_parquet(records, record))
+    else:
+        shard.unlink(missing_ok=True)
     write_atomically(folder / "progress" / f"{number:05d}.json", json.dumps(ledger).encode())
 
 
@@ -324,6 +335,13 @@ def _to_parquet(records: Sequence[Record], record: type[Record]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    for name in ("images", "rejected_images"):
+        size = sum(len(image["bytes"]) for item in records for image in getattr(item, name, []))
+        if size > MAX_BLOCK_BYTES:
+            raise StoreError(
+                f"a block of {len(records)} rows holds {size:,} bytes of `{name}`, above Arrow's limit of {MAX_BLOCK_BYTES:,}. "
+                "Lower --output.block_size and give another --output.path."
+            )
     schema = record.features().arrow_schema
     table = pa.Table.from_pylist([item.to_row() for item in records], schema=schema)
     sink = pa.BufferOutputStream()
@@ -331,18 +349,64 @@ def _to_parquet(records: Sequence[Record], record: type[Record]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def _unfit(records: Sequence[Record]) -> str | None:
+    """Why a row's records cannot be written, or None."""
+    try:
+        for record in records:
+            record.check()
+    except RecordError as error:
+        return error.reason
+    return None if records else "no_record"
+
+
+def _identity(
+    stage: str,
+    settings: Mapping[str, Any],
+    seed: int,
+    output: OutputConfig,
+    models: Mapping[str, str] | None = None,
+    data: DataConfig | None = None,
+) -> dict[str, Any]:
+    """What decides the rows. The picture folder's name counts, as a digest: a manifest is published, machine paths are not."""
+    images = "" if data is None or data.images is None else hashlib.sha256(data.images.as_posix().encode()).hexdigest()
+    return {"stage": stage, "schema_version": SCHEMA_VERSION, "settings": json.loads(canonical_json(settings)),
+            "seed": seed, "models": dict(models or {}), "data_sha256": sources.fingerprint(data) if data else "",
+            "images_folder_sha256": images, "limit": data.limit if data else 0,
+            "block_size": output.block_size}  # fmt: skip
+
+
+def _finished(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    _claim_folder(folder, identity)
+    return manifest
+
+
+def _start_afresh(folder: Path) -> None:
+    """Forget the blocks of a run that made no row. Its quarantine stays to be read until the next start."""
+    for ledger in folder.glob("progress/*.json"):
+        ledger.unlink()
+
+
 def _claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
     file = folder / "config.json"
     if file.is_file():
         before = json.loads(file.read_text())
-        if before != identity:
+        unused = not any(
+            next(folder.glob(kind), None) for kind in ("progress/*.json", "data/*.parquet", "manifest.json")
+        )
+        if before != identity and not (unused and "data_sha256" in before):
             changed = "; ".join(_differences(before, identity))
             raise StoreError(
                 f"{folder} holds rows made with another config ({changed}). Mixing them would make the manifest a lie: "
                 "give another `output.path`, or delete the folder."
             )
-        return
-    if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        if not unused:
+            return
+        for failures in folder.glob("quarantine/*.jsonl"):
+            failures.unlink()
+    elif folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise StoreError(f"{folder} is not empty and holds no stage's output. Give another `output.path`.")
     write_atomically(file, json.dumps(identity, indent=2).encode())
 
@@ -356,39 +420,14 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
 
 
 def _quarantine_row(index: int, row: Mapping[str, Any] | BadRow, reason: str, message: str) -> dict[str, Any]:
-    return {
-        "index": index,
-        "reason": reason,
-        "message": message,
-        "row": None if isinstance(row, BadRow) else _legible(row),
-    }
-
-
-def _legible(value: Any) -> Any:
-    """A row as JSON, encoded pictures replaced by their size."""
-    if isinstance(value, Mapping):
-        return {key: _legible(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_legible(item) for item in value]
-    if isinstance(value, bytes):
-        return f"({len(value)} bytes)"
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+    return {"index": index, "reason": reason, "message": message,
+            "row": None if isinstance(row, BadRow) else sources.legible(row)}  # fmt: skip
 
 
 def _sum_up(stage: str, identity: Mapping[str, Any], ledgers: Iterable[Mapping[str, Any]]) -> Manifest:
-    manifest = Manifest(
-        stage=stage,
-        complete=True,
-        schema_version=SCHEMA_VERSION,
-        code_version=prefalign.__version__,
-        config=dict(identity),
-        seed=identity["seed"],
-        models=dict(identity["models"]),
-        libraries=library_versions(),
-        rows_in=0,
-        rows_used=0,
-        rows_out=0,
-    )
+    manifest = Manifest(stage=stage, complete=True, schema_version=SCHEMA_VERSION, code_version=prefalign.__version__,
+                        config=dict(identity), seed=identity["seed"], models=dict(identity["models"]),
+                        libraries=library_versions(), rows_in=0, rows_used=0, rows_out=0)  # fmt: skip
     dropped: Counter[str] = Counter()
     for ledger in ledgers:
         manifest.rows_in += ledger["rows_in"]
@@ -433,6 +472,4 @@ class _disk_errors:
 
 def provenance(images: Iterable[EncodedImage]) -> list[str]:
     """SHA-256 of each picture, for a row's `meta`."""
-    from prefalign.images import sha256
-
     return [sha256(image) for image in images]

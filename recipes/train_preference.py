@@ -54,37 +54,49 @@ def main(config: Config) -> None:
     """Train, or go on training, and save everything that an evaluation and a model card need."""
     from prefalign.config import to_mapping
     from prefalign.losses import find_term
-    from prefalign.models import freeze, load_processor, parameter_table
+    from prefalign.models import fingerprint, freeze, load_processor, parameter_table
     from prefalign.training.arguments import training_arguments
     from prefalign.training.lora import check_trainable
-    from prefalign.training.pairs import keep_fitting, load_pairs, pairs_manifest
+    from prefalign.training.pairs import check_columns, keep_fitting, load_pairs
     from prefalign.training.preference import PreferenceTrainer
-    from prefalign.training.runs import finish_run, is_finished, open_run, run_files
+    from prefalign.training.runs import (
+        base_file,
+        claim_run,
+        finish_run,
+        full_disk_explained,
+        is_finished,
+        open_run,
+        run_files,
+    )
 
     _plain_lines_without_a_terminal()
     arguments = training_arguments(config.trainer, output=config.output, seed=config.seed)
     term = find_term(config.term)
     term.check(arguments.loss_type)
-    pairs_manifest(config.pairs)
-    files = run_files(to_mapping(config), (config.pairs / "manifest.json").read_text(encoding="utf-8"))
-    main_process = arguments.process_index == 0
-    checkpoint = open_run(
-        config.output, files, resume=config.resume, processes=arguments.world_size, write=main_process
-    )
+    folders = [config.pairs, *([config.eval_pairs] if config.eval_pairs else [])]
+    datasets = [load_pairs(folder) for folder in folders]
+    for folder, dataset in zip(folders, datasets, strict=True):
+        check_columns(dataset, term, folder)
+    manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]
+    files = run_files(to_mapping(config), *manifests)
+    main_process, processes = arguments.process_index == 0, arguments.world_size
+    open_run(config.output, files, resume=config.resume, processes=processes)
+
+    processor = load_processor(config.model)
+    model = _load_policy(config, str(arguments.device))
+    files |= base_file(config.model.model_name_or_path, fingerprint(model))
+    checkpoint = open_run(config.output, files, resume=config.resume, processes=processes)
     if is_finished(config.output):
         if main_process:
             print(f"{config.output} is finished; nothing to do.")
         return
-
-    processor = load_processor(config.model)
-    model = _load_policy(config, str(arguments.device))
     if config.lora is None:
         freeze(model, config.freeze)
     trainer = PreferenceTrainer(
         model,
         args=arguments,
-        train_dataset=load_pairs(config.pairs),
-        eval_dataset=load_pairs(config.eval_pairs) if config.eval_pairs else None,
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1] if config.eval_pairs else None,
         processing_class=processor,
         term=term,
         peft_config=config.lora.to_peft() if config.lora else None,
@@ -101,20 +113,23 @@ def main(config: Config) -> None:
         if checkpoint:
             print(f"going on from {checkpoint.name}")
 
-    metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-    metrics |= {"rows_in": fit.rows_in, "rows_used": fit.rows_used, "rows_prompt_too_long": len(fit.too_long)}
-    if config.eval_pairs:
-        evaluated = trainer.evaluate()
-        evaluated |= {"eval_rows_in": eval_fit.rows_in, "eval_rows_used": eval_fit.rows_used}
-        trainer.save_metrics("eval", evaluated, combined=False)
-        metrics |= evaluated
-    trainer.save_metrics("train", metrics, combined=False)
-    trainer.save_model()
-    trainer.save_state()
-    if main_process:
-        (config.output / "rows.json").write_text(json.dumps(asdict(fit), indent=2), encoding="utf-8")
-        finish_run(config.output, metrics)
-        print(f"saved {config.output}")
+    with full_disk_explained(config.output):
+        if main_process:
+            claim_run(config.output, files)
+        metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+        metrics |= {"rows_in": fit.rows_in, "rows_used": fit.rows_used, "rows_prompt_too_long": len(fit.too_long)}
+        if config.eval_pairs:
+            evaluated = trainer.evaluate()
+            evaluated |= {"eval_rows_in": eval_fit.rows_in, "eval_rows_used": eval_fit.rows_used}
+            trainer.save_metrics("eval", evaluated, combined=False)
+            metrics |= evaluated
+        trainer.save_metrics("train", metrics, combined=False)
+        trainer.save_model()
+        trainer.save_state()
+        if main_process:
+            (config.output / "rows.json").write_text(json.dumps(asdict(fit), indent=2), encoding="utf-8")
+            finish_run(config.output, metrics)
+            print(f"saved {config.output}")
 
 
 def _load_policy(config: Config, device: str) -> Any:

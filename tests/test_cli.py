@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from prefalign import bundled, cli, config
+from prefalign.records import Prompt
+from prefalign.scenes.data import KINDS
+from prefalign.store import read_records
 
 STAGE = '''"""A stage for tests: says what it was given."""
 
@@ -19,9 +22,16 @@ class Inner:
 
 
 @dataclass
+class Extra:
+    gamma: int
+
+
+@dataclass
 class Config:
     name: str
     inner: Inner = field(default_factory=Inner)
+    extra: Extra | None = None
+    several: list[Inner] = field(default_factory=list)
 
 
 def main(config):
@@ -92,6 +102,9 @@ def test_stage_help_shows_docstring_and_settings(stage, capsys):
     assert "says what it was given" in shown
     assert "--name (required)" in shown
     assert "--inner.beta = 0.1" in shown
+    assert "--extra = None\n  --extra.gamma (required)" in shown
+    assert "--several = []" in shown
+    assert "--several.beta" not in shown
 
 
 def test_a_stage_file_started_directly(stage):
@@ -122,9 +135,72 @@ def test_find_says_what_is_near():
         bundled.find("datagen/bdsh")
 
 
-def test_config_without_file(stage, capsys):
-    assert cli.main(["run", str(stage), "--config"]) == 1
+@pytest.mark.parametrize("words", [["--config"], ["--config="], ["--config", "--name", "x"]])
+def test_config_without_file(stage, words, capsys):
+    assert cli.main(["run", str(stage), *words]) == 1
     assert "--config needs a file" in capsys.readouterr().err
+
+
+def test_config_with_an_equals_sign(stage, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("name: a=b\n")
+    assert cli.main(["run", str(stage), f"--config={tmp_path / 'run.yaml'}", "--inner.beta=0.5"]) == 0
+    assert capsys.readouterr().out == "name=a=b beta=0.5\n"
+
+
+def test_two_configs(stage, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("name: x\n")
+    file = str(tmp_path / "run.yaml")
+    assert cli.main(["run", str(stage), "--config", file, f"--config={file}"]) == 1
+    assert "--config is given 2 times" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["--config {}", "--config={}"])
+def test_demo_takes_a_config_of_ones_own(form, tmp_path, capsys):
+    """Both files are refused by name before anything runs, so the message tells which one was read."""
+    (tmp_path / "mine.yaml").write_text("prompts: many\n")
+    assert cli.main(["demo", *form.format(tmp_path / "mine.yaml").split()]) == 1
+    assert capsys.readouterr().err.startswith("error: mine.yaml: prompts: ")
+    assert cli.main(["demo", "--output", str(tmp_path / "out"), "--prompts", "many"]) == 1
+    assert capsys.readouterr().err.startswith("error: demo.yaml: prompts: ")
+
+
+def test_interruption_of_a_verb_that_does_not_resume(monkeypatch, capsys):
+    def stop():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_list", stop)
+    assert cli.main(["list"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def export(folder, *words):
+    assert cli.main(["scenes", "export", "--output", str(folder), "--stop", "2", *words]) == 0
+    return list(read_records(folder, Prompt))
+
+
+def test_scenes_export_by_regime_by_split_and_by_neither(tmp_path):
+    seen = export(tmp_path / "seen")
+    assert seen == export(tmp_path / "biased", "--split", "train_biased")
+    fair = export(tmp_path / "fair", "--regime", "fair")
+    validation = export(tmp_path / "val", "--split", "val_fair")
+    bare = export(tmp_path / "bare", "--split", "val_fair", "--regime", "none")
+    assert all(prompt.answer and prompt.facts for prompt in (*seen, *fair, *validation))
+    assert [(prompt.answer, prompt.facts) for prompt in bare] == [(None, {}), (None, {})]
+    assert validation[0].images == bare[0].images
+    assert len({prompts[0].images[0]["bytes"] for prompts in (seen, fair, validation)}) == 3
+
+
+def test_scenes_seed_draws_words_and_not_pictures(tmp_path):
+    one, other = (export(tmp_path / seed, "--kind", "vqa", "--seed", seed) for seed in ("0", "3"))
+    assert [prompt.images for prompt in one] == [prompt.images for prompt in other]
+    assert [prompt.messages for prompt in one] != [prompt.messages for prompt in other]
+
+
+def test_scenes_help_names_every_kind(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["scenes", "export", "--help"])
+    shown = capsys.readouterr().out.split("--kind KIND")[-1].split("--regime")[0]
+    assert all(kind in shown for kind in KINDS)
 
 
 def test_version(capsys):

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from engine_cases import GREEDY, close, some_requests
 from masked_reference import greedy, hidden_places
-from tiny_vlms import picture, save_tiny
+from tiny_vlms import BUILDERS, picture, save_tiny
 
 from prefalign import families
 from prefalign.engines import ImageMask, Request, Sampling
@@ -24,6 +25,21 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def llava(tiny_llava: Path) -> TransformersEngine:
     return load_engine(ModelConfig(str(tiny_llava)), batch_size=8)
+
+
+def mllama_engine() -> TransformersEngine:
+    """An engine on a random Mllama; its processor is LLaVA's, which is enough for requests that are not run."""
+    processor, _, _ = BUILDERS["llava"]()
+    words = len(processor.tokenizer)
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "vocab_size": words, "cross_attention_layers": [1], "pad_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_global_layers": 1,
+              "attention_heads": 2, "image_size": 28, "patch_size": 14, "intermediate_layers_indices": [0],
+              "vision_output_dim": 32, "supported_aspect_ratios": [[1, 1]]}  # fmt: skip
+    image = processor.tokenizer.convert_tokens_to_ids("<image>")
+    config = transformers.MllamaConfig(vision_config=vision, text_config=text, image_token_index=image)
+    return TransformersEngine(transformers.MllamaForConditionalGeneration(config), processor)
 
 
 class TestImageMask:
@@ -87,6 +103,29 @@ class TestImageMask:
         (completion,) = llava.generate(some_requests(1, image_mask=ImageMask(1.5, 0)), GREEDY)
         assert completion.error is not None
         assert "the share of image tokens to hide must be in [0, 1], got 1.5" in completion.error
+
+    def test_a_prompt_without_a_picture_has_nothing_to_hide(self, llava: TransformersEngine) -> None:
+        blind, seeing = (Request(name, [user_message("Q", count)], [picture(1)] * count, image_mask=ImageMask(0.5, 1))
+                         for name, count in (("blind", 0), ("seeing", 1)))  # fmt: skip
+        failed, good = llava.generate([blind, seeing], GREEDY)
+        assert failed.error is not None
+        assert "request blind: its prompt holds no image token, so the image mask would hide nothing" in failed.error
+        assert good.error is None
+        scores = llava.logprobs([blind, seeing], ["Yes."] * 2)
+        assert [bool(values.isfinite().all()) for values in scores] == [False, True]
+
+    def test_a_model_that_looks_through_cross_attention_is_refused(self) -> None:
+        """Mllama has one image token in the prompt and its picture elsewhere: a mask on the token hides nothing."""
+        engine = mllama_engine()
+        assert engine.capabilities == {"sample", "logprobs", "prefix"}
+        plain, masked = (Request("a", [user_message("Q", 1)], [picture(1)], image_mask=mask)
+                         for mask in (None, ImageMask(1.0, 1)))  # fmt: skip
+        assert engine.problem(plain) is None
+        assert "image tokens cannot be hidden from a mllama, which reads pictures through cross-attention" in str(
+            engine.problem(masked)
+        )
+        (completion,) = engine.generate([masked], GREEDY)
+        assert completion.finish_reason == "error"
 
 
 class TestLogprobs:

@@ -15,9 +15,13 @@ from huggingface_hub import DatasetCard, ModelCard, constants
 
 from prefalign import hub
 from prefalign.hub import publish, release_checks
+from prefalign.hub.dataset_card import dataset_card, read_rows
 from prefalign.hub.release_checks import CheckError
-from prefalign.hub.staging import PublishError, kind_of, resolve_base
+from prefalign.hub.staging import PublishError, kind_of, resolve_base, without_paths
 from prefalign.hub.upload import check_login, upload
+from prefalign.images import encode_png
+from prefalign.records import Pair, assistant_message, user_message
+from prefalign.store import OutputConfig, read_manifest, write_records
 from tests.hub_folders import copy, save_adapter, save_evaluations, save_pairs, save_trained
 from tests.stand_in_hub import TOKEN, StandInHub
 from tests.tiny_vlms import picture
@@ -250,7 +254,7 @@ def test_evaluations_that_are_refused(tmp_path, trained, evaluations):
         hub.publish_model(trained, "me/x", dry_run=True, evaluation=tmp_path)
     with pytest.raises(PublishError, match="--baseline-evaluation without --evaluation"):
         hub.publish_model(trained, "me/x", dry_run=True, baseline_evaluation=evaluations / "before")
-    with pytest.raises(PublishError, match="its fingerprint is abc, that of the folder 123"):
+    with pytest.raises(PublishError, match="its fingerprint is abc, that of the folder 123.*`dtype: auto`"):
         publish._check_same_weights({"fingerprint": "abc", "settings": {}}, {"fingerprint": "123"})
     publish._check_same_weights({"fingerprint": ""}, {"fingerprint": "123"})
 
@@ -283,10 +287,86 @@ def test_what_was_trained_from(tmp_path, trained, adapter):
     assert resolve_base(trained, "full", {}, None).label == "a base that was not recorded"
 
 
+def test_a_relative_base_is_no_name_on_the_hub(tmp_path, monkeypatch):
+    """`runs/sft` reads like OWNER/NAME. Published from anywhere, by a run that noted its base and by one that did not."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = {"model": {"model_name_or_path": "runs/sft"}}
+    run = tmp_path / "project" / "runs" / "dpo"
+    run.mkdir(parents=True)
+    gone = resolve_base(run, "full", config, None)
+    assert (gone.hub_id, gone.local) == (None, Path("runs/sft"))
+    (run.parent / "sft").mkdir()
+    found = resolve_base(run, "full", config, None)
+    assert (found.hub_id, found.local) == (None, run.parent / "sft")
+    assert "a local checkpoint called `sft`" in found.label
+    (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "runs/sft"}))
+    with pytest.raises(PublishError, match=r"folder of this machine \(sft\).*--base-model OWNER/NAME"):
+        resolve_base(run, "adapter", config, None)
+    named = resolve_base(run, "adapter", config, "me/sft")
+    portable = without_paths({"base_model_name_or_path": "runs/sft", "pairs": "runs/sft"}, named)
+    assert portable == {"base_model_name_or_path": "me/sft", "pairs": "runs/sft"}
+
+    far = tmp_path / "far"  # moved away from its project: only its note knows
+    far.mkdir()
+    assert resolve_base(far, "full", config, None).hub_id == "runs/sft"
+    (far / "base.json").write_text(json.dumps({"name": "runs/sft", "local": "/gone/runs/sft", "fingerprint": "a"}))
+    noted = resolve_base(far, "full", config, None)
+    assert (noted.hub_id, noted.local) == (None, Path("/gone/runs/sft"))
+    (far / "base.json").write_text(json.dumps({"name": "runs/sft", "local": None, "fingerprint": "a"}))
+    assert resolve_base(far, "full", config, None).hub_id == "runs/sft"
+    with pytest.raises(PublishError, match="recorded as 'sft', which is no folder here and not the name of a model"):
+        resolve_base(far, "full", {"model": {"model_name_or_path": "sft"}}, None)
+
+
+def test_a_run_notes_where_its_base_was(tiny_llava):
+    from prefalign.training.runs import base_file
+
+    (text,) = base_file(str(tiny_llava), "abc").values()
+    assert json.loads(text) == {"name": str(tiny_llava), "local": str(tiny_llava.resolve()), "fingerprint": "abc"}
+    (text,) = base_file("owner/name", "abc").values()
+    assert json.loads(text)["local"] is None
+
+
+def test_publishing_the_folder_one_stands_in(tmp_path, pairs, monkeypatch):
+    monkeypatch.chdir(copy(pairs, tmp_path / "pairs"))
+    assert hub.publish_dataset(Path("."), "me/pairs", dry_run=True) == tmp_path / "pairs-publish"
+    assert (tmp_path / "pairs-publish" / "README.md").is_file()
+
+
+def test_only_drawn_pictures_are_called_drawn(tmp_path):
+    """Told from the rows' facts, not from a word in the settings."""
+    scene = {"world": "scenes", "objects": [{"name": "star", "shape": "star", "colour": "red", "clear": True}]}
+    photograph = {"objects": ["dog"], "captions": ["a dog by film scenes"]}
+
+    def card(name, facts):
+        rows = [
+            Pair(id=f"{name}{n}", images=[encode_png(picture(n))], prompt=[user_message("what ?", images=1)],
+                 chosen=[assistant_message("yes")], rejected=[assistant_message("no")], method="bdhs", facts=known)
+            for n, known in enumerate(facts)
+        ]  # fmt: skip
+        settings = {"data": "film_scenes.jsonl"}
+        write_records("bdhs", rows, output=OutputConfig(tmp_path / name), record=Pair, settings=settings, seed=0)
+        statistics, schema = read_rows(sorted((tmp_path / name).glob("data/*.parquet")))
+        manifest = read_manifest(tmp_path / name)
+        return dataset_card("me/x", manifest=manifest, statistics=statistics, schema=schema, size=1, license=None)
+
+    assert "All rows show drawn pictures of the embedded world" in card("drawn", [scene, scene])
+    assert "1 rows show drawn pictures of the embedded world" in card("mixed", [photograph, scene])
+    assert "drawn" not in card("photographs", [photograph, {}]).split("## Licence")[1]
+
+
+def test_the_config_for_files_measures_the_weights_as_they_are_published():
+    from prefalign import bundled
+    from prefalign.config import build, read_yaml
+
+    values = read_yaml(bundled.find("recipes/evaluate_files"))
+    assert build(bundled.load_stage("evaluate_model").Config, values).model.dtype == "auto"
+
+
 def test_adapter_on_the_shipped_base_can_be_found_again(tmp_path, adapter):
     """Its config says `scenes`, which `prefalign` resolves anywhere, and the card's example names the function."""
     from prefalign.hub.model_card import model_card
-    from prefalign.hub.staging import without_paths
 
     config = {"base_model_name_or_path": "/opt/env/prefalign/scenes/base"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -375,8 +455,8 @@ def test_second_upload_removes_shards_that_are_gone(online, tmp_path):
     (tmp_path / "data").mkdir()
     for name in ("train-00000.parquet", "train-00001.parquet"):
         (tmp_path / "data" / name).write_bytes(name.encode())
-    upload(tmp_path, "tester/rows", repo_type="dataset", private=False, replace=hub.SHARDS)
+    upload(tmp_path, "tester/rows", repo_type="dataset", private=False, replace=publish.SHARDS)
     online.repositories["dataset", "tester/rows"].files["LICENSE"] = b"mine"
     (tmp_path / "data" / "train-00001.parquet").unlink()
-    upload(tmp_path, "tester/rows", repo_type="dataset", private=False, replace=hub.SHARDS)
+    upload(tmp_path, "tester/rows", repo_type="dataset", private=False, replace=publish.SHARDS)
     assert set(online.repositories["dataset", "tester/rows"].files) == {"data/train-00000.parquet", "LICENSE"}

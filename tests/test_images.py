@@ -1,6 +1,7 @@
 """One loader for every odd picture: what comes out is upright RGB, or an error that says what and why."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -130,3 +131,30 @@ def test_read_image_keeps_the_original_bytes(tmp_path):
 def test_missing_picture(tmp_path):
     with pytest.raises(ImageError, match=r"picture 'gone\.png' is not in photos/.*data\.images"):
         read_image(tmp_path / "photos" / "gone.png")
+
+
+def test_floating_point_picture_is_refused():
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    with pytest.raises(ImageError, match="floating-point values.*Save it with 8 bits") as error:
+        open_image(encoded(Image.fromarray(values), "TIFF"))
+    assert error.value.reason == "float_image"
+
+
+@pytest.mark.parametrize("name", ["loop.png", "x" * 5000, "nul\x00.png"])
+def test_unreadable_picture(tmp_path, name):
+    if name == "loop.png":
+        (tmp_path / name).symlink_to(tmp_path / name)
+    with pytest.raises(ImageError, match="cannot be read .*Check its permissions.*base64 text is not read") as error:
+        read_image(tmp_path / name)
+    assert error.value.reason == "unreadable_image"
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_picture_without_permission(tmp_path):
+    file = tmp_path / "a.png"
+    left_red_right_blue().save(file)
+    file.chmod(0)
+    with pytest.raises(ImageError, match="Permission denied") as error:
+        read_image(file)
+    assert error.value.reason == "unreadable_image"

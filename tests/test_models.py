@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from stand_in_hub import Repository, StandInHub
 from tiny_vlms import save_tiny
 
 from prefalign import checkpoints, families
@@ -96,6 +97,40 @@ def test_an_adapter_folder_alone_loads_on_its_base(tiny_llava: Path, tmp_path: P
         load_model(ModelConfig(str(folder)))
     with pytest.raises(ModelError, match=r"has no adapter_config.json, so it is not a PEFT adapter"):
         load_model(ModelConfig(str(tiny_llava), adapter=str(tiny_llava)))
+
+
+@pytest.mark.parametrize("with_processor", [False, True], ids=["weights", "with processor"])
+def test_an_adapter_on_the_hub_alone_loads_on_its_base(
+    with_processor: bool, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Downloaded once, then from the cache without a network; the revision is the adapter's, not the base's."""
+    from huggingface_hub import constants
+
+    folder = _adapter(tiny_llava, tmp_path / "run", 1)
+    if with_processor:
+        load_processor(ModelConfig(str(tiny_llava))).save_pretrained(folder)
+    (folder / "training_args.bin").write_bytes(b"x")
+    with StandInHub() as server:
+        files = {file.name: file.read_bytes() for file in folder.iterdir()}
+        server.repositories["model", "tester/adapter"] = Repository(private=False, files=files, commits=1)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        config = ModelConfig("tester/adapter", model_revision="main")
+        source, adapter, revision = checkpoints.resolve(config)
+    assert (source, revision) == (str(tiny_llava), None)
+    assert adapter is not None
+    assert (Path(adapter) / "adapter_model.safetensors").is_file()
+    assert not (Path(adapter) / "training_args.bin").exists()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fingerprint(load_model(config)) == fingerprint(load_model(ModelConfig(str(folder))))
+    assert load_processor(config).tokenizer.vocab_size > 0
+    with pytest.raises(ModelError, match=r"'tester/adapter' is an adapter, and adapter .* was given too"):
+        load_model(ModelConfig("tester/adapter", adapter=str(folder)))
 
 
 def test_parameter_table_adds_up(tiny_llava: Path) -> None:

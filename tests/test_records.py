@@ -5,6 +5,7 @@ import pytest
 from prefalign.images import encode_png
 from prefalign.records import (
     Candidates,
+    Example,
     Pair,
     Prompt,
     RecordError,
@@ -14,6 +15,7 @@ from prefalign.records import (
     row_seed,
     user_message,
 )
+from prefalign.text import same_answer
 
 
 def picture(colour="red"):
@@ -114,3 +116,30 @@ def test_candidates_round_trip():
     original = Candidates("c", [], [user_message("Hi")], [{"text": "a", "scores": {"rule": 1.0}}])
     assert Candidates.from_row(original.to_row()) == original
     assert set(Candidates.features()) == set(original.to_row())
+
+
+@pytest.mark.parametrize("messages", ["hi", 5, {"role": "user"}, ["hi"], [{"role": "user", "content": ["hi"]}]])
+def test_messages_of_another_shape(messages):
+    with pytest.raises(RecordError, match="messages are a list of turns|a message needs|a content block is") as error:
+        normalise_messages(messages)
+    assert error.value.reason == "bad_messages"
+
+
+@pytest.mark.parametrize(("other", "same"), [("A DOG!", True), ("a dog", True), ("A dog, 2.5 m.", False)])
+def test_answers_are_compared_as_stages_compare_them(other, same):
+    both = pair(rejected=[assistant_message(other)])
+    assert same_answer("A dog.", other) == same
+    if same:
+        with pytest.raises(RecordError, match="the gradient is zero"):
+            both.check()
+    else:
+        both.check()
+
+
+@pytest.mark.parametrize("record", [Candidates("c", [], [user_message("Hi", 1)], []),
+                                    Example("e", [], [user_message("Hi", 1)])])  # fmt: skip
+def test_every_record_checks_its_placeholders(record):
+    with pytest.raises(RecordError, match=rf"{record.id} has 1 image placeholder\(s\) for 0 picture"):
+        record.check()
+    record.images = [picture()]
+    record.check()

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prefalign import hub, release_checks
+from prefalign import hub
+from prefalign.hub import publish, release_checks
 from prefalign.hub.release_checks import CheckError
 from prefalign.images import encode_png
 from prefalign.records import Pair, assistant_message, user_message
@@ -33,7 +34,7 @@ def adapter(tmp_path_factory, trained):
 def test_the_sample_picture_is_the_first_training_picture(trained, pairs, tmp_path):
     """Another picture gives another answer to the check: it is really shown."""
     drawn = release_checks.verify(trained)["picture_effect"]
-    given = release_checks.verify(trained, picture=hub._first_picture(pairs, tmp_path))["picture_effect"]
+    given = release_checks.verify(trained, picture=publish._first_picture(pairs, tmp_path))["picture_effect"]
     assert drawn != given
     assert (tmp_path / "picture.png").is_file()
 

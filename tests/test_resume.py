@@ -2,20 +2,34 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from prefalign import bundled
 from prefalign.config import build
 from prefalign.models import ModelConfig, load_model
+from prefalign.records import Pair
+from prefalign.store import OutputConfig, write_records
 from prefalign.training.checkpoints import last_checkpoint, restore_weights
-from prefalign.training.runs import RunError, finish_run, is_finished, open_run, run_files
+from prefalign.training.runs import (
+    RunError,
+    base_file,
+    claim_run,
+    finish_run,
+    full_disk_explained,
+    is_finished,
+    open_run,
+    run_files,
+)
 from tests.tiny_vlms import PLAIN, save_tiny
-from tests.training_runs import largest_difference, make_trainer, weights, write_pairs
+from tests.training_runs import largest_difference, make_pair, make_trainer, weights, write_pairs
 
 RECIPE = bundled.load_stage("train_preference")
 CLOCK = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
@@ -122,14 +136,22 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     run = tmp_path / "run"
     with pytest.raises(RunError, match="resume is true and .* holds no whole checkpoint"):
         open_run(run, run_files(config, "{}"), resume=True)
-    assert open_run(run, run_files(config, "{}")) is None
+    files = run_files(config, "{}", "{}") | base_file(str(tmp_path), "aaaa")
+    assert open_run(run, files) is None
+    assert not run.exists()  # looking claims nothing
+    claim_run(run, files)
+    assert json.loads((run / "base.json").read_text())["local"] == str(tmp_path)
     assert (
         open_run(run, run_files({**config, "output": "b", "resume": True, "model": {"device": "cuda"}}, "{}")) is None
     )
     with pytest.raises(RunError, match=r"another config \(trainer.beta: 0.1 -> 0.2\)"):
         open_run(run, run_files({**config, "trainer": {"beta": 0.2}}, "{}"))
-    with pytest.raises(RunError, match="pairs: their manifest is another one now"):
+    with pytest.raises(RunError, match=r"another config \(pairs: their manifest is another one now"):
         open_run(run, run_files(config, '{"rows_out": 3}'))
+    with pytest.raises(RunError, match=r"another config \(eval_pairs: their manifest is another one now"):
+        open_run(run, run_files(config, "{}", '{"rows_out": 3}'))
+    with pytest.raises(RunError, match="model: its weights are others now, fingerprint aaaa -> bbbb"):
+        open_run(run, run_files(config, "{}") | base_file("x", "bbbb"))
     whole(run / "checkpoint-5")
     assert open_run(run, run_files(config, "{}")) == run / "checkpoint-5"
     with pytest.raises(RunError, match="resume is false and .* holds checkpoint-5"):
@@ -165,6 +187,87 @@ def test_recipe_resumes_by_itself(tiny_llava, pairs, tmp_path, capsys):
     assert largest_difference(one, two) == 0.0
     results = [json.loads((folder / "all_results.json").read_text()) for folder in (tmp_path / "straight", killed)]
     assert without_clock(results)[0] == without_clock(results)[1]
+
+
+def recipe_values(model: Path, pairs: Path, output: Path) -> dict:
+    return {
+        "model": {"model_name_or_path": str(model), "device": "cpu"},
+        "pairs": str(pairs),
+        "output": str(output),
+        "trainer": {"max_steps": 1, "per_device_train_batch_size": 4},
+    }
+
+
+def test_a_refused_command_leaves_no_claim_behind(tiny_llava, tmp_path):
+    """What a typo, a missing model or unfit pairs refuse, the corrected command starts in the same folder."""
+    pairs = write_pairs(tmp_path / "pairs", 4)
+    values, run = recipe_values(tiny_llava, pairs, tmp_path / "run"), tmp_path / "run"
+    for wrong, message in (
+        ({"model": {"model_name_or_path": str(tmp_path / "typo"), "device": "cpu"}}, "there is no folder"),
+        ({"term": "visuel"}, "no preference term called 'visuel'"),
+        ({"freeze": ["tower"]}, "no tower called 'tower' to freeze"),
+        ({"trainer": {"max_steps": 1, "max_length": 2}}, "no row fits max_length 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RECIPE.main(build(RECIPE.Config, {**values, **wrong}))
+        assert not run.exists() or not list(run.iterdir()), wrong
+    RECIPE.main(build(RECIPE.Config, values))
+    assert is_finished(run)
+
+
+def test_a_term_is_refused_on_pairs_without_its_pictures(pairs, tmp_path):
+    """Before the model is looked for: the one named here does not exist."""
+    rows, with_none = [replace(make_pair(number), rejected_images=[]) for number in range(3)], tmp_path / "pairs"
+    write_records("test", rows, output=OutputConfig(with_none), record=Pair, settings={}, seed=0)
+    values = {**recipe_values(tmp_path / "nothing", with_none, tmp_path / "run"), "term": "visual"}
+    message = (
+        "term 'visual' looks at `rejected_images`, which is empty in 3 of the 3 pairs of .* stage povid .* term 'text'"
+    )
+    with pytest.raises(ValueError, match=message):
+        RECIPE.main(build(RECIPE.Config, values))
+    with pytest.raises(ValueError, match=message):
+        RECIPE.main(build(RECIPE.Config, {**values, "pairs": str(pairs), "eval_pairs": str(with_none)}))
+    with pytest.raises(ValueError, match="there is no folder .*nothing"):  # past the check
+        RECIPE.main(build(RECIPE.Config, {**values, "pairs": str(pairs)}))
+
+
+def test_a_base_that_was_trained_again_is_another_run(tiny_llava, pairs, tmp_path):
+    """The folder keeps its name and its config; only its weights are others."""
+    base = Path(shutil.copytree(tiny_llava, tmp_path / "base"))
+    values = recipe_values(base, pairs, tmp_path / "run")
+    RECIPE.main(build(RECIPE.Config, values))
+    tensors = load_file(base / "model.safetensors")
+    tensors["language_model.lm_head.weight" if "language_model.lm_head.weight" in tensors else "lm_head.weight"] += 0.5
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        RunError, match=r"another config \(model: its weights are others now, fingerprint \w{16} -> \w{16}"
+    ):
+        RECIPE.main(build(RECIPE.Config, values))
+    assert yaml.safe_load((tmp_path / "run" / "prefalign_config.yaml").read_text())["model"][
+        "model_name_or_path"
+    ] == str(base)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+@pytest.mark.parametrize("file", ["optimizer.pt", "prefalign_config.yaml"])
+def test_a_full_disk_says_how_to_go_on(file, tiny_llava, pairs, tmp_path):
+    """checkpoint-2 is whole; a file of checkpoint-4 lies on a device without space."""
+    trainer = make_trainer(tiny_llava, pairs, tmp_path)
+    trainer.files = {"prefalign_config.yaml": "x"}
+    (tmp_path / "checkpoint-4").mkdir()
+    written = f".{file}.tmp" if file.endswith("yaml") else file
+    (tmp_path / "checkpoint-4" / written).symlink_to("/dev/full")
+    message = r"the disk that holds .* is full.* it goes on from checkpoint-2\."
+    with pytest.raises(RunError, match=message), full_disk_explained(tmp_path):
+        trainer.train()
+
+
+def test_a_full_disk_as_safetensors_tells_it_and_other_errors(tmp_path):
+    full = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with pytest.raises(RunError, match="is full.* it goes on from the beginning"), full_disk_explained(tmp_path):
+        raise SafetensorError(full)
+    with pytest.raises(ValueError, match="another thing"), full_disk_explained(tmp_path):
+        raise ValueError("another thing")
 
 
 def test_tied_weights_come_back(tiny_llava, pairs, tmp_path):

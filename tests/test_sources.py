@@ -1,13 +1,15 @@
 """Rows in the formats people have, and what happens to bad ones."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from prefalign.images import ImageError
-from prefalign.records import RecordError, assistant_message, placeholder_count, user_message
-from prefalign.sources import BadRow, DataConfig, count_rows, fingerprint, read_rows, to_prompt
+from prefalign.images import ImageError, read_image
+from prefalign.records import Prompt, RecordError, assistant_message, placeholder_count, user_message
+from prefalign.sources import BadRow, DataConfig, content_digest, files_of, fingerprint, read_rows, survey, to_prompt
 
 
 @pytest.fixture
@@ -156,7 +158,7 @@ def test_truncated_jsonl_costs_one_line(folder):
 def test_json_list_and_limit(folder):
     file = folder / "rows.json"
     file.write_text(json.dumps([FORMATS["llava"]] * 5))
-    assert count_rows(DataConfig(path=file, limit=3)) == len(list(read_rows(DataConfig(path=file, limit=3)))) == 3
+    assert survey(DataConfig(path=file, limit=3))[0] == len(list(read_rows(DataConfig(path=file, limit=3)))) == 3
 
 
 def test_truncated_json_list(folder):
@@ -193,3 +195,88 @@ def test_fingerprint_notices_other_content(folder):
     before = fingerprint(DataConfig(path=file))
     file.write_text('{"a": 1}\n')
     assert fingerprint(DataConfig(path=file)) != before
+
+
+def test_a_repeated_id_gets_its_contents_digits_in_every_format(folder):
+    for name, row in FORMATS.items():
+        data = DataConfig(path=folder / "rows.jsonl")
+        picture = next(key for key in ("image", "images", "image_path") if key in row)
+        others = [{**row, "chosen": "Another."}, {**row, picture: ["b.png"] if picture == "images" else "b.png"}]
+        data.path.write_text("".join(json.dumps(line) + "\n" for line in (row, *others)))
+        total, repeated = survey(data)
+        assert (total, repeated) == (3, {"1"}), name
+        ids = [to_prompt(line, data, repeated=repeated).id for line in read_rows(data)]
+        assert all(re.fullmatch("1-[0-9a-f]{8}", identity) for identity in ids)
+        assert len(set(ids)) == 3
+        assert to_prompt(row, data).id == "1"
+
+
+def test_survey_of_parquet_reads_ids_only_and_keeps_to_the_limit(folder):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"question_id": [1, 2, 1], "question": ["a", "b", "c"]}), folder / "rows.parquet")
+    assert survey(DataConfig(folder / "rows.parquet")) == (3, {"1"})
+    assert survey(DataConfig(folder / "rows.parquet", limit=2)) == (2, set())
+    pq.write_table(pa.table({"question": ["a", "b"]}), folder / "plain.parquet")
+    assert survey(DataConfig(folder / "plain.parquet")) == (2, set())
+
+
+def test_own_parquet_rows_keep_their_id(folder):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    prompt = Prompt("7", [read_image(folder / "a.png")], ASKED, "A dog.", {"objects": ["dog"]})
+    table = pa.Table.from_pylist([prompt.to_row()] * 2, schema=Prompt.features().arrow_schema)
+    pq.write_table(table, folder / "own.parquet")
+    data = DataConfig(folder / "own.parquet")
+    total, repeated = survey(data)
+    assert (total, repeated) == (2, {"7"})
+    assert [to_prompt(row, data, repeated=repeated) for row in read_rows(data)] == [prompt, prompt]
+
+
+def test_content_digest_is_of_picture_question_and_answer(folder):
+    def digest(**changes):
+        return content_digest(first_prompt(folder, {**FORMATS["rlaif_v"], **changes}))
+
+    base = digest()
+    assert digest(idx=2) == base
+    assert len({base, digest(image_path="b.png"), digest(question="Where?"), digest(chosen="A cow.")}) == 4
+
+
+def test_the_output_of_an_unfinished_stage_is_refused(folder):
+    out = folder / "out"
+    (out / "progress").mkdir(parents=True)
+    (out / "data").mkdir()
+    (out / "data" / "train-00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"output of a stage that is not finished.*Start that stage again"):
+        files_of(DataConfig(out))
+    (out / "manifest.json").write_text("{}")
+    assert [file.name for file in files_of(DataConfig(out))] == ["train-00000.parquet"]
+    assert files_of(DataConfig(out, images=folder / "not needed")) == files_of(DataConfig(out))
+
+
+def test_a_picture_folder_that_is_not_there(folder):
+    (folder / "rows.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"data\.images is .*gone.*there is no such folder"):
+        files_of(DataConfig(folder / "rows.jsonl", images=folder / "gone"))
+
+
+def test_truncated_parquet_is_named(folder):
+    (folder / "rows.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"rows\.parquet is not a whole Parquet file"):
+        survey(DataConfig(folder / "rows.parquet"))
+
+
+def test_negative_limit(folder):
+    with pytest.raises(ValueError, match="limit is -1; give how many"):
+        DataConfig(folder / "rows.jsonl", limit=-1)
+
+
+def test_a_fault_of_the_machine_is_not_put_down_to_the_row(folder):
+    """/proc/self/mem is a regular file whose start cannot be read: EIO."""
+    mem = Path("/proc/self/mem")
+    if not mem.is_file():
+        pytest.skip("needs /proc")
+    with pytest.raises(OSError, match="Input/output error"):
+        first_prompt(folder, {**FORMATS["llava"], "image": str(mem)})

@@ -182,6 +182,16 @@ def test_lora_reaches_every_layer_of_the_language_model_and_nothing_else(family,
     check_trainable(trainer.model, ["vision", "projector"])
 
 
+@pytest.mark.parametrize(
+    ("disable", "dropout"), [({}, 0.0), ({"disable_dropout": False}, 0.05)], ids=["default", "kept"]
+)
+def test_lora_dropout_counts_only_when_dropout_is_kept(disable, dropout, tiny_llava, pairs, tmp_path):
+    trainer = make_trainer(tiny_llava, pairs, tmp_path, lora=True, **disable)
+    found = {module.p for name, module in trainer.model.named_modules() if name.endswith("lora_dropout.default")
+             and isinstance(module, torch.nn.Dropout)}  # fmt: skip
+    assert found == {dropout}
+
+
 def test_adapter_in_a_frozen_tower_is_refused(tiny_llava):
     from peft import get_peft_model
 
@@ -396,4 +406,4 @@ def test_bundled_configs_name_fields_that_trl_has(name, tmp_path):
     config = load(RECIPE.Config, bundled.find(f"recipes/{name}"))
     arguments = training_arguments(config.trainer, output=tmp_path, seed=config.seed)
     find_term(config.term).check(arguments.loss_type)
-    assert arguments.learning_rate == 1e-5
+    assert arguments.learning_rate == config.trainer["learning_rate"] > 0

@@ -36,8 +36,6 @@ class TransformersEngine:
         fingerprint: identity of the weights for record ids (`models.fingerprint`).
     """
 
-    capabilities = frozenset({"sample", "logprobs", "prefix", "image_mask"})
-
     def __init__(self, model: Any, processor: Any, *, batch_size: int = 16, fingerprint: str = "") -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -53,6 +51,9 @@ class TransformersEngine:
         )
         self.banned = families.banned_token_ids(processor, self.config, keep=self.ends)
         self.context = families.context_length(self.config)
+        self.capabilities = frozenset({"sample", "logprobs", "prefix"})
+        if not _cross_attends(self.config):
+            self.capabilities |= {"image_mask"}
         self._visual_tokens = families.visual_tokens(processor, self.config)
         self._sentence_tokens: torch.Tensor | None = None
         families.family(self.config)
@@ -106,6 +107,12 @@ class TransformersEngine:
         hidden = request.image_mask
         if hidden is not None and not 0 <= hidden.share <= 1:
             return f"request {request.id}: the share of image tokens to hide must be in [0, 1], got {hidden.share}."
+        if hidden is not None and "image_mask" not in self.capabilities:
+            return (
+                f"request {request.id}: image tokens cannot be hidden from a {self.config.model_type}, which reads pictures "
+                "through cross-attention layers and not as tokens of the prompt: a mask would hide nothing. Use a model that has "
+                "its picture among the tokens, such as LLaVA or Qwen-VL."
+            )
         blocks = [
             block["text"] for message in request.messages for block in message["content"] if block["type"] == "text"
         ]
@@ -175,9 +182,15 @@ class TransformersEngine:
                 raise
             return self._encode(good, failed) if good else Batch()
         lengths = tensors["attention_mask"].sum(1).tolist()
+        pieces = families.image_token_mask(tensors["input_ids"], self.config).any(1).tolist()
         fitting = []
-        for row, length in zip(rows, lengths, strict=True):
-            if self.context is not None and length + len(row.tail) > self.context - (not row.tail):
+        for row, length, has_picture in zip(rows, lengths, pieces, strict=True):
+            if row.request.image_mask is not None and not has_picture:
+                failed[row.index] = _error(
+                    row,
+                    "its prompt holds no image token, so the image mask would hide nothing. Give it a picture, or no mask.",
+                )
+            elif self.context is not None and length + len(row.tail) > self.context - (not row.tail):
                 failed[row.index] = _error(
                     row,
                     f"the prompt has {length} tokens{f' and the text after it {len(row.tail)}' if row.tail else ''}, and the "
@@ -336,6 +349,13 @@ def load_engine(config: ModelConfig, *, batch_size: int = 16) -> TransformersEng
     """Load model and processor and put an engine on them, with the fingerprint of the weights."""
     model = load_model(config)
     return TransformersEngine(model, load_processor(config), batch_size=batch_size, fingerprint=fingerprint(model))
+
+
+def _cross_attends(config: Any) -> bool:
+    """Whether pictures reach the language model beside its prompt (Mllama): hiding tokens of the prompt hides nothing of them."""
+    layers = ("cross_attention_layers", "cross_layer_interval")
+    parts = (config, config.get_text_config())
+    return config.is_encoder_decoder or any(getattr(part, name, None) for part in parts for name in layers)
 
 
 def _error(row: Row, reason: str) -> Completion:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefalign.hub.model_card import counted, data_section, is_scenes, stage_docstring, template
+from prefalign.hub.model_card import counted, data_section, stage_docstring, template
 from prefalign.hub.release_checks import refuse, scan_row
 from prefalign.images import sha256
 from prefalign.records import message_text, normalise_messages
@@ -42,6 +42,7 @@ class RowStatistics:
     generators: Counter[str] = field(default_factory=Counter)
     words: dict[str, list[int]] = field(default_factory=lambda: {"chosen": [], "rejected": []})
     rejected_images: int = 0
+    scenes: int = 0
     margins: list[float] = field(default_factory=list)
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -56,6 +57,8 @@ class RowStatistics:
         meta = json.loads(meta) if isinstance(meta, str) else {}
         if isinstance(meta.get("generator"), str):
             self.generators[meta["generator"]] += 1
+        facts = row.get("facts")
+        self.scenes += _is_scene(json.loads(facts) if isinstance(facts, str) and facts else {})
         if row.get("margin") is not None:
             self.margins.append(row["margin"])
         for side, counts in self.words.items():
@@ -136,9 +139,11 @@ def dataset_card(
         else "The publisher named no licence, neither for the rows nor for the pictures in them: ask before you use them.",
         "No person checked the rows one by one; which answer is better was decided by the method named above.",
     ]
-    if is_scenes(manifest.config):
+    if statistics.scenes:
+        which = "All rows show" if statistics.scenes == statistics.rows else f"{statistics.scenes:,} rows show"
         limitations.append(
-            "The pictures are drawn (prefalign's world of coloured shapes); they say nothing of photographs."
+            f"{which} drawn pictures of the embedded world (prefalign's scenes of coloured shapes), which say "
+            "nothing of photographs."
         )
     return str(
         DatasetCard.from_template(
@@ -159,6 +164,12 @@ def dataset_card(
             versions={"prefalign": manifest.code_version, **manifest.libraries},
         )
     )
+
+
+def _is_scene(facts: Any) -> bool:
+    """Whether facts are those of a drawn scene (`scenes.language.facts`): its objects, one by one."""
+    objects = (facts.get("objects") or []) if isinstance(facts, Mapping) and facts.get("world") == "scenes" else []
+    return bool(objects) and all(isinstance(thing, Mapping) and "shape" in thing for thing in objects)
 
 
 def _size_category(rows: int) -> str:

@@ -270,10 +270,6 @@ def _limitations(evaluation: Mapping[str, Any] | None, base: Base, license: str 
     return limits
 
 
-def is_scenes(settings: Any) -> bool:
-    return "scenes" in json.dumps(settings, default=str)
-
-
 def _estimate(metric: Mapping[str, Any] | None, *, signed: bool = False) -> str:
     if metric is None or not _finite(metric["value"]):
         return "n/a"

@@ -225,7 +225,7 @@ def _publish(
         raise PublishError(f"--to {repo_id!r} is not a repository. Write it as OWNER/NAME, as in `my-name/my-model`.")
     if output is not None and not dry_run:
         raise PublishError("--output is where a dry run writes; an upload leaves no folder. Add --dry-run, or drop it.")
-    target = output or folder.with_name(f"{folder.resolve().name}-publish")
+    target = output or folder.resolve().with_name(f"{folder.resolve().name}-publish")
     if dry_run:
         _check_replaceable(target)
     else:
@@ -322,7 +322,8 @@ def _check_same_weights(evaluation: Mapping[str, Any] | None, checked: Mapping[s
     if found and found != checked["fingerprint"]:
         raise PublishError(
             f"--evaluation is of other weights: its fingerprint is {found}, that of the folder {checked['fingerprint']}. A "
-            "card must not show another model's numbers: evaluate this folder, with dtype auto (the fingerprint depends on it)."
+            "card must not show another model's numbers: evaluate this folder with `dtype: auto`, as it is checked here; weights "
+            "rounded to another dtype are other weights and have another fingerprint."
         )
 
 

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import yaml
 
+from prefalign.checkpoints import SCENES, SCENES_BASE
+
 MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
     "adapter_config.json", "adapter_model.safetensors", "processor_config.json", "preprocessor_config.json",
@@ -26,6 +28,7 @@ WITHOUT_PATHS = ("config.json", "generation_config.json", "adapter_config.json",
                  "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer_config.json",
                  "pairs_manifest.json", "manifest.json", "prefalign_config.yaml")  # fmt: skip
 BASE_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path", "model_name_or_path")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ABSOLUTE = re.compile(r"(?:~?/[^/\n]+/|[A-Za-z]:\\)[^\n]*")
 Kind = Literal["full", "adapter", "dataset"]
 
@@ -43,12 +46,14 @@ class Base:
         hub_id: its name on the Hub, or None.
         local: where it is, or was, on this machine; None if it came from the Hub.
         is_scenes: whether it is the model that ships with prefalign.
+        recorded: how configs name it.
     """
 
     label: str
     hub_id: str | None = None
     local: Path | None = None
     is_scenes: bool = False
+    recorded: str | None = None
 
 
 def kind_of(folder: Path) -> Kind:
@@ -83,9 +88,10 @@ def resolve_base(folder: Path, kind: Kind, config: Mapping[str, Any], base_model
     """Find out what was trained from: `--base-model`, else the adapter's or the run's config.
 
     Raises:
-        PublishError: an adapter's base is not on the Hub, so no one could load the adapter.
+        PublishError: an adapter's base is not on the Hub, so no one could load the adapter; or a base that is neither a folder
+            nor the name of a model on the Hub.
     """
-    if base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
+    if base_model is not None and not HUB_ID.fullmatch(base_model):
         raise PublishError(f"--base-model {base_model!r} is not a model on the Hub. Write it as OWNER/NAME.")
     recorded = (
         (config.get("model") or {}).get("model_name_or_path") if isinstance(config.get("model"), Mapping) else None
@@ -94,12 +100,17 @@ def resolve_base(folder: Path, kind: Kind, config: Mapping[str, Any], base_model
         recorded = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] or recorded
     if not recorded:
         return Base(base_model or "a base that was not recorded", hub_id=base_model)
-    local = Path(recorded).expanduser()
-    shipped = Path(__file__).parent.parent / "scenes" / "base"
-    if recorded == "scenes" or local.resolve() == shipped.resolve() or local.parts[-3:] == shipped.parts[-3:]:
+    path = Path(recorded).expanduser()
+    if recorded == SCENES or path.resolve() == SCENES_BASE.resolve() or path.parts[-3:] == SCENES_BASE.parts[-3:]:
         label = base_model or "the scenes base that ships with prefalign (`prefalign.scenes.base_checkpoint()`)"
-        return Base(label, hub_id=base_model, local=shipped, is_scenes=True)
-    if not local.is_dir() and not ABSOLUTE.fullmatch(recorded):
+        return Base(label, hub_id=base_model, local=SCENES_BASE, is_scenes=True)
+    local = _local_base(recorded, folder)
+    if local is None:
+        if base_model is None and not HUB_ID.fullmatch(recorded):
+            raise PublishError(
+                f"the base is recorded as {recorded!r}, which is no folder here and not the name of a model on the Hub "
+                "(OWNER/NAME), so the card could not say what was trained. Name it with --base-model OWNER/NAME."
+            )
         return Base(base_model or recorded, hub_id=base_model or recorded)
     if base_model is None and kind == "adapter":
         raise PublishError(
@@ -107,7 +118,29 @@ def resolve_base(folder: Path, kind: Kind, config: Mapping[str, Any], base_model
             "the base on the Hub with --base-model OWNER/NAME, or merge the adapter and publish full weights."
         )
     label = base_model or f"a local checkpoint called `{local.name}`, which is not on the Hub"
-    return Base(label, hub_id=base_model, local=local)
+    return Base(label, hub_id=base_model, local=local, recorded=recorded)
+
+
+def _local_base(recorded: str, folder: Path) -> Path | None:
+    """The folder that a run's base is or was in, or None if it came from the Hub.
+
+    The run itself knows (`base.json`). Without it a relative name such as `runs/sft` reads like OWNER/NAME: it is a folder if it,
+    or the folder it would be in, lies in the working directory or anywhere above the run.
+    """
+    path, noted = Path(recorded).expanduser(), folder / "base.json"
+    if noted.is_file():
+        run = json.loads(noted.read_text(encoding="utf-8"))
+        if run.get("name") == recorded:
+            return Path(run["local"]) if run.get("local") else None
+    if path.is_dir() or path.is_absolute() or ABSOLUTE.fullmatch(recorded):
+        return path
+    above = (Path.cwd(), *folder.resolve().parents[:-1])
+    found = next((root / path for root in above if (root / path).is_dir()), None)
+    if found is None and (
+        recorded.startswith(".") or any(len(path.parts) > 1 and (root / path.parts[0]).is_dir() for root in above)
+    ):
+        return path
+    return found
 
 
 def stage(folder: Path, staged: Path, patterns: Sequence[str], base: Base) -> list[str]:
@@ -152,7 +185,8 @@ def without_paths(value: Any, base: Base, key: str = "") -> Any:
         return [without_paths(item, base, key) for item in value]
     if not isinstance(value, str):
         return value
-    if key in BASE_KEYS and base.local and Path(value).expanduser().resolve() == base.local.resolve():
+    is_base = base.local and (value == base.recorded or Path(value).expanduser().resolve() == base.local.resolve())
+    if key in BASE_KEYS and is_base:
         return base.hub_id or ("scenes" if base.is_scenes else _last_part(value))
     return _last_part(value) if ABSOLUTE.fullmatch(value) else value
 

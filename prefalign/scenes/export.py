@@ -9,21 +9,32 @@ from prefalign.scenes.data import rows
 from prefalign.store import Manifest, OutputConfig, write_records
 
 
-def export(output: Path, *, split: str, kind: str, regime: str, start: int, stop: int, seed: int = 0) -> Manifest:
-    """Write prompts of one split and kind.
+def export(
+    output: Path,
+    *,
+    split: str | None = None,
+    kind: str,
+    regime: str | None = None,
+    start: int,
+    stop: int,
+    seed: int = 0,
+) -> Manifest:
+    """Write prompts of one split and kind; with neither split nor regime, of the pictures that the base has seen.
 
     Args:
         output: folder to write; an equal finished export there is kept.
-        split: name of a split, as in `world.SPLITS`.
+        split: name of a split, as in `world.SPLITS`; it follows from `regime` if left out.
         kind: kind of prompt, as in `data.rows`.
-        regime: where reference answers come from: `seen`, `fair` or `none`.
+        regime: where reference answers come from: `seen`, `fair` or `none`. Left out, rows of any split have theirs.
         start: first index within the split.
         stop: index after the last.
-        seed: seed of the world.
+        seed: draws wording and question, never the picture (pictures are those of `world_seed` 0 in `data.rows`).
 
     Raises:
         ValueError: from `data.rows`, for an unknown split, kind or regime or a range outside the split.
     """
+    if split is None and regime is None:
+        regime = "seen"
     settings = {"split": split, "kind": kind, "regime": regime, "start": start, "stop": stop}
     prompts = (Prompt(**row) for row in rows(kind, split, start, stop, seed=seed, regime=regime))
     return write_records("scenes_export", prompts, output=OutputConfig(path=output, block_size=256), record=Prompt,

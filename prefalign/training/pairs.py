@@ -12,6 +12,7 @@ from prefalign.store import Manifest, read_manifest
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from prefalign.losses import Term
     from prefalign.training.collator import PreferenceCollator
 
 COLUMNS = ("id", "images", "rejected_images", "prompt", "chosen", "rejected")
@@ -49,6 +50,36 @@ def pairs_manifest(folder: Path) -> Manifest:
     if manifest.rows_out == 0:
         raise ValueError(f"{folder} holds 0 pairs; there is nothing to train on.")
     return manifest
+
+
+def check_columns(dataset: Dataset, term: Term, folder: Path) -> None:
+    """Check that each row has what a term's views look at; only lengths are read.
+
+    A term on `images` alone takes rows without a picture too.
+
+    Raises:
+        ValueError: names the column, how many rows lack it, and what to do.
+    """
+    import pyarrow.compute as pc
+
+    pictures = {view.images for view in term.sides}
+    needed = {view.answer for view in term.sides} | (pictures if pictures != {"images"} else set())
+    table = dataset.with_format("arrow")
+    for column in sorted(needed):
+        empty = sum(
+            pc.sum(pc.equal(pc.fill_null(pc.list_value_length(batch[column]), 0), 0)).as_py() or 0
+            for batch in table.select_columns(column).iter(batch_size=1000)
+        )
+        if empty:
+            hint = (
+                "Pairs with another picture come from the stage povid with `rejected_images: noised`; term 'text' needs none."
+                if column == "rejected_images"
+                else "Take them out, or make the pairs again."
+            )
+            raise ValueError(
+                f"term {term.name!r} looks at `{column}`, which is empty in {empty} of the {len(dataset)} pairs of "
+                f"{folder}. {hint}"
+            )
 
 
 @dataclass

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +16,19 @@ from prefalign.training.checkpoints import last_checkpoint
 
 CONFIG_FILE = "prefalign_config.yaml"
 PAIRS_FILE = "pairs_manifest.json"
+EVAL_PAIRS_FILE = "eval_pairs_manifest.json"
+BASE_FILE = "base.json"
 RESULTS_FILE = "all_results.json"
 FREE = ("output", "resume", "model.device")
 """Settings that may differ between the runs that share a folder."""
+_FULL_DISK = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "PytorchStreamWriter failed writing",
+    "iostream error",
+    "unexpected pos",
+)
+"""How safetensors and torch tell of a write that failed, without an errno."""
 
 
 class RunError(RuntimeError):
@@ -28,9 +40,17 @@ def is_finished(folder: Path) -> bool:
     return (folder / RESULTS_FILE).is_file()
 
 
-def run_files(config: Mapping[str, Any], pairs_manifest: str) -> dict[str, str]:
+def run_files(config: Mapping[str, Any], pairs_manifest: str, eval_pairs_manifest: str | None = None) -> dict[str, str]:
     """What says where a model came from, by file name; it lies beside every saved model of the run."""
-    return {CONFIG_FILE: yaml.safe_dump(dict(config), sort_keys=False), PAIRS_FILE: pairs_manifest}
+    files = {CONFIG_FILE: yaml.safe_dump(dict(config), sort_keys=False), PAIRS_FILE: pairs_manifest}
+    return files if eval_pairs_manifest is None else {**files, EVAL_PAIRS_FILE: eval_pairs_manifest}
+
+
+def base_file(model_name_or_path: str, fingerprint: str) -> dict[str, str]:
+    """One more of these files: the weights that the run starts from, and the folder they were in (None: the Hub's)."""
+    folder = Path(model_name_or_path).expanduser()
+    local = str(folder.resolve()) if folder.is_dir() else None
+    return {BASE_FILE: json.dumps({"name": model_name_or_path, "local": local, "fingerprint": fingerprint}, indent=2)}
 
 
 def open_run(
@@ -39,30 +59,36 @@ def open_run(
     *,
     resume: Literal["auto"] | bool = "auto",
     processes: int = 1,
-    write: bool = True,
 ) -> Path | None:
-    """Claim a folder for a run, or find where the same run stopped.
+    """Check that a folder is free for a run, or find where the same run stopped; nothing is written.
 
     Args:
         folder: folder of the run.
-        files: `run_files` of this run: its resolved config and the manifest of its pairs; others are another run.
+        files: `run_files` of this run: its config, the manifests of its pairs, its base; others are another run.
         resume: "auto" goes on from the last whole checkpoint if there is one, True demands one, False refuses one.
         processes: world size; a checkpoint holds a random state for each.
-        write: whether this process writes (one per run).
 
     Returns:
         The checkpoint to go on from, or None to start at the beginning.
 
     Raises:
-        RunError: the folder belongs to another config or other pairs, holds something else, or `resume` cannot be met.
+        RunError: the folder belongs to another config, base or other pairs, holds something else, or `resume` cannot be met.
     """
     file = folder / CONFIG_FILE
     if file.is_file():
         before, now = yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(files[CONFIG_FILE])
         changed = [line for line in _differences(before, now) if line.split(":")[0] not in FREE]
-        known = folder / PAIRS_FILE
-        if known.is_file() and known.read_text(encoding="utf-8") != files[PAIRS_FILE]:
-            changed.append("pairs: their manifest is another one now")
+        for name, what in ((PAIRS_FILE, "pairs"), (EVAL_PAIRS_FILE, "eval_pairs")):
+            known = folder / name
+            if name in files and known.is_file() and known.read_text(encoding="utf-8") != files[name]:
+                changed.append(f"{what}: their manifest is another one now")
+        known = folder / BASE_FILE
+        if BASE_FILE in files and known.is_file():
+            was, is_now = (
+                json.loads(text)["fingerprint"] for text in (known.read_text(encoding="utf-8"), files[BASE_FILE])
+            )
+            if was != is_now:
+                changed.append(f"model: its weights are others now, fingerprint {was} -> {is_now}")
         if changed:
             raise RunError(
                 f"{folder} holds a run with another config ({'; '.join(changed)}). Going on would mix two runs: give another "
@@ -78,10 +104,44 @@ def open_run(
             f"resume is false and {folder} holds {checkpoint.name}, which starting anew would overwrite. Delete the folder, give "
             "another `output`, or set resume to auto to go on."
         )
-    if write and not file.is_file():
+    return checkpoint
+
+
+def claim_run(folder: Path, files: Mapping[str, str]) -> None:
+    """Make a folder that `open_run` found free the run's own. One process does this, just before training."""
+    if not (folder / CONFIG_FILE).is_file():
         for name, text in files.items():
             write_atomically(folder / name, text.encode())
-    return checkpoint
+
+
+@contextmanager
+def full_disk_explained(folder: Path) -> Iterator[None]:
+    """Turn a full disk, as Python, safetensors and torch each report it, into a message that says how to go on.
+
+    Raises:
+        RunError: the disk that holds the run is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_full_disk(error):
+            raise
+        kept = last_checkpoint(folder)
+        raise RunError(
+            f"the disk that holds {folder} is full, so a checkpoint or the model could not be saved whole. Free some space and "
+            f"start the same command again: it goes on from {kept.name if kept else 'the beginning'}. `trainer.save_total_limit: "
+            "1` keeps one checkpoint only, and a LoRA adapter takes far less than all weights."
+        ) from error
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(sign in str(error) for sign in _FULL_DISK):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def finish_run(folder: Path, results: Mapping[str, Any]) -> None:
