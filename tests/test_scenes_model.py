@@ -254,10 +254,20 @@ def test_swapping_the_picture_changes_the_log_prob_of_its_caption(base, maker):
     assert loss(1) > loss(0) + 0.3
 
 
-def test_yes_no_is_better_than_guessing(base, maker):
-    found = measure.yes_no(base, maker, "test_fair", SAMPLE)
-    assert found["accuracy"] > 0.55
-    assert 0.2 < found["yes_ratio"] < 0.9
+def test_colours_are_answered_from_the_picture(base, maker):
+    asked = []
+    for picture in world.scenes("test_fair", 0, SAMPLE):
+        question = next((question for question in language.questions(picture) if question.kind == "colour"), None)
+        if question is not None:
+            asked.append((picture, question))
+    pictures, questions = zip(*asked, strict=True)
+
+    def right(shown):
+        said = measure.answers(base, maker, shown, [question.text for question in questions], most_tokens=16)
+        return sum(question.label in text.lower() for question, text in zip(questions, said, strict=True)) / len(said)
+
+    assert right(list(pictures)) > 0.3
+    assert right(list(pictures)) > right([*pictures[1:], pictures[0]]) + 0.1
 
 
 def test_captioned_counts_by_hand():

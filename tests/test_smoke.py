@@ -41,7 +41,7 @@ def names(stage):
 @pytest.mark.parametrize("name", names("bdhs") + names("povid"))
 def test_pairs_config(name, prompts, tmp_path):
     changes = {"data": {"path": prompts, "limit": 3}, "output": {"path": tmp_path / "out"}, "batch_size": 4,
-               "sampling": {"max_new_tokens": 12}}  # fmt: skip
+               "sampling": {"max_new_tokens": 64}}  # fmt: skip
     stage = name.split("/")[-1].split("_")[0]
     values = config.read_yaml(bundled.configs()[name])
     if values.get("model"):
