@@ -104,17 +104,12 @@ def process(block: list[Prompt], engine: Engine, similarity: Similarity, config:
     return [outcomes[index] for index in range(len(block))]
 
 
-def _item(prompt: Prompt) -> Item | Failed:
-    """The prompt with decoded pictures, or why it cannot be used."""
+def _item(prompt: Prompt) -> Item | Dropped | Failed:
+    """The prompt with decoded pictures, or why it cannot be used: no answer to corrupt, or no picture to hide."""
     if prompt.answer is None or not prompt.answer.strip():
-        return Failed(
-            "no_reference",
-            f"row {prompt.id} has no reference answer, which BDHS corrupts. Add `answer` or an assistant turn.",
-        )
+        return Dropped("no_reference")
     if not prompt.images:
-        return Failed(
-            "no_picture", f"row {prompt.id} has no picture; there is nothing to hide. Leave text-only rows out."
-        )
+        return Dropped("no_picture")
     try:
         images = [open_image(image) for image in prompt.images]
     except ImageError as error:

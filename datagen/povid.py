@@ -165,16 +165,12 @@ def process(block: list[Prompt], editor: Editor, config: Config) -> list[Outcome
     return [outcomes[index] for index in range(len(block))]
 
 
-def _item(prompt: Prompt) -> EditItem | Failed:
-    """The prompt with decoded pictures, or why it cannot be used."""
+def _item(prompt: Prompt) -> EditItem | Dropped | Failed:
+    """The prompt with decoded pictures, or why it cannot be used: no answer to edit, or no picture that it could contradict."""
     if prompt.answer is None or not prompt.answer.strip():
-        return Failed(
-            "no_reference", f"row {prompt.id} has no reference answer to edit. Add `answer` or an assistant turn."
-        )
+        return Dropped("no_reference")
     if not prompt.images:
-        return Failed(
-            "no_picture", f"row {prompt.id} has no picture that an answer could contradict. Leave text-only rows out."
-        )
+        return Dropped("no_picture")
     try:
         images = [open_image(image) for image in prompt.images]
     except ImageError as error:

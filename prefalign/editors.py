@@ -210,7 +210,7 @@ def judged(answer: str, edited: str, kind: str) -> Edit:
 
 
 def changes(before: str, after: str, kind: str) -> list[dict[str, Any]]:
-    """Each stretch that differs: `type`, `removed`, `added` and `start`, the character of `after` where it begins."""
+    """Each stretch of words that differs: `type`, `removed`, `added` and `start`, the character of `after` where it begins."""
     found: list[dict[str, Any]] = []
     position, open_change = 0, False
     for op, piece in word_diff(before, after):
@@ -222,4 +222,7 @@ def changes(before: str, after: str, kind: str) -> list[dict[str, Any]]:
             open_change = True
         found[-1][op] += piece
         position += len(piece) if op == "added" else 0
-    return found
+    for change in found:  # the blank before words that were added at the end of a text
+        change["start"] += len(change["added"]) - len(change["added"].lstrip()) if change["added"].strip() else 0
+        change["added"], change["removed"] = change["added"].lstrip(), change["removed"].lstrip()
+    return [change for change in found if change["added"] or change["removed"]]

@@ -84,6 +84,8 @@ class Corrupted:
         picture_seed: seed of the attention mask or of the noise.
         similarity: to the reference.
         empty: a completion came back without text.
+        finish_reason: `stop`, or `length` if an unguided answer was cut off by the limit on its tokens (a guided sentence gets
+            the original's ending, wherever the limit fell).
         error: why the generator failed on it.
     """
 
@@ -95,6 +97,7 @@ class Corrupted:
     picture_seed: int = 0
     similarity: float = 1.0
     empty: bool = False
+    finish_reason: Literal["stop", "length"] = "stop"
     error: str | None = None
 
 
@@ -126,9 +129,12 @@ def corrupted_answers(
     """A corrupted answer for each item: BDHS algorithm 1, over all items at once.
 
     Each round draws a new mask and new split points for the items not yet accepted, and asks the engine for all their
-    sentences in one call. An item is accepted when no completion was empty and its similarity to the reference is below
-    `bias.threshold`; one that the generator refuses is given up at once. What the last round gives is returned whatever its
-    similarity, so a caller still drops empty, identical and failed answers (`rejection`).
+    sentences in one call. An item is accepted when no completion was empty or cut off and its similarity to the reference is
+    below `bias.threshold`; one that the generator refuses is given up at once. What the last round gives is returned whatever its
+    similarity, so a caller still drops empty, cut off, identical and failed answers (`rejection`).
+
+    Departure: the paper does not say what becomes of a completion that reaches the limit; kept as a rejected answer it would
+    teach to avoid answers that stop in mid-sentence.
 
     Args:
         engine: generator; needs `sample`, `prefix` when guided, `image_mask` for the attention variant.
@@ -160,18 +166,28 @@ def corrupted_answers(
         for index, answer, score in zip(waiting, drawn, scores, strict=True):
             answer.similarity = score
             results[index] = answer
-            if answer.error is None and (answer.empty or score >= bias.threshold):
+            broken = answer.empty or answer.finish_reason == "length"
+            if answer.error is None and (broken or score >= bias.threshold):
                 still.append(index)
         waiting = still
     return [results[index] for index in range(len(items))]
 
 
 def rejection(item: Item, answer: Corrupted) -> str | None:
-    """Why an answer cannot serve as the rejected one: `generation_failed`, `empty_rejected`, `identical_answers`, or None."""
+    """Why an answer cannot serve as the rejected one; None if it can.
+
+    Returns:
+        `generation_failed`; `empty_rejected` (no text at all); `empty_completion` (a sentence to which nothing was added);
+        `cut_off` (an unguided answer reached its limit); `identical_answers`.
+    """
     if answer.error is not None:
         return "generation_failed"
     if not answer.text.strip():
         return "empty_rejected"
+    if answer.empty:
+        return "empty_completion"
+    if answer.finish_reason == "length":
+        return "cut_off"
     return "identical_answers" if same_answer(item.answer, answer.text) else None
 
 
@@ -242,6 +258,8 @@ def free_completions(
         result.text = completion.text.strip()
         result.error = completion.error
         result.empty = not result.text
+        if completion.finish_reason == "length":
+            result.finish_reason = "length"
     return results
 
 

@@ -141,7 +141,7 @@ def same_answer(one: str, other: str) -> bool:
 
 
 def word_diff(before: str, after: str) -> list[tuple[str, str]]:
-    """Word-level difference of two texts.
+    """Word-level difference of two texts. Words are the same whatever blanks follow them; blanks that differ are pieces too.
 
     Returns:
         `(op, text)` pieces with op `same`, `removed` or `added`: those not added join to `before`, those not removed to
@@ -152,15 +152,21 @@ def word_diff(before: str, after: str) -> list[tuple[str, str]]:
         [('same', 'a '), ('removed', 'red '), ('added', 'blue '), ('same', 'cat')]
     """
     old, new = _DIFF_PIECE.findall(before), _DIFF_PIECE.findall(after)
-    pieces = []
-    for op, i1, i2, j1, j2 in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        if op == "equal":
-            pieces.append(("same", "".join(old[i1:i2])))
+    bare_old, bare_new = [piece.rstrip() for piece in old], [piece.rstrip() for piece in new]
+    found: list[tuple[str, str]] = []
+    for op, i1, i2, j1, j2 in difflib.SequenceMatcher(None, bare_old, bare_new, autojunk=False).get_opcodes():
+        if op != "equal":
+            found += [("removed", "".join(old[i1:i2])), ("added", "".join(new[j1:j2]))]
             continue
-        if i2 > i1:
-            pieces.append(("removed", "".join(old[i1:i2])))
-        if j2 > j1:
-            pieces.append(("added", "".join(new[j1:j2])))
+        for one, other in zip(old[i1:i2], new[j1:j2], strict=True):
+            shared = one if one == other else one.rstrip()
+            found += [("same", shared), ("removed", one[len(shared) :]), ("added", other[len(shared) :])]
+    pieces = []
+    for _, run in itertools.groupby((piece for piece in found if piece[1]), key=lambda piece: piece[0] == "same"):
+        joined = {"same": "", "removed": "", "added": ""}
+        for kind, text in run:
+            joined[kind] += text
+        pieces += [(kind, text) for kind, text in joined.items() if text]
     return pieces
 
 
@@ -213,7 +219,8 @@ def load_similarity(name: str = "lexical") -> Similarity:
     except ImportError as error:
         raise ImportError(
             f"similarity {name!r} is a sentence-transformers model and that library is not installed. Run "
-            "`pip install prefalign[similarity]`, or set similarity to `lexical`, which needs nothing."
+            '`pip install "prefalign[similarity]"` (in a checkout: `pip install -e ".[similarity]"`), or give '
+            "`--similarity lexical`, which needs nothing."
         ) from error
     model = SentenceTransformer(name)
 

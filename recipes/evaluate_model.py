@@ -20,6 +20,7 @@ from typing import Any, Literal
 from prefalign.evals import Item, Prediction, Scored, asking, attributes, chair, reliance, scoring, summary, yesno
 from prefalign.evals.asking import Asking
 from prefalign.evals.files import FilesData, load_files
+from prefalign.evals.reading import read_json
 from prefalign.models import ModelConfig
 from prefalign.records import row_seed, user_message
 from prefalign.store import write_atomically
@@ -97,6 +98,8 @@ def main(config: Config) -> dict[str, Any]:
     check(config)
     items, vocabularies, given = load_items(config)
     variants = plan(items, config)
+    if config.baseline is not None:
+        check_same_settings(known_settings(config, variants), config.baseline)
     replies, settings = replies_for(config, variants, given)
     scored = scoring.score_all(items, variants, replies, vocabularies)
     scoring.write_items(config.output / "items.jsonl", scored)
@@ -112,10 +115,11 @@ def check(config: Config) -> None:
         raise ValueError("nothing to ask: give `scenes` (the embedded world) or `files` (your copies of benchmarks).")
     if config.model is not None and config.predictions is not None:
         raise ValueError("both `model` and `predictions` are given; replies come from one of them. Leave one out.")
-    if config.baseline is not None and not (config.baseline / "items.jsonl").is_file():
-        raise ValueError(
-            f"baseline {config.baseline} holds no items.jsonl; give the output folder of a finished evaluation."
-        )
+    for name in ("items.jsonl", "results.json"):
+        if config.baseline is not None and not (config.baseline / name).is_file():
+            raise ValueError(
+                f"baseline {config.baseline} holds no {name}; give the output folder of a finished evaluation."
+            )
 
 
 def load_items(config: Config) -> tuple[list[Item], dict[str, chair.Vocabulary], list[Prediction]]:
@@ -209,10 +213,25 @@ def replies_for(
     return replies, asking.read_settings(config.output)
 
 
+def known_settings(config: Config, variants: Sequence[reliance.Variant]) -> dict[str, Any]:
+    """What decides the replies as far as it is known before a model is loaded: all but its fingerprint."""
+    settings: dict[str, Any] = {}
+    if config.predictions is not None:
+        settings = asking.read_settings(config.predictions)
+    elif config.model is not None:
+        settings = asking.settings("", variants, config.asking, seed=config.seed)
+    return {**settings, **_reading(config)}
+
+
+def _reading(config: Config) -> dict[str, Any]:
+    """How replies are read, where a config can choose."""
+    chosen = config.files.chair if config.files is not None else None
+    return {"chair_parser": chosen.parser} if chosen is not None else {}
+
+
 def sum_up(config: Config, items: Sequence[Item], scored: Sequence[Scored], settings: dict[str, Any]) -> dict[str, Any]:
     """Metrics, differences to the baseline, what went wrong, and what constant answers would score."""
-    if config.files is not None and config.files.chair is not None:
-        settings = {**settings, "chair_parser": config.files.chair.parser}
+    settings = {**settings, **_reading(config)}
     metrics = summary.aggregate(scored, draws=config.draws, seed=config.seed)
     counts = summary.counts(scored)
     notes = [
@@ -226,8 +245,6 @@ def sum_up(config: Config, items: Sequence[Item], scored: Sequence[Scored], sett
         if rates[f"{state}_rate"]
     ]
     if config.baseline is not None:
-        before = json.loads((config.baseline / "results.json").read_text(encoding="utf-8"))
-        check_same_settings(settings, before["settings"], config.baseline)
         differences, regressions = summary.compare(
             scored, scoring.read_items(config.baseline / "items.jsonl"), draws=config.draws, seed=config.seed
         )
@@ -260,8 +277,9 @@ def sum_up(config: Config, items: Sequence[Item], scored: Sequence[Scored], sett
     }
 
 
-def check_same_settings(settings: dict[str, Any], before: dict[str, Any], baseline: Path) -> None:
-    """Raise unless both runs were asked the same in the same way, as far as is known of answers made elsewhere."""
+def check_same_settings(settings: dict[str, Any], baseline: Path) -> None:
+    """Raise unless the run in `baseline` was asked the same in the same way, as far as is known of answers made elsewhere."""
+    before = read_json(baseline / "results.json")["settings"]
     shared = [key for key in settings if key in before and key != "fingerprint"]
     changed = [f"{key}: {before[key]} -> {settings[key]}" for key in shared if settings[key] != before[key]]
     if changed:
@@ -272,16 +290,12 @@ def check_same_settings(settings: dict[str, Any], before: dict[str, Any], baseli
 
 
 def show(results: dict[str, Any], folder: Path) -> None:
-    """The table people read."""
+    """The headline figures, notes, and where the rest is."""
     print(f"\n{results['model']}\n\n{summary.table(results['metrics'])}")
-    for name, found in results["constant_answers"].items():
-        for label, value in found.items():
-            figures = value if isinstance(value, dict) else {"accuracy": value}
-            told = ", ".join(f"{key} {number:.3f}" for key, number in figures.items() if number is not None)
-            print(f"constant answers, {name} {label}: {told}")
     for note in results["notes"]:
         print(f"note: {note}")
-    print(f"\n{folder / 'results.json'}")
+    more = "by kind, strict readings, normalised drops, flip rates, log-prob drops, constant answers"
+    print(f"\n{folder / 'results.json'} has the rest: {more}")
 
 
 if __name__ == "__main__":

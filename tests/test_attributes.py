@@ -97,5 +97,11 @@ def test_questions_from_a_file(tmp_path):
     with pytest.raises(ValueError, match="line 2 repeats id '7'"):
         attributes.read_short(file)
     file.write_text('{"id": 1, "image": "a.png"}\n')
-    with pytest.raises(ValueError, match="line 1 lacks question, answer"):
+    with pytest.raises(ValueError, match="q.jsonl line 1 lacks question, answer"):
+        attributes.read_short(file)
+    file.write_text(json.dumps(row) + "\n" + json.dumps(row)[:40])
+    with pytest.raises(ValueError, match="q.jsonl line 2 is not complete JSON"):
+        attributes.read_short(file)
+    file.write_text("")
+    with pytest.raises(ValueError, match="q.jsonl holds no rows"):
         attributes.read_short(file)

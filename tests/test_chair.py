@@ -7,6 +7,7 @@ import json
 import pytest
 
 from prefalign.evals import Item, Prediction, chair
+from prefalign.evals.files import ChairFiles, chair_items
 
 SYNONYMS = """\
 person, man, woman, child, baby, people
@@ -217,8 +218,42 @@ def test_generated_captions_in_every_form(tmp_path, form):
 def test_captions_that_cannot_be_read_are_refused(tmp_path):
     file = tmp_path / "captions.jsonl"
     file.write_text('{"image_id": 1, "text": "A dog."}\n')
-    with pytest.raises(ValueError, match=r"row 1 has image_id, text; CHAIR reads `image_id` and `caption`"):
+    with pytest.raises(ValueError, match=r"captions.jsonl line 1 lacks caption \(it has image_id, text\)"):
         chair.read_captions(file)
     file.write_text('{"image_id": 1, "caption": "A dog."}\n{"image_id": 1, "caption": "A cat."}\n')
     with pytest.raises(ValueError, match="two captions for picture 1"):
         chair.read_captions(file)
+    file.write_text('[{"image_id": 1}]')
+    with pytest.raises(ValueError, match="captions.jsonl row 1 lacks caption"):
+        chair.read_captions(file)
+    file.write_text('{"image_id": 1, "caption": "A dog."}\n{"image_id": 2, "cap')
+    with pytest.raises(ValueError, match="captions.jsonl line 2 is not complete JSON"):
+        chair.read_captions(file)
+    for nothing, message in (("", "holds no rows"), ("[]", "holds no captions")):
+        file.write_text(nothing)
+        with pytest.raises(ValueError, match=f"captions.jsonl {message}"):
+            chair.read_captions(file)
+
+
+def test_coco_files_that_are_cut_off_or_of_another_kind_are_refused(tmp_path, synonyms):
+    file = tmp_path / "instances.json"
+    file.write_text('{"images": [{"id"')
+    with pytest.raises(ValueError, match="instances.json is not complete JSON .* Was the download cut off"):
+        chair.read_coco_truth([1], chair.vocabulary(synonyms), instances=[file])
+    file.write_text('{"images": []}')
+    with pytest.raises(ValueError, match=r"instances.json lacks annotations \(it has images\)"):
+        chair.read_coco_truth([1], chair.vocabulary(synonyms), instances=[file])
+
+
+def test_pictures_to_describe_are_read_line_by_line(tmp_path):
+    (tmp_path / "synonyms.txt").write_text(SYNONYMS)
+    questions = tmp_path / "questions.jsonl"
+    data = ChairFiles(synonyms=tmp_path / "synonyms.txt", questions=questions)
+    for text, message in (
+        ('{"image_id": 1, "image": "1.png"}\n{"image_id": 2}\n', "questions.jsonl line 2 lacks image "),
+        ('{"image_id": 1, "ima', "questions.jsonl line 1 is not complete JSON"),
+        ("", "questions.jsonl holds no rows"),
+    ):
+        questions.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            chair_items(data, needs_pictures=False)

@@ -28,8 +28,16 @@ def test_vocabulary_is_that_of_the_scenes():
     assert set(words.objects) == set(world.SHAPES)
     assert {name: others[0] for name, others in words.companions.items()} == world.COMPANIONS
     assert words.attributes == {"colour": list(world.COLOURS), "size": list(world.SIZES)}
+    assert list(words.objects) == list(world.SHAPES) == list(words.companions)
+    assert {name: [name, *others] for name, others in words.objects.items()} == {
+        shape: names[::2] for shape, names in language.SYNONYMS.items()
+    }
+    assert all(len(others) == 1 for others in words.companions.values())
     assert words.places == [language.at(place) for place in world.PLACES]
     assert tuple(words.numbers) == language.NUMBERS
+    for one, other in words.opposites.items():
+        assert words.opposites[other] == one
+        assert language.sentence_parses(f"The circle is {one} the star.")
 
 
 def test_wrong_colour_or_size():
@@ -207,7 +215,7 @@ def test_changes_by_hand():
     # A blue cat sits there.
     assert changes("A red cat sits.", "A blue cat sits there.", "captioning") == [
         {"type": "captioning", "removed": "red ", "added": "blue ", "start": 2},
-        {"type": "captioning", "removed": "sits", "added": "sits there", "start": 11},
+        {"type": "captioning", "removed": "", "added": "there", "start": 16},
     ]
 
 
@@ -258,6 +266,14 @@ def test_cut_off_and_failed_answers_are_refused():
     )
     cut, failed = EngineEditor(engine, Sampling()).edit([item("What?"), item("What?")])
     assert (cut.refused, failed.refused, failed.message) == ("cut_off", "generation_failed", "too long")
+
+
+def test_words_added_at_the_end_begin_at_the_words():
+    """The last word of the answer is no mistake, nor is the blank after it."""
+    assert changes("A cat sits", "A cat sits down \n", "x") == [
+        {"type": "x", "removed": "", "added": "down \n", "start": 11}
+    ]
+    assert changes("A cat. It sits.", "A cat.  It sits. ", "x") == []
 
 
 def test_engine_that_cannot_write_is_refused():

@@ -305,17 +305,54 @@ def test_sections_that_cannot_work(stage, benchmark, tiny_llava, tmp_path):
             stage, tmp_path, tiny_llava, files=files_of(benchmark, pope={"answers": [benchmark / "answers.jsonl"]})
         )
     (tmp_path / "p.jsonl").write_text('{"no": "reply"}\n')
-    with pytest.raises(ValueError, match=r"p.jsonl line 1 is not a reply"):
+    with pytest.raises(ValueError, match=r"p.jsonl line 1 lacks eval, id, group, prompt, text"):
         evaluate(
             stage, tmp_path, predictions=tmp_path / "p.jsonl", files={"pope": {"questions": [benchmark / "pope.json"]}}
         )
 
 
-def test_baseline_asked_differently_is_refused(stage, tmp_path):
-    with pytest.raises(ValueError, match=r"asked or read differently \(temperature: 0.0 -> 1.0\)"):
-        stage.check_same_settings(
-            {"temperature": 1.0, "fingerprint": "a"}, {"temperature": 0.0, "fingerprint": "b"}, tmp_path
-        )
+def test_baseline_asked_differently_is_refused_before_the_model_is_asked(
+    stage, benchmark, tiny_llava, finished, tmp_path
+):
+    files, base = files_of(benchmark), finished[0]
+    short = {"max_new_tokens": 4, "short_answer_tokens": 2, "block_size": 3}
+    for changes, message in (
+        ({"asking": {**short, "temperature": 1.0}}, r"\(temperature: 0.0 -> 1.0\)"),
+        ({"seed": 1}, r"\(asked: .*seed: 0 -> 1\)"),
+        ({"files": files_of(benchmark, chair={"parser": "original"})}, r"\(chair_parser: robust -> original\)"),
+        ({"reliance": {"conditions": ["blank"]}}, r"items: 36 -> 20"),
+    ):
+        with pytest.raises(ValueError, match=f"was asked or read differently .*{message}"):
+            evaluate(stage, tmp_path, tiny_llava, **{"files": files, "baseline": base, **changes})
+    assert not any(tmp_path.iterdir())
+    results = evaluate(stage, tmp_path, tiny_llava, files=files, baseline=base)
+    assert results["metrics"]["difference.accuracy"]["value"] == 0
+
+
+def test_baseline_that_is_cut_off_is_refused(stage, benchmark, tiny_llava, finished, tmp_path):
+    base, _ = finished
+    (tmp_path / "results.json").write_text((base / "results.json").read_text())
+    (tmp_path / "items.jsonl").write_text((base / "items.jsonl").read_text()[:-9])
+    with pytest.raises(ValueError, match=r"items.jsonl line 20 is not complete JSON"):
+        evaluate(stage, tmp_path / "out", predictions=base, files=files_of(benchmark), baseline=tmp_path)
+    (tmp_path / "results.json").unlink()
+    with pytest.raises(ValueError, match="holds no results.json"):
+        evaluate(stage, tmp_path / "out", predictions=base, files=files_of(benchmark), baseline=tmp_path)
+
+
+def test_printed_table_is_the_headlines_and_says_where_the_rest_is(stage, finished, tmp_path, capsys):
+    _, results = finished
+    stage.show(results, tmp_path)
+    printed = capsys.readouterr().out
+    rows = [line.split()[0] for line in printed.splitlines() if "[" in line or "INVALID" in line]
+    assert rows == [name for name in summary.HEADLINES if name in results["metrics"]]
+    assert rows[:3] == ["chair_i", "chair_s", "recall"]
+    assert rows[-3:] == ["reliance", "reliance_blank", "reliance_noise"]
+    for hidden in ("yesno_strict_accuracy", "reliance_blank_normalised", "flip_rate_blank", "logprob_drop_blank"):
+        assert hidden in results["metrics"]
+        assert hidden not in printed
+    assert "results.json has the rest" in printed.splitlines()[-1]
+    assert len(printed.splitlines()) < 30
 
 
 def test_two_items_of_one_id_are_refused(stage, tmp_path):

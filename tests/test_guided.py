@@ -226,6 +226,39 @@ def test_empty_completion_counts_as_similar():
     assert rejection(item(), silent) == "empty_rejected"
 
 
+def answering(complete):
+    """An engine whose `complete(request)` gives text and finish reason."""
+    engine = Scribe()
+    engine.generate = lambda requests, sampling: [
+        Completion(request.id, text, finish_reason=reason)
+        for request, (text, reason) in ((request, complete(request)) for request in requests)
+    ]
+    return engine
+
+
+def test_sentence_to_which_nothing_was_added_is_no_rejected_answer():
+    """Without a free last round the last guided one comes back although a sentence of it is empty."""
+    engine = Scribe(lambda request: "" if request.id.endswith("/2") else " else")
+    (result,) = run(engine, [item()], unguided_last=False, iterations=2)
+    assert (result.empty, result.guided, result.iteration) == (True, True, 2)
+    assert result.text.strip()
+    assert rejection(item(), result) == "empty_completion"
+
+
+def test_free_answer_cut_off_by_its_limit_is_drawn_again_and_never_kept():
+    engine = answering(lambda request: (" else and", "length" if request.id.endswith("/1") else "stop"))
+    (result,) = run(engine, [item()], guided=False)
+    assert (result.iteration, result.finish_reason, rejection(item(), result)) == (2, "stop", None)
+    (result,) = run(answering(lambda request: (" else and", "length")), [item()], iterations=2, guided=False)
+    assert (result.iteration, result.finish_reason, rejection(item(), result)) == (2, "length", "cut_off")
+
+
+def test_guided_sentence_at_its_limit_gets_the_original_s_ending():
+    (result,) = guided(answering(lambda request: (" else and", "length")), [item("A cat sits.")])
+    assert result.text.endswith("else and.")
+    assert (result.finish_reason, rejection(item("A cat sits."), result)) == ("stop", None)
+
+
 def test_failed_generation_is_told():
     class Broken(Scribe):
         def generate(self, requests, sampling):

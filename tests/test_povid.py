@@ -34,8 +34,12 @@ def write_rows(folder, *, shift=0):
     return folder
 
 
-def run(stage, rows, output, **more):
-    values = {"data": {"path": rows / "rows.jsonl"}, "output": {"path": output, "block_size": 3}, **more}
+def run(stage, rows, output, *, max_quarantine=100, **more):
+    values = {
+        "data": {"path": rows / "rows.jsonl"},
+        "output": {"path": output, "block_size": 3, "max_quarantine": max_quarantine},
+        **more,
+    }
     manifest = stage.main(config.build(stage.Config, values))
     return manifest, {pair.meta["parent"]: pair for pair in read_records(output, Pair)}
 
@@ -134,6 +138,11 @@ def test_stage_with_a_vlm(stage, editor_checkpoint, tmp_path):
     assert {name: pair.to_row() for name, pair in one_by_one.items()} == {
         name: pair.to_row() for name, pair in pairs.items()
     }
+
+
+def test_rows_without_picture_or_answer_stop_nothing(stage, tmp_path):
+    manifest, _ = run(stage, write_rows(tmp_path / "rows"), tmp_path / "pairs", max_quarantine=0)
+    assert (manifest.dropped["no_picture"], manifest.dropped["no_reference"], manifest.quarantined) == (1, 1, 0)
 
 
 def test_edits_that_are_all_cut_off_are_told(stage, tiny_llava, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import json
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from PIL import Image
 
 from prefalign.engines import Completion, Request
 from prefalign.engines.transformers import load_engine
-from prefalign.evals import EVALS, Item, Prediction, asking, reliance, scoring, summary
+from prefalign.evals import Item, Prediction, asking, reliance, scoring, summary
 from prefalign.images import encode_png, open_image
 from prefalign.models import ModelConfig
 from prefalign.records import user_message
@@ -231,9 +231,67 @@ def test_engine_without_log_probs_is_refused(tmp_path):
         probe(Silent(), yes_no_items(2), tmp_path)
 
 
-def test_every_eval_of_the_table_scores():
-    assert set(EVALS) == {"chair", "yesno", "attributes", "reliance"}
-    assert all(callable(importlib.import_module(module).score) for module in EVALS.values())
+class Logged(Looking):
+    """Keeps which ids each call asks for; a call number at which it is interrupted."""
+
+    def __init__(self, stop_at=None):
+        super().__init__()
+        self.calls, self.stop_at = [], stop_at
+
+    def generate(self, requests, sampling):
+        if len(self.calls) == self.stop_at:
+            raise KeyboardInterrupt
+        self.calls.append([request.id for request in requests])
+        return super().generate(requests, sampling)
+
+
+def test_an_interrupted_run_makes_the_same_blocks(tmp_path):
+    variants = [reliance.Variant(item) for item in yes_no_items(10)]
+    names = [variant.id for variant in variants]
+    blocks = [names[0:4], names[4:8], names[8:]]
+    how = asking.Asking(block_size=4)
+    straight = Logged()
+    asking.ask(straight, variants, tmp_path / "straight", how)
+    assert straight.calls == blocks
+    with pytest.raises(KeyboardInterrupt):
+        asking.ask(Logged(stop_at=1), variants, tmp_path / "stopped", how)
+    file = tmp_path / "stopped" / "predictions.jsonl"
+    assert [json.loads(line)["id"] for line in file.read_text().splitlines()] == blocks[0]
+    # a write torn by a power cut: the last line of the first block is half there
+    file.write_text(file.read_text()[:-20])
+    again = Logged()
+    asking.ask(again, variants, tmp_path / "stopped", how)
+    assert again.calls == [names[3:4], *blocks[1:]]
+    assert file.read_text() == (tmp_path / "straight" / "predictions.jsonl").read_text()
+
+
+def test_a_block_is_on_the_disk_whole_before_the_next_one_is_asked(tmp_path):
+    """Replies beyond any buffer's size: what another process sees is whole blocks."""
+    seen = []
+
+    class Wordy(Looking):
+        def generate(self, requests, sampling):
+            file = tmp_path / "predictions.jsonl"
+            seen.append([json.loads(line)["id"] for line in file.read_text().splitlines()])
+            return [Completion(request.id, "Yes. " * 1000) for request in requests]
+
+    variants = [reliance.Variant(item) for item in yes_no_items(9)]
+    asking.ask(Wordy(), variants, tmp_path, asking.Asking(block_size=3))
+    names = [variant.id for variant in variants]
+    assert seen == [[], names[:3], names[:6]]
+
+
+def test_a_picture_is_hashed_once_however_many_questions_it_has(monkeypatch):
+    hashed = []
+    original = asking.sha256
+    monkeypatch.setattr(asking, "sha256", lambda image: hashed.append(image["bytes"]) or original(image))
+    one, other = ({"bytes": content, "path": None} for content in (b"one", b"other"))
+    items = [Item("yesno", str(n), "p", [picture], [user_message(QUESTION, 1)], label="yes")
+             for n, picture in enumerate([one, one, one, other])]  # fmt: skip
+    first = asking.settings("", [reliance.Variant(item) for item in items], asking.Asking(), seed=0)
+    assert hashed == [b"one", b"other"]
+    items[0].images[0] = other
+    assert asking.settings("", [reliance.Variant(item) for item in items], asking.Asking(), seed=0) != first
 
 
 def test_swapping_the_picture_changes_log_probs_of_a_real_model(tiny_llava, tmp_path):

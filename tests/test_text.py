@@ -129,10 +129,19 @@ def test_word_diff():
         ("same", "There is a "),
         ("removed", "red "),
         ("added", "blue "),
-        ("same", "cat"),
-        ("removed", "."),
-        ("added", ". Yes"),
+        ("same", "cat."),
+        ("added", " Yes"),
     ]
+    assert word_diff("a cat", "a cat sits") == [("same", "a cat"), ("added", " sits")]
+    assert word_diff("a  red cat", "a cat ") == [
+        ("same", "a"),
+        ("removed", "  red "),
+        ("added", " "),
+        ("same", "cat"),
+        ("added", " "),
+    ]
+    assert word_diff("same", "same") == [("same", "same")]
+    assert word_diff("", "") == []
 
 
 @given(PROSE, PROSE)
@@ -140,6 +149,14 @@ def test_word_diff_rebuilds_both_texts(before, after):
     pieces = word_diff(before, after)
     assert "".join(text for op, text in pieces if op != "added") == before
     assert "".join(text for op, text in pieces if op != "removed") == after
+    assert all(text for _, text in pieces)
+
+
+@given(st.lists(st.sampled_from(("a", "cat", ".", "sits")), max_size=8), st.data())
+def test_blanks_alone_never_make_words_differ(words, data):
+    before, after = ("".join(word + data.draw(st.sampled_from((" ", "\n"))) for word in words) for _ in range(2))
+    changed = [text for op, text in word_diff(before, after.rstrip()) if op != "same"]
+    assert all(text.isspace() for text in changed)
 
 
 def test_lexical_similarity_by_hand():
@@ -170,7 +187,11 @@ def test_load_similarity(monkeypatch):
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"'all-mpnet-base-v2'.*pip install prefalign\[similarity\].*`lexical`"):
+    message = (
+        r"'all-mpnet-base-v2'.*pip install \"prefalign\[similarity\]\".*pip install -e \"\.\[similarity\]\".*"
+        r"--similarity lexical"
+    )
+    with pytest.raises(ImportError, match=message):
         load_similarity("all-mpnet-base-v2")
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from prefalign.evals import Item, Prediction, yesno
+from prefalign.evals.files import PopeFiles, pope_items
 
 REPLIES = ["Yes", "yes, there is a dog", "No", "No, there is no cat.", "Yes.", "no"]
 GOLD = ["yes", "yes", "no", "no", "no", "yes"]
@@ -57,7 +58,18 @@ def test_constant_answers():
         ("It is a cat. No dog", "yes", "no"),
         ("Not sure", "yes", None),
         ("nope", "yes", "no"),
-        ("Yes, no doubt", "no", None),
+        ("Yes, no doubt", "no", "yes"),
+        ("Yes, there is no doubt", "no", "yes"),
+        ("Yes, a person with no hat.", "no", "yes"),
+        ("**Yes**. It is not far from the ring.", "yes", "yes"),
+        ("No. Yes would be wrong.", "no", "no"),
+        ("Yes and no.", "no", None),
+        ("Yes/no", "yes", None),
+        ("Yes or no, who can say", "no", None),
+        ("I would say yes, not no", "no", None),
+        ("There is a dog. Yes. No hat.", "yes", "yes"),
+        ("There is no dog. I cannot tell the rest.", "no", "no"),
+        ("Nothing like yesterday", "yes", None),
         ("There is a dog, not a cat", "no", "no"),
         ("YES!", "yes", "yes"),
         ("I don\u2019t know.", "yes", None),
@@ -120,7 +132,7 @@ def test_answers_out_of_order_are_refused(tmp_path, questions):
     with pytest.raises(ValueError, match="line 1 answers 'Is there a cat in the image"):
         yesno.read_pope_answers(answers, items)
     answers.write_text('{"question": "Is there a dog in the image?"}\n' * 2)
-    with pytest.raises(ValueError, match="line 1 has no `answer`"):
+    with pytest.raises(ValueError, match=r"answers.jsonl line 1 lacks answer \(it has question\)"):
         yesno.read_pope_answers(answers, items)
 
 
@@ -129,3 +141,35 @@ def test_question_without_label_is_refused(tmp_path):
     file.write_text('{"question_id": 1, "image": "a.png", "text": "Is there a dog?"}\n')
     with pytest.raises(ValueError, match="line 1 lacks label"):
         yesno.read_pope(file)
+
+
+def test_questions_that_are_cut_off_or_missing_are_refused(tmp_path, questions):
+    whole = questions.read_text()
+    questions.write_text(whole[:-30])
+    with pytest.raises(ValueError, match=r"coco_pope_random.json line 2 is not complete JSON .* Was the file cut off"):
+        yesno.read_pope(questions)
+    for nothing in ("", "\n \n"):
+        questions.write_text(nothing)
+        with pytest.raises(ValueError, match=r"coco_pope_random.json holds no rows: there would be nothing to score"):
+            yesno.read_pope(questions)
+    questions.write_text("[1]\n")
+    with pytest.raises(ValueError, match=r"line 1 is a list, not an object with image, text, label"):
+        yesno.read_pope(questions)
+    questions.write_bytes(b"\x1f\x8b\xff")
+    with pytest.raises(ValueError, match=r"coco_pope_random.json is not text in UTF-8"):
+        yesno.read_pope(questions)
+    with pytest.raises(ValueError, match=r"there is no file .*gone.json"):
+        yesno.read_pope(tmp_path / "gone.json")
+
+
+def test_questions_about_one_picture_share_its_bytes(tmp_path, questions):
+    """Within a file, and over the splits of one benchmark; another picture is another object."""
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    (tmp_path / "a.png").write_bytes(b"one")
+    (tmp_path / "b.png").write_bytes(b"two")
+    other = tmp_path / "coco_pope_popular.json"
+    other.write_text("".join(json.dumps(row) + "\n" for row in [rows[0], {**rows[1], "image": "b.png"}]))
+    items, _ = pope_items(PopeFiles([questions, other], images=tmp_path), needs_pictures=True)
+    first, second, third, last = (item.images[0] for item in items)
+    assert first is second is third
+    assert (first["bytes"], last["bytes"]) == (b"one", b"two")

@@ -4,7 +4,10 @@ chair.py        what a caption names that is not there, and what it misses
 yesno.py        POPE-style questions
 attributes.py   short answers: colour, count, place
 reliance.py     the same questions under another picture, or none
+reading.py      the benchmarks' files, line by line
+files.py        benchmarks from a user's own files
 asking.py       engine -> predictions.jsonl, resumable
+scoring.py      predictions.jsonl -> items.jsonl, each item to its benchmark's `score`
 statistics.py   cluster bootstrap, paired tests (scipy)
 summary.py      items -> metrics, comparison of two runs, table
 """
@@ -17,14 +20,6 @@ from typing import Literal
 from prefalign.images import EncodedImage
 from prefalign.records import Message
 
-EVALS = {
-    "chair": "prefalign.evals.chair",
-    "yesno": "prefalign.evals.yesno",
-    "attributes": "prefalign.evals.attributes",
-    "reliance": "prefalign.evals.reliance",
-}
-"""Eval name to the module that parses and scores it."""
-
 Status = Literal["ok", "unparsed", "empty", "error"]
 
 
@@ -33,7 +28,7 @@ class Item:
     """One thing to ask, with what is known of its answer.
 
     Attributes:
-        eval: which of `EVALS` scores it.
+        eval: the module that scores it (`chair`, `yesno`, `attributes`); see `scoring.score_all`.
         id: identity within its eval; two runs are joined on it.
         group: cluster for statistics: items about one picture are not independent.
         images: encoded pictures in the order of their placeholders.

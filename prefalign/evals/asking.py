@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from prefalign.engines import Completion, Engine, Request, Sampling, require
 from prefalign.evals import Prediction
+from prefalign.evals.reading import read_jsonl
 from prefalign.evals.reliance import Variant
 from prefalign.images import ImageError, sha256
 from prefalign.records import canonical_json, message_text
@@ -29,7 +31,7 @@ class Asking:
     Attributes:
         max_new_tokens: longest caption.
         short_answer_tokens: longest answer to any other question.
-        block_size: items per block; a block is what an interruption can cost.
+        block_size: items per block; a block is written at once, so it is what an interruption can cost.
         noise_step: step of the diffusion schedule for the condition `noise` (500 of 1000, as POVID).
         pictures: how many pictures are copied into the folder, for people to look at.
     """
@@ -49,7 +51,8 @@ def ask(
 ) -> list[Prediction]:
     """Replies to all variants, in order; those already in `folder` under the same settings are not drawn again.
 
-    Replies that failed are tried again when the run is started again.
+    Blocks lie at fixed positions of `variants`, so that a run that was killed and started again makes the same batches, and
+    with them the same rounding. Replies that failed are tried again when the run is started again.
 
     Raises:
         ValueError: if the folder holds replies made with other settings, or two variants share an id.
@@ -67,14 +70,17 @@ def ask(
     identity = settings(engine.fingerprint, variants, asking, seed=seed)
     _claim(folder, identity)
     done = {(reply.eval, reply.id): reply for reply in _finished(folder / PREDICTIONS)}
-    waiting = [variant for variant in variants if (variant.eval, variant.id) not in done]
     _write(folder / PREDICTIONS, [done[key] for key in keys if key in done])
-    with (folder / PREDICTIONS).open("a", encoding="utf-8") as stream:
-        for block in tqdm(list(_blocks(waiting, asking)), desc="ask", unit="block", disable=None):
-            for reply in _ask_block(engine, block, folder, asking, seed):
-                done[reply.eval, reply.id] = reply
-                stream.write(json.dumps(dataclasses.asdict(reply), ensure_ascii=False) + "\n")
+    with (folder / PREDICTIONS).open("ab") as stream:
+        for block in tqdm(list(_blocks(variants, asking)), desc="ask", unit="block", disable=None):
+            waiting = [variant for variant in block if (variant.eval, variant.id) not in done]
+            if not waiting:
+                continue
+            replies = list(_ask_block(engine, waiting, folder, asking, seed))
+            done |= {(reply.eval, reply.id): reply for reply in replies}
+            stream.write(_lines(replies))
             stream.flush()
+            os.fsync(stream.fileno())
     replies = [done[key] for key in keys]
     _write(folder / PREDICTIONS, replies)
     return replies
@@ -85,12 +91,14 @@ def settings(fingerprint: str, variants: Sequence[Variant], asking: Asking, *, s
     digest = hashlib.sha256()
     hashes: dict[int, str] = {}
     for variant in variants:
-        pictures = [hashes.setdefault(id(image), sha256(image)) for image in variant.item.images]
+        for image in variant.item.images:
+            if id(image) not in hashes:
+                hashes[id(image)] = sha256(image)
         asked = [
             variant.eval,
             variant.id,
             variant.item.messages,
-            pictures,
+            [hashes[id(image)] for image in variant.item.images],
             variant.item.answer,
             variant.donor and variant.donor.id,
         ]
@@ -109,22 +117,12 @@ def read_predictions(path: Path) -> list[Prediction]:
     """Replies from `predictions.jsonl`, or from the folder that holds it.
 
     Raises:
-        ValueError: if there is none, or a line is not a reply.
+        ValueError: if there is none, or a line is cut off or not a reply.
     """
     file = path / PREDICTIONS if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"no replies at {file}. Give the output folder of an evaluation, or its {PREDICTIONS}.")
-    replies = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            replies.append(_reply(json.loads(line)))
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{file.name} line {number} is not a reply as evaluate_model keeps it ({error})."
-            ) from error
-    return replies
+    return [_reply(row) for _, row in read_jsonl(file, required=("eval", "id", "group", "prompt", "text"))]
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -229,5 +227,8 @@ def _reply(row: Mapping[str, Any]) -> Prediction:
 
 
 def _write(file: Path, replies: Sequence[Prediction]) -> None:
-    text = "".join(json.dumps(dataclasses.asdict(reply), ensure_ascii=False) + "\n" for reply in replies)
-    write_atomically(file, text.encode())
+    write_atomically(file, _lines(replies))
+
+
+def _lines(replies: Sequence[Prediction]) -> bytes:
+    return "".join(json.dumps(dataclasses.asdict(reply), ensure_ascii=False) + "\n" for reply in replies).encode()

@@ -7,13 +7,13 @@ is understood too ("The ring is blue."): it is right if it names exactly one cho
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from prefalign.evals import Item, Prediction, Scored, reply_status
-from prefalign.images import read_image
+from prefalign.evals.reading import read_jsonl, read_once
+from prefalign.images import EncodedImage
 from prefalign.records import user_message
 
 NUMBERS = (
@@ -91,19 +91,12 @@ def read_short(questions: str | Path, images: str | Path | None = None) -> list[
         images: folder of the pictures; None to score saved answers without them.
 
     Raises:
-        ValueError: for a line without these keys, or an id that is there twice.
+        ValueError: for a file without rows, a line without these keys, or an id that is there twice.
     """
     path = Path(questions)
     items: dict[str, Item] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        row = json.loads(line)
-        missing = [key for key in ("id", "image", "question", "answer") if key not in row]
-        if missing:
-            raise ValueError(
-                f"{path.name} line {number} lacks {', '.join(missing)}; short-answer lines have id, image, question, answer."
-            )
+    known: dict[Path, EncodedImage] = {}
+    for number, row in read_jsonl(path, required=("id", "image", "question", "answer")):
         name = str(row["id"])
         if name in items:
             raise ValueError(
@@ -113,7 +106,7 @@ def read_short(questions: str | Path, images: str | Path | None = None) -> list[
             eval="attributes",
             id=name,
             group=str(row.get("group", row["image"])),
-            images=[read_image(Path(images) / row["image"])] if images is not None else [],
+            images=[read_once(Path(images) / row["image"], known)] if images is not None else [],
             messages=[user_message(row["question"], images=1)],
             label=str(row["answer"]),
             kind=str(row.get("kind", "")),

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefalign.evals import Item, Prediction, Scored, reply_status
+from prefalign.evals.reading import check_row, read_json, read_jsonl, read_text
 
 Parser = Literal["robust", "original"]
 
@@ -124,7 +125,7 @@ def read_synonyms(path: str | Path) -> dict[str, list[str]]:
     Raises:
         ValueError: for a file without any line.
     """
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in read_text(Path(path)).splitlines()]
     table = {line.split(", ")[0]: line.split(", ") for line in lines if line}
     if not table:
         raise ValueError(f"{Path(path).name} holds no synonyms; CHAIR would find no object in any caption.")
@@ -185,12 +186,14 @@ def read_coco_truth(
         captions: `captions_*.json` files of COCO.
 
     Raises:
-        ValueError: if a picture is in none of the files: every mention in it would count as hallucinated.
+        ValueError: if a picture is in none of the files: every mention in it would count as hallucinated; or if a file is
+            cut off or not COCO's.
     """
     found: dict[int, set[str]] = {image_id: set() for image_id in image_ids}
     seen: set[int] = set()
     for file in [*instances, *captions]:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = read_json(file)
+        check_row(content, ("annotations",), Path(file).name)
         names = {category["id"]: category["name"] for category in content.get("categories", [])}
         seen.update(image["id"] for image in content.get("images", []))
         for annotation in content["annotations"]:
@@ -215,22 +218,22 @@ def read_captions(path: str | Path) -> dict[int, str]:
     """Generated captions: JSONL of `{"image_id", "caption"}` (OPERA, lmms-eval), a list of them, or the original's `imgToEval`.
 
     Raises:
-        ValueError: for a row without these keys, or a picture with two captions.
+        ValueError: for a file without captions, a row without these keys, or a picture with two captions.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
+    keys = ("image_id", "caption")
     try:
-        content: Any = json.loads(text)
+        content: Any = json.loads(read_text(path))
     except json.JSONDecodeError:
-        content = [json.loads(line) for line in text.split("\n") if line.strip()]
-    if isinstance(content, dict):
-        content = list(content["imgToEval"].values()) if "imgToEval" in content else [content]
+        content = None
+    if isinstance(content, dict) and "imgToEval" in content:
+        content = list(content["imgToEval"].values())
+    rows = list(enumerate(content, 1)) if isinstance(content, list) else read_jsonl(path, required=keys)
+    if not rows:
+        raise ValueError(f"{path.name} holds no captions: there would be nothing to score. Check how it was written.")
     found: dict[int, str] = {}
-    for number, row in enumerate(content, 1):
-        if "image_id" not in row or "caption" not in row:
-            raise ValueError(
-                f"{path.name} row {number} has {', '.join(sorted(row))}; CHAIR reads `image_id` and `caption`."
-            )
+    for number, row in rows:
+        check_row(row, keys, f"{path.name} row {number}")
         image_id = int(row["image_id"])
         if image_id in found:
             raise ValueError(f"{path.name} has two captions for picture {image_id}; which one counts? Keep one.")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from prefalign.evals import Item, Prediction, attributes, chair, yesno
-from prefalign.images import read_image
+from prefalign.evals.reading import read_jsonl
+from prefalign.images import EncodedImage, read_image
 from prefalign.records import user_message
 
 
@@ -105,8 +105,8 @@ def chair_items(data: ChairFiles, needs_pictures: bool) -> tuple[list[Item], lis
     vocabulary = chair.vocabulary(chair.read_synonyms(data.synonyms), parser=data.parser)
     made = chair.read_captions(data.generated) if data.generated is not None else {}
     if data.questions is not None:
-        lines = data.questions.read_text(encoding="utf-8").split("\n")
-        asked = {int(row["image_id"]): str(row["image"]) for row in map(json.loads, filter(str.strip, lines))}
+        rows = read_jsonl(data.questions, required=("image_id", "image"))
+        asked = {int(row["image_id"]): str(row["image"]) for _, row in rows}
     elif made:
         asked = dict.fromkeys(made, "")
     else:
@@ -145,8 +145,9 @@ def pope_items(data: PopeFiles, needs_pictures: bool) -> tuple[list[Item], list[
     folder = _pictures(data.images, "files.pope", needs_pictures and not data.answers)
     items: list[Item] = []
     given: list[Prediction] = []
+    known: dict[Path, EncodedImage] = {}
     for number, questions in enumerate(data.questions):
-        found = yesno.read_pope(questions, None if data.answers else folder, suffix=data.suffix)
+        found = yesno.read_pope(questions, None if data.answers else folder, suffix=data.suffix, known=known)
         if data.answers:
             given += yesno.read_pope_answers(data.answers[number], found)
         items += found

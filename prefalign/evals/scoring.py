@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from prefalign.evals import Item, Prediction, Scored, attributes, chair, reliance, yesno
+from prefalign.evals.reading import read_jsonl
 from prefalign.store import write_atomically
 
 
@@ -51,11 +52,14 @@ def write_items(path: Path, scored: Sequence[Scored]) -> None:
 
 
 def read_items(path: Path) -> list[Scored]:
-    """Scored items of a finished evaluation."""
+    """Scored items of a finished evaluation.
+
+    Raises:
+        ValueError: if a line is cut off or is not a scored item.
+    """
     named = {entry.name for entry in dataclasses.fields(Scored)} - {"numbers"}
     found = []
-    for line in filter(str.strip, path.read_text(encoding="utf-8").split("\n")):
-        row = json.loads(line)
+    for _, row in read_jsonl(path, required=sorted(named)):
         numbers = {key: value for key, value in row.items() if key not in named}
         found.append(Scored(**{key: row[key] for key in named}, numbers=numbers))
     return found

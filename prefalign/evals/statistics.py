@@ -1,7 +1,7 @@
 """Intervals and paired tests. Items about one picture are resampled together; every metric is a ratio of sums.
 
-Source: the spec's section 7 (clusters, percentile, 10,000 draws, empty draws skipped and counted); clustered standard error
-from Miller, "Adding Error Bars to Evals", 2024, eq. 4. Resampling and tests are scipy's.
+Source: the spec's section 7 (clusters, percentile, 10,000 draws, empty draws skipped and counted). Resampling and tests are
+scipy's.
 """
 
 from __future__ import annotations
@@ -109,19 +109,6 @@ def resample(
     return Resampled(sums, dict(zip(names, drawn, strict=True)), len(clusters))
 
 
-def ratio_of_sums(
-    numerator: Sequence[float],
-    denominator: Sequence[float],
-    groups: Sequence[str],
-    *,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> Estimate:
-    """Estimate of sum(numerator) / sum(denominator) by cluster bootstrap."""
-    resampled = resample({"above": numerator, "below": denominator}, groups, draws=draws, seed=seed)
-    return resampled.ratio("above", "below", n=len(groups))
-
-
 def median(values: Sequence[float], groups: Sequence[str], *, draws: int = DRAWS, seed: int = 0) -> Estimate:
     """Median (the lower one of an even number) with a cluster-bootstrap interval."""
     import numpy as np
@@ -146,17 +133,6 @@ def median(values: Sequence[float], groups: Sequence[str], *, draws: int = DRAWS
         method="percentile", rng=np.random.default_rng(seed),
     ).bootstrap_distribution  # fmt: skip
     return _estimate(value, drawn, len(ranked))
-
-
-def clustered_error(values: Sequence[float], groups: Sequence[str]) -> float:
-    """Standard error of a mean whose items come in clusters: CLT variance plus covariances within clusters (Miller, eq. 4)."""
-    import numpy as np
-
-    scores = np.asarray(values, dtype=np.float64)
-    n = len(scores)
-    off = scores - scores.mean()
-    within = sum(off[np.asarray(groups) == group].sum() ** 2 for group in set(groups)) - (off**2).sum()
-    return float(np.sqrt(max(0.0, scores.var(ddof=1) / n + within / n**2)))
 
 
 def mcnemar(gains: int, losses: int) -> float:
@@ -211,27 +187,6 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         largest = max(largest, min(1.0, p * (len(p_values) - rank)))
         adjusted[name] = largest
     return {name: adjusted[name] for name in p_values}
-
-
-@dataclass(frozen=True)
-class WinRate:
-    """Shares of items won, lost and tied; `adjusted` = (wins + ties / 2) / n (FastChat); sign test on decisive items."""
-
-    wins: int
-    losses: int
-    ties: int
-    adjusted: Estimate
-    p_sign: float
-
-
-def win_tie_loss(
-    run: Sequence[float], baseline: Sequence[float], groups: Sequence[str], *, draws: int = DRAWS, seed: int = 0
-) -> WinRate:
-    """Count items on which `run` scores higher, lower, or the same."""
-    points = [1.0 if a > b else 0.0 if a < b else 0.5 for a, b in zip(run, baseline, strict=True)]
-    wins, losses = points.count(1.0), points.count(0.0)
-    adjusted = ratio_of_sums(points, [1.0] * len(points), groups, draws=draws, seed=seed)
-    return WinRate(wins, losses, len(points) - wins - losses, adjusted, mcnemar(wins, losses))
 
 
 def _counts(drawn: Any, clusters: int) -> np.ndarray:

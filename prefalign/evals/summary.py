@@ -44,6 +44,12 @@ CHAIR = {
     "objects_per_caption": (("mentions",), ("captions",)),
     "words_per_caption": (("words",), ("captions",)),
 }
+HEADLINES = (
+    "chair_i", "chair_s", "recall", "recall_clear", "objects_per_caption", "words_per_caption",
+    "accuracy", "yesno_accuracy", "yesno_precision", "yesno_recall", "yesno_f1", "yes_ratio", "attribute_accuracy",
+    "reliance", "reliance_blank", "reliance_noise",
+)  # fmt: skip
+"""The figures that `table` shows, in order."""
 YESNO = {
     "accuracy": (("correct",), ("asked",)),
     "precision": (("tp",), ("said_yes",)),
@@ -186,9 +192,9 @@ def counts(items: Sequence[Scored]) -> dict[str, dict[str, float]]:
 
 
 def table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """Metrics as text: value, interval, items, and the difference to the baseline where there is one."""
-    names = [name for name in metrics if not name.startswith("difference.")]
-    with_baseline = len(names) < len(metrics)
+    """The headline metrics as text: value, interval, items, and the difference to the baseline where there is one."""
+    names = [name for name in HEADLINES if name in metrics]
+    with_baseline = any(name.startswith("difference.") for name in metrics)
     rows = [
         [
             "metric",

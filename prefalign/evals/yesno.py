@@ -2,24 +2,29 @@
 
 Source: Li et al. 2023, arXiv 2305.10355; AoiDragon/POPE `evaluate.py`. The released code (`strict` here) cuts the reply at the
 first full stop and calls it "no" if a word is exactly `No`, `no` or `not`, and "yes" otherwise, so that silence and "maybe"
-are "yes". `robust` takes the reply's only kind of yes/no word, whatever its case, understands "n't", and leaves replies
-that say both, neither, or that they do not know, unparsed: they count as wrong, and as neither a yes nor a no.
+are "yes". `robust` goes by the yes or no that a reply begins with ("Yes, a person with no hat."), whatever its case; without
+one by the first sentence that has a yes/no word, "n't" included. Where that says both, or that it does not know, and where
+no sentence says either, the reply is unparsed: it counts as wrong, and as neither a yes nor a no.
 Figures with 0/0 are undefined, where the released code stops.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from prefalign.evals import Item, Prediction, Scored, reply_status
-from prefalign.images import EncodedImage, read_image
+from prefalign.evals.reading import read_jsonl, read_once
+from prefalign.images import EncodedImage
 from prefalign.records import user_message
+from prefalign.text import split_sentences
 
 _YES = {"yes", "yeah", "yep"}
 _NO = {"no", "not", "nope", "cannot", "none"}
+_LEADING = re.compile(
+    r"[^a-z]*(?:(?P<yes>yes|yeah|yep)|(?P<no>no|nope))\b(?!\s*(?:/|,?\s*(?:or|and)\b)\s*(?:yes|no)\b)"
+)
 _UNSURE = re.compile(r"\b(?:not|cannot|\w+n't) (?:\w+ ){0,2}?(?:know|sure|certain|tell|say|clear|determine|possible)\b")
 
 
@@ -30,14 +35,20 @@ def strict(text: str) -> str:
 
 
 def robust(text: str) -> str | None:
-    """`yes`, `no`, or None for a reply that says both, neither, or that it does not know."""
+    """`yes`, `no`, or None for a reply that says both at once, neither, or that it does not know."""
     plain = text.lower().replace("\u2019", "'")
-    words = re.findall(r"[a-z]+(?:'[a-z]+)?", plain)
-    said_yes = any(word in _YES for word in words)
-    said_no = any(word in _NO or word.endswith("n't") for word in words)
-    if said_yes == said_no or _UNSURE.search(plain):
-        return None
-    return "yes" if said_yes else "no"
+    leading = _LEADING.match(plain)
+    if leading:
+        return leading.lastgroup
+    for sentence in split_sentences(plain):
+        words = re.findall(r"[a-z]+(?:'[a-z]+)?", sentence)
+        said_yes = any(word in _YES for word in words)
+        said_no = any(word in _NO or word.endswith("n't") for word in words)
+        if _UNSURE.search(sentence) or (said_yes and said_no):
+            return None
+        if said_yes or said_no:
+            return "yes" if said_yes else "no"
+    return None
 
 
 def score(item: Item, prediction: Prediction | None) -> Scored:
@@ -94,26 +105,29 @@ def constant_answers(labels: Sequence[str]) -> dict[str, dict[str, float | None]
     return found
 
 
-def read_pope(questions: str | Path, images: str | Path | None = None, *, suffix: str = "") -> list[Item]:
+def read_pope(
+    questions: str | Path,
+    images: str | Path | None = None,
+    *,
+    suffix: str = "",
+    known: dict[Path, EncodedImage] | None = None,
+) -> list[Item]:
     """Read POPE questions: JSONL of `{"question_id", "image", "text", "label"}`.
 
     Args:
         questions: a split's file; its name goes into the item ids, so that several splits can be asked together.
         images: folder of the pictures; None to score saved answers without them.
         suffix: appended to each question, e.g. `Please answer yes or no.`; the benchmark itself asks the bare question.
+        known: pictures read before, by path; those read now are added, so that questions and splits share them.
 
     Raises:
-        ValueError: for a line without these keys.
+        ValueError: for a file without rows, or a line without these keys (`question_id` may be missing).
     """
     path = Path(questions)
+    known = {} if known is None else known
     items = []
-    for number, row in enumerate(_jsonl(path), 1):
-        missing = [key for key in ("image", "text", "label") if key not in row]
-        if missing:
-            raise ValueError(
-                f"{path.name} line {number} lacks {', '.join(missing)}; POPE lines have question_id, image, text, label."
-            )
-        pictures: list[EncodedImage] = [read_image(Path(images) / row["image"])] if images is not None else []
+    for number, row in read_jsonl(path, required=("image", "text", "label")):
+        pictures = [read_once(Path(images) / row["image"], known)] if images is not None else []
         items.append(
             Item(
                 eval="yesno",
@@ -135,28 +149,23 @@ def read_pope_answers(path: str | Path, items: Sequence[Item]) -> list[Predictio
     Raises:
         ValueError: if number, order or wording do not match the questions: every later answer would score another question.
     """
-    rows = _jsonl(Path(path))
+    rows = read_jsonl(path, required=("answer",))
     if len(rows) != len(items):
         raise ValueError(
             f"{Path(path).name} has {len(rows)} answers for {len(items)} questions; they are joined by order, so the "
             "numbers must agree. Give the answers of this very split."
         )
     predictions = []
-    for number, (row, item) in enumerate(zip(rows, items, strict=True), 1):
+    for (number, row), item in zip(rows, items, strict=True):
         asked = item.messages[-1]["content"][-1]["text"]
         given = str(row.get("question", asked)).strip()
         if not (given.startswith(asked) or asked.startswith(given)):
             raise ValueError(
-                f"{Path(path).name} line {number} answers {given!r}, but question {number} is {asked!r}; order differs."
+                f"{Path(path).name} line {number} answers {given!r}, but the question in its place is {asked!r}: "
+                "the order differs. Give the answers in the order of the questions."
             )
-        if "answer" not in row:
-            raise ValueError(f"{Path(path).name} line {number} has no `answer`.")
         predictions.append(Prediction("yesno", item.id, item.group, asked, str(row["answer"])))
     return predictions
-
-
-def _jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def _ratio(above: float, below: float) -> float | None:

@@ -186,8 +186,8 @@ def _pieces(parts: list[tuple[str, bool]], text: str, invented: Sequence[str]) -
     for part, changed in parts:
         stop = start + len(part)
         cuts = {start, stop, *(cut for span in spans for cut in span if start < cut < stop)}
-        if changed:  # blanks at the end of a changed run stay unmarked
-            cuts.add(start + len(part.rstrip()))
+        if changed:  # blanks around a changed run stay unmarked
+            cuts |= {start + len(part) - len(part.lstrip()), start + len(part.rstrip())}
         edges = sorted(cuts)
         for low, high in pairwise(edges):
             inside = any(a <= low and high <= b for a, b in spans)
