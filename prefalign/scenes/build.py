@@ -128,7 +128,8 @@ def rate(step: int, steps: int) -> float:
 
 def optimizers_for(model: LlavaForConditionalGeneration) -> list[torch.optim.Optimizer]:
     """Muon for the matrices between layers, AdamW for embeddings, head and everything that is not a matrix."""
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, weight in model.named_parameters():
         inner = weight.dim() == 2 and not any(part in name for part in ("embed", "lm_head", "position"))
         (matrices if inner else others).append(weight)

@@ -202,6 +202,7 @@ def save(
     file = output / "model.safetensors"
     named = {_hub_name(name): value.to(dtype).contiguous() for name, value in load_file(file).items()}
     save_file(named, file, metadata={"format": "pt"})
+    file.chmod(0o644)
     stored = LlavaConfig.from_pretrained(output)
     stored.dtype = stored.text_config.dtype = stored.vision_config.dtype = str(dtype).removeprefix("torch.")
     stored.architectures = ["LlavaForConditionalGeneration"]
