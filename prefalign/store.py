@@ -397,7 +397,7 @@ def _claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
             next(folder.glob(kind), None) for kind in ("progress/*.json", "data/*.parquet", "manifest.json")
         )
         if before != identity and not (unused and "data_sha256" in before):
-            changed = "; ".join(_differences(before, identity))
+            changed = "; ".join(differences(before, identity))
             raise StoreError(
                 f"{folder} holds rows made with another config ({changed}). Mixing them would make the manifest a lie: "
                 "give another `output.path`, or delete the folder."
@@ -411,10 +411,11 @@ def _claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
     write_atomically(file, json.dumps(identity, indent=2).encode())
 
 
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Lines such as `settings.beta: 0.1 -> 0.2` for every value that differs between two nested mappings."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in sorted({*before, *now}):
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
     elif before != now:
         yield f"{name}: {str(before)[:60]} -> {str(now)[:60]}"
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from prefalign.store import write_atomically
+from prefalign.store import differences, write_atomically
 from prefalign.training.checkpoints import last_checkpoint
 
 CONFIG_FILE = "prefalign_config.yaml"
@@ -77,7 +77,7 @@ def open_run(
     file = folder / CONFIG_FILE
     if file.is_file():
         before, now = yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(files[CONFIG_FILE])
-        changed = [line for line in _differences(before, now) if line.split(":")[0] not in FREE]
+        changed = [line for line in differences(before, now) if line.split(":")[0] not in FREE]
         for name, what in ((PAIRS_FILE, "pairs"), (EVAL_PAIRS_FILE, "eval_pairs")):
             known = folder / name
             if name in files and known.is_file() and known.read_text(encoding="utf-8") != files[name]:
@@ -147,11 +147,3 @@ def _is_full_disk(error: BaseException | None) -> bool:
 def finish_run(folder: Path, results: Mapping[str, Any]) -> None:
     """Write `all_results.json`, the last file of a run."""
     write_atomically(folder / RESULTS_FILE, json.dumps(dict(results), indent=4, sort_keys=True).encode())
-
-
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        for key in sorted({*before, *now}):
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now:
-        yield f"{name}: {str(before)[:60]} -> {str(now)[:60]}"
