@@ -52,6 +52,10 @@ def main(demo: Config) -> dict[str, Any]:
 
     out = demo.output
     claim(demo)
+    if (out / "publish" / "README.md").is_file():
+        finished = json.loads((out / "results.json").read_text())
+        show(finished, out)
+        return finished
 
     step(
         "1/6 prompts: pictures the base model was trained on" if demo.regime == "seen" else "1/6 prompts: fair pictures"
@@ -97,10 +101,15 @@ def main(demo: Config) -> dict[str, Any]:
     step("6/6 report and publishable folder")
     write_reports(demo, results)
     publish(demo)
+    show(results, out)
+    return results
+
+
+def show(results: Mapping[str, Any], out: Path) -> None:
+    """Print the table, the verdict and where things are."""
     print(table(results))
     print(f"\n{results['verdict']}\n\nreport: {out / 'report.html'}\nnumbers: {out / 'results.json'}")
     print(f"checkpoint ready to publish: {out / 'publish'}")
-    return results
 
 
 def step(text: str) -> None:

@@ -99,7 +99,8 @@ def test_demo(tmp_path, capsys):
     assert results["verdict"] in capsys.readouterr().out
     for name in ("report.html", "pairs.html", "publish/README.md", "publish/model.safetensors"):
         assert (tmp_path / "demo" / name).stat().st_size > 1000
-    again = start("recipes/demo", "demo", changes)
-    assert again == results
+    written = (tmp_path / "demo" / "report.html").stat().st_mtime_ns
+    assert start("recipes/demo", "demo", changes) == results
+    assert (tmp_path / "demo" / "report.html").stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="holds a demo with other settings"):
         start("recipes/demo", "demo", config.merge(changes, {"seed": 1}))
