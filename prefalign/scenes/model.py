@@ -157,7 +157,7 @@ def untrained(words: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForConditio
     """The model with random float32 weights drawn from `seed`, of sizes that suit so narrow a model.
 
     Attention starts out mimetic (Trockman and Kolter, arXiv 2305.09828): queries meet keys that are like them, and what is
-    attended to is passed on as it is. Grounding then takes 200 steps where it took 1,000.
+    attended to is passed on as it is.
     """
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config(words))
