@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prefalign import records, store
+from prefalign import stages, store
 from prefalign.engines import Engine, Sampling
 from prefalign.guided import BiasConfig, Corrupted, Item, corrupted_answers, rejection
-from prefalign.images import ImageError, open_image
+from prefalign.manifest import Manifest
 from prefalign.models import ModelConfig
 from prefalign.records import Pair, Prompt
 from prefalign.sources import DataConfig
-from prefalign.store import Dropped, Failed, Manifest, Outcome, OutputConfig
+from prefalign.store import Dropped, Failed, Outcome, OutputConfig
 from prefalign.text import Similarity, load_similarity
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 METHOD = "bdhs"
 
@@ -82,51 +85,26 @@ def row_settings(config: Config) -> dict[str, Any]:
 
 def process(block: list[Prompt], engine: Engine, similarity: Similarity, config: Config) -> list[Outcome]:
     """One outcome for each prompt of a block; all sentences of all prompts are drawn together."""
-    items: dict[int, Item] = {}
-    outcomes: dict[int, Outcome] = {}
-    for index, prompt in enumerate(block):
-        found = _item(prompt)
-        if isinstance(found, Item):
-            items[index] = found
-        else:
-            outcomes[index] = found
-    answers = corrupted_answers(
-        engine, list(items.values()), config.bias, config.sampling, similarity, seed=config.seed
-    )
-    for (index, item), answer in zip(items.items(), answers, strict=True):
-        reason = rejection(item, answer)
-        if reason == "generation_failed":
-            outcomes[index] = Failed(reason, str(answer.error))
-        elif reason is not None:
-            outcomes[index] = Dropped(reason)
-        else:
-            outcomes[index] = [_pair(block[index], answer, engine.fingerprint, config)]
-    return [outcomes[index] for index in range(len(block))]
+
+    def work(rows: list[tuple[Prompt, list[Image.Image]]]) -> list[Outcome]:
+        items = [Item(prompt.id, prompt.messages, images, str(prompt.answer)) for prompt, images in rows]
+        answers = corrupted_answers(engine, items, config.bias, config.sampling, similarity, seed=config.seed)
+        return [
+            _outcome(prompt, item, answer, engine.fingerprint, config)
+            for (prompt, _), item, answer in zip(rows, items, answers, strict=True)
+        ]
+
+    return stages.in_order(block, stages.usable, work)
 
 
-def _item(prompt: Prompt) -> Item | Dropped | Failed:
-    """The prompt with decoded pictures, or why it cannot be used: no answer to corrupt, or no picture to hide."""
-    if prompt.answer is None or not prompt.answer.strip():
-        return Dropped("no_reference")
-    if not prompt.images:
-        return Dropped("no_picture")
-    try:
-        images = [open_image(image) for image in prompt.images]
-    except ImageError as error:
-        return Failed(error.reason, str(error))
-    return Item(prompt.id, prompt.messages, images, prompt.answer)
-
-
-def _pair(prompt: Prompt, answer: Corrupted, generator: str, config: Config) -> Pair:
-    assert prompt.answer is not None
-    settings = row_settings(config)
+def _outcome(prompt: Prompt, item: Item, answer: Corrupted, generator: str, config: Config) -> Outcome:
+    reason = rejection(item, answer)
+    if reason == "generation_failed":
+        return Failed(reason, str(answer.error))
+    if reason is not None:
+        return Dropped(reason)
     masked = config.bias.variant == "attention"
     meta = {
-        "parent": prompt.id,
-        "generator": generator,
-        "seed": config.seed,
-        "settings": settings,
-        "images_sha256": store.provenance(prompt.images),
         "variant": config.bias.variant,
         "rho_th": config.bias.rho_th if masked else None,
         "noise_step": None if masked else config.bias.noise_step,
@@ -138,17 +116,10 @@ def _pair(prompt: Prompt, answer: Corrupted, generator: str, config: Config) -> 
         "yesno_swapped": answer.yesno_swapped,
         "online": False,
     }
-    return Pair(
-        id=records.record_id(method=METHOD, parent=prompt.id, settings=settings, model=generator, seed=config.seed),
-        images=prompt.images,
-        prompt=prompt.messages,
-        chosen=[records.assistant_message(prompt.answer)],
-        rejected=[records.assistant_message(answer.text)],
-        method=METHOD,
-        answer=prompt.answer,
-        facts=prompt.facts,
-        meta=meta,
-    )
+    return [
+        stages.make_pair(prompt, method=METHOD, chosen=item.answer, rejected=answer.text, settings=row_settings(config),
+                         seed=config.seed, model=generator, meta=meta)
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -15,19 +15,23 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from prefalign import records, store
+from prefalign import records, stages, store
 from prefalign.corruption import diffusion_noise, noise_factors
 from prefalign.editors import Edit, EditItem, Editor, EngineEditor
 from prefalign.engines import Sampling
-from prefalign.images import EncodedImage, ImageError, encode_png, open_image
+from prefalign.images import EncodedImage, encode_png
+from prefalign.manifest import Manifest
 from prefalign.models import ModelConfig
 from prefalign.records import Pair, Prompt
 from prefalign.rule_editor import KINDS, RuleEditor, Vocabulary
 from prefalign.sources import DataConfig
-from prefalign.store import Dropped, Failed, Manifest, Outcome, OutputConfig
+from prefalign.store import Dropped, Failed, Outcome, OutputConfig
 from prefalign.text import same_answer
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 METHOD = "povid"
 
@@ -144,49 +148,29 @@ def row_settings(config: Config) -> dict[str, Any]:
 
 def process(block: list[Prompt], editor: Editor, config: Config) -> list[Outcome]:
     """One outcome for each prompt of a block; an engine edits all of them in one call."""
-    items: dict[int, EditItem] = {}
-    outcomes: dict[int, Outcome] = {}
-    for index, prompt in enumerate(block):
-        found = _item(prompt)
-        if isinstance(found, EditItem):
-            items[index] = found
-        else:
-            outcomes[index] = found
-    edits = editor.edit(list(items.values()))
-    for (index, item), edit in zip(items.items(), edits, strict=True):
-        if edit.refused == "generation_failed":
-            outcomes[index] = Failed(edit.refused, edit.message)
-        elif edit.refused is not None:
-            outcomes[index] = Dropped(edit.refused)
-        elif same_answer(item.answer, edit.text):
-            outcomes[index] = Dropped("identical_answers")
-        else:
-            outcomes[index] = [_pair(block[index], item, edit, editor.fingerprint, config)]
-    return [outcomes[index] for index in range(len(block))]
+
+    def work(rows: list[tuple[Prompt, list[Image.Image]]]) -> list[Outcome]:
+        items = [
+            EditItem(prompt.id, prompt.messages, images, str(prompt.answer), prompt.facts) for prompt, images in rows
+        ]
+        return [
+            _outcome(prompt, item, edit, editor.fingerprint, config)
+            for (prompt, _), item, edit in zip(rows, items, editor.edit(items), strict=True)
+        ]
+
+    return stages.in_order(block, stages.usable, work)
 
 
-def _item(prompt: Prompt) -> EditItem | Dropped | Failed:
-    """The prompt with decoded pictures, or why it cannot be used: no answer to edit, or no picture that it could contradict."""
-    if prompt.answer is None or not prompt.answer.strip():
-        return Dropped("no_reference")
-    if not prompt.images:
-        return Dropped("no_picture")
-    try:
-        images = [open_image(image) for image in prompt.images]
-    except ImageError as error:
-        return Failed(error.reason, str(error))
-    return EditItem(prompt.id, prompt.messages, images, prompt.answer, prompt.facts)
-
-
-def _pair(prompt: Prompt, item: EditItem, edit: Edit, injector: str, config: Config) -> Pair:
-    settings = row_settings(config)
+def _outcome(prompt: Prompt, item: EditItem, edit: Edit, injector: str, config: Config) -> Outcome:
+    if edit.refused == "generation_failed":
+        return Failed(edit.refused, edit.message)
+    if edit.refused is not None:
+        return Dropped(edit.refused)
+    if same_answer(item.answer, edit.text):
+        return Dropped("identical_answers")
     noise_seed = records.row_seed(config.seed, f"{prompt.id}/noise")
     meta = {
-        "parent": prompt.id,
         "injector": injector,
-        "seed": config.seed,
-        "settings": settings,
-        "images_sha256": store.provenance(prompt.images),
         "injection_type": edit.kind,
         "injected": edit.injected,
         "noise_step": config.noise.step,
@@ -194,18 +178,10 @@ def _pair(prompt: Prompt, item: EditItem, edit: Edit, injector: str, config: Con
         "noise_seed": noise_seed,
     }
     noised = _noised(item, noise_seed, config.noise) if config.rejected_images == "noised" else []
-    return Pair(
-        id=records.record_id(method=METHOD, parent=prompt.id, settings=settings, model=injector, seed=config.seed),
-        images=prompt.images,
-        prompt=prompt.messages,
-        chosen=[records.assistant_message(item.answer)],
-        rejected=[records.assistant_message(edit.text)],
-        method=METHOD,
-        rejected_images=noised,
-        answer=prompt.answer,
-        facts=prompt.facts,
-        meta=meta,
-    )
+    return [
+        stages.make_pair(prompt, method=METHOD, chosen=item.answer, rejected=edit.text, settings=row_settings(config),
+                         seed=config.seed, model=injector, meta=meta, rejected_images=noised)
+    ]  # fmt: skip
 
 
 def _noised(item: EditItem, seed: int, noise: NoiseConfig) -> list[EncodedImage]:

@@ -110,6 +110,17 @@ def message_text(messages: Sequence[Message]) -> str:
     return "\n".join(turns)
 
 
+def without_images(messages: Sequence[Message]) -> list[Message]:
+    """The same conversation with no picture in it: placeholders out, and the line breaks that set them apart."""
+    turns = []
+    for message in messages:
+        blocks = [block for block in message["content"] if block["type"] != "image"]
+        if len(blocks) < len(message["content"]):
+            blocks = [{"type": "text", "text": block["text"].strip("\n")} for block in blocks]
+        turns.append({"role": message["role"], "content": blocks})
+    return turns
+
+
 def placeholder_count(messages: Sequence[Message]) -> int:
     """Number of image placeholders in a message list."""
     return sum(block["type"] == "image" for message in messages for block in message["content"])
@@ -196,11 +207,15 @@ class Prompt(_Record):
     answer: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def check(self) -> None:
-        """Raise `RecordError` if placeholders and pictures do not agree or nothing is asked."""
+    def check_pictures(self) -> None:
+        """Raise `RecordError` if placeholders and pictures do not agree or nothing is asked: what every stage needs."""
         _check_placeholders(self.messages, self.images, f"prompt {self.id}")
         if not self.messages or self.messages[-1]["role"] != "user":
             raise RecordError("no_user_turn", f"prompt {self.id} does not end with a user turn; nothing is asked.")
+
+    def check(self) -> None:
+        """Raise `RecordError` if the prompt cannot be put to a model."""
+        self.check_pictures()
 
     @classmethod
     def features(cls) -> Features:
@@ -271,11 +286,19 @@ class Pair(_Record):
     margin: float | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 
-    def check(self) -> None:
-        """Raise `RecordError` if the pair cannot teach anything or cannot be shown to a model."""
+    def check_pictures(self) -> None:
+        """Raise `RecordError` if placeholders and pictures of a side do not agree or nothing is asked."""
         _check_placeholders(self.prompt, self.images, f"pair {self.id}")
         if self.rejected_images:
             _check_placeholders(self.prompt, self.rejected_images, f"pair {self.id} (rejected picture)")
+        if not self.prompt or self.prompt[-1]["role"] != "user":
+            raise RecordError(
+                "no_user_turn", f"pair {self.id}: the prompt does not end with a user turn; nothing is asked."
+            )
+
+    def check(self) -> None:
+        """Raise `RecordError` if the pair cannot teach anything or cannot be shown to a model."""
+        self.check_pictures()
         chosen, rejected = message_text(self.chosen), message_text(self.rejected)
         for side, text in (("chosen", chosen), ("rejected", rejected)):
             if not text.strip():

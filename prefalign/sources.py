@@ -1,6 +1,6 @@
 """Rows from files in the formats people have: ours, TRL, LLaVA, ShareGPT (LLaMA-Factory), ms-swift, RLAIF-V, POVID.
 
-A source streams raw rows and never opens a picture; `to_prompt` turns one raw row into a `Prompt` and reads its
+A source streams raw rows and never opens a picture; `to_prompt` and `to_pair` turn one raw row into a record and read its
 pictures, so that one bad row costs one row.
 """
 
@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prefalign.images import SYSTEM_ERRORS, EncodedImage, ImageError, read_image, sha256
-from prefalign.records import Message, Prompt, RecordError, canonical_json, normalise_messages, user_message
+from prefalign.records import (
+    Message,
+    Pair,
+    Prompt,
+    RecordError,
+    assistant_message,
+    canonical_json,
+    normalise_messages,
+    user_message,
+)
 
+AnyInput = TypeVar("AnyInput", Prompt, Pair)
 PLACEHOLDER = "<image>"
 ID_COLUMNS = ("id", "question_id", "idx")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -185,13 +195,44 @@ def to_prompt(row: Mapping[str, Any] | BadRow, config: DataConfig, *, repeated: 
         RecordError: with the reason a manifest counts it under; `bad_row` for what no format has.
         ImageError: for a picture that is missing, unreadable or too large.
     """
+    return _record(
+        row, lambda known: _own_prompt(known) if _is_own(known) else _foreign_prompt(known, config, repeated)
+    )
+
+
+def to_pair(row: Mapping[str, Any] | BadRow, config: DataConfig, *, repeated: Container[str] = ()) -> Pair:
+    """Read one raw row with a chosen and a rejected answer into a `Pair`: ours, TRL's and RLAIF-V's columns, and S-VCO's (MVC).
+
+    `chosen` and `rejected` (or `chosen_response`, `rejected_response`) are text or turns; pictures are `images` or `image` (or
+    `chosen_images`), the other side's `rejected_images`. Arguments, ids and errors are those of `to_prompt`; besides, a row
+    without one of the answers is a `missing_column`. Whether the answers differ is for the stage to say.
+    """
+    return _record(
+        row, lambda known: _own_pair(known) if _is_own_pair(known) else _foreign_pair(known, config, repeated)
+    )
+
+
+def pictures_of(row: Mapping[str, Any] | BadRow, config: DataConfig) -> list[EncodedImage]:
+    """The encoded pictures of a raw row of any format, `rejected_images` left out.
+
+    Raises:
+        RecordError: for a row that could not be read or a picture field that is none.
+        ImageError: for a picture that is missing or too large.
+    """
+    if isinstance(row, BadRow):
+        raise RecordError(row.reason, row.message)
+    shown = row if row.get("chosen_images") is None else {"images": row["chosen_images"]}
+    return [_read_picture(picture, config) for picture in _pictures(shown)]
+
+
+def _record(row: Mapping[str, Any] | BadRow, read: Callable[[Mapping[str, Any]], AnyInput]) -> AnyInput:
     if isinstance(row, BadRow):
         raise RecordError(row.reason, row.message)
     try:
-        prompt = _own_prompt(row) if _is_own(row) else _foreign_prompt(row, config, repeated)
-        names = [image["path"] for image in prompt.images]
-        canonical_json([prompt.id, prompt.messages, prompt.answer, prompt.facts, names]).encode()
-        prompt.check()
+        record: AnyInput = read(row)
+        names = [image["path"] for image in (*record.images, *getattr(record, "rejected_images", ()))]
+        canonical_json([record.id, _texts(record), record.facts, names]).encode()
+        record.check_pictures()
     except (RecordError, ImageError):
         raise
     except (AttributeError, TypeError, KeyError, IndexError, ValueError, OSError, RecursionError) as error:
@@ -199,13 +240,21 @@ def to_prompt(row: Mapping[str, Any] | BadRow, config: DataConfig, *, repeated: 
             raise
         raise RecordError("bad_row", f"the row cannot be read ({type(error).__name__}: {str(error)[:200]}). Compare it with "
                           "the formats in `prefalign.sources`.") from error  # fmt: skip
-    return prompt
+    return record
 
 
-def content_digest(prompt: Prompt) -> str:
-    """Hex SHA-256 of what a prompt shows, asks and answers, whatever its id."""
-    content = {"turns": prompt.messages, "answer": prompt.answer, "images": [sha256(image) for image in prompt.images]}
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+def content_digest(record: Prompt | Pair) -> str:
+    """Hex SHA-256 of what a record shows, asks and answers, whatever its id."""
+    return hashlib.sha256(canonical_json(_texts(record)).encode()).hexdigest()
+
+
+def _texts(record: Prompt | Pair) -> dict[str, Any]:
+    """What a record says and shows, pictures by their SHA-256."""
+    if isinstance(record, Prompt):
+        return {"turns": record.messages, "answer": record.answer, "images": [sha256(image) for image in record.images]}
+    return {"turns": record.prompt, "chosen": record.chosen, "rejected": record.rejected, "answer": record.answer,
+            "images": [sha256(image) for image in record.images],
+            "rejected_images": [sha256(image) for image in record.rejected_images]}  # fmt: skip
 
 
 def legible(value: Any) -> Any:
@@ -231,6 +280,47 @@ def _is_own(row: Mapping[str, Any]) -> bool:
         and isinstance(images, list)
         and all(isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes) for image in images)
     )
+
+
+def _is_own_pair(row: Mapping[str, Any]) -> bool:
+    """Whether a row is one that `Pair.to_row` gave."""
+    return isinstance(row.get("id"), str) and isinstance(row.get("method"), str) and isinstance(row.get("meta"), str)
+
+
+def _own_pair(row: Mapping[str, Any]) -> Pair:
+    pair = Pair.from_row({**row, "facts": _facts(row)})
+    pair.images, pair.rejected_images = pair.images or [], pair.rejected_images or []
+    return pair
+
+
+def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Container[str]) -> Pair:
+    answers = {}
+    for side in ("chosen", "rejected"):
+        given = row.get(side) if row.get(side) is not None else row.get(f"{side}_response")
+        if given is None:
+            raise RecordError(
+                "missing_column",
+                f"a pair needs `chosen` and `rejected`; this row has no `{side}`, only {', '.join(sorted(row))}.",
+            )
+        answers[side] = _answer_text(given)
+    asked = {"prompt": row.get("instruction_prompt"), **row}
+    system = row.get("system_prompt")
+    turns, answer = _conversation({name: value for name, value in asked.items() if name not in ("chosen", "rejected")})
+    if isinstance(system, str) and system.strip():
+        turns = [{"role": "system", "content": [{"type": "text", "text": system}]}, *turns]
+    images = pictures_of(row, config)
+    others = [_read_picture(picture, config) for picture in _pictures({"images": row.get("rejected_images")})]
+    identity = _source_id(row)
+    pair = Pair(id=identity or "", images=images, prompt=_with_placeholders(turns, len(images)),
+                chosen=[assistant_message(answers["chosen"])], rejected=[assistant_message(answers["rejected"])],
+                method=str(row.get("method") or "imported"), rejected_images=others, answer=answer,
+                facts=_facts(row))  # fmt: skip
+    digest = content_digest(pair)
+    if identity is None:
+        pair.id = digest[:24]
+    elif identity in repeated:
+        pair.id = f"{identity}-{digest[:8]}"
+    return pair
 
 
 def _own_prompt(row: Mapping[str, Any]) -> Prompt:

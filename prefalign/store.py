@@ -18,25 +18,22 @@ import errno
 import hashlib
 import itertools
 import json
-import os
-import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import prefalign
 from prefalign import sources
-from prefalign.images import EncodedImage, ImageError, sha256
+from prefalign.images import ImageError
+from prefalign.manifest import Manifest, differences, library_versions, read_manifest, write_atomically
 from prefalign.records import SCHEMA_VERSION, Candidates, Example, Pair, Prompt, RecordError, canonical_json
 from prefalign.sources import BadRow, DataConfig
 
 Record = Pair | Candidates | Example | Prompt
 AnyRecord = TypeVar("AnyRecord", Pair, Candidates, Example, Prompt)
 MAX_BLOCK_BYTES = 2**31 - 2**20  # Arrow's limit on the bytes of one list column, less what frames them
-LIBRARIES = ("torch", "transformers", "datasets", "pyarrow", "pillow", "trl", "peft", "accelerate")
 
 
 class StoreError(RuntimeError):
@@ -79,27 +76,8 @@ class Failed:
     message: str
 
 
-@dataclass
-class Manifest:
-    """What a stage did. `rows_in == rows_used + sum(dropped.values())`; a row used gives one or more rows out."""
-
-    stage: str
-    complete: bool
-    schema_version: int
-    code_version: str
-    config: dict[str, Any]
-    seed: int
-    models: dict[str, str]
-    libraries: dict[str, str]
-    rows_in: int
-    rows_used: int
-    rows_out: int
-    dropped: dict[str, int] = field(default_factory=dict)
-    quarantined: int = 0
-
-
 Outcome = Sequence[Record] | Dropped | Failed
-Process = Callable[[list[Prompt]], Iterable[Outcome]]
+Process = Callable[[list[Any]], Iterable[Outcome]]
 
 
 def run_stage(
@@ -112,19 +90,22 @@ def run_stage(
     settings: Mapping[str, Any],
     seed: int,
     models: Mapping[str, str] | None = None,
+    reads: type[Prompt] | type[Pair] = Prompt,
 ) -> Manifest:
-    """Read prompts, work on them block by block, write records; continue where an earlier run stopped.
+    """Read prompts or pairs, work on them block by block, write records; continue where an earlier run stopped.
 
     Args:
         stage: stage name for manifest and messages.
         data: where prompts come from.
-        process: takes the good prompts of one block and gives one outcome each, in order: a list of records,
-            `Dropped` or `Failed`. Each record is checked; one that fails its check drops its row.
+        process: takes the good inputs of one block and gives one outcome each, in order: a list of records,
+            `Dropped` or `Failed`. Each record is checked; one that fails its check drops its row. The first call comes after the
+            folder was claimed, so it may put files of its own into `output.path`.
         output: folder, block size, quarantine limit.
         record: class of the records that `process` gives.
         settings: everything that changes the rows (not devices or batch sizes).
         seed: seed of the stage.
         models: model names to fingerprints, for the manifest and the config check.
+        reads: what a row of `data` is read as.
 
     Returns:
         The manifest, also written to `manifest.json`.
@@ -139,7 +120,7 @@ def run_stage(
     total, repeated = sources.survey(data)
     with _disk_errors(folder):
         _claim_folder(folder, identity)
-        ledgers = list(_run_blocks(_Job(stage, data, process, output, record, repeated), total))
+        ledgers = list(_run_blocks(_Job(stage, data, process, output, record, repeated, reads), total))
         manifest = _sum_up(stage, identity, ledgers)
         if manifest.rows_out == 0:
             _start_afresh(folder)
@@ -182,12 +163,6 @@ def write_records(
     return manifest
 
 
-def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a finished stage, or None."""
-    file = folder / "manifest.json"
-    return Manifest(**json.loads(file.read_text())) if file.is_file() else None
-
-
 def read_records(folder: Path, record: type[AnyRecord]) -> Iterator[AnyRecord]:
     """Stream the records of a stage's folder, pictures still encoded."""
     shards = sorted(folder.glob("data/*.parquet"))
@@ -196,33 +171,6 @@ def read_records(folder: Path, record: type[AnyRecord]) -> Iterator[AnyRecord]:
     for shard in shards:
         for row in sources.parquet_rows(shard):
             yield record.from_row(row)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it either is there whole or is not there: temporary name, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide numbers."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 @dataclass
@@ -235,6 +183,7 @@ class _Job:
     output: OutputConfig
     record: type[Record]
     repeated: set[str]
+    reads: type[Prompt] | type[Pair]
     seen: dict[str, str] = field(default_factory=dict)
 
 
@@ -270,28 +219,29 @@ def _run_blocks(job: _Job, total: int) -> Iterator[dict[str, Any]]:
 def _work_block(job: _Job, number: int, rows: list[Mapping[str, Any] | BadRow]) -> dict[str, Any]:
     dropped: Counter[str] = Counter()
     quarantine: list[dict[str, Any]] = []
-    prompts: list[tuple[int, Prompt]] = []
+    inputs: list[tuple[int, Prompt | Pair]] = []
+    read = sources.to_prompt if job.reads is Prompt else sources.to_pair
     first = number * job.output.block_size
     for offset, row in enumerate(rows):
         try:
-            prompt = sources.to_prompt(row, job.data, repeated=job.repeated)
-            digest = sources.content_digest(prompt)
-            if job.seen.get(prompt.id, digest) != digest:
-                raise RecordError("conflicting_id", f"id {prompt.id!r} belongs to an earlier row with other content, so rows "
+            given = read(row, job.data, repeated=job.repeated)
+            digest = sources.content_digest(given)
+            if job.seen.get(given.id, digest) != digest:
+                raise RecordError("conflicting_id", f"id {given.id!r} belongs to an earlier row with other content, so rows "
                                   "made from the two could not be told apart. Give each row its own id.")  # fmt: skip
         except (RecordError, ImageError) as error:
             quarantine.append(_quarantine_row(first + offset, row, error.reason, str(error)))
             continue
-        if prompt.id in job.seen:
+        if given.id in job.seen:
             dropped["duplicate"] += 1
             continue
-        job.seen[prompt.id] = digest
-        prompts.append((offset, prompt))
+        job.seen[given.id] = digest
+        inputs.append((offset, given))
     records: list[Record] = []
     used = 0
-    outcomes = list(job.process([prompt for _, prompt in prompts])) if prompts else []
-    assert len(outcomes) == len(prompts), "a stage gives one outcome per prompt"
-    for (offset, _), outcome in zip(prompts, outcomes, strict=True):
+    outcomes = list(job.process([given for _, given in inputs])) if inputs else []
+    assert len(outcomes) == len(inputs), "a stage gives one outcome per input"
+    for (offset, _), outcome in zip(inputs, outcomes, strict=True):
         if isinstance(outcome, Dropped):
             dropped[outcome.reason] += 1
         elif isinstance(outcome, Failed):
@@ -305,7 +255,7 @@ def _work_block(job: _Job, number: int, rows: list[Mapping[str, Any] | BadRow]) 
         dropped[row["reason"]] += 1
     ledger = {"block": number, "rows_in": len(rows), "rows_used": used, "rows_out": len(records),
               "dropped": dict(sorted(dropped.items())), "quarantined": len(quarantine),
-              "ids": {prompt.id: job.seen[prompt.id] for _, prompt in prompts}}  # fmt: skip
+              "ids": {given.id: job.seen[given.id] for _, given in inputs}}  # fmt: skip
     _commit_block(job.output.path, number, records, quarantine, ledger, job.record)
     return ledger
 
@@ -411,15 +361,6 @@ def _claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
     write_atomically(file, json.dumps(identity, indent=2).encode())
 
 
-def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """Lines such as `settings.beta: 0.1 -> 0.2` for every value that differs between two nested mappings."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        for key in sorted({*before, *now}):
-            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now:
-        yield f"{name}: {str(before)[:60]} -> {str(now)[:60]}"
-
-
 def _quarantine_row(index: int, row: Mapping[str, Any] | BadRow, reason: str, message: str) -> dict[str, Any]:
     return {"index": index, "reason": reason, "message": message,
             "row": None if isinstance(row, BadRow) else sources.legible(row)}  # fmt: skip
@@ -469,8 +410,3 @@ class _disk_errors:
             raise StoreError(
                 f"cannot write to {self.folder} ({error.strerror}). Give an `output.path` you may write to."
             ) from error
-
-
-def provenance(images: Iterable[EncodedImage]) -> list[str]:
-    """SHA-256 of each picture, for a row's `meta`."""
-    return [sha256(image) for image in images]

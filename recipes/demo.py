@@ -118,7 +118,7 @@ def step(text: str) -> None:
 
 def claim(demo: Config) -> None:
     """Refuse a folder of a demo with other settings."""
-    from prefalign.store import write_atomically
+    from prefalign.manifest import write_atomically
 
     file = demo.output / "demo.json"
     settings = {key: value for key, value in config.to_mapping(demo).items() if key != "output"}

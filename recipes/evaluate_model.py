@@ -21,9 +21,9 @@ from prefalign.evals import Item, Prediction, Scored, asking, attributes, chair,
 from prefalign.evals.asking import Asking
 from prefalign.evals.files import FilesData, load_files
 from prefalign.evals.reading import read_json
+from prefalign.manifest import write_atomically
 from prefalign.models import ModelConfig
 from prefalign.records import row_seed, user_message
-from prefalign.store import write_atomically
 
 
 @dataclass

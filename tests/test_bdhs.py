@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from prefalign import bundled, config
+from prefalign.manifest import read_manifest
 from prefalign.records import Pair, message_text
-from prefalign.store import StoreError, read_manifest, read_records
+from prefalign.store import StoreError, read_records
 from tests.tiny_vlms import picture
 
 ANSWERS = (

@@ -20,8 +20,9 @@ from prefalign.hub.release_checks import CheckError
 from prefalign.hub.staging import PublishError, kind_of, resolve_base, without_paths
 from prefalign.hub.upload import check_login, upload
 from prefalign.images import encode_png
+from prefalign.manifest import read_manifest
 from prefalign.records import Pair, assistant_message, user_message
-from prefalign.store import OutputConfig, read_manifest, write_records
+from prefalign.store import OutputConfig, write_records
 from tests.hub_folders import copy, save_adapter, save_evaluations, save_pairs, save_trained
 from tests.stand_in_hub import TOKEN, StandInHub
 from tests.tiny_vlms import picture

@@ -13,8 +13,9 @@ import pytest
 
 from prefalign import cli
 from prefalign.images import open_image
+from prefalign.manifest import read_manifest
 from prefalign.records import Pair
-from prefalign.store import read_manifest, read_records
+from prefalign.store import read_records
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket")

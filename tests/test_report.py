@@ -20,6 +20,7 @@ from PIL import Image
 from prefalign.evals import Item, Prediction, Scored, chair
 from prefalign.evals.scoring import write_items
 from prefalign.images import EncodedImage, encode_png
+from prefalign.manifest import write_atomically
 from prefalign.records import Pair, assistant_message, user_message
 from prefalign.report.charts import histogram, line_chart, nice_ticks
 from prefalign.report.comparison import number, write_comparison
@@ -27,7 +28,7 @@ from prefalign.report.examples import choose_examples
 from prefalign.report.page import flattened, marked, thumbnail
 from prefalign.report.pairs import write_pair_report
 from prefalign.report.runs import write_run_report
-from prefalign.store import OutputConfig, write_atomically, write_records
+from prefalign.store import OutputConfig, write_records
 
 VOID = {"meta", "img", "input", "br", "link", "hr"}
 ATTACK = "<script>alert('x')</script> <img src=x onerror=alert(1)> & \"quoted\" http://example.org/x"

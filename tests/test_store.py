@@ -8,19 +8,10 @@ import pytest
 from PIL import Image
 
 from prefalign import store
+from prefalign.manifest import read_manifest, write_atomically
 from prefalign.records import Pair, Prompt, assistant_message, user_message
 from prefalign.sources import DataConfig
-from prefalign.store import (
-    Dropped,
-    Failed,
-    OutputConfig,
-    StoreError,
-    read_manifest,
-    read_records,
-    run_stage,
-    write_atomically,
-    write_records,
-)
+from prefalign.store import Dropped, Failed, OutputConfig, StoreError, read_records, run_stage, write_records
 
 
 @pytest.fixture

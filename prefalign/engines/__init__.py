@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from prefalign.records import Message
 
@@ -17,6 +17,9 @@ CAPABILITIES = {
     "logprobs": "log-probs of a given answer",
     "prefix": "force the start of the answer",
     "image_mask": "hide a share of the image tokens",
+    "contrast": "decode against the same prompt without its picture (M3ID)",
+    "attention": "attention of an answer to each image token",
+    "vision_embed": "features of pictures from the model's own vision encoder",
 }
 
 
@@ -52,14 +55,37 @@ class Request:
 
 
 @dataclass
+class Contrast:
+    """Decoding against the model's own answer without the picture: M3ID (arXiv 2403.14003).
+
+    Attributes:
+        decay: lambda, how fast the picture's share fades with each generated token; the correction's weight at token t is
+            `exp(decay * (t + offset)) - 1`.
+        gate: alpha, the correction acts where the most likely token has a probability below this; above 1 it always does.
+        offset: t0, tokens that count as generated before the first.
+        max_weight: cap of the weight (not in the paper), which is exponential in t; None: no cap.
+        plausible: keep tokens of at least this share of the most likely token's probability (not in the paper); 0 keeps all.
+        without: `removed` takes the placeholders out of the other prompt, `hidden` masks the image tokens in it.
+    """
+
+    decay: float = 0.02
+    gate: float = 0.3
+    offset: int = 0
+    max_weight: float | None = 10.0
+    plausible: float = 0.0
+    without: Literal["removed", "hidden"] = "removed"
+
+
+@dataclass
 class Sampling:
-    """How answers are drawn. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 cut nothing."""
+    """How answers are drawn. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 cut nothing; `contrast` None decodes plainly."""
 
     max_new_tokens: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
+    contrast: Contrast | None = None
 
 
 @dataclass
@@ -98,6 +124,26 @@ class Engine(Protocol):
             One float32 tensor of shape (T_i,) per request: a value for each token of the answer and its end-of-turn.
         """
         ...
+
+
+@dataclass
+class Usage:
+    """What engines of this process were asked for so far; `planner` extrapolates from it.
+
+    Attributes:
+        requests: answers generated or scored.
+        prompt_tokens: tokens of their prompts, image tokens included, padding not.
+        image_tokens: image tokens of their prompts.
+        new_tokens: tokens generated, or tokens of answers scored.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    new_tokens: int = 0
+
+
+USAGE = Usage()
 
 
 def require(engine: Engine, needed: Sequence[str], stage: str) -> None:

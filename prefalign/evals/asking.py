@@ -17,8 +17,8 @@ from prefalign.evals import Prediction
 from prefalign.evals.reading import read_jsonl
 from prefalign.evals.reliance import Variant
 from prefalign.images import ImageError, sha256
+from prefalign.manifest import library_versions, write_atomically
 from prefalign.records import canonical_json, message_text
-from prefalign.store import library_versions, write_atomically
 
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "settings.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prefalign.evals import Item, Prediction, Scored, attributes, chair, reliance, yesno
 from prefalign.evals.reading import read_jsonl
-from prefalign.store import write_atomically
+from prefalign.manifest import write_atomically
 
 
 def score_all(

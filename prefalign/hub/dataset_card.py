@@ -12,8 +12,8 @@ from typing import Any
 from prefalign.hub.model_card import counted, data_section, stage_docstring, template
 from prefalign.hub.release_checks import refuse, scan_row
 from prefalign.images import sha256
+from prefalign.manifest import Manifest
 from prefalign.records import message_text, normalise_messages
-from prefalign.store import Manifest
 
 COLUMNS = {
     "id": "identity of the row: a hash of method, parent row, settings, generator, seed and index",

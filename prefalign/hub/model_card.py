@@ -17,7 +17,7 @@ from typing import Any
 import prefalign
 from prefalign import bundled
 from prefalign.hub.staging import Base
-from prefalign.store import library_versions
+from prefalign.manifest import library_versions
 
 USE_FULL = """\
 from PIL import Image

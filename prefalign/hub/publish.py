@@ -35,7 +35,7 @@ from prefalign.hub.staging import (
 )
 from prefalign.hub.upload import check_login, upload
 from prefalign.images import encode_png, open_image
-from prefalign.store import Manifest, read_manifest
+from prefalign.manifest import Manifest, read_manifest
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
 SHARDS = ("data/*.parquet",)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefalign.images import EncodedImage, ImageError, open_image
-from prefalign.store import write_atomically
+from prefalign.manifest import write_atomically
 from prefalign.text import word_diff
 
 if TYPE_CHECKING:

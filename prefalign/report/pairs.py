@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import prefalign
+from prefalign.manifest import Manifest, read_manifest
 from prefalign.records import Pair, message_text
 from prefalign.report.charts import Chart, histogram
 from prefalign.report.page import MINUS, flattened, marked, thumbnail, write_page
-from prefalign.store import Manifest, read_manifest, read_records
+from prefalign.store import read_records
 from prefalign.text import lexical_similarity, same_answer
 
 FEWEST_WORDS = 3

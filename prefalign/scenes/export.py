@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prefalign.manifest import Manifest
 from prefalign.records import Prompt
 from prefalign.scenes.data import rows
-from prefalign.store import Manifest, OutputConfig, write_records
+from prefalign.store import OutputConfig, write_records
 
 
 def export(

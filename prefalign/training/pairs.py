@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prefalign.manifest import Manifest, read_manifest
 from prefalign.records import Pair
-from prefalign.store import Manifest, read_manifest
 
 if TYPE_CHECKING:
     from datasets import Dataset

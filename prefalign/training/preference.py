@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer
 
 from prefalign.families import tower
 from prefalign.losses import TERMS, Term
-from prefalign.store import write_atomically
+from prefalign.manifest import write_atomically
 from prefalign.training.checkpoints import restore_weights
 from prefalign.training.collator import PreferenceCollator
 from prefalign.training.pairs import COLUMNS

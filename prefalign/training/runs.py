@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from prefalign.store import differences, write_atomically
+from prefalign.manifest import differences, write_atomically
 from prefalign.training.checkpoints import last_checkpoint
 
 CONFIG_FILE = "prefalign_config.yaml"

@@ -4,8 +4,9 @@ import pytest
 from test_own_data import ANSWERS, PHOTOGRAPHS, generate_pairs, photographs  # noqa: F401
 from tiny_vlms import save_tiny
 
+from prefalign.manifest import read_manifest
 from prefalign.records import Pair
-from prefalign.store import read_manifest, read_records
+from prefalign.store import read_records
 
 pytestmark = pytest.mark.families
 

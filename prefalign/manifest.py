@@ -1,0 +1,75 @@
+"""What a stage says of its output: the manifest, and the files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("torch", "transformers", "datasets", "pyarrow", "pillow", "trl", "peft", "accelerate")
+
+
+@dataclass
+class Manifest:
+    """What a stage did. `rows_in == rows_used + sum(dropped.values())`; a row used gives one or more rows out."""
+
+    stage: str
+    complete: bool
+    schema_version: int
+    code_version: str
+    config: dict[str, Any]
+    seed: int
+    models: dict[str, str]
+    libraries: dict[str, str]
+    rows_in: int
+    rows_used: int
+    rows_out: int
+    dropped: dict[str, int] = field(default_factory=dict)
+    quarantined: int = 0
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a finished stage, or None."""
+    file = folder / "manifest.json"
+    return Manifest(**json.loads(file.read_text())) if file.is_file() else None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it either is there whole or is not there: temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide numbers."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Lines such as `settings.beta: 0.1 -> 0.2` for every value that differs between two nested mappings."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in sorted({*before, *now}):
+            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        yield f"{name}: {str(before)[:60]} -> {str(now)[:60]}"

@@ -1,0 +1,117 @@
+"""What the stages that make pairs have in common: opening a row's pictures, outcomes in order, a pair with its provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from prefalign import records
+from prefalign.images import EncodedImage, ImageError, open_image, sha256
+from prefalign.records import Message, Pair, Prompt
+from prefalign.store import Dropped, Failed, Outcome
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Given = TypeVar("Given", Prompt, Pair)
+Prepared = TypeVar("Prepared")
+
+
+def in_order(
+    block: Sequence[Given],
+    prepare: Callable[[Given], Prepared | Dropped | Failed],
+    work: Callable[[list[tuple[Given, Prepared]]], Sequence[Outcome]],
+) -> list[Outcome]:
+    """One outcome for each row of a block: what cannot be prepared is settled at once, the others are worked on together.
+
+    Args:
+        block: rows as `store.run_stage` hands them over.
+        prepare: a row made ready (its pictures opened), or why it cannot be used.
+        work: takes the rows that can be used with what `prepare` made of them, gives one outcome each, in order.
+    """
+    outcomes: dict[int, Outcome] = {}
+    ready: list[tuple[int, tuple[Given, Prepared]]] = []
+    for index, row in enumerate(block):
+        found = prepare(row)
+        if isinstance(found, (Dropped, Failed)):
+            outcomes[index] = found
+        else:
+            ready.append((index, (row, found)))
+    made = work([entry for _, entry in ready]) if ready else []
+    for (index, _), outcome in zip(ready, made, strict=True):
+        outcomes[index] = outcome
+    return [outcomes[index] for index in range(len(block))]
+
+
+def opened(images: Sequence[EncodedImage]) -> list[Image.Image] | Failed:
+    """Decoded RGB pictures, or the failure of the first that cannot be used."""
+    try:
+        return [open_image(image) for image in images]
+    except ImageError as error:
+        return Failed(error.reason, str(error))
+
+
+def usable(prompt: Prompt, *, answer: bool = True) -> list[Image.Image] | Dropped | Failed:
+    """The decoded pictures of a prompt, or why it cannot be used: no reference answer (if one is needed) or no picture."""
+    if answer and (prompt.answer is None or not prompt.answer.strip()):
+        return Dropped("no_reference")
+    if not prompt.images:
+        return Dropped("no_picture")
+    return opened(prompt.images)
+
+
+def make_pair(
+    parent: Prompt,
+    *,
+    method: str,
+    chosen: str,
+    rejected: str,
+    settings: Mapping[str, Any],
+    seed: int,
+    model: str = "",
+    meta: Mapping[str, Any] | None = None,
+    images: Sequence[EncodedImage] | None = None,
+    prompt: Sequence[Message] | None = None,
+    rejected_images: Sequence[EncodedImage] = (),
+    margin: float | None = None,
+    index: int = 0,
+) -> Pair:
+    """A pair made from a prompt, with its id and provenance.
+
+    Args:
+        parent: the row it was made from.
+        method: the stage's name.
+        chosen: text of the preferred answer.
+        rejected: text of the other.
+        settings: the settings that change rows; part of the id and noted in `meta`.
+        seed: seed of the stage.
+        model: fingerprint of the model that decides rows.
+        meta: what else is known of this pair.
+        images: pictures that both answers are conditioned on; the parent's if left out.
+        prompt: conversation up to the user turn; the parent's if left out.
+        rejected_images: the other picture(s) of the pair.
+        margin: by how much chosen is better, in the scorer's units.
+        index: number of the pair among those of its parent.
+    """
+    images = list(parent.images if images is None else images)
+    known = {
+        "parent": parent.id,
+        "generator": model,
+        "seed": seed,
+        "settings": dict(settings),
+        "images_sha256": [sha256(image) for image in images],
+        **(meta or {}),
+    }
+    return Pair(
+        id=records.record_id(method=method, parent=parent.id, settings=settings, model=model, seed=seed, index=index),
+        images=images,
+        prompt=list(parent.messages if prompt is None else prompt),
+        chosen=[records.assistant_message(chosen)],
+        rejected=[records.assistant_message(rejected)],
+        method=method,
+        rejected_images=list(rejected_images),
+        answer=parent.answer,
+        facts=parent.facts,
+        margin=margin,
+        meta=known,
+    )
