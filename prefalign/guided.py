@@ -9,12 +9,14 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from prefalign import stages
 from prefalign.corruption import diffusion_noise, noise_factors
 from prefalign.engines import Completion, Engine, ImageMask, Request, Sampling, require
-from prefalign.records import Message, row_seed
+from prefalign.records import Message, Pair, assistant_message, message_text, row_seed
+from prefalign.store import Failed
 from prefalign.text import Similarity, first_sentence, same_answer, split_inside, split_sentences, swap_yes_no
 
 if TYPE_CHECKING:
@@ -171,6 +173,48 @@ def corrupted_answers(
                 still.append(index)
         waiting = still
     return [results[index] for index in range(len(items))]
+
+
+def regenerated(
+    engine: Engine,
+    pairs: Sequence[Pair],
+    bias: BiasConfig,
+    sampling: Sampling,
+    similarity: Similarity,
+    *,
+    seed: int,
+    round: int,
+) -> list[Pair]:
+    """The same pairs with rejected answers drawn anew from the policy as it is now: online BDHS (arXiv 2407.02477, section 3.4).
+
+    Put the engine on the model in training (`TransformersEngine(trainer.model, processor)`): it is set to eval mode for the call
+    and back, and no gradient is kept. A pair that gives no usable answer (`rejection`, or a picture that cannot be opened) keeps
+    the one it has; `meta["online"]` says which is which.
+
+    Args:
+        engine: generator on the current policy; needs what `corrupted_answers` needs.
+        pairs: pairs on their own pictures; the chosen answer is what sentences are begun with.
+        bias: how pictures are hidden and answers accepted.
+        sampling: how answers are drawn.
+        similarity: compares whole answers.
+        seed: seed of the run.
+        round: number of the regeneration (epoch or step); another one draws other masks, split points and words.
+    """
+    opened = [stages.opened(pair.images) for pair in pairs]
+    items = {
+        index: Item(pair.id, pair.prompt, images, message_text(pair.chosen))
+        for index, (pair, images) in enumerate(zip(pairs, opened, strict=True))
+        if not isinstance(images, Failed)
+    }
+    answers = corrupted_answers(engine, list(items.values()), bias, sampling, similarity,
+                                seed=row_seed(seed, f"round {round}"))  # fmt: skip
+    result = [replace(pair, meta={**pair.meta, "online": False}) for pair in pairs]
+    for (index, item), answer in zip(items.items(), answers, strict=True):
+        if rejection(item, answer) is None:
+            meta = {**pairs[index].meta, "online": True, "round": round, "guided": answer.guided,
+                    "iteration_accepted": answer.iteration, "similarity": answer.similarity}  # fmt: skip
+            result[index] = replace(pairs[index], rejected=[assistant_message(answer.text)], meta=meta)
+    return result
 
 
 def rejection(item: Item, answer: Corrupted) -> str | None:
