@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from prefalign.records import (
 AnyInput = TypeVar("AnyInput", Prompt, Pair)
 PLACEHOLDER = "<image>"
 ID_COLUMNS = ("id", "question_id", "idx")
+_QUESTION_COLUMNS = ("conversations", "messages", "prompt", "question", "instruction_prompt")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -201,11 +203,13 @@ def to_prompt(row: Mapping[str, Any] | BadRow, config: DataConfig, *, repeated: 
 
 
 def to_pair(row: Mapping[str, Any] | BadRow, config: DataConfig, *, repeated: Container[str] = ()) -> Pair:
-    """Read one raw row with a chosen and a rejected answer into a `Pair`: ours, TRL's and RLAIF-V's columns, and S-VCO's (MVC).
+    """Read one raw row with a chosen and a rejected answer into a `Pair`: ours, TRL's and RLAIF-V's columns, ms-swift's, POVID's,
+    and S-VCO's (MVC).
 
-    `chosen` and `rejected` (or `chosen_response`, `rejected_response`) are text or turns; pictures are `images` or `image` (or
-    `chosen_images`), the other side's `rejected_images`. Arguments, ids and errors are those of `to_prompt`; besides, a row
-    without one of the answers is a `missing_column`. Whether the answers differ is for the stage to say.
+    `chosen` (or `chosen_response`, or the conversation's last turn) and `rejected` (or `rejected_response`, `rejected_messages`,
+    `rejected_conversations`) are text or turns; pictures are `images` or `image` (or `chosen_images`), the other side's
+    `rejected_images`. Arguments, ids and errors are those of `to_prompt`; besides, a row without one of the answers is a
+    `missing_column`, a margin that is no number a `bad_margin`. Whether the answers differ is for the stage to say.
     """
     return _record(
         row, lambda known: _own_pair(known) if _is_own_pair(known) else _foreign_pair(known, config, repeated)
@@ -288,24 +292,28 @@ def _is_own_pair(row: Mapping[str, Any]) -> bool:
 
 
 def _own_pair(row: Mapping[str, Any]) -> Pair:
-    pair = Pair.from_row({**row, "facts": _facts(row)})
+    pair = Pair.from_row({**row, "facts": _facts(row), "meta": _facts(row, "meta")})
     pair.images, pair.rejected_images = pair.images or [], pair.rejected_images or []
     return pair
 
 
 def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Container[str]) -> Pair:
-    answers = {}
-    for side in ("chosen", "rejected"):
-        given = row.get(side) if row.get(side) is not None else row.get(f"{side}_response")
-        if given is None:
+    asked = {"prompt": row.get("instruction_prompt"), **row}
+    if isinstance(row.get("chosen"), list) and not any(row.get(name) for name in _QUESTION_COLUMNS):
+        asked["prompt"] = row["chosen"][:-1] or None  # TRL's implicit prompt: the turns that lead to the answer
+    turns, answer = _conversation({name: value for name, value in asked.items() if name not in ("chosen", "rejected")})
+    given = {
+        "chosen": _first(row, "chosen", "chosen_response") or answer,
+        "rejected": _first(row, "rejected", "rejected_response", "rejected_messages", "rejected_conversations"),
+    }
+    for side, value in given.items():
+        if value is None:
             raise RecordError(
                 "missing_column",
                 f"a pair needs `chosen` and `rejected`; this row has no `{side}`, only {', '.join(sorted(row))}.",
             )
-        answers[side] = _answer_text(given)
-    asked = {"prompt": row.get("instruction_prompt"), **row}
+    answers = {side: _answer_text(value) for side, value in given.items()}
     system = row.get("system_prompt")
-    turns, answer = _conversation({name: value for name, value in asked.items() if name not in ("chosen", "rejected")})
     if isinstance(system, str) and system.strip():
         turns = [{"role": "system", "content": [{"type": "text", "text": system}]}, *turns]
     images = pictures_of(row, config)
@@ -314,7 +322,7 @@ def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Containe
     pair = Pair(id=identity or "", images=images, prompt=_with_placeholders(turns, len(images)),
                 chosen=[assistant_message(answers["chosen"])], rejected=[assistant_message(answers["rejected"])],
                 method=str(row.get("method") or "imported"), rejected_images=others, answer=answer,
-                facts=_facts(row))  # fmt: skip
+                facts=_category(row) | _facts(row), margin=_margin(row))  # fmt: skip
     digest = content_digest(pair)
     if identity is None:
         pair.id = digest[:24]
@@ -345,8 +353,21 @@ def _source_id(row: Mapping[str, Any]) -> str | None:
     return None if identity is None else str(identity)
 
 
-def _facts(row: Mapping[str, Any]) -> dict[str, Any]:
-    facts = row.get("facts") or {}
+def _first(row: Mapping[str, Any], *names: str) -> Any:
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _margin(row: Mapping[str, Any]) -> float | None:
+    margin = row.get("margin")
+    if margin is None:
+        return None
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+        raise RecordError("bad_margin", f"`margin` is a finite number or absent, got {str(margin)[:80]!r}.")
+    return float(margin)
+
+
+def _facts(row: Mapping[str, Any], column: str = "facts") -> dict[str, Any]:
+    facts = row.get(column) or {}
     try:
         known = json.loads(facts) if isinstance(facts, str) else facts
         if isinstance(known, Mapping):
@@ -354,7 +375,12 @@ def _facts(row: Mapping[str, Any]) -> dict[str, Any]:
             return dict(known)
     except (ValueError, TypeError, RecursionError):
         known = facts
-    raise RecordError("bad_facts", f"`facts` is a JSON object or absent, got {str(known)[:80]!r}.")
+    raise RecordError(f"bad_{column}", f"`{column}` is a JSON object or absent, got {str(known)[:80]!r}.")
+
+
+def _category(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The kind of contrast of an MVC row, which the S-VCO filter reads."""
+    return {"category": row["category"]} if isinstance(row.get("category"), str) else {}
 
 
 def _pictures(row: Mapping[str, Any]) -> list[Any]:
@@ -426,6 +452,8 @@ def _answer_text(value: Any) -> str:
         return value
     if isinstance(value, Mapping):
         return _plain_text(_shared_turn(value))
+    if isinstance(value, list) and value and isinstance(value[-1], Mapping) and "from" in value[-1]:
+        return _plain_text(_shared_turn(value[-1]))
     turns = normalise_messages(value)
     if not turns:
         raise RecordError("empty_chosen", "`chosen` has no turn, so there is no answer. Leave it out, or drop the row.")

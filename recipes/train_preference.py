@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefalign.models import ModelConfig
+from prefalign.negatives import Negative
 from prefalign.training.lora import LoraSettings
 
 
@@ -30,12 +31,13 @@ class Config:
         pairs: folder of pairs to train on.
         output: folder of the run: checkpoints, final model or adapter with its processor, logs, resolved config.
         eval_pairs: folder of held-out pairs; measured at the end, and during the run with `trainer.eval_strategy`.
-        term: which views are compared: `text` or `visual` (needs pairs with `rejected_images`).
+        term: which views are compared: `text` or `visual` (needs pairs with `rejected_images`, or a `negative`).
+        negative: makes `rejected_images` on the fly for rows without them, for `term: visual`.
         trainer: fields of TRL's `DPOConfig` by name.
         lora: train an adapter; without it all weights that are not frozen.
         freeze: towers that stay as they are: `vision`, `projector`, `language_model`.
         resume: "auto" goes on from the last checkpoint if there is one; true demands one; false refuses one.
-        seed: order of the rows and start of the adapter.
+        seed: order of the rows, start of the adapter, and with a row's id its negative.
     """
 
     model: ModelConfig
@@ -43,6 +45,7 @@ class Config:
     output: Path
     eval_pairs: Path | None = None
     term: str = "text"
+    negative: Negative | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
     lora: LoraSettings | None = None
     freeze: list[str] = field(default_factory=lambda: ["vision"])
@@ -76,7 +79,7 @@ def main(config: Config) -> None:
     folders = [config.pairs, *([config.eval_pairs] if config.eval_pairs else [])]
     datasets = [load_pairs(folder) for folder in folders]
     for folder, dataset in zip(folders, datasets, strict=True):
-        check_columns(dataset, term, folder)
+        check_columns(dataset, term, folder, config.negative)
     manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]
     files = run_files(to_mapping(config), *manifests)
     main_process, processes = arguments.process_index == 0, arguments.world_size
@@ -101,6 +104,8 @@ def main(config: Config) -> None:
         term=term,
         peft_config=config.lora.to_peft() if config.lora else None,
         files=files,
+        negative=config.negative,
+        negative_seed=config.seed,
     )
     check_trainable(trainer.model, config.freeze)
     trainer.train_dataset, fit = keep_fitting(trainer.train_dataset, trainer.data_collator)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from prefalign.manifest import Manifest
-from prefalign.records import Prompt
+from prefalign.records import Pair, Prompt
+from prefalign.scenes import twins
 from prefalign.scenes.data import rows
 from prefalign.store import OutputConfig, write_records
 
@@ -25,18 +26,22 @@ def export(
     Args:
         output: folder to write; an equal finished export there is kept.
         split: name of a split, as in `world.SPLITS`; it follows from `regime` if left out.
-        kind: kind of prompt, as in `data.rows`.
-        regime: where reference answers come from: `seen`, `fair` or `none`. Left out, rows of any split have theirs.
+        kind: kind of prompt, as in `data.rows`; or `twin`, which writes counterfactual pairs (`twins.pairs`).
+        regime: where reference answers come from: `seen`, `fair` or `none` (not for twins). Left out, rows of any split have one.
         start: first index within the split.
         stop: index after the last.
         seed: draws wording and question, never the picture (pictures are those of `world_seed` 0 in `data.rows`).
 
     Raises:
-        ValueError: from `data.rows`, for an unknown split, kind or regime or a range outside the split.
+        ValueError: from `data.rows` and `twins.pairs`, for an unknown split, kind or regime or a range outside the split.
     """
     if split is None and regime is None:
         regime = "seen"
     settings = {"split": split, "kind": kind, "regime": regime, "start": start, "stop": stop}
+    if kind == "twin":
+        return write_records("scenes_export", twins.pairs(split, start, stop, seed=seed, regime=regime),
+                             output=OutputConfig(path=output, block_size=256), record=Pair, settings=settings,
+                             seed=seed)  # fmt: skip
     prompts = (Prompt(**row) for row in rows(kind, split, start, stop, seed=seed, regime=regime))
     return write_records("scenes_export", prompts, output=OutputConfig(path=output, block_size=256), record=Prompt,
                          settings=settings, seed=seed)  # fmt: skip

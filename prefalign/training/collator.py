@@ -16,6 +16,7 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from prefalign.images import EncodedImage, encode_png, open_image, read_image
 from prefalign.losses import TERMS, Term
+from prefalign.negatives import Negative, negatives
 from prefalign.records import normalise_messages, placeholder_count
 
 if TYPE_CHECKING:
@@ -52,11 +53,16 @@ class PreferenceCollator:
         processor: the model's processor.
         term: the preference term; its two views decide picture and answer of each half of the batch.
         max_length: longest sequence; only answers are cut to it. None cuts nothing.
+        negative: how `rejected_images` are made for rows that have none, decided by `seed` and the row's id: the same at every
+            visit, for policy and reference, and the same that the stage `image_contrast` stores with these settings.
+        seed: seed of the negatives.
     """
 
     processor: ProcessorMixin
     term: Term = field(default_factory=lambda: TERMS["text"])
     max_length: int | None = None
+    negative: Negative | None = None
+    seed: int = 0
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Build a batch.
@@ -110,6 +116,9 @@ class PreferenceCollator:
 
     def _pictures(self, row: Mapping[str, Any], side: str, placeholders: int) -> list[Image.Image]:
         pictures = row.get(side) or []
+        if side == "rejected_images" and not pictures and self.negative is not None:
+            own = self._pictures(row, "images", placeholders)
+            return negatives(own, self.negative, seed=self.seed, identity=row["id"])
         if len(pictures) != placeholders:
             hint = (
                 f"Term {self.term.name!r} needs {side}: use pairs that have them, or term 'text'."

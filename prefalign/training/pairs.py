@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from prefalign.losses import Term
+    from prefalign.negatives import Negative
     from prefalign.training.collator import PreferenceCollator
 
 COLUMNS = ("id", "images", "rejected_images", "prompt", "chosen", "rejected")
@@ -52,27 +53,30 @@ def pairs_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def check_columns(dataset: Dataset, term: Term, folder: Path) -> None:
+def check_columns(dataset: Dataset, term: Term, folder: Path, negative: Negative | None = None) -> None:
     """Check that each row has what a term's views look at; only lengths are read.
 
-    A term on `images` alone takes rows without a picture too.
+    A term on `images` alone takes rows without a picture too. Rows without `rejected_images` are fine where a `negative` makes
+    them from `images` on the fly.
 
     Raises:
-        ValueError: names the column, how many rows lack it, and what to do.
+        ValueError: names the column, how many rows lack it, and what to do; or says why the negative cannot be made.
     """
-    import pyarrow.compute as pc
-
     pictures = {view.images for view in term.sides}
     needed = {view.answer for view in term.sides} | (pictures if pictures != {"images"} else set())
-    table = dataset.with_format("arrow")
+    if negative is not None:
+        _check_negative(negative, term)
+        if not _empty(dataset, "rejected_images"):
+            raise ValueError(
+                f"negative.kind is {negative.kind!r}, and all {len(dataset)} pairs of {folder} have `rejected_images` already, "
+                "which are kept, so nothing would be made. Leave `negative` out, or replace them: `prefalign run image_contrast`."
+            )
+        needed = needed - {"rejected_images"} | {"images"}
     for column in sorted(needed):
-        empty = sum(
-            pc.sum(pc.equal(pc.fill_null(pc.list_value_length(batch[column]), 0), 0)).as_py() or 0
-            for batch in table.select_columns(column).iter(batch_size=1000)
-        )
-        if empty:
+        if empty := _empty(dataset, column):
             hint = (
-                "Pairs with another picture come from the stage povid with `rejected_images: noised`; term 'text' needs none."
+                "Pairs with another picture come from the stages image_contrast and re_align, and from the stage povid with "
+                "`rejected_images: noised`; `negative.kind: crop` makes the picture on the fly; term 'text' needs none."
                 if column == "rejected_images"
                 else "Take them out, or make the pairs again."
             )
@@ -80,6 +84,30 @@ def check_columns(dataset: Dataset, term: Term, folder: Path) -> None:
                 f"term {term.name!r} looks at `{column}`, which is empty in {empty} of the {len(dataset)} pairs of "
                 f"{folder}. {hint}"
             )
+
+
+def _empty(dataset: Dataset, column: str) -> int:
+    """Rows whose list in a column is empty or null."""
+    import pyarrow.compute as pc
+
+    table = dataset.with_format("arrow").select_columns(column)
+    return sum(
+        pc.sum(pc.equal(pc.fill_null(pc.list_value_length(batch[column]), 0), 0)).as_py() or 0
+        for batch in table.iter(batch_size=1000)
+    )
+
+
+def _check_negative(negative: Negative, term: Term) -> None:
+    if "rejected_images" not in {view.images for view in term.sides}:
+        raise ValueError(
+            f"negative.kind is {negative.kind!r}, and term {term.name!r} never looks at another picture, so nothing would come "
+            "of it. Leave `negative` out, or set term to 'visual'."
+        )
+    if negative.kind == "swap":
+        raise ValueError(
+            "negative.kind 'swap' shows a picture of another row, and a batch knows its own rows only. Store such pairs first "
+            "(`prefalign run image_contrast --negative.kind swap`), or take crop, diffusion, blur, mask or blank."
+        )
 
 
 @dataclass

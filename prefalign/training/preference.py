@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel, ProcessorMixin
 
+    from prefalign.negatives import Negative
+
 logger = logging.getLogger(__name__)
 
 PRIVATE = (
@@ -56,6 +58,8 @@ class PreferenceTrainer(DPOTrainer):
             loads the model's path again, at whatever revision is the default there).
         peft_config: wrap `model` in an adapter.
         files: text files by name, written beside every saved model.
+        negative: how `rejected_images` are made for rows without them (see `PreferenceCollator`).
+        negative_seed: seed of these pictures.
 
     Raises:
         ValueError: a `loss_type` does not fit the term.
@@ -73,6 +77,8 @@ class PreferenceTrainer(DPOTrainer):
         ref_model: PreTrainedModel | None = None,
         peft_config: PeftConfig | None = None,
         files: Mapping[str, str] | None = None,
+        negative: Negative | None = None,
+        negative_seed: int = 0,
     ):
         term.check(args.loss_type)
         self.term = term
@@ -86,7 +92,7 @@ class PreferenceTrainer(DPOTrainer):
             model=model,
             ref_model=ref_model,
             args=args,
-            data_collator=PreferenceCollator(processing_class, term, args.max_length),
+            data_collator=PreferenceCollator(processing_class, term, args.max_length, negative, negative_seed),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
