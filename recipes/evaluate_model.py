@@ -72,7 +72,7 @@ class Config:
         scenes: the embedded world.
         files: benchmarks from files.
         reliance: the image-reliance probe.
-        asking: decoding (greedy unless given) and block size.
+        asking: decoding (greedy unless given; `contrast`: M3ID), block size, and `describe_first`: describe and respond (STIC).
         baseline: folder of another evaluation of the same items, to compare with.
         output: folder of this evaluation.
         batch_size: rows in one forward pass.
@@ -252,6 +252,7 @@ def sum_up(config: Config, items: Sequence[Item], scored: Sequence[Scored], sett
         write_atomically(
             config.output / "regressions.jsonl", "".join(json.dumps(row) + "\n" for row in regressions).encode()
         )
+        notes += other_decoding(settings, config.baseline)
         by_eval = Counter(row["eval"] for row in regressions)
         notes += [
             f"{count} {name} item(s) went from right to wrong (regressions.jsonl)" for name, count in by_eval.items()
@@ -287,6 +288,17 @@ def check_same_settings(settings: dict[str, Any], baseline: Path) -> None:
             f"baseline {baseline} was asked or read differently ({'; '.join(changed)}), so a difference would not be the "
             "model's. Evaluate both with one config."
         )
+
+
+def other_decoding(settings: dict[str, Any], baseline: Path) -> list[str]:
+    """A note for each way of asking that only one of the two runs used: what decodes better is compared with what was trained."""
+    before = read_json(baseline / "results.json")["settings"]
+    return [
+        f"only {'this run' if key in settings else 'the baseline'} used asking.{key} ({(settings | before)[key]}): the "
+        "difference to the baseline is that of the decoding too"
+        for key in ("contrast", "describe_first")
+        if (key in settings) != (key in before)
+    ]
 
 
 def show(results: dict[str, Any], folder: Path) -> None:

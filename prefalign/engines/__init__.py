@@ -89,6 +89,22 @@ class Sampling:
 
 
 @dataclass
+class Contrasted:
+    """What a decoding with `Sampling.contrast` did to an answer.
+
+    Attributes:
+        without: `removed` or `hidden`: how the picture was taken away (hidden where the model needs a picture).
+        active: share of the answer's tokens that were chosen under the correction.
+        dependence: mean over its tokens of how much the picture decides the next one: the Hellinger distance of the distributions
+            with and without it, in [0, 1].
+    """
+
+    without: str
+    active: float
+    dependence: float
+
+
+@dataclass
 class Completion:
     """A generated answer.
 
@@ -98,6 +114,7 @@ class Completion:
         token_ids: new tokens, end-of-sequence excluded.
         finish_reason: `stop` (end of sequence), `sentence`, `length`, or `error`.
         error: why this request alone failed, when `finish_reason` is `error`.
+        contrast: what a decoding with `Sampling.contrast` did; None where there was no picture to take away.
     """
 
     id: str
@@ -105,6 +122,24 @@ class Completion:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = "stop"
     error: str | None = None
+    contrast: Contrasted | None = None
+
+
+@dataclass
+class ImageAttention:
+    """Attention of one answer to the image tokens of its prompt, in prompt order.
+
+    Attributes:
+        weights: (N,) float32, mean over heads and over the answer's query rows; empty if it could not be measured.
+        image: (N,) int64, number of the picture that each token belongs to.
+        error: why it could not be measured, or None.
+        layer: number of the decoder layer that was read.
+    """
+
+    weights: torch.Tensor
+    image: torch.Tensor
+    error: str | None = None
+    layer: int | None = None
 
 
 class Engine(Protocol):
@@ -117,12 +152,18 @@ class Engine(Protocol):
         """One completion per request, in order."""
         ...
 
-    def logprobs(self, requests: Sequence[Request], answers: Sequence[str]) -> list[torch.Tensor]:
+    def logprobs(self, requests: Sequence[Request], answers: Sequence[str | Completion]) -> list[torch.Tensor]:
         """Log-probs of given answers, teacher-forced.
 
         Returns:
             One float32 tensor of shape (T_i,) per request: a value for each token of the answer and its end-of-turn.
         """
+        ...
+
+    def attention(
+        self, requests: Sequence[Request], answers: Sequence[str | Completion], *, layer: int | None = None
+    ) -> list[ImageAttention]:
+        """Attention of given answers to the image tokens of their prompts, in one decoder layer."""
         ...
 
 
@@ -156,5 +197,6 @@ def require(engine: Engine, needed: Sequence[str], stage: str) -> None:
     if missing:
         wanted = "; ".join(f"{name} ({CAPABILITIES[name]})" for name in missing)
         raise ValueError(
-            f"{stage} needs {wanted}, which {type(engine).__name__} cannot do. Use the transformers engine, which can."
+            f"{stage} needs {wanted}, which {type(engine).__name__} cannot do with this model. Use the transformers engine and a "
+            "model that has its pictures among the tokens of its prompt, such as LLaVA or Qwen-VL."
         )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from prefalign.engines import Request, Sampling
+from prefalign.engines import Contrast, Request, Sampling
 from prefalign.records import row_seed
 
 
@@ -31,8 +31,7 @@ class RowNoise(LogitsProcessor):
             self.warpers.append(TopPLogitsWarper(sampling.top_p))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores[:, self.banned] = float("-inf")
-        scores[:, self.words :] = float("-inf")  # rows that round the embedding up to a multiple have no token
+        scores = ban(scores, self.banned, self.words)
         if self.sampling.temperature == 0:
             return scores
         scores = scores / self.sampling.temperature
@@ -40,6 +39,13 @@ class RowNoise(LogitsProcessor):
             scores = warper(input_ids, scores)
         self.seeds = self.seeds.to(scores.device)
         return scores + gumbel_noise(self.seeds, input_ids.shape[1] - self.width, scores.shape[1])
+
+
+def ban(scores: torch.Tensor, banned: list[int], words: int) -> torch.Tensor:
+    """Scores (B, V) with minus infinity, in place, at tokens that no answer holds and at entries that are no token."""
+    scores[:, banned] = float("-inf")
+    scores[:, words:] = float("-inf")  # rows that round the embedding up to a multiple have no token
+    return scores
 
 
 def gumbel_noise(seeds: torch.Tensor, step: int, size: int) -> torch.Tensor:
@@ -82,6 +88,32 @@ def check_sampling(sampling: Sampling) -> None:
         (sampling.top_k < 0, f"top_k must be 0 (cuts nothing) or more, got {sampling.top_k}"),
         (sampling.repetition_penalty <= 0, f"repetition_penalty must be above 0, got {sampling.repetition_penalty}"),
     ]
-    for wrong, message in problems:
+    for wrong, message in [*problems, *_contrast_problems(sampling.contrast)]:
         if wrong:
             raise ValueError(message + ".")
+
+
+def _contrast_problems(contrast: Contrast | None) -> list[tuple[bool, str]]:
+    if contrast is None:
+        return []
+    cap = contrast.max_weight
+    return [
+        (
+            contrast.decay < 0,
+            f"contrast.decay must be 0 (corrects nothing) or more, got {contrast.decay}; as published 0.02",
+        ),
+        (
+            contrast.gate < 0,
+            f"contrast.gate must be 0 (never acts) or more, got {contrast.gate}; above 1 it always acts",
+        ),
+        (contrast.offset < 0, f"contrast.offset counts tokens and must be 0 or more, got {contrast.offset}"),
+        (cap is not None and cap < 0, f"contrast.max_weight must be 0 or more, got {cap}; null caps nothing"),
+        (
+            not 0 <= contrast.plausible <= 1,
+            f"contrast.plausible must be in [0, 1], got {contrast.plausible}; 0 keeps all",
+        ),
+        (
+            contrast.without not in ("removed", "hidden"),
+            f"contrast.without must be removed or hidden, got {contrast.without!r}",
+        ),
+    ]

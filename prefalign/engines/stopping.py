@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import StoppingCriteria
 
-from prefalign.engines import Request
+from prefalign.engines import Request, Usage
 from prefalign.text import first_sentence
 
 if TYPE_CHECKING:
@@ -22,21 +22,31 @@ SENTENCE_MARKS = frozenset(".!?\n\u3002\uff01\uff1f")
 
 @dataclass
 class Row:
-    """A request that is on its way: its text and the token ids that follow it."""
+    """A request that is on its way: its text and the token ids that follow it, the first `given` of which are prompt too."""
 
     index: int
     request: Request
     prompt: str
     tail: list[int]
+    given: int = 0
 
 
 @dataclass
 class Batch:
-    """Rows that run together, what the model is given, and their lengths without padding."""
+    """Rows that run together, what the model is given, their lengths without padding, and how many image tokens each has."""
 
     rows: list[Row] = field(default_factory=list)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
+    image_tokens: list[int] = field(default_factory=list)
+
+    def count(self, usage: Usage, *, drawn: int | None = None) -> None:
+        """Add the batch to `usage`: `drawn` tokens were generated; None: the answers in the rows' tails were scored."""
+        answers = 0 if drawn is not None else sum(len(row.tail) - row.given for row in self.rows)
+        usage.requests += len(self.rows)
+        usage.prompt_tokens += sum(self.lengths) - answers
+        usage.image_tokens += sum(self.image_tokens)
+        usage.new_tokens += answers if drawn is None else drawn
 
 
 class RowStop(StoppingCriteria):

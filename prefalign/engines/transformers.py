@@ -7,23 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
 )
 
 from prefalign import families
-from prefalign.engines import Completion, Request, Sampling
+from prefalign.engines import USAGE, Completion, ImageAttention, Request, Sampling
+from prefalign.engines.attention import measure
+from prefalign.engines.contrast import blind_branch, text_alone_works
+from prefalign.engines.prompts import hidden_mask, with_tails
 from prefalign.engines.sampling import RowNoise, check_sampling
 from prefalign.engines.stopping import CONTEXT_TAIL, SENTENCE_MARKS, Batch, Row, RowStop, certain_sentence
 from prefalign.models import ModelConfig, fingerprint, load_model, load_processor
 from prefalign.records import placeholder_count
-
-_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 class TransformersEngine:
@@ -53,7 +57,7 @@ class TransformersEngine:
         self.context = families.context_length(self.config)
         self.capabilities = frozenset({"sample", "logprobs", "prefix"})
         if not _cross_attends(self.config):
-            self.capabilities |= {"image_mask"}
+            self.capabilities |= {"contrast", "image_mask", "attention"}
         self._visual_tokens = families.visual_tokens(processor, self.config)
         self._sentence_tokens: torch.Tensor | None = None
         families.family(self.config)
@@ -70,31 +74,59 @@ class TransformersEngine:
                 batch changes what is drawn.
         """
         check_sampling(sampling)
+        if sampling.contrast is not None and "contrast" not in self.capabilities:
+            raise ValueError(
+                f"a {self.config.model_type} reads pictures through cross-attention layers and not as tokens of the prompt, so "
+                "there is no prompt without its picture to decode against. Leave `contrast` out, or use a model that has its "
+                "picture among the tokens, such as LLaVA or Qwen-VL."
+            )
         done: dict[int, Completion] = {}
         for rows in self._batches(requests, [""] * len(requests), done):
             for row, completion in zip(rows.rows, self._generate(rows, sampling), strict=True):
                 done[row.index] = completion
         return [done[index] for index in range(len(requests))]
 
-    def logprobs(self, requests: Sequence[Request], answers: Sequence[str]) -> list[torch.Tensor]:
+    def logprobs(self, requests: Sequence[Request], answers: Sequence[str | Completion]) -> list[torch.Tensor]:
         """Log-probs of given answers, teacher-forced; the tokens are those that TRL trains on.
 
         Args:
             requests: the prompts; a `prefix` counts as prompt, an `image_mask` is applied.
-            answers: one answer each, without the prefix.
+            answers: one answer each, without the prefix: a text, or what `generate` gave, whose own tokens are then taken.
 
         Returns:
             One float32 tensor (T_i,) per request on the CPU: a value for each token of the answer and of what the chat template
-            closes the turn with. A request that cannot be scored (`problem` says why) gives a single NaN.
+            closes the turn with (of a completion: for its tokens, and for the end of the turn if it came to it). A request that
+            cannot be scored (`problem` says why) gives a single NaN.
         """
-        if len(requests) != len(answers):
-            raise ValueError(f"there are {len(requests)} requests for {len(answers)} answers; give one answer to each.")
+        _check_answers(requests, answers)
         failed: dict[int, Completion] = {}
         scored: dict[int, torch.Tensor] = {}
         for rows in self._batches(requests, answers, failed, score=True):
             for row, values in zip(rows.rows, self._score(rows), strict=True):
                 scored[row.index] = values
         return [scored.get(index, torch.tensor([float("nan")])) for index in range(len(requests))]
+
+    def attention(
+        self, requests: Sequence[Request], answers: Sequence[str | Completion], *, layer: int | None = None
+    ) -> list[ImageAttention]:
+        """Attention of given answers to each image token of their prompts (MIA-DPO, arXiv 2410.17637).
+
+        The mean over heads and over the query rows of the answer's tokens that were fed back: all but its last, which is drawn
+        and never a query. The model may use any attention kernel and keeps it; see `attention.py`.
+
+        Args:
+            requests: the prompts, as for `logprobs`.
+            answers: one answer each, a text or what `generate` gave.
+            layer: decoder layer, 0-based, negative from the end; None: the middle one.
+
+        Returns:
+            One for each request, on the CPU; what cannot be measured has an `error` and no weights.
+
+        Raises:
+            ValueError: if there is no such layer, or it has no attention map.
+        """
+        _check_answers(requests, answers)
+        return measure(self, requests, answers, layer)
 
     def problem(self, request: Request, answer: str = "") -> str | None:
         """Why a request cannot be put to the model, as far as that shows before the pictures are prepared; None if it can."""
@@ -126,12 +158,17 @@ class TransformersEngine:
         return None
 
     def _batches(
-        self, requests: Sequence[Request], answers: Sequence[str], failed: dict[int, Completion], *, score: bool = False
+        self,
+        requests: Sequence[Request],
+        answers: Sequence[str | Completion],
+        failed: dict[int, Completion],
+        *,
+        score: bool = False,
     ) -> Iterator[Batch]:
         """Batches of rows that can be run, longest first; the others are put into `failed`."""
         rows = []
         for index, (request, answer) in enumerate(zip(requests, answers, strict=True)):
-            reason = self.problem(request, answer)
+            reason = self.problem(request, answer if isinstance(answer, str) else answer.text)
             if reason is None:
                 rows.append(self._row(index, request, answer, score=score))
             else:
@@ -145,7 +182,20 @@ class TransformersEngine:
                 if batch.rows:
                     yield batch
 
-    def _row(self, index: int, request: Request, answer: str, *, score: bool) -> Row:
+    def encode(self, requests: Sequence[Request]) -> Batch:
+        """The prompts of some requests as one batch, in order; those that cannot be put to the model are left out."""
+        return self._encode([self._row(index, one, "", score=False) for index, one in enumerate(requests)], {})
+
+    @cached_property
+    def reads_text_alone(self) -> bool:
+        """Whether the model can be asked without a picture."""
+        return text_alone_works(self)
+
+    def _row(self, index: int, request: Request, answer: str | Completion, *, score: bool) -> Row:
+        if isinstance(answer, Completion):
+            row = self._row(index, request, "", score=False)
+            end = [families.turn_end_id(self.processor)] if answer.finish_reason == "stop" else []
+            return replace(row, tail=[*row.tail, *answer.token_ids, *end], given=len(row.tail))
         if score:
             prompt, completion = families.render_answer(self.processor, request.messages, answer, request.prefix)
             return Row(index, request, prompt, self._tokens(completion))
@@ -182,7 +232,7 @@ class TransformersEngine:
                 raise
             return self._encode(good, failed) if good else Batch()
         lengths = tensors["attention_mask"].sum(1).tolist()
-        pieces = families.image_token_mask(tensors["input_ids"], self.config).any(1).tolist()
+        pieces = families.image_token_mask(tensors["input_ids"], self.config).sum(1).tolist()
         fitting = []
         for row, length, has_picture in zip(rows, lengths, pieces, strict=True):
             if row.request.image_mask is not None and not has_picture:
@@ -201,7 +251,8 @@ class TransformersEngine:
         if len(fitting) < len(rows):
             return self._encode(fitting, failed) if fitting else Batch()
         if any(row.tail for row in rows):
-            tensors = self._with_tails(tensors, [row.tail for row in rows])
+            after = int(families.rewrites_prompt(self.processor))
+            tensors = with_tails(tensors, [row.tail for row in rows], pad=self.pad, token_type=after)
         model = families.core(self.model)
         tensors = {
             name: value.to(model.device, model.dtype if value.is_floating_point() else None)
@@ -209,8 +260,8 @@ class TransformersEngine:
             if isinstance(value, torch.Tensor)
         }
         tensors["position_ids"] = families.position_ids(model, tensors)
-        tensors["attention_mask"] = self._hide(tensors, rows)
-        return Batch(rows, tensors, [length + len(row.tail) for length, row in zip(lengths, rows, strict=True)])
+        tensors["attention_mask"] = hidden_mask(tensors, [row.request.image_mask for row in rows], self.config)
+        return Batch(rows, tensors, [length + len(row.tail) for length, row in zip(lengths, rows, strict=True)], pieces)
 
     def _process(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         images = [row.request.images for row in rows]
@@ -223,43 +274,6 @@ class TransformersEngine:
             return_tensors="pt",
         )
         return {name: value for name, value in tensors.items() if name != "labels"}
-
-    def _with_tails(self, tensors: dict[str, torch.Tensor], tails: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-        """Append token ids to left-padded prompts and pad to the left again."""
-        lengths = tensors["attention_mask"].sum(1).tolist()
-        width = max(length + len(tail) for length, tail in zip(lengths, tails, strict=True))
-        suffix_type = int(families.rewrites_prompt(self.processor))
-        fill = {"input_ids": self.pad, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0}
-        mark = {"attention_mask": 1, "token_type_ids": suffix_type, "mm_token_type_ids": 0}
-        result = dict(tensors)
-        for name in _PER_TOKEN:
-            if name not in tensors:
-                continue
-            old = tensors[name]
-            new = torch.full((len(tails), width), fill[name], dtype=old.dtype)
-            for index, (length, tail) in enumerate(zip(lengths, tails, strict=True)):
-                start = width - length - len(tail)
-                new[index, start : start + length] = old[index, old.shape[1] - length :]
-                if tail:
-                    new[index, start + length :] = torch.tensor(tail) if name == "input_ids" else mark[name]
-            result[name] = new
-        return result
-
-    def _hide(self, tensors: dict[str, torch.Tensor], rows: Sequence[Row]) -> torch.Tensor:
-        """Attention mask (B, T) with zeros also at the image tokens drawn to be hidden (BDHS, arXiv 2407.02477, eq. 6)."""
-        mask = tensors["attention_mask"]
-        if all(row.request.image_mask is None for row in rows):
-            return mask
-        mask = mask.clone()
-        pieces = families.image_token_mask(tensors["input_ids"], self.config)
-        for index, row in enumerate(rows):
-            wanted = row.request.image_mask
-            if wanted is None:
-                continue
-            places = pieces[index].nonzero().squeeze(1)
-            draw = torch.rand(len(places), generator=torch.Generator().manual_seed(wanted.seed))
-            mask[index, places[(draw < wanted.share).to(places.device)]] = 0
-        return mask
 
     @contextmanager
     def _inference(self) -> Iterator[Any]:
@@ -283,25 +297,39 @@ class TransformersEngine:
         settings = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,
-            repetition_penalty=sampling.repetition_penalty,
+            repetition_penalty=1.0,  # put after the contrast instead, which wants plain log-probs
             eos_token_id=self.ends,
             pad_token_id=self.pad,
             bos_token_id=self.tokenizer.bos_token_id,
         )
+        processors: list[Any] = [noise]
+        if sampling.repetition_penalty != 1:
+            padding = (batch.tensors["attention_mask"] != 0).int().argmax(1)
+            processors.insert(0, RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, padding))
         with self._inference() as model:
+            branch = None
+            if sampling.contrast is not None and batch.rows[0].request.images:
+                branch = blind_branch(self, batch, sampling.contrast, width)
+                processors.insert(0, branch)
             # generate fills what is not set here from the model's own settings (sampling of the checkpoint's author)
             model.generation_config = settings
             ids = model.generate(
                 **batch.tensors,
                 generation_config=settings,
-                logits_processor=LogitsProcessorList([noise]),
+                logits_processor=LogitsProcessorList(processors),
                 stopping_criteria=StoppingCriteriaList([stop]),
             )
         tails = ids[:, max(0, width - CONTEXT_TAIL) : width].tolist()
-        return [
-            self._completion(row, tail, new[: stop.stopped.get(index, len(new))])
-            for index, (row, tail, new) in enumerate(zip(batch.rows, tails, ids[:, width:].tolist(), strict=True))
-        ]
+        answers = [new[: stop.stopped.get(index, len(new))] for index, new in enumerate(ids[:, width:].tolist())]
+        batch.count(USAGE, drawn=sum(self._drawn(answer) for answer in answers))
+        completions = [self._completion(*parts) for parts in zip(batch.rows, tails, answers, strict=True)]
+        if branch is not None:
+            branch.note(completions)
+        return completions
+
+    def _drawn(self, new: list[int]) -> int:
+        """How many tokens were drawn for a row: those up to its end-of-sequence, without the padding behind it."""
+        return next((place + 1 for place, token in enumerate(new) if token in self.ends), len(new))
 
     def _completion(self, row: Row, tail: list[int], new: list[int]) -> Completion:
         request = row.request
@@ -342,13 +370,19 @@ class TransformersEngine:
                 row_logits.float().log_softmax(-1).gather(1, row_targets[:, None]).squeeze(1).cpu()
                 for row_logits, row_targets in zip(logits, targets.to(logits.device), strict=True)
             ]
-        return [value[longest - len(row.tail) :] for row, value in zip(batch.rows, values, strict=True)]
+        batch.count(USAGE)
+        return [value[longest - len(row.tail) + row.given :] for row, value in zip(batch.rows, values, strict=True)]
 
 
 def load_engine(config: ModelConfig, *, batch_size: int = 16) -> TransformersEngine:
     """Load model and processor and put an engine on them, with the fingerprint of the weights."""
     model = load_model(config)
     return TransformersEngine(model, load_processor(config), batch_size=batch_size, fingerprint=fingerprint(model))
+
+
+def _check_answers(requests: Sequence[Request], answers: Sequence[str | Completion]) -> None:
+    if len(requests) != len(answers):
+        raise ValueError(f"there are {len(requests)} requests for {len(answers)} answers; give one answer to each.")
 
 
 def _cross_attends(config: Any) -> bool:

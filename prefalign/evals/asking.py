@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefalign.engines import Completion, Engine, Request, Sampling, require
+from prefalign.describing import DescribeFirst, describe, with_description
+from prefalign.engines import Completion, Contrast, Engine, Request, Sampling, require
 from prefalign.evals import Prediction
 from prefalign.evals.reading import read_jsonl
 from prefalign.evals.reliance import Variant
@@ -34,6 +35,10 @@ class Asking:
         block_size: items per block; a block is written at once, so it is what an interruption can cost.
         noise_step: step of the diffusion schedule for the condition `noise` (500 of 1000, as POVID).
         pictures: how many pictures are copied into the folder, for people to look at.
+        contrast: decode against the model's own answer without the picture (M3ID), which needs no training; None: plainly.
+        short_answer_offset: what counts as `contrast.offset` for short answers, about the length of a question (as published).
+        describe_first: let the model describe the pictures it is shown and put that before each question (STIC's describe and
+            respond); None: ask plainly. It costs one description per question.
     """
 
     max_new_tokens: int = 512
@@ -44,6 +49,9 @@ class Asking:
     block_size: int = 64
     noise_step: int = 500
     pictures: int = 64
+    contrast: Contrast | None = None
+    short_answer_offset: int = 10
+    describe_first: DescribeFirst | None = None
 
 
 def ask(
@@ -61,6 +69,8 @@ def ask(
 
     if any(variant.gold_logprob for variant in variants):
         require(engine, ["logprobs"], "the image-reliance probe")
+    if asking.contrast is not None:
+        require(engine, ["contrast"], "`asking.contrast`")
     keys = [(variant.eval, variant.id) for variant in variants]
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
@@ -103,7 +113,10 @@ def settings(fingerprint: str, variants: Sequence[Variant], asking: Asking, *, s
             variant.donor and variant.donor.id,
         ]
         digest.update(canonical_json(asked).encode())
-    decides = {key: value for key, value in dataclasses.asdict(asking).items() if key not in ("pictures", "block_size")}
+    unused = {"pictures", "block_size", *(["short_answer_offset"] if asking.contrast is None else [])}
+    decides = {
+        key: value for key, value in dataclasses.asdict(asking).items() if key not in unused and value is not None
+    }
     return {
         "fingerprint": fingerprint,
         "asked": digest.hexdigest()[:16],
@@ -134,7 +147,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 def _ask_block(
     engine: Engine, block: Sequence[Variant], folder: Path, asking: Asking, seed: int
 ) -> Iterator[Prediction]:
-    requests: list[Request] = []
+    asked: dict[int, Request] = {}
     failures: dict[int, str] = {}
     for number, variant in enumerate(block):
         try:
@@ -142,10 +155,12 @@ def _ask_block(
         except ImageError as error:
             failures[number] = str(error)
             continue
-        requests.append(Request(id=variant.id, messages=variant.messages(), images=pictures, seed=seed))
-    limit = asking.max_new_tokens if block[0].item.eval == "chair" else asking.short_answer_tokens
-    sampling = Sampling(max_new_tokens=limit, temperature=asking.temperature, top_p=asking.top_p, top_k=asking.top_k)
-    answered = [number for number in range(len(block)) if number not in failures]
+        asked[number] = Request(id=variant.id, messages=variant.messages(), images=pictures, seed=seed)
+    if asking.describe_first is not None:
+        failures |= _describe_first(engine, asked, asking.describe_first, seed)
+    sampling = _sampling(asking, caption=block[0].item.eval == "chair")
+    answered = [number for number in asked if number not in failures]
+    requests = [asked[number] for number in answered]
     completions = dict(zip(answered, engine.generate(requests, sampling), strict=True))
     scored = [position for position, number in enumerate(answered) if block[number].gold_logprob]
     golds = [block[answered[position]].item.answer or block[answered[position]].item.label or "" for position in scored]
@@ -161,7 +176,7 @@ def _ask_block(
             eval=variant.eval,
             id=variant.id,
             group=variant.item.group,
-            prompt=message_text(variant.item.messages),
+            prompt=message_text(asked[number].messages if number in asked else variant.item.messages),
             text=said.text,
             picture=_keep_picture(variant, folder, asking.pictures),
             condition=variant.condition,
@@ -172,6 +187,32 @@ def _ask_block(
             logp=None if math.isnan(logp) else logp,
             logp_tokens=None if math.isnan(logp) else tokens,
         )
+
+
+def _sampling(asking: Asking, *, caption: bool) -> Sampling:
+    contrast = asking.contrast
+    if contrast is not None and not caption:
+        contrast = dataclasses.replace(contrast, offset=asking.short_answer_offset)
+    return Sampling(
+        max_new_tokens=asking.max_new_tokens if caption else asking.short_answer_tokens,
+        temperature=asking.temperature,
+        top_p=asking.top_p,
+        top_k=asking.top_k,
+        contrast=contrast,
+    )
+
+
+def _describe_first(engine: Engine, asked: Mapping[int, Request], first: DescribeFirst, seed: int) -> dict[int, str]:
+    """Put descriptions of the pictures shown into the requests that show any; gives why some have none."""
+    rows = {number: (request.id, request.images) for number, request in asked.items() if request.images}
+    said = describe(engine, list(rows.values()), first.prompts, first.sampling, seed=seed)
+    failures = {}
+    for number, description in zip(rows, said, strict=True):
+        if description.error is not None:
+            failures[number] = description.error
+        else:
+            asked[number].messages = with_description(asked[number].messages, description.text, first.template)
+    return failures
 
 
 def _keep_picture(variant: Variant, folder: Path, most: int) -> str:
@@ -196,8 +237,9 @@ def _blocks(variants: Sequence[Variant], asking: Asking) -> Iterator[list[Varian
 def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
     before = read_settings(folder)
     if before and before != identity:
+        keys = {**before, **identity}
         changed = ", ".join(
-            f"{key}: {before.get(key)} -> {identity.get(key)}" for key in identity if before.get(key) != identity[key]
+            f"{key}: {before.get(key)} -> {identity.get(key)}" for key in keys if before.get(key) != identity.get(key)
         )
         raise ValueError(
             f"{folder} holds replies made with other settings ({changed}). Mixing them would compare two things at once: give "

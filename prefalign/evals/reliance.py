@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prefalign.evals import Item, Prediction, Scored, attributes, reply_status, yesno
+from prefalign.evidence import unusable
 from prefalign.images import open_image
-from prefalign.records import Message, message_text, placeholder_count, row_seed
+from prefalign.records import Message, message_text, placeholder_count
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,20 +62,19 @@ class Variant:
 
     def pictures(self, *, seed: int = 0, noise_step: int = 500) -> list[Image.Image]:
         """Decoded pictures as shown. Size stays that of the true picture, so that the number of image tokens does."""
-        from prefalign.corruption import blank, diffusion_noise
-
         true = [open_image(image) for image in self.item.images]
         if self.condition == "true":
             return true
         if self.condition == "none":
             return []
-        if self.condition == "blank":
-            return [blank(image, colour="mean") for image in true]
-        if self.condition == "noise":
-            seeds = [row_seed(seed, f"{self.id}/{number}") for number in range(len(true))]
-            return [
-                diffusion_noise(image, step=noise_step, seed=drawn) for image, drawn in zip(true, seeds, strict=True)
-            ]
+        if self.condition != "mismatched":
+            return unusable(
+                true,
+                "blank" if self.condition == "blank" else "noise",
+                identity=self.id,
+                seed=seed,
+                noise_step=noise_step,
+            )
         assert self.donor is not None
         shown = [open_image(image) for image in self.donor.images]
         return [

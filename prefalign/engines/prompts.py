@@ -1,0 +1,65 @@
+"""Tensors of prompts: token ids put after them, image tokens hidden in them.
+
+Legend of shapes: `B` rows of a batch, `T` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from prefalign import families
+from prefalign.engines import ImageMask
+
+_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
+
+def with_tails(
+    tensors: dict[str, torch.Tensor], tails: Sequence[Sequence[int]], *, pad: int, token_type: int
+) -> dict[str, torch.Tensor]:
+    """Append token ids to left-padded prompts and pad to the left again.
+
+    Args:
+        tensors: what the processor gave, per-token entries (B, T).
+        tails: token ids of each row, some may be empty.
+        pad: padding id.
+        token_type: what `token_type_ids` says of the appended tokens, where the processor gives them.
+
+    Returns:
+        The same entries, the per-token ones as wide as the longest row is now.
+    """
+    lengths = tensors["attention_mask"].sum(1).tolist()
+    width = max(length + len(tail) for length, tail in zip(lengths, tails, strict=True))
+    fill = {"input_ids": pad, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0}
+    mark = {"attention_mask": 1, "token_type_ids": token_type, "mm_token_type_ids": 0}
+    result = dict(tensors)
+    for name in _PER_TOKEN:
+        if name not in tensors:
+            continue
+        old = tensors[name]
+        new = torch.full((len(tails), width), fill[name], dtype=old.dtype)
+        for index, (length, tail) in enumerate(zip(lengths, tails, strict=True)):
+            start = width - length - len(tail)
+            new[index, start : start + length] = old[index, old.shape[1] - length :]
+            if tail:
+                new[index, start + length :] = torch.tensor(tail) if name == "input_ids" else mark[name]
+        result[name] = new
+    return result
+
+
+def hidden_mask(tensors: dict[str, torch.Tensor], wanted: Sequence[ImageMask | None], config: Any) -> torch.Tensor:
+    """Attention mask (B, T) with zeros also at the image tokens drawn to be hidden (BDHS, arXiv 2407.02477, eq. 6)."""
+    mask = tensors["attention_mask"]
+    if all(hide is None for hide in wanted):
+        return mask
+    mask = mask.clone()
+    pieces = families.image_token_mask(tensors["input_ids"], config)
+    for index, hide in enumerate(wanted):
+        if hide is None:
+            continue
+        places = pieces[index].nonzero().squeeze(1)
+        draw = torch.rand(len(places), generator=torch.Generator().manual_seed(hide.seed))
+        mask[index, places[(draw < hide.share).to(places.device)]] = 0
+    return mask
