@@ -185,7 +185,7 @@ def load_embedder(config: EmbedderConfig, engine: Any = None) -> Embedder:
         ValueError: for `own` without an engine that holds its model in this process.
     """
     if config.model_name_or_path == OWN:
-        if getattr(engine, "model", None) is None:
+        if "vision_embed" not in getattr(engine, "capabilities", ()):
             raise ValueError(
                 "embedder.model_name_or_path is 'own', the generator's vision encoder, and no generator is loaded in this "
                 "process to take it from. Name a model that embeds pictures, such as openai/clip-vit-large-patch14."
