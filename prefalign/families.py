@@ -134,9 +134,14 @@ def end_token_ids(processor: Any, generation_config: Any = None) -> list[int]:
     ends = {tokenizer.eos_token_id}
     named = getattr(generation_config, "eos_token_id", None)
     ends |= set(named) if isinstance(named, (list, tuple)) else {named}
+    return sorted((ends | {turn_end_id(processor)}) - {None})
+
+
+def turn_end_id(processor: Any) -> int:
+    """Id of the mark that the chat template closes an answer with; the tokenizer's end-of-sequence if it has none."""
+    tokenizer = processor.tokenizer
     closing = tokenizer(_closing(processor), add_special_tokens=False).input_ids
-    special = [index for index in closing if _is_special(tokenizer, index)]
-    return sorted((ends | set(special[:1])) - {None})
+    return next((index for index in closing if _is_special(tokenizer, index)), tokenizer.eos_token_id)
 
 
 def core(model: Any) -> Any:
@@ -232,6 +237,22 @@ def image_lengths(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]
         return [int(value) for value in count(image_sizes=[list(size) for size in sizes])["num_image_tokens"]]
     except (AttributeError, KeyError, TypeError, NotImplementedError):
         return [0] * len(sizes)
+
+
+def image_tokens_among_others(processor: Any, config: Any, size: tuple[int, int]) -> int:
+    """How many image tokens a picture becomes in a prompt with several, found by preparing two of its size.
+
+    Args:
+        processor: the processor. Some families cut a lone picture into tiles and leave several whole (LLaVA-OneVision).
+        config: the model's config.
+        size: (height, width) in pixels.
+    """
+    from PIL import Image
+
+    picture = Image.new("RGB", (size[1], size[0]))
+    text = render(processor, [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}])
+    batch = processor(text=[text], images=[[picture, picture]], add_special_tokens=False, return_tensors="pt")
+    return int(image_token_mask(batch["input_ids"], config).sum()) // 2
 
 
 def tower(name: str) -> str:

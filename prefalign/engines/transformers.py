@@ -55,7 +55,7 @@ class TransformersEngine:
         )
         self.banned = families.banned_token_ids(processor, self.config, keep=self.ends)
         self.context = families.context_length(self.config)
-        self.capabilities = frozenset({"sample", "logprobs", "prefix"})
+        self.capabilities = frozenset({"sample", "logprobs", "prefix", "vision_embed"})
         if not _cross_attends(self.config):
             self.capabilities |= {"contrast", "image_mask", "attention"}
         self._visual_tokens = families.visual_tokens(processor, self.config)
