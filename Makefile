@@ -1,6 +1,9 @@
 # make demo    pictures -> pairs -> DPO -> measured hallucination -> report, on a laptop
 # make test    all tests (make check: format, lint, types, import order, dependencies)
-# make chaos   kill data generation at random moments, resume, compare
+# make chaos   kill every data stage at random moments, resume, compare
+# make bench   what generation costs and whether pairs are right, measured; figures in runs/bench/
+#
+# Preference pairs with every method: make -C datagen help
 #
 # TORCH_BUILD chooses the torch that is installed: `cpu`, `cuda` (what the package index gives), or one of PyTorch's own
 # builds such as `cu130`. Without it: `cuda` where an NVIDIA driver is found, else `cpu`.
@@ -15,7 +18,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 FAMILIES := $(VENV)-families
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=1
 
-.PHONY: demo test check chaos format clean
+.PHONY: demo test check chaos bench format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/prefalign demo --output runs/demo
@@ -32,7 +35,12 @@ check: $(VENV)/.dev
 	$(BIN)/deptry .
 
 chaos: $(VENV)/.dev
-	$(OFFLINE) $(BIN)/python benchmarks/chaos.py --kills 20
+	$(OFFLINE) $(BIN)/python benchmarks/chaos.py --kills 5
+
+bench: $(VENV)/.dev
+	mkdir -p runs/bench
+	$(OFFLINE) $(BIN)/python benchmarks/generation.py --json runs/bench/generation.json
+	$(OFFLINE) $(BIN)/python benchmarks/pair_truth.py --json runs/bench/pair_truth.json
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

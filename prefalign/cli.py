@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import json
 import os
 import shutil
 import sys
@@ -21,6 +22,7 @@ EPILOG = """\
 typical use:
   prefalign demo --output runs/demo
   prefalign list
+  prefalign plan bdhs --config configs/datagen/bdhs.yaml --data.path rows.jsonl --output.path runs/pairs
   prefalign run bdhs --config configs/datagen/bdhs.yaml --data.path rows.jsonl --output.path runs/pairs
   prefalign inspect runs/pairs
   prefalign publish runs/policy --to OWNER/NAME --dry-run
@@ -43,6 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     verbs.add_parser("demo", help="pictures to aligned, measured, publishable model in minutes", add_help=False)
     verbs.add_parser("run", help="run a stage: prefalign run STAGE --config FILE --section.field VALUE", add_help=False)
 
+    verbs.add_parser("plan", help="rows, calls, tokens, disk and time of a data stage: arguments of run, --rows, --json",
+                     add_help=False)  # fmt: skip
+
     scenes = verbs.add_parser("scenes", help="the embedded world: build its model, print its figures, export rows")
     what = scenes.add_subparsers(dest="what", required=True, metavar="WHAT")
     build = what.add_parser("build", help="train the tiny base model from its seed and write its card")
@@ -54,7 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--output", type=Path, required=True)
     export.add_argument("--split", help="follows from --regime if left out; without both: train_biased, as seen")
     export.add_argument("--kind", default="caption",
-                        help="caption, description, yes_no, colour, count, place, object, vqa, mix or pair")  # fmt: skip
+                        help="caption, description, yes_no, colour, count, place, object, vqa, mix or pair; "
+                        "or twin: counterfactual pairs")  # fmt: skip
     export.add_argument("--regime", help="where answers come from: seen, fair or none; left out: any split has them")
     export.add_argument("--start", type=int, default=0)
     export.add_argument("--stop", type=int, default=512)
@@ -98,6 +104,46 @@ def run_stage(name: str, arguments: Sequence[str], *, default_config: str | None
     stage.main(config.load(stage.Config, bundled.find(chosen) if chosen else None, rest))
 
 
+def plan_stages(arguments: Sequence[str]) -> None:
+    """Print what stages cost: prefalign plan STAGE --config FILE --section.field VALUE [--rows 8] [--json] [--then STAGE ...]
+
+    Each stage is run on its first rows (--rows) in a scratch folder, and what was counted is scaled to all of them. A stage after
+    --then may read the output folder of one before it, which need not exist yet.
+    """
+    if "--help" in arguments or "-h" in arguments:
+        print(inspect.getdoc(plan_stages))
+        return
+    from prefalign import planner
+
+    rest = [argument for argument in arguments if argument != "--json"]
+    rows = planner.SAMPLE
+    if "--rows" in rest:
+        place = rest.index("--rows")
+        given = rest[place + 1 : place + 2]
+        if not given or not given[0].isdigit():
+            raise config.ConfigError(f"--rows {' '.join(given)}: give the number of rows to run, as in `--rows 8`.")
+        rows = int(given[0])
+        del rest[place : place + 2]
+    stages: list[planner.Stage] = []
+    while rest or not stages:
+        end = rest.index("--then") if "--then" in rest else len(rest)
+        name, *options = rest[:end] or [""]
+        if not name or name.startswith("-"):
+            raise config.ConfigError(
+                f"plan needs a stage{f' before {name}' if name else ''}, as in `prefalign plan bdhs --config datagen/bdhs`."
+            )
+        rest = rest[end + 1 :]
+        module = bundled.load_stage(name)
+        chosen, overrides = _config_file(options)
+        resolved = config.load(module.Config, bundled.find(chosen) if chosen else None, overrides)
+        stages.append(planner.Stage(Path(name).stem, module, resolved))
+    plans = planner.plan(stages, rows=rows)
+    if "--json" in arguments:
+        print(json.dumps([dataclasses.asdict(made) for made in plans], indent=2))
+    else:
+        print(planner.table(plans))
+
+
 def _config_file(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """The value of `--config FILE` or `--config=FILE`, and the other arguments."""
     named: list[str] = []
@@ -122,6 +168,9 @@ def _dispatch(arguments: list[str]) -> None:
     if arguments[:1] == ["run"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         run_stage(arguments[1], arguments[2:])
         return
+    if arguments[:1] == ["plan"] and len(arguments) > 1:
+        plan_stages(arguments[1:])
+        return
     if arguments[:1] == ["demo"]:
         run_stage("demo", arguments[1:], default_config="recipes/demo")
         return
@@ -130,6 +179,10 @@ def _dispatch(arguments: list[str]) -> None:
     match chosen.verb:
         case "run":
             parser.error("run needs a stage: prefalign run STAGE --config FILE. `prefalign list` names them.")
+        case "plan":
+            parser.error(
+                "plan needs a stage: prefalign plan STAGE --config FILE [--rows 8] [--json] [--then STAGE ...]."
+            )
         case "scenes":
             _scenes(chosen)
         case "list":

@@ -20,7 +20,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ import prefalign
 from prefalign import sources
 from prefalign.images import ImageError
 from prefalign.manifest import Manifest, differences, library_versions, read_manifest, write_atomically
-from prefalign.records import SCHEMA_VERSION, Candidates, Example, Pair, Prompt, RecordError, canonical_json
+from prefalign.records import SCHEMA_VERSION, Candidates, Example, Pair, Prompt, RecordError, SeenIds, canonical_json
 from prefalign.sources import BadRow, DataConfig
 
 Record = Pair | Candidates | Example | Prompt
@@ -120,8 +120,8 @@ def run_stage(
     total, repeated = sources.survey(data)
     with _disk_errors(folder):
         _claim_folder(folder, identity)
-        ledgers = list(_run_blocks(_Job(stage, data, process, output, record, repeated, reads), total))
-        manifest = _sum_up(stage, identity, ledgers)
+        job = _Job(stage, data, process, output, record, repeated, reads, SeenIds(total))
+        manifest = _sum_up(stage, identity, _run_blocks(job, total))
         if manifest.rows_out == 0:
             _start_afresh(folder)
             raise StoreError(
@@ -184,7 +184,7 @@ class _Job:
     record: type[Record]
     repeated: set[str]
     reads: type[Prompt] | type[Pair]
-    seen: dict[str, str] = field(default_factory=dict)
+    seen: SeenIds
 
 
 def _run_blocks(job: _Job, total: int) -> Iterator[dict[str, Any]]:
@@ -197,7 +197,8 @@ def _run_blocks(job: _Job, total: int) -> Iterator[dict[str, Any]]:
             ledger_file = output.path / "progress" / f"{number:05d}.json"
             if ledger_file.is_file():
                 ledger = json.loads(ledger_file.read_text())
-                job.seen.update(ledger["ids"])
+                for identity, digest in ledger["ids"].items():
+                    job.seen.add(identity, digest)
             else:
                 ledger = _work_block(job, number, rows)
             quarantined += ledger["quarantined"]
@@ -220,22 +221,24 @@ def _work_block(job: _Job, number: int, rows: list[Mapping[str, Any] | BadRow]) 
     dropped: Counter[str] = Counter()
     quarantine: list[dict[str, Any]] = []
     inputs: list[tuple[int, Prompt | Pair]] = []
+    ids: dict[str, str] = {}
     read = sources.to_prompt if job.reads is Prompt else sources.to_pair
     first = number * job.output.block_size
     for offset, row in enumerate(rows):
         try:
             given = read(row, job.data, repeated=job.repeated)
             digest = sources.content_digest(given)
-            if job.seen.get(given.id, digest) != digest:
+            if (known := job.seen.holds(given.id, digest)) is False:
                 raise RecordError("conflicting_id", f"id {given.id!r} belongs to an earlier row with other content, so rows "
                                   "made from the two could not be told apart. Give each row its own id.")  # fmt: skip
         except (RecordError, ImageError) as error:
             quarantine.append(_quarantine_row(first + offset, row, error.reason, str(error)))
             continue
-        if given.id in job.seen:
+        if known:
             dropped["duplicate"] += 1
             continue
-        job.seen[given.id] = digest
+        job.seen.add(given.id, digest)
+        ids[given.id] = digest
         inputs.append((offset, given))
     records: list[Record] = []
     used = 0
@@ -254,8 +257,7 @@ def _work_block(job: _Job, number: int, rows: list[Mapping[str, Any] | BadRow]) 
     for row in quarantine:
         dropped[row["reason"]] += 1
     ledger = {"block": number, "rows_in": len(rows), "rows_used": used, "rows_out": len(records),
-              "dropped": dict(sorted(dropped.items())), "quarantined": len(quarantine),
-              "ids": {given.id: job.seen[given.id] for _, given in inputs}}  # fmt: skip
+              "dropped": dict(sorted(dropped.items())), "quarantined": len(quarantine), "ids": ids}  # fmt: skip
     _commit_block(job.output.path, number, records, quarantine, ledger, job.record)
     return ledger
 

@@ -1,0 +1,325 @@
+"""What a data stage will cost, before it is started: the stage runs on its first rows in a scratch folder, and is scaled up.
+
+Everything after loading is taken to grow with the number of rows: calls, tokens, time, pools, embeddings. Batches of a small
+sample are emptier than those of the run, so the time is rather too long than too short.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from prefalign import sources
+from prefalign.engines import USAGE, Usage
+from prefalign.manifest import differences, read_manifest
+from prefalign.sources import DataConfig
+from prefalign.store import StoreError
+
+SAMPLE = 8
+
+
+@dataclass
+class Plan:
+    """What a stage will need.
+
+    Attributes:
+        stage: name of the stage.
+        rows_in: rows of the data, or those expected of an earlier stage that is not run yet.
+        rows_out: rows expected.
+        dropped: rows expected to be dropped, by reason.
+        requests: answers to be generated or scored.
+        text_tokens: tokens of their prompts that are text.
+        image_tokens: tokens of their prompts that are pictures.
+        new_tokens: tokens to be generated, or of answers to be scored.
+        bytes: disk space of the output folder.
+        seconds: time, without loading.
+        seconds_loading: time until the first row, as it was in the sample.
+        sampled: rows that were run.
+        sampled_out: rows that they gave.
+        blocks: blocks of the run.
+        blocks_done: blocks that the output folder holds already.
+        conflict: why the run will refuse its output folder; empty: it will not.
+        after: the stage whose sample was read, where its output does not exist yet.
+        pooled: whether rows were compared with the pictures of the sample, where the run has all of them.
+    """
+
+    stage: str
+    rows_in: int
+    rows_out: int
+    dropped: dict[str, int]
+    requests: int
+    text_tokens: int
+    image_tokens: int
+    new_tokens: int
+    bytes: int
+    seconds: float
+    seconds_loading: float
+    sampled: int
+    sampled_out: int
+    blocks: int
+    blocks_done: int
+    conflict: str = ""
+    after: str = ""
+    pooled: bool = False
+
+
+@dataclass
+class Stage:
+    """A stage to be planned: its name, its module, and its resolved config with `data` and `output`."""
+
+    name: str
+    module: ModuleType
+    config: Any
+
+    def __post_init__(self) -> None:
+        names = {entry.name for entry in dataclasses.fields(self.config)}
+        if not {"data", "output"} <= names:
+            raise ValueError(
+                f"{self.name} has no `data` and `output` sections, so it cannot be run on its first rows. Plan a stage that "
+                "makes pairs (`prefalign list`: those in datagen/)."
+            )
+
+
+@dataclass
+class _Sample:
+    """What running the first rows showed."""
+
+    folder: Path
+    rows_in: int
+    rows_out: int
+    dropped: dict[str, int]
+    usage: Usage
+    loading: float
+    seconds: float
+    plan: Plan | None = None
+
+
+def plan(stages: Sequence[Stage], *, rows: int = SAMPLE) -> list[Plan]:
+    """Run each stage on its first rows and scale what was counted to all of them.
+
+    A stage that reads the output folder of an earlier one in the list, not finished yet, is run on that one's sample and scaled
+    to the rows expected of it. Nothing is written outside a scratch folder, which is deleted.
+
+    Args:
+        stages: what is planned, in the order it will be run.
+        rows: rows of the sample. As many as `output.block_size` give batches as full as the run's.
+
+    Raises:
+        ValueError: if `rows` is below 1, or a stage gives no row because all of the sample failed; else what the stage raises.
+    """
+    if rows < 1:
+        raise ValueError(f"--rows {rows}: a plan needs at least 1 row to run (8 are usual).")
+    samples: dict[Path, _Sample] = {}
+    plans = []
+    with tempfile.TemporaryDirectory(prefix="prefalign-plan-") as scratch:
+        for number, stage in enumerate(stages):
+            sample, made = _plan(stage, Path(scratch) / f"{number}", rows, samples)
+            samples[stage.config.output.path.resolve()] = sample
+            plans.append(made)
+    return plans
+
+
+def _plan(stage: Stage, scratch: Path, rows: int, samples: Mapping[Path, _Sample]) -> tuple[_Sample, Plan]:
+    config = stage.config
+    data: DataConfig = config.data
+    earlier = samples.get(data.path.resolve())
+    if earlier is None or read_manifest(data.path) is not None:
+        earlier = None
+        total, _ = sources.survey(data)
+    else:
+        assert earlier.plan is not None
+        total = min(earlier.plan.rows_out, data.limit or earlier.plan.rows_out)
+        data = dataclasses.replace(data, path=earlier.folder)
+    limit = min(rows, data.limit or rows)
+    if earlier is not None and not total:
+        sample = _Sample(scratch, 0, 0, {}, Usage(), 0.0, 0.0)
+    else:
+        sample = _run(stage, dataclasses.replace(data, limit=limit), scratch)
+    scale = total / max(1, sample.rows_in)
+    blocks = math.ceil(total / config.output.block_size)
+    made = Plan(
+        stage=stage.name,
+        rows_in=total,
+        rows_out=round(sample.rows_out * scale),
+        dropped={reason: round(count * scale) for reason, count in sample.dropped.items()},
+        requests=round(sample.usage.requests * scale),
+        text_tokens=round((sample.usage.prompt_tokens - sample.usage.image_tokens) * scale),
+        image_tokens=round(sample.usage.image_tokens * scale),
+        new_tokens=round(sample.usage.new_tokens * scale),
+        bytes=_bytes(scratch, scale, blocks),
+        seconds=sample.seconds * scale,
+        seconds_loading=sample.loading,
+        sampled=sample.rows_in,
+        sampled_out=sample.rows_out,
+        blocks=blocks,
+        blocks_done=len(list(config.output.path.glob("progress/*.json"))),
+        conflict=_conflict(config.output.path, scratch) if earlier is None else "",
+        after=earlier.plan.stage if earlier is not None and earlier.plan is not None else "",
+        pooled=(scratch / "pool").is_dir(),
+    )
+    sample.plan = made
+    return sample, made
+
+
+def _run(stage: Stage, data: DataConfig, scratch: Path) -> _Sample:
+    """Run a stage on its sample. It claims its folder when everything is loaded, so that file says when work began."""
+    output = dataclasses.replace(stage.config.output, path=scratch, max_quarantine=data.limit)
+    before = dataclasses.replace(USAGE)
+    started = time.time()
+    try:
+        manifest = stage.module.main(dataclasses.replace(stage.config, data=data, output=output))
+        counts = manifest.rows_in, manifest.rows_out, manifest.dropped
+    except StoreError as error:
+        counts = _nothing_made(stage.name, scratch, error)
+    claimed = (scratch / "config.json").stat().st_mtime
+    used = {name: value - getattr(before, name) for name, value in vars(USAGE).items()}
+    return _Sample(scratch, *counts, Usage(**used), max(0.0, claimed - started), time.time() - claimed)
+
+
+def _nothing_made(name: str, scratch: Path, error: StoreError) -> tuple[int, int, dict[str, int]]:
+    """Counts of a sample of which every row was dropped; an error if rows failed."""
+    nothing = re.search(r" made no row out of (\d+): (.*?)\. Messages are in", str(error))
+    if nothing is None:
+        raise error
+    messages = [json.loads(line)["message"] for file in sorted(scratch.glob("quarantine/*.jsonl"))
+                for line in file.read_text().splitlines()]  # fmt: skip
+    if messages:
+        raise ValueError(
+            f"{name} made no row out of the first {nothing[1]} ({nothing[2]}), so nothing can be foretold. The first message: "
+            f"{messages[0]} Mend the cause, or take more rows with --rows."
+        ) from error
+    return int(nothing[1]), 0, {reason: int(count) for count, reason in re.findall(r"(\d+) (\w+)", nothing[2])}
+
+
+def _bytes(folder: Path, scale: float, blocks: int) -> int:
+    """Disk space of all rows: what grows with rows is scaled; each block adds one shard's footer."""
+    import pyarrow.parquet as pq
+
+    growing = footers = 0
+    for file in folder.rglob("*"):
+        if not file.is_file() or file.name in ("config.json", "manifest.json"):
+            continue
+        size = file.stat().st_size
+        footer = pq.read_metadata(file).serialized_size if file.suffix == ".parquet" else 0
+        footers = max(footers, footer)
+        growing += size - footer
+    return round(growing * scale) + footers * blocks
+
+
+def _conflict(output: Path, scratch: Path) -> str:
+    """How the config that an output folder was started with differs from the planned one, apart from the sample's size."""
+    if not (output / "config.json").is_file() or not any(output.glob("progress/*.json")):
+        return ""
+    before, now = (json.loads((folder / "config.json").read_text()) for folder in (output, scratch))
+    return "; ".join(differences({**before, "limit": 0}, {**now, "limit": 0}))
+
+
+COLUMNS = (
+    "stage",
+    "rows",
+    "rows out",
+    "dropped",
+    "calls",
+    "text tok",
+    "image tok",
+    "new tok",
+    "disk",
+    "time",
+    "loading",
+)
+
+
+def table(plans: Sequence[Plan]) -> str:
+    """Plans as a table, with what a reader should know beneath it."""
+    lines = [COLUMNS, *(_cells(made) for made in plans)]
+    if len(plans) > 1:
+        lines.append(_cells(_total(plans)))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
+    shown = [
+        "  ".join(cell.ljust(width) if not column else cell.rjust(width)
+                  for column, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]  # fmt: skip
+    return "\n".join([*shown, "", *_notes(plans)])
+
+
+def _cells(made: Plan) -> tuple[str, ...]:
+    counts = (made.rows_in, made.rows_out, sum(made.dropped.values()), made.requests, made.text_tokens, made.image_tokens,
+              made.new_tokens)  # fmt: skip
+    return (made.stage, *(_number(count) for count in counts), _size(made.bytes), _time(made.seconds),
+            _time(made.seconds_loading))  # fmt: skip
+
+
+def _total(plans: Sequence[Plan]) -> Plan:
+    summed = {entry.name: sum(getattr(made, entry.name) for made in plans) for entry in dataclasses.fields(Plan)
+              if entry.type in ("int", "float")}  # fmt: skip
+    dropped = {"all": sum(sum(made.dropped.values()) for made in plans)}
+    return Plan(stage="all", dropped=dropped, **summed)
+
+
+def _notes(plans: Sequence[Plan]) -> list[str]:
+    rows = sorted({made.sampled for made in plans})
+    sizes = str(rows[0]) if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
+    first = (
+        f"From the first {sizes} row(s) of each stage, all of it taken to grow with the rows; loading is paid at each start. "
+        "A small sample fills batches badly, so the time is rather too long (--rows of a block's size is close)."
+    )
+    notes = [first]
+    for made in plans:
+        if not made.sampled:
+            notes.append(
+                f"{made.stage}: not run, since the sample of {made.after} gave no row to read. Take more rows."
+            )
+            continue
+        if not made.sampled_out:
+            notes.append(
+                f"{made.stage}: no row came out of the sample, so its calls, tokens, disk and time are too low. Take more."
+            )
+        if made.dropped:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in made.dropped.items())
+            notes.append(
+                f"{made.stage}: of {made.sampled} rows {made.sampled_out} came out; expected to drop: {reasons}."
+            )
+        if made.after:
+            notes.append(f"{made.stage}: read the sample of {made.after}, whose output is not there yet.")
+        if made.pooled:
+            notes.append(
+                f"{made.stage}: other pictures came from the sample alone; from all rows there are more, and nearer ones."
+            )
+        if made.conflict:
+            notes.append(f"{made.stage}: its output folder holds rows of another config ({made.conflict}); the run will refuse "
+                         "it. Give another output.path.")  # fmt: skip
+        elif made.blocks_done:
+            notes.append(
+                f"{made.stage}: {made.blocks_done} of {made.blocks} blocks are done already; the run does the others."
+            )
+    return notes
+
+
+def _number(count: int) -> str:
+    return f"{count:,}" if count < 10_000_000 else f"{count / 1e6:,.0f} M"
+
+
+def _size(count: float) -> str:
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1000 and len(units) > 1:
+        count /= 1024
+        del units[0]
+    return f"{count:.1f} {units[0]}" if count < 10 else f"{count:.0f} {units[0]}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,205 @@
+"""`make -C datagen`: every stage has a target, paths are the caller's, finished stages start nothing, errors stop it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefalign import bundled
+from prefalign.manifest import read_manifest
+
+ROOT = Path(__file__).parent.parent
+COMMAND = Path(sys.executable).parent / "prefalign"
+STAGES = sorted(name for name, path in bundled.stages().items() if path.parent.name == "datagen")
+READ_PAIRS = ("filter_pairs", "image_contrast")
+
+
+def make(where, *arguments, folder=ROOT / "datagen", code=0, command=COMMAND, **environment):
+    """What make printed, started in `where`."""
+    done = subprocess.run(["make", "--no-print-directory", "-C", str(folder), f"PREFALIGN={command}", *arguments], cwd=where,
+                          env={**os.environ, "PWD": str(where), **environment}, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def commands(where, *arguments):
+    """The `prefalign run` commands that make would start."""
+    return re.findall(r"/prefalign' run (.*?)\s+&&", make(where, "-n", *arguments))
+
+
+def test_help_names_every_stage(tmp_path):
+    shown = make(tmp_path, "help")
+    assert [line.split()[0] for line in shown.splitlines() if line.startswith("  ")] == STAGES
+    assert make(tmp_path) == shown
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_runs_on_scenes_by_default(stage, tmp_path):
+    command = commands(tmp_path, stage)[-1]
+    assert command.startswith(f"{stage} --config 'datagen/{stage}_scenes' --data.path 'runs/")
+    assert command.endswith(f"--output.path 'runs/datagen/{stage}'")
+    reads = re.search(r"--data.path '(.*?)'", command)[1]
+    # the kind of rows is read off the header of the config; none found would give this
+    assert "scenes/-" not in reads
+    assert reads.startswith("runs/datagen/bdhs" if stage in READ_PAIRS else "runs/scenes/")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_takes_a_model_and_data(stage, tmp_path):
+    [command] = commands(tmp_path, stage, "MODEL=some/model", "DATA=my rows.jsonl", "OUT=out", "ARGS=--seed 3")
+    with_model = "    model: ModelConfig" in (ROOT / "datagen" / f"{stage}.py").read_text()
+    named = " --model.model_name_or_path 'some/model'" if with_model else ""
+    assert (
+        command == f"{stage} --config 'datagen/{stage}'{named} --data.path 'my rows.jsonl' --output.path 'out' --seed 3"
+    )
+
+
+def test_own_config_decides_what_is_not_said(tmp_path):
+    assert commands(tmp_path, "bdhs", "CONFIG=own.yaml") == ["bdhs --config 'own.yaml'"]
+    assert commands(tmp_path, "bdhs", "CONFIG=own.yaml", "MODEL=scenes", "OUT=x") == [
+        "bdhs --config 'own.yaml' --model.model_name_or_path 'scenes' --output.path 'x'"
+    ]
+
+
+def test_all_runs_every_stage_in_an_order_that_works(tmp_path):
+    order = [command.split()[0] for command in commands(tmp_path, "all", "OUT=o")]
+    assert sorted(order) == STAGES
+    assert order[-2:] == ["image_contrast", "filter_pairs"] or order[-2:] == ["filter_pairs", "image_contrast"]
+    for command in commands(tmp_path, "all", "OUT=o"):
+        assert f"--output.path 'o/{command.split()[0]}'" in command
+        assert ("--data.path 'o/bdhs'" in command) == (command.split()[0] in READ_PAIRS)
+
+
+def test_all_on_own_data_leaves_out_what_needs_twins(tmp_path):
+    given = ("all", "MODEL=m", "DATA=rows.jsonl", "ARGS_povid=--seed 4")
+    order = {command.split()[0]: command for command in commands(tmp_path, *given)}
+    assert sorted(order) == [stage for stage in STAGES if stage != "s_vco"]
+    assert order["povid"].endswith("--seed 4")
+    assert "--seed 4" not in order["bdhs"]
+    assert "left out: s_vco (needs TWINS=" in make(tmp_path, "-n", *given)
+    order = {command.split()[0]: command for command in commands(tmp_path, *given, "TWINS=twins")}
+    assert "--data.path 'twins'" in order["s_vco"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    where = tmp_path_factory.mktemp("caller")
+    return where, make(where, "povid", "ROWS=6", "OUT=out of 'it'/povid")
+
+
+def test_a_stage_runs_from_the_folder_of_the_caller(finished):
+    where, shown = finished
+    assert "povid: 6 rows in, 6 rows out" in shown
+    assert read_manifest(where / "out of 'it'" / "povid").rows_out == 6
+    assert {entry.name for entry in where.iterdir()} == {"out of 'it'", "runs"}
+
+
+def test_a_finished_stage_starts_nothing(finished):
+    """With a command that would fail if it were started."""
+    where, _ = finished
+    shown = make(where, "povid", "ROWS=6", "OUT=out of 'it'/povid", command="/bin/false")
+    assert "povid: finished before\npovid: 6 rows in, 6 rows out" in shown
+
+
+def test_other_settings_reach_the_stage_which_refuses(finished):
+    where, _ = finished
+    shown = make(where, "povid", "ROWS=6", "OUT=out of 'it'/povid", "ARGS=--seed 5", code=2)
+    assert "holds rows made with another config (seed: 0 -> 5)" in shown
+
+
+def test_changed_data_reaches_the_stage(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    line = {"id": "a", "image": "a.png", "question": "What?", "answer": "A large red square at the top left."}
+    rows.write_text(json.dumps(line))
+    from prefalign.scenes import world
+
+    (tmp_path / "a.png").write_bytes(world.png(world.scene("test_fair", 0)))
+    make(tmp_path, "povid", "DATA=rows.jsonl", "OUT=out")
+    make(tmp_path, "povid", "DATA=rows.jsonl", "OUT=out", command="/bin/false")
+    rows.write_text(json.dumps({**line, "id": "b"}))
+    assert "data_sha256" in make(tmp_path, "povid", "DATA=rows.jsonl", "OUT=out", code=2)
+
+
+def test_a_stopped_stage_goes_on(finished, tmp_path):
+    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
+    arguments = ("povid", "ROWS=6", "OUT=o", "ARGS=--output.block_size 2")
+    make(tmp_path, *arguments)
+    whole = {file.name: file.read_bytes() for file in (tmp_path / "o" / "data").iterdir()}
+    (tmp_path / "o" / "manifest.json").unlink()
+    (tmp_path / "o" / "progress" / "00002.json").unlink()
+    (tmp_path / "o" / "data" / "train-00002.parquet").unlink()
+    kept = (tmp_path / "o" / "data" / "train-00000.parquet").stat().st_mtime_ns
+    make(tmp_path, *arguments)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "o" / "data").iterdir()} == whole
+    assert (tmp_path / "o" / "data" / "train-00000.parquet").stat().st_mtime_ns == kept
+
+
+def test_errors_stop_make_and_say_what_to_do(tmp_path):
+    assert "bdhs with MODEL=some/model needs rows: give DATA=rows.jsonl" in make(
+        tmp_path, "bdhs", "MODEL=some/model", code=2
+    )
+    assert "s_vco with MODEL=m needs rows: give TWINS=pairs" in make(tmp_path, "s_vco", "MODEL=m", code=2)
+    assert "no data at gone.jsonl" in make(tmp_path, "povid", "DATA=gone.jsonl", code=2)
+    assert "CONFIG is the config of one stage" in make(tmp_path, "all", "CONFIG=own.yaml", code=2)
+    shown = make(tmp_path, "all", "DATA=gone.jsonl", "STAGES=povid image_contrast", code=2)
+    assert "no data at gone.jsonl" in shown
+    assert "image_contrast" not in shown
+
+
+def test_plan_is_one_table_and_writes_no_output(tmp_path):
+    shown = make(tmp_path, "plan", "STAGES=povid image_contrast", "ROWS=12", "SAMPLE=4")
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["povid", "12", "12"] in [line[:3] for line in lines]
+    assert ["image_contrast", "12", "12"] in [line[:3] for line in lines]
+    assert ["all", "24", "24"] in [line[:3] for line in lines]
+    assert "image_contrast: read the sample of povid" in shown
+    assert [entry.name for entry in (tmp_path / "runs").iterdir()] == ["scenes"]
+    assert "povid    12 " in make(tmp_path, "plan-povid", "ROWS=12", "SAMPLE=4")
+
+
+def test_the_environment_is_made_when_it_is_missing(tmp_path):
+    """A project whose Makefile can make one, and a folder that has none."""
+    shutil.copytree(ROOT / "datagen", tmp_path / "project" / "datagen")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in (
+        "sh",
+        "make",
+        "sed",
+        "grep",
+        "head",
+        "mkdir",
+        "chmod",
+        "printf",
+        "test",
+        "echo",
+        "cat",
+        "find",
+        "touch",
+    ):
+        if shutil.which(name):
+            (tools / name).symlink_to(shutil.which(name))
+    arguments = [
+        "make",
+        "--no-print-directory",
+        "-C",
+        str(tmp_path / "project" / "datagen"),
+        "povid",
+        "CONFIG=own.yaml",
+    ]
+    environment = {"PATH": str(tools), "PWD": str(tmp_path)}
+    done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "the prefalign command is not on the PATH: activate its environment, or give PREFALIGN=" in done.stderr
+    (tmp_path / "project" / "Makefile").write_text(
+        ".venv/.demo:\n\tmkdir -p .venv/bin\n\tprintf '#!/bin/sh\\necho it runs: $$*\\n' > .venv/bin/prefalign\n"
+        "\tchmod +x .venv/bin/prefalign\n\ttouch $@\n"
+    )
+    done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "it runs: run povid --config own.yaml" in done.stdout

@@ -1,0 +1,97 @@
+"""The benchmarks of generation measure what they say: the loop is BDHS too, recorded rows are all stored, stages are killed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefalign import bundled
+from prefalign.engines import Request, Sampling
+from prefalign.records import Prompt, user_message
+from prefalign.scenes.data import rows
+from prefalign.text import load_similarity
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def generation():
+    return bundled.load_stage(str(BENCHMARKS / "generation.py"))
+
+
+@pytest.fixture(scope="module")
+def chaos():
+    return bundled.load_stage(str(BENCHMARKS / "chaos.py"))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "joined", "expected"),
+    [
+        ("", "A cat. A dog", "A cat."),
+        ("", "A cat.", None),
+        ("A cat. ", "A cat. A dog. More", "A cat. A dog."),
+        ("A cat.", "A cat. A dog", None),
+        ("I see 3", "I see 3.5 cats. And", "I see 3.5 cats."),
+    ],
+)
+def test_a_sentence_ends_once_something_follows_it(generation, prefix, joined, expected):
+    assert generation._end(prefix, joined) == expected
+
+
+def test_the_loop_says_what_the_stage_says(generation):
+    """Same masks, positions and sentence ends, one sentence at a time: the same rejected answers at temperature 0."""
+    from prefalign.engines.transformers import load_engine
+
+    stage, settings = generation._bdhs_stage({"sampling": {"temperature": 0.0}})
+    fast = load_engine(settings.model, batch_size=64)
+    loops = {str(stops): generation.OneSentenceAtATime(fast.model, fast.processor, fast.fingerprint, stops=stops)
+             for stops in (True, False)}  # fmt: skip
+    prompts = [Prompt(**row) for row in rows("caption", "train_biased", 0, 6, regime="seen")]
+    similarity = load_similarity("lexical")
+    said = [[generation._rejected(outcome) for outcome in stage.process(prompts, engine, similarity, settings)]
+            for engine in (fast, *loops.values())]  # fmt: skip
+    assert said[0] == said[1] == said[2]
+    assert all(text.endswith(".") for text in said[0])
+    speedups, same = generation._compare(stage, settings, prompts[:4], fast, loops, block=2)
+    assert min(speedups.values()) > 0
+    assert same == 1.0
+
+
+def test_the_recorded_engine_reads_no_picture(generation):
+    requests = [Request(f"row-{number}", [user_message("?", 1)], [], prefix="I see") for number in (1, 10, 100)]
+    said = [done.text for done in generation.Recorded().generate(requests, Sampling())]
+    assert len(set(said)) == 3
+    assert said == [done.text for done in generation.Recorded().generate(requests, Sampling())]
+
+
+def test_memory_is_measured_on_rows_that_are_all_stored(generation, tmp_path):
+    generation.write_prompts(tmp_path / "rows", 150)
+    command = [sys.executable, str(BENCHMARKS / "generation.py"), "--measure-memory", str(tmp_path / "rows")]
+    peak, seconds, rows_out = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    assert rows_out == 150
+    assert 50 < peak < 2000
+    assert seconds > 0
+    assert len(list((tmp_path / "rows" / "out" / "data").iterdir())) == 3
+
+
+def test_chaos_has_a_case_for_every_stage(chaos):
+    cases = chaos.cases()
+    stages = {name for name, path in bundled.stages().items() if path.parent.name == "datagen"}
+    assert set(cases.values()) == stages
+    assert cases["stic"] == cases["stic_sft"] == "stic"
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"), [("bdhs", "caption"), ("s_vco", "twin"), ("stic_sft", "vqa"), ("filter_pairs", "pairs")]
+)
+def test_chaos_gives_a_case_the_rows_it_reads(chaos, case, kind, tmp_path):
+    assert kind in chaos.prepare(case, tmp_path, 4).name
+
+
+def test_chaos_compares_every_file_but_temporary_ones(chaos, tmp_path):
+    for name in ("data/a.parquet", "pool/b.npy", ".made_by", "data/.a.parquet.tmp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert chaos.contents(tmp_path) == {"data/a.parquet": b"data/a.parquet", "pool/b.npy": b"pool/b.npy"}
