@@ -104,3 +104,85 @@ def test_demo(tmp_path, capsys):
     assert (tmp_path / "demo" / "report.html").stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="holds a demo with other settings"):
         start("recipes/demo", "demo", config.merge(changes, {"seed": 1}))
+
+
+@pytest.mark.parametrize("name", names("image_contrast"))
+def test_image_contrast_config(name, pairs, tmp_path):
+    manifest = start(name, "image_contrast", {"data": {"path": pairs}, "output": {"path": tmp_path / "out"}})
+    assert manifest.rows_in == 6 == manifest.rows_used + sum(manifest.dropped.values())
+    assert manifest.rows_out == 6
+
+
+@pytest.mark.parametrize("name", names("s_vco"))
+def test_s_vco_config(name, tmp_path):
+    export(tmp_path / "twins", kind="twin", start=0, stop=6)
+    changes = {"data": {"path": tmp_path / "twins", "images": None}, "output": {"path": tmp_path / "out"}}
+    if not name.endswith("scenes"):
+        scenes = {"model_name_or_path": "scenes", "dtype": "auto", "feature": "cls"}
+        changes["filter"] = {"semantic": scenes, "visual": scenes, "most_visual": 0.998}
+    manifest = start(name, "s_vco", changes)
+    assert manifest.rows_in == 6 == manifest.rows_used + sum(manifest.dropped.values())
+    assert manifest.rows_out >= 4
+
+
+@pytest.mark.parametrize("name", names("stic"))
+def test_stic_config(name, prompts, tmp_path):
+    changes = {"model": MODEL, "data": {"path": prompts}, "output": {"path": tmp_path / "out"}, "batch_size": 8,
+               "sampling": {"max_new_tokens": 96}}  # fmt: skip
+    manifest = start(name, "stic", changes)
+    assert manifest.rows_in == 6 == manifest.rows_used + sum(manifest.dropped.values())
+    assert manifest.rows_out >= (6 if "sft" in name else 1)
+
+
+@pytest.mark.parametrize("name", names("m3id"))
+def test_m3id_config(name, prompts, tmp_path):
+    changes = {"model": MODEL, "data": {"path": prompts, "images": None}, "output": {"path": tmp_path / "out"},
+               "batch_size": 8}  # fmt: skip
+    manifest = start(name, "m3id", changes)
+    assert manifest.rows_in == 6 == manifest.rows_used + sum(manifest.dropped.values())
+    assert manifest.rows_out >= 4
+
+
+def test_evaluation_with_m3id_decoding(tmp_path):
+    changes = {"scenes": {"pictures": 6}, "reliance": {"items": 6}}
+    start("recipes/evaluate_scenes", "evaluate_model", {**changes, "output": tmp_path / "base"})
+    results = start("recipes/evaluate_model_m3id", "evaluate_model",
+                    {**changes, "baseline": tmp_path / "base", "output": tmp_path / "out"})  # fmt: skip
+    assert results["metrics"]["chair_i"]["n"] == 6
+    assert results["settings"]["contrast"]["gate"] == 0.6
+
+
+@pytest.mark.parametrize("name", names("re_align"))
+def test_re_align_config(name, prompts, tmp_path):
+    changes = {"data": {"path": prompts, "images": None}, "output": {"path": tmp_path / "out"}, "model": MODEL,
+               "masker": None, "embedder": {"model_name_or_path": "scenes", "device": "cpu"},
+               "retrieval": {"floor": -1.0, "ceiling": 0.9999}}  # fmt: skip
+    if not name.endswith("scenes"):  # the tiny model speaks of shapes only: it cannot be asked to mask
+        changes["masking"] = {"masker": "rules"}
+    manifest = start(name, "re_align", changes)
+    assert manifest.rows_in == 6 == manifest.rows_used + sum(manifest.dropped.values())
+    assert manifest.rows_out >= 4
+
+
+@pytest.mark.parametrize("name", names("mia_dpo"))
+def test_mia_dpo_config(name, prompts, tmp_path):
+    keep_all = {"sequence": {2: 1.0, 3: 1.0, 4: 1.0, 5: 1.0}, "least_perplexity": 0.0, "most_length_ratio": 100.0}
+    changes = {"model": MODEL, "data": {"path": prompts, "images": None}, "output": {"path": tmp_path / "out"},
+               "batch_size": 8, "max_new_tokens": 96, "selection": keep_all}  # fmt: skip
+    if not name.endswith("scenes"):
+        scenes = "Describe the {ordinal} picture."
+        changes["wording"] = {"line": "", "sequence": [scenes], "grid": [scenes], "pic_in_pic": [scenes]}
+    manifest = start(name, "mia_dpo", changes)
+    assert manifest.rows_in == 6 == manifest.rows_used + sum(manifest.dropped.values())
+    assert manifest.rows_out >= 2
+
+
+@pytest.mark.parametrize("name", names("filter_pairs"))
+def test_filter_pairs_config(name, pairs, tmp_path):
+    changes = {"model": MODEL, "data": {"path": pairs}, "output": {"path": tmp_path / "out"}, "batch_size": 4,
+               "filters": {"evidence": {"floor": -1000.0}, "reliance": {"ceiling": 1000.0}}}  # fmt: skip
+    if name.endswith("scenes"):
+        changes["filters"]["claims"] = {"floor": -10.0}
+    manifest = start(name, "filter_pairs", changes)
+    assert manifest.rows_in == 6 == manifest.rows_used + sum(manifest.dropped.values())
+    assert manifest.rows_out >= 2
