@@ -268,6 +268,13 @@ def context_length(config: Any) -> int | None:
     return int(length) if isinstance(length, int) and length > 0 else None
 
 
+def cross_attends(config: Any) -> bool:
+    """Whether pictures reach the language model beside its prompt (Mllama): hiding tokens of the prompt hides nothing of them."""
+    layers = ("cross_attention_layers", "cross_layer_interval")
+    parts = (config, config.get_text_config())
+    return config.is_encoder_decoder or any(getattr(part, name, None) for part in parts for name in layers)
+
+
 def _image_token_id(config: Any) -> int | None:
     for name in ("image_token_id", "image_token_index"):
         value = getattr(config, name, None)

@@ -78,7 +78,11 @@ class Contrast:
 
 @dataclass
 class Sampling:
-    """How answers are drawn. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 cut nothing; `contrast` None decodes plainly."""
+    """How answers are drawn. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 cut nothing; `contrast` None decodes plainly.
+
+    `attention_layer` (needs capability `attention`) measures meanwhile how much of an answer's attention goes to each image token
+    in that decoder layer: 0-based, negative from the end, or `middle`; None: not measured.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 1.0
@@ -86,6 +90,7 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
     contrast: Contrast | None = None
+    attention_layer: int | Literal["middle"] | None = None
 
 
 @dataclass
@@ -115,6 +120,8 @@ class Completion:
         finish_reason: `stop` (end of sequence), `sentence`, `length`, or `error`.
         error: why this request alone failed, when `finish_reason` is `error`.
         contrast: what a decoding with `Sampling.contrast` did; None where there was no picture to take away.
+        attention: what `Sampling.attention_layer` asked for, of the tokens in `token_ids` that were fed back: what
+            `Engine.attention` gives for this completion. None where it was not asked for, or the request failed.
     """
 
     id: str
@@ -123,6 +130,7 @@ class Completion:
     finish_reason: str = "stop"
     error: str | None = None
     contrast: Contrasted | None = None
+    attention: ImageAttention | None = field(default=None, compare=False)
 
 
 @dataclass

@@ -1,8 +1,9 @@
 """How much of an answer's attention goes to each image token, read from one decoder layer.
 
-`generate(output_attentions=True)` needs the eager kernel and keeps a (heads, T, T) map for every layer. Here generation stays on
-any kernel; afterwards one teacher-forced pass runs SDPA up to the layer asked for, computes there the rows of the answer only,
-and stops. Queries and keys arrive after rotary positions and norms, so nothing depends on the family of the model.
+`generate(output_attentions=True)` needs the eager kernel and keeps a (heads, T, T) map for every layer. Here one pass
+over prompt and given answer runs SDPA up to the layer asked for, computes there the rows of the answer only, and stops. Queries
+and keys arrive after rotary positions and norms, so nothing depends on the family of the model. An answer that is yet to be drawn
+costs less if it is watched meanwhile (`watching.py`).
 
 Legend of shapes: `B` rows of a batch, `T` tokens, `A` last tokens that hold every row's answer, `H` heads, `K` key heads, `D`
 width of a head, `N` image tokens of one row.
@@ -10,7 +11,7 @@ width of a head, `N` image tokens of one row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -81,16 +82,25 @@ def layer_number(config: Any, layer: int | None) -> int:
     return number
 
 
-def measure(
-    engine: TransformersEngine, requests: Sequence[Request], answers: Sequence[str | Completion], layer: int | None
-) -> list[ImageAttention]:
-    """What `TransformersEngine.attention` gives, whose docstring says what that is."""
+def readable_layer(engine: TransformersEngine, layer: int | str | None) -> int:
+    """What `layer_number` gives, of a model whose attention to a picture can be read; `middle` is what None is there.
+
+    Raises:
+        ValueError: besides, if the model's pictures are not among the tokens of its prompt.
+    """
     if "attention" not in engine.capabilities:
         raise ValueError(
             f"attention to image tokens cannot be read from a {engine.config.model_type}, whose pictures are not among the "
             "tokens of the prompt. Use a model that has them there, such as LLaVA or Qwen-VL."
         )
-    number = layer_number(engine.config, layer)
+    return layer_number(engine.config, None if layer is None or layer == "middle" else int(layer))
+
+
+def measure(
+    engine: TransformersEngine, requests: Sequence[Request], answers: Sequence[str | Completion], layer: int | None
+) -> list[ImageAttention]:
+    """What `TransformersEngine.attention` gives, whose docstring says what that is."""
+    number = readable_layer(engine, layer)
     failed: dict[int, Completion] = {}
     found: dict[int, ImageAttention] = {}
     for batch in engine._batches(requests, answers, failed, score=True):
@@ -127,18 +137,23 @@ def _read_layer(engine: TransformersEngine, model: Any, batch: Batch, layer: int
         with _probing(model, probe), suppress(_LayerReached):
             model(**batch.tensors, logits_to_keep=1, use_cache=False)
         if probe.weights is None:
-            raise ValueError(
-                f"decoder layer {layer} of this {engine.config.model_type} does not go through transformers' attention "
-                "interface, so its attention cannot be read. Take another layer, or a model whose attention does."
-            )
+            raise out_of_reach(engine, layer)
     pieces = families.image_token_mask(batch.tensors["input_ids"], engine.config).cpu()
     found = []
     for index, row in enumerate(batch.rows):
         weights = None
         if probe.weights is not None and asked[index].any():
             weights = probe.weights[index, pieces[index]]
-        found.append(replace(_of_row(engine, row.request, weights, int(pieces[index].sum())), layer=layer))
+        found.append(of_request(engine, row.request, weights, int(pieces[index].sum()), layer))
     return found
+
+
+def out_of_reach(engine: TransformersEngine, layer: int) -> ValueError:
+    """The error for a decoder layer that calls no function of the interface."""
+    return ValueError(
+        f"decoder layer {layer} of this {engine.config.model_type} does not go through transformers' attention "
+        "interface, so its attention cannot be read. Take another layer, or a model whose attention does."
+    )
 
 
 def fed_back(row: Row, ends: list[int]) -> int:
@@ -150,7 +165,24 @@ def fed_back(row: Row, ends: list[int]) -> int:
     return next((place for place, token in enumerate(answer) if token in ends), max(0, len(answer) - 1))
 
 
-def _of_row(engine: TransformersEngine, request: Request, weights: torch.Tensor | None, count: int) -> ImageAttention:
+def of_request(
+    engine: TransformersEngine, request: Request, weights: torch.Tensor | None, count: int, layer: int
+) -> ImageAttention:
+    """What was read, told apart by picture.
+
+    Args:
+        engine: the engine whose model was read.
+        request: what was asked.
+        weights: (N,) float32 on the CPU; None: no token of the answer was a query.
+        count: N.
+        layer: number of the layer that was read.
+    """
+    return replace(_by_picture(engine, request, weights, count), layer=layer)
+
+
+def _by_picture(
+    engine: TransformersEngine, request: Request, weights: torch.Tensor | None, count: int
+) -> ImageAttention:
     if count == 0:
         return unmeasured(f"request {request.id}: its prompt holds no image token. Give it a picture.")
     if weights is None:
@@ -228,12 +260,7 @@ def probed_attention(
     Raises:
         ValueError: for attention sinks and position biases, which would have to enter the softmax.
     """
-    for name in ("s_aux", "position_bias"):
-        if more.get(name) is not None:
-            raise ValueError(
-                f"this model's attention has {name}, which the probe does not know: what it read would be wrong. Use another "
-                "model to measure attention."
-            )
+    refuse_unknown(more)
     probe = _ACTIVE.get()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if module.layer_idx == probe.layer:
@@ -241,16 +268,24 @@ def probed_attention(
         raise _LayerReached
     if softcap is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
-    whole = range(0, query.shape[2], _chunk(query, key))
+    step = _chunk(query, key)
     groups = query.shape[1] // key.shape[1]
-    parts = [
-        _weights(query, key, attention_mask, scale, softcap, start, min(start + whole.step, query.shape[2])).to(
-            value.dtype
-        )
-        @ value.repeat_interleave(groups, dim=1)
-        for start in whole
-    ]
+    parts = []
+    for start in range(0, query.shape[2], step):
+        rows = slice(start, min(start + step, query.shape[2]))
+        weights = row_weights(query[:, :, rows], key, _seen(attention_mask, rows, key), scale, softcap)
+        parts.append(weights.to(value.dtype) @ value.repeat_interleave(groups, dim=1))
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def refuse_unknown(more: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for what a family passes to its attention that would have to enter the softmax."""
+    for name in ("s_aux", "position_bias"):
+        if more.get(name) is not None:
+            raise ValueError(
+                f"this model's attention has {name}, which the probe does not know: what it read would be wrong. Use another "
+                "model to measure attention."
+            )
 
 
 AttentionInterface.register(KERNEL, probed_attention)
@@ -270,35 +305,42 @@ def _mean_weights(
     total = torch.zeros(query.shape[0], key.shape[2], device=query.device)
     step = _chunk(query, key)
     for start in range(first, length, step):
-        stop = min(start + step, length)
-        wanted = asked[:, start - first : stop - first].float()
-        total += torch.einsum("bhat,ba->bt", _weights(query, key, mask, scale, softcap, start, stop), wanted)
+        rows = slice(start, min(start + step, length))
+        weights = row_weights(query[:, :, rows], key, _seen(mask, rows, key), scale, softcap)
+        total += torch.einsum("bhat,ba->bt", weights, asked[:, start - first : rows.stop - first].float())
     return total / (query.shape[1] * asked.sum(1, keepdim=True).clamp(min=1))
 
 
-def _weights(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-    start: int,
-    stop: int,
+def _seen(mask: torch.Tensor | None, rows: slice, key: torch.Tensor) -> torch.Tensor:
+    """What some query rows of a pass over whole prompts attend to, for `row_weights`."""
+    if mask is not None:
+        return mask[:, :, rows]
+    places = torch.arange(key.shape[2], device=key.device)
+    return places[None] <= places[rows, None]
+
+
+def row_weights(
+    query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor | None, scale: float, softcap: float | None
 ) -> torch.Tensor:
-    """(B, H, stop - start, T) float32: attention of some query rows to every token."""
-    batch, heads, _, width = query.shape
+    """(B, H, A, T) float32: attention of some query rows to every token.
+
+    Args:
+        query: (B, H, A, D), after rotary positions and norms.
+        key: (B, K, T, D).
+        seen: which tokens a row attends to, bool or additive, of a shape that broadcasts to the result's; None: all.
+        scale: factor of the scores.
+        softcap: scores are squashed by `tanh` to this.
+    """
+    batch, heads, count, width = query.shape
     groups = heads // key.shape[1]
-    rows = query[:, :, start:stop].reshape(batch, key.shape[1], groups * (stop - start), width)
-    scores = (rows @ key.transpose(2, 3)).mul_(scale).view(batch, heads, stop - start, key.shape[2])
+    rows = query.reshape(batch, key.shape[1], groups * count, width)
+    scores = (rows @ key.transpose(2, 3)).mul_(scale).view(batch, heads, count, key.shape[2])
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    if mask is None:
-        places = torch.arange(key.shape[2], device=query.device)
-        seen = places[None] <= places[start:stop, None]
-    else:
-        seen = mask[:, :, start:stop]
-    lowest = torch.finfo(scores.dtype).min
-    scores = scores.masked_fill_(~seen, lowest) if seen.dtype == torch.bool else scores + seen
+    if seen is not None and seen.dtype == torch.bool:
+        scores = scores.masked_fill_(~seen, torch.finfo(scores.dtype).min)
+    elif seen is not None:
+        scores = scores + seen
     return scores.softmax(-1, dtype=torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Tensors of prompts: token ids put after them, image tokens hidden in them.
+"""Prompts: what cannot be put to a model, and their tensors, with token ids put after them or image tokens hidden in them.
 
 Legend of shapes: `B` rows of a batch, `T` tokens.
 """
@@ -6,14 +6,46 @@ Legend of shapes: `B` rows of a batch, `T` tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from prefalign import families
-from prefalign.engines import ImageMask
+from prefalign.engines import ImageMask, Request
+from prefalign.records import placeholder_count
+
+if TYPE_CHECKING:
+    from prefalign.engines.transformers import TransformersEngine
 
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
+
+def request_problem(request: Request, answer: str, engine: TransformersEngine) -> str | None:
+    """Why a request with an answer cannot be put to an engine's model, as far as that shows in its text; None if it can."""
+    placeholders = placeholder_count(request.messages)
+    if placeholders != len(request.images):
+        return (
+            f"request {request.id} has {placeholders} image placeholder(s) for {len(request.images)} picture(s). "
+            "Write one for each picture."
+        )
+    hidden = request.image_mask
+    if hidden is not None and not 0 <= hidden.share <= 1:
+        return f"request {request.id}: the share of image tokens to hide must be in [0, 1], got {hidden.share}."
+    if hidden is not None and "image_mask" not in engine.capabilities:
+        return (
+            f"request {request.id}: image tokens cannot be hidden from a {engine.config.model_type}, which reads pictures "
+            "through cross-attention layers and not as tokens of the prompt: a mask would hide nothing. Use a model that has "
+            "its picture among the tokens, such as LLaVA or Qwen-VL."
+        )
+    blocks = [block["text"] for message in request.messages for block in message["content"] if block["type"] == "text"]
+    for text in (*blocks, request.prefix, answer):
+        for token in engine.visual_tokens:
+            if token in text:
+                return (
+                    f"request {request.id}: the text holds {token!r}, which the model reads as a place for a picture. "
+                    "Take it out, or make it an image block."
+                )
+    return None
 
 
 def with_tails(

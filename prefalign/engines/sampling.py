@@ -81,12 +81,24 @@ def _mix(value: torch.Tensor) -> torch.Tensor:
 
 def check_sampling(sampling: Sampling) -> None:
     """Raise `ValueError` for a setting that means nothing, with its name and value."""
+    layer = sampling.attention_layer
     problems = [
         (sampling.max_new_tokens < 1, f"max_new_tokens must be at least 1, got {sampling.max_new_tokens}"),
         (sampling.temperature < 0, f"temperature must be 0 (greedy) or more, got {sampling.temperature}"),
         (not 0 < sampling.top_p <= 1, f"top_p must be in (0, 1], got {sampling.top_p}; 1 cuts nothing"),
         (sampling.top_k < 0, f"top_k must be 0 (cuts nothing) or more, got {sampling.top_k}"),
         (sampling.repetition_penalty <= 0, f"repetition_penalty must be above 0, got {sampling.repetition_penalty}"),
+        (
+            not (layer is None or layer == "middle" or isinstance(layer, int)),
+            f"attention_layer must be the number of a decoder layer, `middle`, or null to measure nothing, got {layer!r}",
+        ),
+        (
+            layer is not None and sampling.contrast is not None,
+            (
+                "attention_layer and contrast cannot be set together: of a contrasted answer's two passes one has no picture. "
+                "Leave attention_layer out, and give the answers to `attention` afterwards"
+            ),
+        ),
     ]
     for wrong, message in [*problems, *_contrast_problems(sampling.contrast)]:
         if wrong:

@@ -12,6 +12,7 @@ from prefalign.engines import Request, Usage
 from prefalign.text import first_sentence
 
 if TYPE_CHECKING:
+    from prefalign.engines.sharing import Stem
     from prefalign.engines.transformers import TransformersEngine
 
 CONTEXT_TAIL = 8
@@ -33,12 +34,22 @@ class Row:
 
 @dataclass
 class Batch:
-    """Rows that run together, what the model is given, their lengths without padding, and how many image tokens each has."""
+    """Rows that run together, what the model is given, their lengths without padding, and how many image tokens each has.
+
+    With `stems` the tensors are those of the stems, from whose prefill the rows go on (`sharing.py`).
+    """
 
     rows: list[Row] = field(default_factory=list)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
     image_tokens: list[int] = field(default_factory=list)
+    stems: list[Stem] = field(default_factory=list)
+
+    def tails(self) -> list[list[int]]:
+        """The last `CONTEXT_TAIL` token ids of each row's prompt."""
+        if self.stems:
+            return [tail for stem in self.stems for tail in stem.tails()]
+        return self.tensors["input_ids"][:, -CONTEXT_TAIL:].tolist()
 
     def count(self, usage: Usage, *, drawn: int | None = None) -> None:
         """Add the batch to `usage`: `drawn` tokens were generated; None: the answers in the rows' tails were scored."""
@@ -57,6 +68,7 @@ class RowStop(StoppingCriteria):
         self.width = width
         self.rows = batch.rows
         self.lengths = batch.lengths
+        self.tails = batch.tails()
         self.stopped: dict[int, int] = {}
         self.sentences = [index for index, row in enumerate(batch.rows) if row.request.stop_at_sentence]
         self.marks = engine.sentence_tokens() if self.sentences else None
@@ -83,7 +95,7 @@ class RowStop(StoppingCriteria):
         return done
 
     def _ended(self, index: int, ids: torch.Tensor) -> bool:
-        tail, new = ids[max(0, self.width - CONTEXT_TAIL) : self.width].tolist(), ids[self.width :].tolist()
+        tail, new = self.tails[index], ids[self.width :].tolist()
         if any(token in self.engine.ends for token in new):
             return False
         request = self.rows[index].request

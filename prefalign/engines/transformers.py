@@ -5,7 +5,7 @@ Legend of shapes: `B` rows of a batch, `T` tokens, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -20,14 +20,14 @@ from transformers import (
 )
 
 from prefalign import families
-from prefalign.engines import USAGE, Completion, ImageAttention, Request, Sampling
-from prefalign.engines.attention import measure
+from prefalign.engines import USAGE, Completion, ImageAttention, Request, Sampling, sharing
+from prefalign.engines.attention import measure, readable_layer
 from prefalign.engines.contrast import blind_branch, text_alone_works
-from prefalign.engines.prompts import hidden_mask, with_tails
+from prefalign.engines.prompts import hidden_mask, request_problem, with_tails
 from prefalign.engines.sampling import RowNoise, check_sampling
-from prefalign.engines.stopping import CONTEXT_TAIL, SENTENCE_MARKS, Batch, Row, RowStop, certain_sentence
+from prefalign.engines.stopping import SENTENCE_MARKS, Batch, Row, RowStop, certain_sentence
+from prefalign.engines.watching import watching
 from prefalign.models import ModelConfig, fingerprint, load_model, load_processor
-from prefalign.records import placeholder_count
 
 
 class TransformersEngine:
@@ -38,9 +38,12 @@ class TransformersEngine:
         processor: its processor.
         batch_size: rows in one forward pass. It changes speed and memory, not the results beyond rounding.
         fingerprint: identity of the weights for record ids (`models.fingerprint`).
+        share_prompts: run what several prompts begin with once (`sharing.py`), where the model allows it.
     """
 
-    def __init__(self, model: Any, processor: Any, *, batch_size: int = 16, fingerprint: str = "") -> None:
+    def __init__(
+        self, model: Any, processor: Any, *, batch_size: int = 16, fingerprint: str = "", share_prompts: bool = True
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         self.model = model
@@ -49,6 +52,7 @@ class TransformersEngine:
         self.batch_size = batch_size
         self.fingerprint = fingerprint
         self.config = families.core(model).config
+        self.shares = share_prompts and sharing.can_share(self.config)
         self.ends = families.end_token_ids(processor, families.core(model).generation_config)
         self.pad = (
             self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
@@ -56,9 +60,9 @@ class TransformersEngine:
         self.banned = families.banned_token_ids(processor, self.config, keep=self.ends)
         self.context = families.context_length(self.config)
         self.capabilities = frozenset({"sample", "logprobs", "prefix", "vision_embed"})
-        if not _cross_attends(self.config):
+        if not families.cross_attends(self.config):
             self.capabilities |= {"contrast", "image_mask", "attention"}
-        self._visual_tokens = families.visual_tokens(processor, self.config)
+        self.visual_tokens = families.visual_tokens(processor, self.config)
         self._sentence_tokens: torch.Tensor | None = None
         families.family(self.config)
 
@@ -80,8 +84,11 @@ class TransformersEngine:
                 "there is no prompt without its picture to decode against. Leave `contrast` out, or use a model that has its "
                 "picture among the tokens, such as LLaVA or Qwen-VL."
             )
+        if watched := sampling.attention_layer is not None:
+            readable_layer(self, sampling.attention_layer)
         done: dict[int, Completion] = {}
-        for rows in self._batches(requests, [""] * len(requests), done):
+        share = self.shares and sampling.contrast is None and not watched and sampling.repetition_penalty == 1
+        for rows in self._batches(requests, [""] * len(requests), done, share=share):
             for row, completion in zip(rows.rows, self._generate(rows, sampling), strict=True):
                 done[row.index] = completion
         return [done[index] for index in range(len(requests))]
@@ -130,32 +137,7 @@ class TransformersEngine:
 
     def problem(self, request: Request, answer: str = "") -> str | None:
         """Why a request cannot be put to the model, as far as that shows before the pictures are prepared; None if it can."""
-        placeholders = placeholder_count(request.messages)
-        if placeholders != len(request.images):
-            return (
-                f"request {request.id} has {placeholders} image placeholder(s) for {len(request.images)} picture(s). "
-                "Write one for each picture."
-            )
-        hidden = request.image_mask
-        if hidden is not None and not 0 <= hidden.share <= 1:
-            return f"request {request.id}: the share of image tokens to hide must be in [0, 1], got {hidden.share}."
-        if hidden is not None and "image_mask" not in self.capabilities:
-            return (
-                f"request {request.id}: image tokens cannot be hidden from a {self.config.model_type}, which reads pictures "
-                "through cross-attention layers and not as tokens of the prompt: a mask would hide nothing. Use a model that has "
-                "its picture among the tokens, such as LLaVA or Qwen-VL."
-            )
-        blocks = [
-            block["text"] for message in request.messages for block in message["content"] if block["type"] == "text"
-        ]
-        for text in (*blocks, request.prefix, answer):
-            for token in self._visual_tokens:
-                if token in text:
-                    return (
-                        f"request {request.id}: the text holds {token!r}, which the model reads as a place for a picture. "
-                        "Take it out, or make it an image block."
-                    )
-        return None
+        return request_problem(request, answer, self)
 
     def _batches(
         self,
@@ -164,8 +146,9 @@ class TransformersEngine:
         failed: dict[int, Completion],
         *,
         score: bool = False,
+        share: bool = False,
     ) -> Iterator[Batch]:
-        """Batches of rows that can be run, longest first; the others are put into `failed`."""
+        """Batches of rows that can be run, longest first, if `share` on shared prefills; the others are put into `failed`."""
         rows = []
         for index, (request, answer) in enumerate(zip(requests, answers, strict=True)):
             reason = self.problem(request, answer if isinstance(answer, str) else answer.text)
@@ -173,12 +156,28 @@ class TransformersEngine:
                 rows.append(self._row(index, request, answer, score=score))
             else:
                 failed[index] = Completion(request.id, "", finish_reason="error", error=reason)
-        lengths = self._lengths(rows)
-        rows.sort(key=lambda row: (not row.request.images, -lengths[row.index], row.index))
-        with_images = sum(bool(row.request.images) for row in rows)
-        for group in (rows[:with_images], rows[with_images:]):
+        tokens = self._token_ids(rows)
+        groups = [[row for row in rows if row.request.images], [row for row in rows if not row.request.images]]
+        for group in groups:
+            stems = sharing.on_stems(group, tokens) if share and not any(row.tail for row in group) else []
+            if 0 < len(stems) < len(group):
+                yield from self._shared(stems, failed)
+                continue
+            lengths = self._lengths(group, tokens)
+            group.sort(key=lambda row: (-lengths[row.index], row.index))
             for start in range(0, len(group), self.batch_size):
                 batch = self._encode(group[start : start + self.batch_size], failed)
+                if batch.rows:
+                    yield batch
+
+    def _shared(self, stems: list[sharing.Stem], failed: dict[int, Completion]) -> Iterator[Batch]:
+        """Batches of rows on stems; where a stem is refused, its rows are put to the model one by one, so that each says why."""
+        for part in sharing.in_batches(stems, self.batch_size):
+            batch = self._encode([stem.row for stem in part], {})
+            if len(batch.rows) == len(part):
+                yield sharing.rows_of(part, batch)
+            else:
+                batch = self._encode([row for stem in part for row in stem.rows], failed)
                 if batch.rows:
                     yield batch
 
@@ -207,15 +206,19 @@ class TransformersEngine:
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
 
-    def _lengths(self, rows: Sequence[Row]) -> dict[int, int]:
+    def _token_ids(self, rows: Sequence[Row]) -> dict[int, list[int]]:
+        """By index, the token ids of each row's prompt, a picture being one."""
+        texts = self.tokenizer([row.prompt for row in rows], add_special_tokens=False).input_ids if rows else []
+        return {row.index: ids for row, ids in zip(rows, texts, strict=True)}
+
+    def _lengths(self, rows: Sequence[Row], tokens: Mapping[int, Sequence[int]]) -> dict[int, int]:
         sizes = sorted({(image.height, image.width) for row in rows for image in row.request.images})
         image_tokens = dict(zip(sizes, families.image_lengths(self.processor, sizes), strict=True))
-        texts = self.tokenizer([row.prompt for row in rows], add_special_tokens=False).input_ids if rows else []
         return {
-            row.index: len(ids)
+            row.index: len(tokens[row.index])
             + len(row.tail)
             + sum(image_tokens[image.height, image.width] for image in row.request.images)
-            for row, ids in zip(rows, texts, strict=True)
+            for row in rows
         }
 
     def _encode(self, rows: list[Row], failed: dict[int, Completion]) -> Batch:
@@ -291,9 +294,6 @@ class TransformersEngine:
             self.model.train(training)
 
     def _generate(self, batch: Batch, sampling: Sampling) -> list[Completion]:
-        width = batch.tensors["input_ids"].shape[1]
-        noise = RowNoise([row.request for row in batch.rows], sampling, self.banned, len(self.tokenizer), width)
-        stop = RowStop(self, batch, width)
         settings = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,
@@ -302,29 +302,35 @@ class TransformersEngine:
             pad_token_id=self.pad,
             bos_token_id=self.tokenizer.bos_token_id,
         )
-        processors: list[Any] = [noise]
-        if sampling.repetition_penalty != 1:
-            padding = (batch.tensors["attention_mask"] != 0).int().argmax(1)
-            processors.insert(0, RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, padding))
         with self._inference() as model:
+            inputs = sharing.prefilled(model, batch, self.pad) if batch.stems else batch.tensors
+            width = inputs["input_ids"].shape[1]
+            stop = RowStop(self, batch, width)
+            requests = [row.request for row in batch.rows]
+            processors: list[Any] = [RowNoise(requests, sampling, self.banned, len(self.tokenizer), width)]
+            if sampling.repetition_penalty != 1:
+                padding = (inputs["attention_mask"] != 0).int().argmax(1)
+                processors.insert(0, RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, padding))
             branch = None
             if sampling.contrast is not None and batch.rows[0].request.images:
                 branch = blind_branch(self, batch, sampling.contrast, width)
                 processors.insert(0, branch)
             # generate fills what is not set here from the model's own settings (sampling of the checkpoint's author)
             model.generation_config = settings
-            ids = model.generate(
-                **batch.tensors,
-                generation_config=settings,
-                logits_processor=LogitsProcessorList(processors),
-                stopping_criteria=StoppingCriteriaList([stop]),
-            )
-        tails = ids[:, max(0, width - CONTEXT_TAIL) : width].tolist()
+            with watching(self, model, batch, sampling.attention_layer) as watcher:
+                ids = model.generate(
+                    **inputs,
+                    generation_config=settings,
+                    logits_processor=LogitsProcessorList(processors),
+                    stopping_criteria=StoppingCriteriaList([stop]),
+                )
         answers = [new[: stop.stopped.get(index, len(new))] for index, new in enumerate(ids[:, width:].tolist())]
         batch.count(USAGE, drawn=sum(self._drawn(answer) for answer in answers))
-        completions = [self._completion(*parts) for parts in zip(batch.rows, tails, answers, strict=True)]
+        completions = [self._completion(*parts) for parts in zip(batch.rows, stop.tails, answers, strict=True)]
         if branch is not None:
             branch.note(completions)
+        if watcher is not None:
+            watcher.note(completions)
         return completions
 
     def _drawn(self, new: list[int]) -> int:
@@ -383,13 +389,6 @@ def load_engine(config: ModelConfig, *, batch_size: int = 16) -> TransformersEng
 def _check_answers(requests: Sequence[Request], answers: Sequence[str | Completion]) -> None:
     if len(requests) != len(answers):
         raise ValueError(f"there are {len(requests)} requests for {len(answers)} answers; give one answer to each.")
-
-
-def _cross_attends(config: Any) -> bool:
-    """Whether pictures reach the language model beside its prompt (Mllama): hiding tokens of the prompt hides nothing of them."""
-    layers = ("cross_attention_layers", "cross_layer_interval")
-    parts = (config, config.get_text_config())
-    return config.is_encoder_decoder or any(getattr(part, name, None) for part in parts for name in layers)
 
 
 def _error(row: Row, reason: str) -> Completion:
