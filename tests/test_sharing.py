@@ -190,3 +190,26 @@ def test_a_stem_goes_on_in_the_next_batch():
     parts = sharing.in_batches([stem], 2)
     assert [[row.index for one in part for row in one.rows] for part in parts] == [[2, 1], [4, 0], [3]]
     assert all(one.row is stem.row for part in parts for one in part)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_hidden_image_tokens_are_left_out_of_the_decoder(loaded, share):
+    """Nobody sees them: the answers are the same, and the decoder reads fewer columns."""
+    model, _ = loaded
+    requests = [
+        Request(f"{n}", [user_message("Describe the picture.", 1)], [picture(n, size=(60, 60))], prefix=STARTS[n], seed=1,
+                image_mask=ImageMask(share, n))
+        for n in range(3)
+    ]  # fmt: skip
+    decoder = getattr(model.model, "language_model", None) or model.model.text_model
+    widths, said = [], []
+    for engine in engines(*loaded):
+        seen = []
+        hook = decoder.register_forward_hook(
+            lambda module, inputs, output, seen=seen: seen.append(output.last_hidden_state.shape[1])
+        )
+        said.append(engine.generate(requests, Sampling(max_new_tokens=12)))
+        hook.remove()
+        widths.append(max(seen))
+    assert said[0] == said[1]
+    assert widths[0] < widths[1] if share else widths[0] == widths[1]

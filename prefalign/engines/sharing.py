@@ -4,14 +4,17 @@ Rows that show the same pictures, ask the same and hide the same image tokens ar
 It is prefilled once with its pictures; each row gets a copy of the cache in which what follows the tokens it shares with the stem
 is masked, and goes on with its own last tokens at their own positions. What is computed for a row is what its prompt alone
 gives; only the slots that hold nothing lie elsewhere. So it works where a token's key depends on what is before it alone and on
-its position, not on its slot: in decoders whose layers all attend to everything before (`can_share`).
+its position, not on its slot: in decoders whose layers all attend to everything before (`can_share`). There image tokens that are
+hidden from everybody need not be in the decoder at all, and are left out of its prefill.
 
-Legend of shapes: `U` stems, `B` rows of a batch, `W` slots of the padded stems, `S` slots of the rows' own last tokens.
+Legend of shapes: `U` stems, `B` rows of a batch, `T` tokens of the padded stems, `W` slots of their prefill (`T` less what is
+hidden), `S` slots of the rows' own last tokens, `D` width of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,9 +138,13 @@ def prefilled(model: Any, batch: Batch, pad: int) -> dict[str, Any]:
         `input_ids` and `attention_mask` (B, W + S), `position_ids` (B, W + S) or (3, B, W + S), and `past_key_values` that hold
         the first W slots.
     """
-    stems = batch.tensors
+    stems = {name: batch.tensors[name] for name in ("input_ids", "attention_mask", "position_ids")}
     device = stems["input_ids"].device
-    cache = model(**stems, use_cache=True, logits_to_keep=1).past_key_values
+    with _visible_only(model, stems["attention_mask"]) as left_out:
+        cache = model(**batch.tensors, use_cache=True, logits_to_keep=1).past_key_values
+    if left_out:
+        stems = {name: _columns(value, *left_out) for name, value in stems.items()}
+        stems["attention_mask"] = left_out[1].long()
     which = torch.tensor([number for number, stem in enumerate(batch.stems) for _ in stem.rows], device=device)
     cache.batch_select_indices(which)
 
@@ -162,3 +169,43 @@ def prefilled(model: Any, batch: Batch, pad: int) -> dict[str, Any]:
         "position_ids": torch.cat([stem_positions, positions], -1),
         "past_key_values": cache,
     }
+
+
+@contextmanager
+def _visible_only(model: Any, mask: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Let the decoder of a model run over the tokens of `mask` (U, T) alone.
+
+    Yields:
+        A list that holds, after the forward pass, what was left: column numbers (U, W) and whether they are tokens (U, W) bool.
+        It stays empty where nothing is hidden, or where the decoder is given other things that go by column (Qwen3-VL's features
+        for its first layers): there it runs over everything.
+    """
+    left: list[torch.Tensor] = []
+    size = int(mask.sum(1).max())
+    decoder = getattr(model.model, "language_model", None) or getattr(model.model, "text_model", None)
+
+    def shorten(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+        if args or set(tensors) != {"inputs_embeds", "attention_mask", "position_ids"}:
+            return args, given
+        # the last `size` columns of a stable sort by visibility: what is visible stays in order, at the right
+        columns = mask.bool().int().sort(dim=1, stable=True).indices[:, mask.shape[1] - size :]
+        shown = mask.gather(1, columns).bool()
+        left.extend((columns, shown))
+        embeds = given["inputs_embeds"].gather(1, columns[..., None].expand(-1, -1, given["inputs_embeds"].shape[-1]))
+        positions = _columns(given["position_ids"], columns, shown)
+        return args, {**given, "inputs_embeds": embeds, "attention_mask": shown.long(), "position_ids": positions}
+
+    if decoder is None or size == mask.shape[1]:
+        yield left
+        return
+    hook = decoder.register_forward_pre_hook(shorten, with_kwargs=True)
+    try:
+        yield left
+    finally:
+        hook.remove()
+
+
+def _columns(values: torch.Tensor, columns: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    """Columns (U, W) of values (..., U, T); 0 where a column is no token."""
+    return values.gather(-1, columns.expand(*values.shape[:-1], -1)).masked_fill(~shown, 0)

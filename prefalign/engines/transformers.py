@@ -160,7 +160,8 @@ class TransformersEngine:
         groups = [[row for row in rows if row.request.images], [row for row in rows if not row.request.images]]
         for group in groups:
             stems = sharing.on_stems(group, tokens) if share and not any(row.tail for row in group) else []
-            if 0 < len(stems) < len(group):
+            hiding = any(row.request.image_mask for row in group)
+            if stems and (hiding or len(stems) < len(group)):
                 yield from self._shared(stems, failed)
                 continue
             lengths = self._lengths(group, tokens)
