@@ -25,7 +25,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from prefalign import collage, engines, records, stages, store
+from prefalign import collage, engines, records, sources, stages, store
 from prefalign.collage import Box, Layouts, Wording
 from prefalign.engines import Completion, Engine, ImageAttention, Request, Sampling
 from prefalign.images import EncodedImage, encode_png, open_image, sha256
@@ -135,6 +135,7 @@ def main(config: Config) -> Manifest:
     from prefalign.grounding import Grounding
     from prefalign.pictures import build_pool
 
+    sources.files_of(config.data)
     engine = load_engine(config.model, batch_size=config.batch_size)
     engines.require(engine, ["attention"], METHOD)
     grounding = Grounding(engine.model, engine.processor)
@@ -196,21 +197,22 @@ def process(
     def work(rows: list[tuple[Prompt, Task]]) -> list[Outcome]:
         tasks = [task for _, task in rows]
         requests = [Request(task.prompt.id, task.messages, task.shown, seed=config.seed) for task in tasks]
-        answers = engine.generate(requests, Sampling(max_new_tokens=config.max_new_tokens, temperature=0))
+        layer: int | Literal["middle"] = "middle" if limits.layer is None else limits.layer
+        greedy = Sampling(max_new_tokens=config.max_new_tokens, temperature=0, attention_layer=layer)
+        answers = engine.generate(requests, greedy)
         outcomes: dict[int, Outcome] = {}
+        measured: dict[int, dict[str, Any]] = {}
         for index, (task, answer) in enumerate(zip(tasks, answers, strict=True)):
             if (problem := text_problem(answer, str(task.prompt.answer), limits)) is not None:
                 outcomes[index] = problem
-
-        left = [index for index in range(len(tasks)) if index not in outcomes]
-        seen = engine.attention([requests[i] for i in left], [answers[i] for i in left], layer=limits.layer)
-        measured: dict[int, dict[str, Any]] = {}
-        for index, found in zip(left, seen, strict=True):
+                continue
+            found = answer.attention
+            assert found is not None, "the engine measures what Sampling.attention_layer asks for"
             if found.error is not None:
                 outcomes[index] = Failed("attention_failed", found.error)
-            elif math.isnan(share := target_share(tasks[index], found, grounding, limits)):
+            elif math.isnan(share := target_share(task, found, grounding, limits)):
                 outcomes[index] = Dropped("no_attention_to_pictures")
-            elif on_target(tasks[index], share, limits):
+            elif on_target(task, share, limits):
                 outcomes[index] = Dropped("attention_on_target")
             else:
                 measured[index] = {"attention_ratio": round(share, 4), "layer": found.layer}

@@ -1,5 +1,6 @@
 """Attention of an answer to the picture: equal to `output_attentions=True`, whatever the kernel, the batch and the family."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -239,6 +240,9 @@ def test_squashed_scores_equal_eager(tmp_path: Path) -> None:
         (found,) = engine.attention([request], [completion], layer=layer)
         _, rows = published_attention(model, processor, request, engine.banned, engine.ends, layer=layer, new_tokens=10)
         torch.testing.assert_close(found.weights, rows.mean(0), atol=1e-6, rtol=0)
+        (watched,) = engine.generate([request], replace(GREEDY, attention_layer=layer))
+        assert watched == completion
+        torch.testing.assert_close(watched.attention.weights, found.weights, atol=1e-6, rtol=0)
     config.text_config.attn_logit_softcapping = 50.0
     for part in model.modules():
         if hasattr(part, "attn_logit_softcapping"):

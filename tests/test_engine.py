@@ -321,4 +321,12 @@ class TestFailures:
 def test_load_engine_knows_its_weights(tiny_llava: Path) -> None:
     engine = load_engine(ModelConfig(str(tiny_llava)), batch_size=2)
     assert engine.fingerprint == fingerprint(engine.model)
-    assert engine.capabilities == {"sample", "logprobs", "prefix", "image_mask", "contrast", "attention", "vision_embed"}
+    assert engine.capabilities == {
+        "sample",
+        "logprobs",
+        "prefix",
+        "image_mask",
+        "contrast",
+        "attention",
+        "vision_embed",
+    }

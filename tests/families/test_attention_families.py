@@ -1,5 +1,6 @@
 """Attention and geometry of the families whose processor needs torchvision."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,16 @@ def test_it_equals_the_published_way_of_taking_it(engine: TransformersEngine) ->
                 assert mine.weights.sum() > 1e-3
     finally:
         engine.model.set_attn_implementation("sdpa")
+
+
+def test_watching_an_answer_equals_measuring_it(engine: TransformersEngine) -> None:
+    requests = some_requests(4)
+    for layer in range(2):
+        completions = engine.generate(requests, replace(GREEDY, attention_layer=layer))
+        for mine, other in zip(completions, engine.attention(requests, completions, layer=layer), strict=True):
+            assert len(mine.token_ids) >= 5
+            torch.testing.assert_close(mine.attention.weights, other.weights, atol=1e-6, rtol=0)
+            assert torch.equal(mine.attention.image, other.image)
 
 
 def test_a_ragged_batch_equals_one_by_one(engine: TransformersEngine) -> None:
