@@ -15,7 +15,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from prefalign import stages, store
+from prefalign import sources, stages, store
 from prefalign.engines import Engine, Sampling
 from prefalign.guided import BiasConfig, Corrupted, Item, corrupted_answers, rejection
 from prefalign.manifest import Manifest
@@ -60,6 +60,7 @@ def main(config: Config) -> Manifest:
     """Run the stage. Returns its manifest."""
     from prefalign.engines.transformers import load_engine
 
+    sources.files_of(config.data)
     similarity = load_similarity(config.similarity)
     engine = load_engine(config.model, batch_size=config.batch_size)
     return store.run_stage(

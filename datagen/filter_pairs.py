@@ -71,6 +71,7 @@ class Config:
 
 def main(config: Config) -> Manifest:
     """Run the stage. Returns its manifest."""
+    sources.files_of(config.data)
     engine = load_verifier(config)
     gate = config.filters.contamination
     known = PictureList()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,9 +27,10 @@ from prefalign.corruption import crop_box, difference
 from prefalign.images import EncodedImage, encode_png, sha256
 from prefalign.manifest import Manifest
 from prefalign.negatives import Negative, negative_seed, negatives
-from prefalign.records import Pair, Prompt, assistant_message, record_id
+from prefalign.records import Pair, Prompt, assistant_message, message_text, record_id
 from prefalign.sources import DataConfig
 from prefalign.store import Dropped, Failed, Outcome, OutputConfig
+from prefalign.text import same_answer
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,7 +49,7 @@ class Config:
         output: folder of pairs.
         negative: how the other picture is made.
         reads: `pairs`, or `answers` for rows with a reference answer, which is then both texts of the pair.
-        existing: what happens to `rejected_images` that a pair has already: `replace` or `keep`.
+        existing: what happens to `rejected_images` that a pair has already: `replace` (facts about them go too) or `keep`.
         least_change: a row is dropped as `unchanged` if none of its pictures changes by more than this (mean absolute difference,
             0 to 1): a crop of a plain wall shows the same wall.
         seed: with a row's id it decides boxes, noise, masks and swaps.
@@ -73,15 +74,15 @@ def main(config: Config) -> Manifest:
     """Run the stage. Returns its manifest."""
 
     @cache
-    def others() -> Others:
+    def pool() -> PicturePool:
         from prefalign.pictures import build_pool
 
-        return Others(build_pool(config.output.path / "pool", config.data))
+        return build_pool(config.output.path / "pool", config.data)
 
     return store.run_stage(
         METHOD,
         config.data,
-        lambda block: process(block, config, others),
+        lambda block: process(block, config, pool),
         output=config.output,
         record=Pair,
         settings=row_settings(config),
@@ -96,30 +97,12 @@ def row_settings(config: Config) -> dict[str, Any]:
             "least_change": config.least_change}  # fmt: skip
 
 
-class Others:
-    """Other pictures of the data, drawn by digest, so that the order of the rows decides nothing."""
-
-    def __init__(self, pool: PicturePool):
-        self.pool = pool
-        self.order = sorted(range(len(pool)), key=pool.digests.__getitem__)
-
-    def draw(self, row: Pair, number: int, seed: int) -> EncodedImage | None:
-        """A picture for the place of picture `number` that is none of the row's own; None if the data has no other."""
-        own = {self.pool.number_of(image) for image in row.images} - {None}
-        if len(own) >= len(self.order):
-            return None
-        rng = random.Random(negative_seed(seed, row.id, number))
-        while (found := self.order[rng.randrange(len(self.order))]) in own:
-            pass
-        return self.pool[found]
+def process(block: list[Pair] | list[Prompt], config: Config, pool: Callable[[], PicturePool]) -> list[Outcome]:
+    """One outcome for each row of a block; `pool` gives the pictures of the data, for `swap`."""
+    return [_outcome(row, config, pool) for row in block]
 
 
-def process(block: list[Pair] | list[Prompt], config: Config, others: Callable[[], Others]) -> list[Outcome]:
-    """One outcome for each row of a block."""
-    return [_outcome(row, config, others) for row in block]
-
-
-def _outcome(row: Pair | Prompt, config: Config, others: Callable[[], Others]) -> Outcome:
+def _outcome(row: Pair | Prompt, config: Config, pool: Callable[[], PicturePool]) -> Outcome:
     if not row.images:
         return Dropped("no_picture")
     if isinstance(row, Prompt):
@@ -135,10 +118,10 @@ def _outcome(row: Pair | Prompt, config: Config, others: Callable[[], Others]) -
     numbers = config.negative.numbers(len(images))
     swapped: list[EncodedImage] = []
     if config.negative.kind == "swap":
-        drawn = [others().draw(row, number, config.seed) for number in numbers]
-        swapped = [picture for picture in drawn if picture is not None]
-        if len(swapped) < len(drawn):
+        drawn = _others(pool(), row, numbers, config.seed)
+        if drawn is None:
             return Dropped("no_other_picture")
+        swapped = drawn
     shown = stages.opened(swapped)
     if isinstance(shown, Failed):
         return shown
@@ -160,7 +143,27 @@ def _outcome(row: Pair | Prompt, config: Config, others: Callable[[], Others]) -
         encode_png(made[number], f"{config.negative.kind}-{number}.png") if number in numbers else row.images[number]
         for number in range(len(made))
     ]
-    return [_pair(row, encoded, meta, config)]
+    # what a pair of two pictures knew of the other one does not hold for this one
+    facts = {name: value for name, value in row.facts.items() if not (had and name in ("rejected", "category"))}
+    return [_pair(dataclasses.replace(row, facts=facts), encoded, {**meta, "two_sided": False}, config)]
+
+
+def _others(pool: PicturePool, row: Pair, numbers: Iterable[int], seed: int) -> list[EncodedImage] | None:
+    """A picture for each place in `numbers`, all different and none of the row's own; None if the data has too few.
+
+    They are drawn by digest, so that the order of the rows decides nothing.
+    """
+    taken = {pool.number_of(image) for image in row.images} - {None}
+    drawn = []
+    for number in numbers:
+        if len(taken) >= len(pool):
+            return None
+        rng = random.Random(negative_seed(seed, row.id, number))
+        while (found := int(pool.by_digest[rng.randrange(len(pool))])) in taken:
+            pass
+        taken.add(found)
+        drawn.append(pool[found])
+    return drawn
 
 
 def _same_text(prompt: Prompt, answer: str) -> Pair:
@@ -181,7 +184,8 @@ def _pair(row: Pair, others: list[EncodedImage], meta: dict[str, Any], config: C
     """The row with its other pictures, under an id of its own; what was known of it stays in `meta`."""
     settings = row_settings(config)
     known = {"parent": row.id, "seed": config.seed, "settings": settings,
-             "images_sha256": [sha256(image) for image in row.images], **meta,
+             "images_sha256": [sha256(image) for image in row.images],
+             "same_text": same_answer(message_text(row.chosen), message_text(row.rejected)), **meta,
              "parent_method": row.method, "parent_meta": row.meta}  # fmt: skip
     return dataclasses.replace(
         row,

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from prefalign import records, stages, store
+from prefalign import records, sources, stages, store
 from prefalign.engines import Completion, Contrast, Engine, ImageMask, Request, Sampling, require
 from prefalign.manifest import Manifest
 from prefalign.models import ModelConfig
@@ -107,6 +107,7 @@ def main(config: Config) -> Manifest:
     """Run the stage. Returns its manifest."""
     from prefalign.engines.transformers import load_engine
 
+    sources.files_of(config.data)
     engine = load_engine(config.model, batch_size=config.batch_size)
     require(engine, ["sample", "prefix", "contrast"], METHOD)
     return store.run_stage(

@@ -17,7 +17,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from prefalign import records, stages, store
+from prefalign import records, sources, stages, store
 from prefalign.corruption import diffusion_noise, noise_factors
 from prefalign.editors import Edit, EditItem, Editor, EngineEditor
 from prefalign.engines import Sampling
@@ -104,6 +104,7 @@ class Config:
 
 def main(config: Config) -> Manifest:
     """Run the stage. Returns its manifest."""
+    sources.files_of(config.data)
     editor = load_editor(config)
     return store.run_stage(
         METHOD,

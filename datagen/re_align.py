@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from prefalign import stages, store
+from prefalign import sources, stages, store
 from prefalign.embeddings import EmbedderConfig
 from prefalign.engines import Engine, Request, Sampling, require
 from prefalign.filling import Completed, fill_by_request, fill_gaps, unusable
@@ -108,6 +108,7 @@ def main(config: Config) -> Manifest:
     from prefalign.embeddings import load_embedder
     from prefalign.engines.transformers import load_engine
 
+    sources.files_of(config.data)
     similarity = load_similarity(config.similarity)
     engine = load_engine(config.model, batch_size=config.batch_size)
     require(engine, ["sample", *(["prefix"] if config.completion == "spans" else [])], "Re-Align")

@@ -21,7 +21,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from prefalign import stages, store
+from prefalign import sources, stages, store
 from prefalign.embeddings import Embedder, EmbedderConfig, load_embedder
 from prefalign.images import sha256
 from prefalign.manifest import Manifest
@@ -35,13 +35,20 @@ if TYPE_CHECKING:
 
 METHOD = "s_vco"
 _WORD = re.compile(r"\w+")
-_PLURAL = re.compile(r"(?<=ss|sh|ch)es$|(?<=[xz])es$|(?<=[^s])s$")
+_IRREGULAR = {"people": "person", "children": "child", "men": "man", "mice": "mouse", "geese": "goose", "feet": "foot",
+              "teeth": "tooth"}  # fmt: skip
+_ENDINGS = (
+    (re.compile(r"(?<=\w{2}[^siu])s$"), ""),  # stars; buses, puppies and knives go on
+    (re.compile(r"(?<=[sxzo])e$|(?<=[cs]h)e$"), ""),  # buse: bus; house and houses: hous
+    (re.compile(r"[vf]e$"), "f"),  # knive and knife: knif
+    (re.compile(r"ie$"), "y"),  # puppie: puppy
+)
 _ARTICLES = {"a", "an", "the", "this", "that", "these", "those", "there", "here"}
 _VERBS = {"is", "are", "was", "were", "be", "been", "being", "do", "does", "did", "has", "have", "had"}
 _VERBS |= {"can", "could", "will", "would", "may", "might", "seem", "seems", "appear", "appears"}
-_PRONOUNS = {"i", "you", "he", "she", "it", "we", "they", "his", "her", "its", "their", "them", "which", "who", "whose"}
-_ANYWHERE = {"in", "on", "at", "by", "from"}
-_FUNCTION_WORDS = _ARTICLES | _VERBS | _PRONOUNS | {"of", "to", "for", "with", "and", "or", "but", "as"}
+_PRONOUNS = {"i", "you", "it", "we", "they", "its", "their", "them", "which", "who", "whose"}
+_ANYWHERE = {"in", "on", "at", "by", "from", "with", "for", "to"}
+_FUNCTION_WORDS = _ARTICLES | _VERBS | _PRONOUNS | {"of", "and", "or", "but", "as"}
 
 
 @dataclass
@@ -82,6 +89,7 @@ class Config:
 
 def main(config: Config) -> Manifest:
     """Run the stage. Returns its manifest."""
+    sources.files_of(config.data)
     encoders = load_encoders(config.filter) if config.filter else None
     return store.run_stage(
         METHOD,
@@ -146,11 +154,19 @@ def _prepare(pair: Pair) -> list[Image.Image] | Dropped | Failed:
         return Dropped("no_picture")
     if not pair.rejected_images:
         return Dropped("no_rejected_picture")
-    if [sha256(image) for image in pair.images] == [sha256(image) for image in pair.rejected_images]:
-        return Dropped("same_picture")
+    if pair.meta.get("two_sided") is False:
+        return Dropped("not_two_sided")
     if (reason := text_fault(pair)) is not None:
         return Dropped(reason)
-    return stages.opened([*pair.images, *pair.rejected_images])
+    images = stages.opened([*pair.images, *pair.rejected_images])
+    if isinstance(images, list) and _same_pixels(images[: len(pair.images)], images[len(pair.images) :]):
+        return Dropped("same_picture")
+    return images
+
+
+def _same_pixels(images: list[Image.Image], others: list[Image.Image]) -> bool:
+    """Whether both sides show the same, however it is encoded."""
+    return [(image.size, image.tobytes()) for image in images] == [(image.size, image.tobytes()) for image in others]
 
 
 def text_fault(pair: Pair) -> str | None:
@@ -159,7 +175,8 @@ def text_fault(pair: Pair) -> str | None:
     Returns:
         `identical_texts`; `no_content_difference` if they differ in function words, case or punctuation only;
         `query_leaks` if the prompt uses words that one text alone has, and none that the other alone has (a yes/no question may:
-        it names what it asks about); where facts tell, `false_of_its_picture` and `true_of_both`.
+        it names what it asks about; "in", "with" and the like, which most prompts have, can only show that it names both);
+        where facts tell, `false_of_its_picture` and `true_of_both`.
     """
     chosen, rejected = message_text(pair.chosen), message_text(pair.rejected)
     if same_answer(chosen, rejected):
@@ -167,10 +184,11 @@ def text_fault(pair: Pair) -> str | None:
     words = content_words(chosen), content_words(rejected)
     if words[0] == words[1]:
         return "no_content_difference"
-    asked = stems(content_words(message_text(pair.prompt))) - _ANYWHERE
+    asked = stems(content_words(message_text(pair.prompt)))
     sides = stems(words[0]), stems(words[1])
-    told = [bool(asked & (one - other)) for one, other in (sides, sides[::-1])]
-    if told[0] != told[1] and not _yes_and_no(chosen, rejected):
+    alone = sides[0] - sides[1], sides[1] - sides[0]
+    one_sided = all(bool(named & alone[0]) != bool(named & alone[1]) for named in (asked, asked - _ANYWHERE))
+    if one_sided and not _yes_and_no(chosen, rejected):
         return "query_leaks"
     other = pair.facts.get("rejected")
     if pair.facts.get("world") == "scenes" and isinstance(other, dict):
@@ -185,16 +203,28 @@ def text_fault(pair: Pair) -> str | None:
 
 
 def content_words(text: str) -> list[str]:
-    """Words of a text in order, lower case, without articles, auxiliaries, pronouns and the like.
+    """Words of a text in order, lower case, without articles, auxiliaries, most pronouns and the like.
 
-    Numbers, negations and prepositions of place stay: two and three, no and a, left and right, on and under are contrasts.
+    Numbers, negations, prepositions, he and she stay: two and three, no and a, left and right, on and under are contrasts.
     """
     return [word for word in _WORD.findall(text.lower()) if word not in _FUNCTION_WORDS]
 
 
 def stems(words: list[str]) -> set[str]:
-    """The words without the ending of a plural, so that "how many stars" names neither one star nor two stars."""
-    return {_PLURAL.sub("", word) for word in words}
+    """What a noun's singular and plural share, so that "how many stars" names neither one star nor two stars.
+
+    It need not be a word: house and houses give hous.
+    """
+    return {_stem(word) for word in words}
+
+
+def _stem(word: str) -> str:
+    for plural, singular in _IRREGULAR.items():
+        if word.endswith(plural):
+            word = word.removesuffix(plural) + singular
+    for ending, short in _ENDINGS:
+        word = ending.sub(short, word)
+    return word
 
 
 def _yes_and_no(chosen: str, rejected: str) -> bool:

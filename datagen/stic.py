@@ -20,19 +20,20 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefalign import describing, records, sources, stages, store
-from prefalign.corruption import Jitter, colour_jitter, jitter_shows, low_resolution
+from prefalign.corruption import Jitter, colour_jitter, difference, jitter_shows, low_resolution
 from prefalign.describing import DescriptionSampling
 from prefalign.engines import Completion, Engine, Request
 from prefalign.images import ImageError, sha256
 from prefalign.manifest import Manifest
 from prefalign.models import ModelConfig
 from prefalign.records import Example, Pair, Prompt, RecordError, row_seed
+from prefalign.seen import Owners, SeenIds
 from prefalign.sources import DataConfig
 from prefalign.store import Dropped, Failed, Outcome, OutputConfig
 from prefalign.text import lexical_similarity, same_answer
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 METHOD = "stic"
+LEAST_CHANGE = 1 / 255  # of a shrunk picture: one grey level in the mean
 
 GUIDED_PROMPT = (
     "Look closely at this picture and describe only what you can see. First name the main subjects and say what they do. Then "
@@ -49,11 +51,11 @@ GUIDED_PROMPT = (
     "signs, writing or small details that matter. If it helps, close with what the picture may be about."
 )
 BAD_PROMPTS = (
-    "Describe this picture together with some objects you can imagine in it.",
-    "Describe this picture and the characters or objects that might hypothetically appear in it, as if they were there.",
+    "Describe this picture and put some objects of your own into it, as if they stood there.",
+    "Describe this picture and the characters or objects that might well appear in it, as if they were there.",
     "Describe this picture, and name the useful items and the people that could well be found here.",
     "Describe this picture, and fill it with things that are missing but would suit it.",
-    "Describe this picture and what is happening just outside its frame.",
+    "Describe this picture, and as part of it what goes on to its left and to its right.",
     "Describe this picture, and tell which events are likely to take place in it and with what items.",
     "Describe this picture; state the weather as a fact, and which animals are around.",
     "Describe this picture and the tools, vehicles and gadgets that are used in it.",
@@ -180,6 +182,7 @@ def main(config: Config) -> Manifest:
     """Run the stage. Returns its manifest."""
     from prefalign.engines.transformers import load_engine
 
+    sources.files_of(config.data)
     engine = load_engine(config.model, batch_size=config.batch_size)
     owners = cache(lambda: picture_owners(config.data))
     pairs = config.produce == "pairs"
@@ -204,19 +207,27 @@ def row_settings(config: Config) -> dict[str, Any]:
     return {**shared, **{name: known[name] for name in ("guided_prompt", "bad_prompts", "negatives", "filters")}}
 
 
-def picture_owners(data: DataConfig) -> dict[str, str]:
-    """SHA-256 of each picture that rows show alone, to the least id of those rows: that one makes its pair."""
-    _, repeated = sources.survey(data)
-    owners: dict[str, str] = {}
-    for row in sources.read_rows(data):
-        try:
-            prompt = sources.to_prompt(row, data, repeated=repeated)
-        except (RecordError, ImageError):
-            continue
-        if len(prompt.images) == 1:
-            digest = sha256(prompt.images[0])
-            owners[digest] = min(prompt.id, owners.get(digest, prompt.id))
-    return owners
+def picture_owners(data: DataConfig) -> Owners:
+    """Which of the rows that show a picture alone makes its pair. Rows that the store will refuse own nothing."""
+    from tqdm import tqdm
+
+    total, repeated = sources.survey(data)
+    seen = SeenIds(total)
+
+    def shown() -> Iterator[tuple[str, str]]:
+        for row in tqdm(sources.read_rows(data), total=total, desc="rows of each picture", unit="row", disable=None):
+            try:
+                prompt = sources.to_prompt(row, data, repeated=repeated)
+            except (RecordError, ImageError):
+                continue
+            digest = sources.content_digest(prompt)
+            known = seen.holds(prompt.id, digest)
+            if known is None:
+                seen.add(prompt.id, digest)
+            if known is not False and len(prompt.images) == 1:
+                yield sha256(prompt.images[0]), prompt.id
+
+    return Owners(shown())
 
 
 @dataclass
@@ -225,13 +236,12 @@ class Task:
 
     neutral: str
     asked: str
+    clean: Image.Image
     shown: Image.Image
     meta: dict[str, Any]
 
 
-def make_pairs(
-    block: list[Prompt], engine: Engine, config: Config, owners: Callable[[], dict[str, str]]
-) -> list[Outcome]:
+def make_pairs(block: list[Prompt], engine: Engine, config: Config, owners: Callable[[], Owners]) -> list[Outcome]:
     """One outcome for each prompt of a block; both answers to all prompts are drawn together.
 
     Args:
@@ -241,46 +251,58 @@ def make_pairs(
         owners: gives `picture_owners` of the data.
     """
 
-    def prepare(prompt: Prompt) -> list[Image.Image] | Dropped | Failed:
+    def prepare(prompt: Prompt) -> Task | Dropped | Failed:
         if len(prompt.images) > 1:
             return Dropped("several_pictures")
-        if prompt.images and owners()[sha256(prompt.images[0])] != prompt.id:
+        if prompt.images and not owners().owns(prompt.id, sha256(prompt.images[0])):
             return Dropped("duplicate_picture")
-        return stages.usable(prompt, answer=False)
+        images = stages.usable(prompt, answer=False)
+        return task_of(prompt.id, images[0], config) if isinstance(images, list) else images
 
-    def work(rows: list[tuple[Prompt, list[Image.Image]]]) -> list[Outcome]:
-        tasks = [task_of(prompt.id, images[0], config) for prompt, images in rows]
+    def work(rows: list[tuple[Prompt, Task]]) -> list[Outcome]:
         requests = []
-        for (prompt, images), task in zip(rows, tasks, strict=True):
-            sides = {"chosen": (config.guided_prompt, images[0]), "rejected": (task.asked, task.shown)}
+        for prompt, task in rows:
+            sides = {"chosen": (config.guided_prompt, task.clean), "rejected": (task.asked, task.shown)}
             for side, (asked, image) in sides.items():
                 turn = records.user_message(asked, images=1)
                 requests.append(Request(f"{prompt.id}/{side}", [turn], [image], seed=config.seed))
         said = describing.clean_completions(engine, engine.generate(requests, config.sampling))
         return [
             _pair(prompt, task, chosen, rejected, engine.fingerprint, config)
-            for (prompt, _), task, chosen, rejected in zip(rows, tasks, said[::2], said[1::2], strict=True)
+            for (prompt, task), chosen, rejected in zip(rows, said[::2], said[1::2], strict=True)
         ]
 
     return stages.in_order(block, prepare, work)
 
 
-def task_of(row: str, image: Image.Image, config: Config) -> Task:
-    """Draw a row's neutral prompt and the kind of its negative, and corrupt the picture if that is its kind."""
+def task_of(row: str, image: Image.Image, config: Config) -> Task | Dropped:
+    """Draw a row's neutral prompt and the kind of its negative, and corrupt the picture if that is its kind.
+
+    Returns:
+        The task, or `unchanged`: shrunk, the picture shows what it showed (a flat one).
+    """
     negatives = config.negatives
     rng = random.Random(row_seed(config.seed, f"{row}/negative"))
     neutral, bad = rng.choice(config.neutral_prompts), rng.choice(config.bad_prompts)
     by_prompt, by_size = rng.random() < negatives.bad_prompt_share, rng.random() < negatives.low_resolution_share
     if by_prompt:
-        return Task(neutral, bad, image, {"negative_kind": "bad_prompt"})
-    brightness, hue = negatives.jitter.factors(row_seed(config.seed, f"{row}/jitter"))
-    shown = colour_jitter(image, brightness=brightness, hue=hue)
-    if by_size or not jitter_shows(image, shown):
-        shown = low_resolution(image, short_side=negatives.short_side)
-        meta: dict[str, Any] = {"negative_kind": "low_resolution", "instead_of_jitter": not by_size}
-    else:
-        meta = {"negative_kind": "colour_jitter", "brightness": round(brightness, 6), "hue": round(hue, 6)}
-    return Task(neutral, neutral, shown if negatives.corrupt else image, {**meta, "corrupted": negatives.corrupt})
+        return Task(neutral, bad, image, image, {"negative_kind": "bad_prompt"})
+    if not by_size:
+        brightness, hue = negatives.jitter.factors(row_seed(config.seed, f"{row}/jitter"))
+        shown = colour_jitter(image, brightness=brightness, hue=hue)
+        if jitter_shows(image, shown):
+            meta = {"negative_kind": "colour_jitter", "brightness": round(brightness, 6), "hue": round(hue, 6)}
+            return _on_corrupted(neutral, image, shown, meta, config)
+    shown = low_resolution(image, short_side=negatives.short_side)
+    if difference(image, shown) < LEAST_CHANGE:
+        return Dropped("unchanged")
+    meta = {"negative_kind": "low_resolution", "instead_of_jitter": not by_size}
+    return _on_corrupted(neutral, image, shown, meta, config)
+
+
+def _on_corrupted(neutral: str, image: Image.Image, shown: Image.Image, meta: dict[str, Any], config: Config) -> Task:
+    corrupt = config.negatives.corrupt
+    return Task(neutral, neutral, image, shown if corrupt else image, {**meta, "corrupted": corrupt})
 
 
 def _pair(

@@ -188,8 +188,7 @@ def regenerated(
     """The same pairs with rejected answers drawn anew from the policy as it is now: online BDHS (arXiv 2407.02477, section 3.4).
 
     Put the engine on the model in training (`TransformersEngine(trainer.model, processor)`): it is set to eval mode for the call
-    and back, and no gradient is kept. A pair that gives no usable answer (`rejection`, or a picture that cannot be opened) keeps
-    the one it has; `meta["online"]` says which is which.
+    and back, and no gradient is kept. Call it with a block of pairs (64, say): the pictures of all of them are decoded at once.
 
     Args:
         engine: generator on the current policy; needs what `corrupted_answers` needs.
@@ -199,6 +198,14 @@ def regenerated(
         similarity: compares whole answers.
         seed: seed of the run.
         round: number of the regeneration (epoch or step); another one draws other masks, split points and words.
+
+    Returns:
+        One pair for each, in order, with the same id. A pair that gives no usable answer (`rejection`, or a picture that cannot
+        be opened) keeps the one it has and all that `meta` says of it. `meta["round_tried"]` is `round` for all;
+        `meta["round"]` says in which round the answer was drawn, `meta["online"]` that it was.
+
+    Raises:
+        ValueError: if the engine lacks a capability.
     """
     opened = [stages.opened(pair.images) for pair in pairs]
     items = {
@@ -208,10 +215,10 @@ def regenerated(
     }
     answers = corrupted_answers(engine, list(items.values()), bias, sampling, similarity,
                                 seed=row_seed(seed, f"round {round}"))  # fmt: skip
-    result = [replace(pair, meta={**pair.meta, "online": False}) for pair in pairs]
+    result = [replace(pair, meta={**pair.meta, "round_tried": round}) for pair in pairs]
     for (index, item), answer in zip(items.items(), answers, strict=True):
         if rejection(item, answer) is None:
-            meta = {**pairs[index].meta, "online": True, "round": round, "guided": answer.guided,
+            meta = {**result[index].meta, "online": True, "round": round, "guided": answer.guided,
                     "iteration_accepted": answer.iteration, "similarity": answer.similarity}  # fmt: skip
             result[index] = replace(pairs[index], rejected=[assistant_message(answer.text)], meta=meta)
     return result

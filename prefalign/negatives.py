@@ -5,6 +5,7 @@ The stage `image_contrast` and the trainer's collator both go through `negatives
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -52,15 +53,15 @@ class Negative:
             raise ValueError(
                 f"area is {self.area}; give the smallest and the largest share of the picture, as in [0.01, 0.2] (mDPO's)."
             )
-        if len(self.aspect) != 2 or not 0 < self.aspect[0] <= self.aspect[1]:
+        if len(self.aspect) != 2 or not 0 < self.aspect[0] <= self.aspect[1] < math.inf:
             raise ValueError(
                 f"aspect is {self.aspect}; give the smallest and the largest width over height, as in [0.75, 1.333]."
             )
         if self.least_side < 1:
             raise ValueError(f"least_side is {self.least_side}; a crop has a side of 1 pixel or more (28 is usual).")
-        if self.sigma <= 0:
+        if not 0 < self.sigma < math.inf:
             raise ValueError(
-                f"sigma is {self.sigma}, which blurs nothing; give a share of the longer side such as 0.03."
+                f"sigma is {self.sigma}, which is no width of a blur; give a share of the longer side such as 0.03."
             )
         if not 0 < self.share <= 1:
             raise ValueError(f"share is {self.share}; mask a share of the pixels above 0 and up to 1, such as 0.3.")

@@ -187,7 +187,7 @@ def _run(stage: Stage, data: DataConfig, scratch: Path) -> _Sample:
 
 def _nothing_made(name: str, scratch: Path, error: StoreError) -> tuple[int, int, dict[str, int]]:
     """Counts of a sample of which every row was dropped; an error if rows failed."""
-    nothing = re.search(r" made no row out of (\d+): (.*?)\. Messages are in", str(error))
+    nothing = re.search(r" made no row out of (\d+): (.*?)\. ", str(error))
     if nothing is None:
         raise error
     messages = [json.loads(line)["message"] for file in sorted(scratch.glob("quarantine/*.jsonl"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -59,40 +58,6 @@ def row_seed(seed: int, identity: str) -> int:
     """63-bit seed of one row, from the stage's seed and the row's id: order and workers do not change it."""
     digest = hashlib.sha256(f"{seed}:{identity}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-class SeenIds:
-    """The ids of the rows met so far, each with what its row held: 32 bytes a row, so that millions fit in memory.
-
-    Ids and contents are kept as 64 bits of their SHA-256; among a million rows two ids are confused once in 30 million runs.
-
-    Args:
-        rows: how many ids will be added at most.
-    """
-
-    def __init__(self, rows: int):
-        self._ids = array("Q", [0]) * (2 * rows + 1)
-        self._contents = array("Q", [0]) * (2 * rows + 1)
-
-    def holds(self, identity: str, content: str) -> bool | None:
-        """Whether the id was met with this content (True) or another (False); None: it was not met."""
-        place = self._place(_bits(identity))
-        return self._contents[place] == _bits(content) if self._ids[place] else None
-
-    def add(self, identity: str, content: str) -> None:
-        """Note an id and the content of its row."""
-        place = self._place(_bits(identity))
-        self._ids[place], self._contents[place] = _bits(identity), _bits(content)
-
-    def _place(self, bits: int) -> int:
-        place = bits % len(self._ids)
-        while self._ids[place] not in (0, bits):
-            place = (place + 1) % len(self._ids)
-        return place
-
-
-def _bits(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") or 1
 
 
 def user_message(text: str, images: int = 0) -> Message:

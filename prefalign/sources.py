@@ -25,6 +25,7 @@ from prefalign.records import (
     normalise_messages,
     user_message,
 )
+from prefalign.seen import RepeatedIds
 
 AnyInput = TypeVar("AnyInput", Prompt, Pair)
 PLACEHOLDER = "<image>"
@@ -61,7 +62,7 @@ class BadRow:
 
 
 def files_of(config: DataConfig) -> list[Path]:
-    """The data files that `config.path` names, in order.
+    """The data files that `config.path` names, in order. Stages call it before they load a model, so that a typo costs no time.
 
     Raises:
         ValueError: if there is none, one is of a kind that is not read, a stage's output is not finished, or the folder of
@@ -103,29 +104,35 @@ def fingerprint(config: DataConfig) -> str:
     return digest.hexdigest()
 
 
-def read_rows(config: DataConfig) -> Iterator[Mapping[str, Any] | BadRow]:
-    """Stream raw rows; at most one Parquet batch or one line is in memory (a `.json` list is read whole)."""
+def read_rows(config: DataConfig, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any] | BadRow]:
+    """Stream raw rows; at most one Parquet batch or one line is in memory (a `.json` list is read whole).
+
+    Args:
+        config: where they are.
+        columns: of Parquet rows, read only these.
+    """
     count = 0
     for file in files_of(config):
-        for row in _read_file(file):
+        for row in _read_file(file, columns):
             if config.limit and count >= config.limit:
                 return
             count += 1
             yield row
 
 
-def survey(config: DataConfig) -> tuple[int, set[str]]:
+def survey(config: DataConfig) -> tuple[int, RepeatedIds]:
     """Number of rows that `read_rows` will give, and the ids that more than one of them has."""
     total = 0
-    once: set[str] = set()
-    repeated: set[str] = set()
-    for file in files_of(config):
-        for row in _read_file(file, columns=ID_COLUMNS):
-            if config.limit and total >= config.limit:
-                return total, repeated
+
+    def ids() -> Iterator[str]:
+        nonlocal total
+        for row in read_rows(config, ID_COLUMNS):
             total += 1
             identity = None if isinstance(row, BadRow) else _source_id(row)
-            (repeated if identity in once else once).update([] if identity is None else [identity])
+            if identity is not None:
+                yield identity
+
+    repeated = RepeatedIds(ids())
     return total, repeated
 
 
@@ -206,10 +213,11 @@ def to_pair(row: Mapping[str, Any] | BadRow, config: DataConfig, *, repeated: Co
     """Read one raw row with a chosen and a rejected answer into a `Pair`: ours, TRL's and RLAIF-V's columns, ms-swift's, POVID's,
     and S-VCO's (MVC).
 
-    `chosen` (or `chosen_response`, or the conversation's last turn) and `rejected` (or `rejected_response`, `rejected_messages`,
-    `rejected_conversations`) are text or turns; pictures are `images` or `image` (or `chosen_images`), the other side's
-    `rejected_images`. Arguments, ids and errors are those of `to_prompt`; besides, a row without one of the answers is a
-    `missing_column`, a margin that is no number a `bad_margin`. Whether the answers differ is for the stage to say.
+    `chosen` (or `chosen_response`, or where both are absent the conversation's last turn) and `rejected` (or
+    `rejected_response`, `rejected_messages`, `rejected_conversations`) are text or turns; pictures are `images` or `image` (or
+    `chosen_images`), the other side's `rejected_images`. A `system_prompt` goes first unless the conversation has a system turn.
+    Arguments, ids and errors are those of `to_prompt`; besides, a row without one of the answers is a `missing_column`, a margin
+    that is no number a `bad_margin`. Whether the answers differ is for the stage to say.
     """
     return _record(
         row, lambda known: _own_pair(known) if _is_own_pair(known) else _foreign_pair(known, config, repeated)
@@ -298,23 +306,30 @@ def _own_pair(row: Mapping[str, Any]) -> Pair:
 
 
 def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Container[str]) -> Pair:
-    asked = {"prompt": row.get("instruction_prompt"), **row}
+    answered = ("chosen", "rejected", "answer")
+    asked = {name: value for name, value in row.items() if value is not None and name not in answered}
     if isinstance(row.get("chosen"), list) and not any(row.get(name) for name in _QUESTION_COLUMNS):
         asked["prompt"] = row["chosen"][:-1] or None  # TRL's implicit prompt: the turns that lead to the answer
-    turns, answer = _conversation({name: value for name, value in asked.items() if name not in ("chosen", "rejected")})
+    elif "instruction_prompt" in asked:
+        asked.setdefault("prompt", asked["instruction_prompt"])
+    turns, last = _conversation(asked)
     given = {
-        "chosen": _first(row, "chosen", "chosen_response") or answer,
+        "chosen": _first(row, "chosen", "chosen_response"),
         "rejected": _first(row, "rejected", "rejected_response", "rejected_messages", "rejected_conversations"),
     }
+    if given["chosen"] is None:
+        given["chosen"] = last
     for side, value in given.items():
         if value is None:
             raise RecordError(
                 "missing_column",
-                f"a pair needs `chosen` and `rejected`; this row has no `{side}`, only {', '.join(sorted(row))}.",
+                f"a pair needs `chosen` and `rejected`; this row has no `{side}`, only {', '.join(sorted(row))}. Rows with one "
+                "answer are prompts: bdhs and others make pairs of them, image_contrast with `--reads answers`.",
             )
-    answers = {side: _answer_text(value) for side, value in given.items()}
+    answers = {side: _answer_text(value, side) for side, value in given.items()}
+    answer = row["answer"] if isinstance(row.get("answer"), str) else last
     system = row.get("system_prompt")
-    if isinstance(system, str) and system.strip():
+    if isinstance(system, str) and system.strip() and not any(turn["role"] == "system" for turn in turns):
         turns = [{"role": "system", "content": [{"type": "text", "text": system}]}, *turns]
     images = pictures_of(row, config)
     others = [_read_picture(picture, config) for picture in _pictures({"images": row.get("rejected_images")})]
@@ -447,7 +462,7 @@ def _plain_text(message: Message) -> str:
     return "".join(block["text"] for block in message["content"] if block["type"] == "text")
 
 
-def _answer_text(value: Any) -> str:
+def _answer_text(value: Any, side: str = "chosen") -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
@@ -456,7 +471,9 @@ def _answer_text(value: Any) -> str:
         return _plain_text(_shared_turn(value[-1]))
     turns = normalise_messages(value)
     if not turns:
-        raise RecordError("empty_chosen", "`chosen` has no turn, so there is no answer. Leave it out, or drop the row.")
+        raise RecordError(
+            f"empty_{side}", f"`{side}` has no turn, so there is no answer. Leave it out, or drop the row."
+        )
     return _plain_text(turns[-1])
 
 

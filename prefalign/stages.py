@@ -74,7 +74,6 @@ def make_pair(
     prompt: Sequence[Message] | None = None,
     rejected_images: Sequence[EncodedImage] = (),
     margin: float | None = None,
-    index: int = 0,
 ) -> Pair:
     """A pair made from a prompt, with its id and provenance.
 
@@ -91,7 +90,6 @@ def make_pair(
         prompt: conversation up to the user turn; the parent's if left out.
         rejected_images: the other picture(s) of the pair.
         margin: by how much chosen is better, in the scorer's units.
-        index: number of the pair among those of its parent.
     """
     images = list(parent.images if images is None else images)
     known = {
@@ -103,7 +101,7 @@ def make_pair(
         **(meta or {}),
     }
     return Pair(
-        id=records.record_id(method=method, parent=parent.id, settings=settings, model=model, seed=seed, index=index),
+        id=records.record_id(method=method, parent=parent.id, settings=settings, model=model, seed=seed),
         images=images,
         prompt=list(parent.messages if prompt is None else prompt),
         chosen=[records.assistant_message(chosen)],

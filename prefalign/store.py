@@ -19,25 +19,19 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import prefalign
-from prefalign import sources
+from prefalign import blocks, sources
+from prefalign.blocks import AnyRecord, Record, StoreError
 from prefalign.images import ImageError
 from prefalign.manifest import Manifest, differences, library_versions, read_manifest, write_atomically
-from prefalign.records import SCHEMA_VERSION, Candidates, Example, Pair, Prompt, RecordError, SeenIds, canonical_json
+from prefalign.records import SCHEMA_VERSION, Pair, Prompt, RecordError, canonical_json
+from prefalign.seen import SeenIds
 from prefalign.sources import BadRow, DataConfig
-
-Record = Pair | Candidates | Example | Prompt
-AnyRecord = TypeVar("AnyRecord", Pair, Candidates, Example, Prompt)
-MAX_BLOCK_BYTES = 2**31 - 2**20  # Arrow's limit on the bytes of one list column, less what frames them
-
-
-class StoreError(RuntimeError):
-    """A stage cannot go on; the message says what is on disk and how to continue."""
 
 
 @dataclass
@@ -125,8 +119,8 @@ def run_stage(
         if manifest.rows_out == 0:
             _start_afresh(folder)
             raise StoreError(
-                f"{stage} made no row out of {manifest.rows_in}: {_reasons(manifest.dropped)}. Messages are in "
-                f"{folder / 'quarantine'}. Mend the cause and start again: {folder} starts afresh, with any config."
+                f"{stage} made no row out of {manifest.rows_in}: {_reasons(manifest.dropped)}."
+                f"{blocks.first_message(folder)} Mend the cause and start again: {folder} starts afresh, with any config."
             )
         write_atomically(folder / "manifest.json", json.dumps(vars(manifest), indent=2).encode())
     return manifest
@@ -156,7 +150,7 @@ def write_records(
         for number, block in enumerate(_batched(records, output.block_size)):
             ledger = {"block": number, "rows_in": len(block), "rows_used": len(block), "rows_out": len(block),
                       "dropped": {}, "quarantined": 0}  # fmt: skip
-            _commit_block(folder, number, block, [], ledger, record)
+            blocks.commit(folder, number, block, [], ledger, record)
             ledgers.append(ledger)
         manifest = _sum_up(stage, identity, ledgers)
         write_atomically(folder / "manifest.json", json.dumps(vars(manifest), indent=2).encode())
@@ -182,7 +176,7 @@ class _Job:
     process: Process
     output: OutputConfig
     record: type[Record]
-    repeated: set[str]
+    repeated: Container[str]
     reads: type[Prompt] | type[Pair]
     seen: SeenIds
 
@@ -210,8 +204,8 @@ def _run_blocks(job: _Job, total: int) -> Iterator[dict[str, Any]]:
                     how = f"No row was made yet: mend the cause and start again, {output.path} starts afresh."
                 raise StoreError(
                     f"{job.stage} stopped: {quarantined} rows failed, above --output.max_quarantine "
-                    f"{output.max_quarantine} (last block: {_reasons(ledger['dropped'])}). Messages are in "
-                    f"{output.path / 'quarantine'}. {how}"
+                    f"{output.max_quarantine} (last block: {_reasons(ledger['dropped'])})."
+                    f"{blocks.first_message(output.path)} {how}"
                 )
             bar.update(len(rows))
             yield ledger
@@ -232,7 +226,7 @@ def _work_block(job: _Job, number: int, rows: list[Mapping[str, Any] | BadRow]) 
                 raise RecordError("conflicting_id", f"id {given.id!r} belongs to an earlier row with other content, so rows "
                                   "made from the two could not be told apart. Give each row its own id.")  # fmt: skip
         except (RecordError, ImageError) as error:
-            quarantine.append(_quarantine_row(first + offset, row, error.reason, str(error)))
+            quarantine.append(blocks.quarantined(first + offset, row, error.reason, str(error)))
             continue
         if known:
             dropped["duplicate"] += 1
@@ -248,7 +242,7 @@ def _work_block(job: _Job, number: int, rows: list[Mapping[str, Any] | BadRow]) 
         if isinstance(outcome, Dropped):
             dropped[outcome.reason] += 1
         elif isinstance(outcome, Failed):
-            quarantine.append(_quarantine_row(first + offset, rows[offset], outcome.reason, outcome.message))
+            quarantine.append(blocks.quarantined(first + offset, rows[offset], outcome.reason, outcome.message))
         elif unfit := _unfit(outcome):
             dropped[unfit] += 1
         else:
@@ -258,47 +252,8 @@ def _work_block(job: _Job, number: int, rows: list[Mapping[str, Any] | BadRow]) 
         dropped[row["reason"]] += 1
     ledger = {"block": number, "rows_in": len(rows), "rows_used": used, "rows_out": len(records),
               "dropped": dict(sorted(dropped.items())), "quarantined": len(quarantine), "ids": ids}  # fmt: skip
-    _commit_block(job.output.path, number, records, quarantine, ledger, job.record)
+    blocks.commit(job.output.path, number, records, quarantine, ledger, job.record)
     return ledger
-
-
-def _commit_block(
-    folder: Path,
-    number: int,
-    records: Sequence[Record],
-    quarantine: Sequence[Mapping[str, Any]],
-    ledger: Mapping[str, Any],
-    record: type[Record],
-) -> None:
-    failures = folder / "quarantine" / f"{number:05d}.jsonl"
-    shard = folder / "data" / f"train-{number:05d}.parquet"
-    if quarantine:
-        write_atomically(failures, "".join(json.dumps(row) + "\n" for row in quarantine).encode())
-    else:
-        failures.unlink(missing_ok=True)
-    if records:
-        write_atomically(shard, _to_parquet(records, record))
-    else:
-        shard.unlink(missing_ok=True)
-    write_atomically(folder / "progress" / f"{number:05d}.json", json.dumps(ledger).encode())
-
-
-def _to_parquet(records: Sequence[Record], record: type[Record]) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    for name in ("images", "rejected_images"):
-        size = sum(len(image["bytes"]) for item in records for image in getattr(item, name, []))
-        if size > MAX_BLOCK_BYTES:
-            raise StoreError(
-                f"a block of {len(records)} rows holds {size:,} bytes of `{name}`, above Arrow's limit of {MAX_BLOCK_BYTES:,}. "
-                "Lower --output.block_size and give another --output.path."
-            )
-    schema = record.features().arrow_schema
-    table = pa.Table.from_pylist([item.to_row() for item in records], schema=schema)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue().to_pybytes()
 
 
 def _unfit(records: Sequence[Record]) -> str | None:
@@ -361,11 +316,6 @@ def _claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
     elif folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise StoreError(f"{folder} is not empty and holds no stage's output. Give another `output.path`.")
     write_atomically(file, json.dumps(identity, indent=2).encode())
-
-
-def _quarantine_row(index: int, row: Mapping[str, Any] | BadRow, reason: str, message: str) -> dict[str, Any]:
-    return {"index": index, "reason": reason, "message": message,
-            "row": None if isinstance(row, BadRow) else sources.legible(row)}  # fmt: skip
 
 
 def _sum_up(stage: str, identity: Mapping[str, Any], ledgers: Iterable[Mapping[str, Any]]) -> Manifest:

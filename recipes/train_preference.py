@@ -60,7 +60,7 @@ def main(config: Config) -> None:
     from prefalign.models import fingerprint, freeze, load_processor, parameter_table
     from prefalign.training.arguments import training_arguments
     from prefalign.training.lora import check_trainable
-    from prefalign.training.pairs import check_columns, keep_fitting, load_pairs
+    from prefalign.training.pairs import check_columns, check_negative, check_texts, keep_fitting, load_pairs
     from prefalign.training.preference import PreferenceTrainer
     from prefalign.training.runs import (
         base_file,
@@ -78,8 +78,12 @@ def main(config: Config) -> None:
     term.check(arguments.loss_type)
     folders = [config.pairs, *([config.eval_pairs] if config.eval_pairs else [])]
     datasets = [load_pairs(folder) for folder in folders]
+    if config.negative is not None:
+        check_negative(datasets[0], term, config.pairs, config.negative)
     for folder, dataset in zip(folders, datasets, strict=True):
         check_columns(dataset, term, folder, config.negative)
+        if "sft" not in arguments.loss_type:
+            check_texts(dataset, term, folder)
     manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]
     files = run_files(to_mapping(config), *manifests)
     main_process, processes = arguments.process_index == 0, arguments.world_size
@@ -115,6 +119,8 @@ def main(config: Config) -> None:
         for row in parameter_table(trainer.model):
             print(f"{row['tower']:<15}{row['parameters']:>16,} parameters{row['trainable']:>16,} trainable")
         print(f"{fit.rows_used} pairs, {fit.summary() or 'all fit'}; {arguments.world_size} process(es)")
+        if config.eval_pairs and eval_fit.summary():
+            print(f"{eval_fit.rows_used} held-out pairs, {eval_fit.summary()}")
         if checkpoint:
             print(f"going on from {checkpoint.name}")
 

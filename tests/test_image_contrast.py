@@ -1,6 +1,7 @@
 """The stage image_contrast: what it adds, what it leaves alone, what it drops and counts."""
 
 import json
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +141,28 @@ def test_swap_stretches_the_other_picture_to_the_size_of_the_row_s(tmp_path):
     assert open_image(made["pair-0"].rejected_images[0]).tobytes() == picture(1, (30, 64)).resize((64, 30)).tobytes()
 
 
+def test_swapped_pictures_of_a_row_are_all_different(tmp_path):
+    """Five pictures: a row of two draws two of three others, which would be the same one for every third seed."""
+    pairs = [plain(0, images=2), plain(1, images=2), plain(2)]
+    data = write(tmp_path / "data", pairs)
+    for seed in range(16):
+        _, made = run(data, tmp_path / str(seed), negative={"kind": "swap"}, seed=seed)
+        assert all(len(set(pair.meta["swapped_sha256"])) == len(pair.images) for pair in made.values())
+    few = write(tmp_path / "few", [plain(0, images=2), plain(2)])
+    manifest, made = run(few, tmp_path / "one", negative={"kind": "swap"})
+    assert (manifest.dropped, set(made)) == ({"no_other_picture": 1}, {"pair-2"})
+
+
+def test_swap_draws_by_digest(tmp_path):
+    """The picture at the drawn place of all pictures in the order of their digests; of two, the row's own is drawn over."""
+    _, made = run(write(tmp_path / "data", [plain(n) for n in range(8)]), tmp_path / "out", negative={"kind": "swap"})
+    digests = sorted(sha256(plain(number).images[0]) for number in range(8))
+    for name, pair in made.items():
+        rng = random.Random(negative_seed(0, name, 0))
+        drawn = next(found for _ in range(99) if (found := digests[rng.randrange(8)]) != sha256(pair.images[0]))
+        assert pair.meta["swapped_sha256"] == [drawn]
+
+
 def test_which_first_leaves_the_other_pictures_as_they_were(tmp_path):
     data = write(tmp_path / "data", [plain(number, images=3) for number in range(3)])
     _, made = run(data, tmp_path / "first", negative={"which": "first"})
@@ -154,13 +177,21 @@ def test_which_first_leaves_the_other_pictures_as_they_were(tmp_path):
 
 
 def test_pictures_that_pairs_have_are_replaced_or_kept(tmp_path):
-    data = write(tmp_path / "data", [make_pair(0), plain(1)])
+    facts = {"n": 1, "rejected": {"objects": []}, "category": "colour"}
+    data = write(
+        tmp_path / "data", [replace(make_pair(0), facts=facts), replace(plain(1), facts={"category": "colour"})]
+    )
     _, made = run(data, tmp_path / "replace")
+    assert made["pair-0"].facts == {"n": 1}  # the others were facts of the picture that is gone
+    assert made["pair-1"].facts == {"category": "colour"}
+    assert (made["pair-0"].meta["two_sided"], made["pair-1"].meta["two_sided"]) == (False, False)
     assert made["pair-0"].meta["existing"] == "replaced"
     assert made["pair-0"].rejected_images != make_pair(0).rejected_images
     _, made = run(data, tmp_path / "keep", existing="keep")
     assert made["pair-0"].rejected_images == make_pair(0).rejected_images
     assert (made["pair-0"].meta["kind"], made["pair-0"].meta["existing"]) == ("kept", "kept")
+    assert made["pair-0"].facts == facts
+    assert "two_sided" not in made["pair-0"].meta
     assert made["pair-1"].meta["kind"] == "crop"
 
 
@@ -194,6 +225,16 @@ def test_rows_with_one_answer_become_image_only_pairs(tmp_path):
     pair.check()
     assert message_text(pair.chosen) == message_text(pair.rejected) == pair.answer == "A cat."
     assert pair.rejected_images
+    assert pair.meta["same_text"] is True
+    with pytest.raises(StoreError, match="3 missing_column.*First message: .*image_contrast with `--reads answers`"):
+        run(tmp_path / "data", tmp_path / "pairs")
+
+
+def test_pairs_of_one_text_are_noted(tmp_path):
+    """The visual term can use them; their note tells them from the others."""
+    same = replace(plain(1), rejected=plain(1).chosen)
+    _, made = run(write(tmp_path / "data", [plain(0), same]), tmp_path / "out")
+    assert [made[f"pair-{number}"].meta["same_text"] for number in range(2)] == [False, True]
 
 
 def test_rows_of_other_formats_are_read(tmp_path):

@@ -350,9 +350,14 @@ def test_decay_on_the_command_line(stage):
 def test_an_engine_that_cannot_is_refused(stage, monkeypatch, tmp_path):
     engine = Scripted({})
     engine.capabilities = frozenset({"sample", "prefix"})
+    (tmp_path / "rows.jsonl").write_text("{}\n")
     monkeypatch.setattr("prefalign.engines.transformers.load_engine", lambda *_, **__: engine)
     with pytest.raises(ValueError, match=r"m3id needs contrast \(decode against the same prompt without its picture"):
-        stage.main(config.build(stage.Config, settings(output={"path": tmp_path / "x"})))
+        stage.main(
+            config.build(
+                stage.Config, settings(data={"path": tmp_path / "rows.jsonl"}, output={"path": tmp_path / "x"})
+            )
+        )
 
 
 def test_published_settings(stage):

@@ -1,5 +1,6 @@
 """Other pictures of a pair: each operation by hand, and made in training exactly as the stage stores them."""
 
+import json
 import math
 import pickle
 from dataclasses import replace
@@ -162,7 +163,11 @@ def test_first_leaves_the_other_pictures_and_each_has_a_seed_of_its_own():
         ({"area": [0.0, 0.2]}, "area is"),
         ({"aspect": [1.0]}, r"aspect is \[1.0\]; give the smallest and the largest width over height"),
         ({"least_side": 0}, "least_side is 0; a crop has a side of 1 pixel"),
-        ({"sigma": 0.0}, "sigma is 0.0, which blurs nothing"),
+        ({"aspect": [1.0, math.inf]}, r"aspect is \[1.0, inf\]; give"),
+        ({"aspect": [math.nan, 1.0]}, "aspect is"),
+        ({"sigma": 0.0}, "sigma is 0.0, which is no width of a blur"),
+        ({"sigma": math.nan}, "sigma is nan, which is no width of a blur"),
+        ({"sigma": math.inf}, "sigma is inf"),
         ({"share": 1.2}, "share is 1.2; mask a share of the pixels above 0"),
         ({"block": -0.1}, "block is -0.1; give a share of the longer side"),
         ({"step": 1000}, "noise step 1000 is outside the schedule"),
@@ -305,6 +310,45 @@ def test_a_negative_that_no_row_needs_is_refused(pairs, tmp_path):
         ValueError, match="'crop', and all 8 pairs of .* have `rejected_images` already, which are kept"
     ):
         recipe_run(tmp_path / "no-model", folder, tmp_path / "run", negative={"kind": "crop"})
+
+
+def test_held_out_pairs_may_all_have_their_pictures(tiny_llava, pairs, tmp_path):
+    """Only the rows to train on have to need the negative."""
+    held_out = stored(pairs, tmp_path / "ic", {"kind": "mask"}, 0)
+    recipe_run(tiny_llava, pairs, tmp_path / "run", negative={"kind": "crop"}, eval_pairs=str(held_out))
+    assert "eval_loss" in json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    with pytest.raises(ValueError, match="have `rejected_images` already"):
+        recipe_run(tiny_llava, held_out, tmp_path / "turned", negative={"kind": "crop"}, eval_pairs=str(pairs))
+
+
+def test_stored_and_made_pictures_in_one_run_are_counted(tiny_llava, tmp_path, capsys):
+    rows = [make_pair(number) if number < 3 else replace(make_pair(number), rejected_images=[]) for number in range(8)]
+    write_records("test", rows, output=OutputConfig(tmp_path / "mixed"), record=Pair, settings={}, seed=0)
+    recipe_run(tiny_llava, tmp_path / "mixed", tmp_path / "run", negative={"kind": "crop"})
+    assert "8 pairs, 3 show the other picture stored with them, 5 one made on the fly" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "rows.json").read_text())["stored_pictures"] == 3
+
+
+def test_pairs_of_one_text_are_refused_where_texts_are_compared(tiny_llava, tmp_path, capsys):
+    """Pairs of an answer with itself, as image_contrast makes of prompts: refused by name for `text`, not for `visual` or SFT."""
+    rows = [make_pair(number) for number in range(8)]
+    same = [replace(row, rejected=row.chosen) for row in rows]
+    for name, content in {"same": same, "some": [*same[:2], *rows[2:]]}.items():
+        write_records("test", content, output=OutputConfig(tmp_path / name), record=Pair, settings={"n": name}, seed=0)
+    with pytest.raises(
+        ValueError, match="the same text in all 8 pairs of .*same, and term 'text'.*Set term to 'visual'"
+    ):
+        recipe_run(tmp_path / "no-model", tmp_path / "same", tmp_path / "run", term="text")
+    with pytest.raises(ValueError, match="the same text in all 8 pairs"):
+        recipe_run(
+            tmp_path / "no-model", tmp_path / "some", tmp_path / "run", term="text", eval_pairs=str(tmp_path / "same")
+        )
+    recipe_run(tiny_llava, tmp_path / "same", tmp_path / "visual")
+    assert "8 pairs, all fit" in capsys.readouterr().out
+    recipe_run(tiny_llava, tmp_path / "some", tmp_path / "text", term="text")
+    assert "8 pairs, 2 have one text as both answers" in capsys.readouterr().out
+    settings = {"loss_type": ["sft"], "max_steps": 1, "gradient_checkpointing": False}
+    recipe_run(tiny_llava, tmp_path / "same", tmp_path / "sft", term="text", trainer=settings)
 
 
 def test_rows_without_any_picture_have_nothing_to_make_one_of(tmp_path):

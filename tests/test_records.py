@@ -9,7 +9,6 @@ from prefalign.records import (
     Pair,
     Prompt,
     RecordError,
-    SeenIds,
     assistant_message,
     normalise_messages,
     record_id,
@@ -144,14 +143,3 @@ def test_every_record_checks_its_placeholders(record):
         record.check()
     record.images = [picture()]
     record.check()
-
-
-def test_seen_ids_tell_new_from_known_from_changed():
-    """A full table of 500 ids: each is found with its content, with no other, and no other id is found."""
-    seen = SeenIds(500)
-    assert [seen.holds(f"row{number}", "a") for number in range(500)] == [None] * 500
-    for number in range(500):
-        seen.add(f"row{number}", f"content {number}")
-    assert all(seen.holds(f"row{number}", f"content {number}") is True for number in range(500))
-    assert all(seen.holds(f"row{number}", "content") is False for number in range(500))
-    assert all(seen.holds(f"other{number}", "content 1") is None for number in range(500))

@@ -88,10 +88,19 @@ def test_a_pair_that_gives_no_usable_answer_keeps_the_one_it_has(policy, process
     broken = dataclasses.replace(PAIRS[0], images=[{"bytes": b"no picture", "path": "a.png"}])
     kept, other = drawn(policy, processor, [broken, PAIRS[1]])
     assert kept.rejected == broken.rejected
-    assert kept.meta["online"] is False
-    assert other.meta["online"] is True
+    assert kept.meta == {**broken.meta, "round_tried": 1}
+    assert (other.meta["online"], other.meta["round"], other.meta["round_tried"]) == (True, 1, 1)
+    fails_later = dataclasses.replace(other, images=broken.images)
+    (kept,) = drawn(policy, processor, [fails_later], round=2)
+    assert kept == dataclasses.replace(fails_later, meta={**other.meta, "round_tried": 2})
 
 
-def test_no_gradient_is_kept(policy, processor):
-    drawn(policy, processor, PAIRS[:1])
-    assert all(weight.grad is None for weight in families.core(policy).parameters())
+def test_answers_are_drawn_without_gradients(policy, processor):
+    enabled = []
+    handle = families.core(policy).register_forward_hook(lambda *_: enabled.append(torch.is_grad_enabled()))
+    try:
+        drawn(policy, processor, PAIRS[:1])
+        assert enabled
+        assert not any(enabled)
+    finally:
+        handle.remove()

@@ -1,5 +1,6 @@
 """The stage s_vco: which counterfactual pairs are kept, by their texts and by their pictures."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -43,6 +44,12 @@ def pair(chosen: str, rejected: str, asked: str = "Describe the picture.", **mor
                 rejected=[assistant_message(rejected)], **more)  # fmt: skip
 
 
+def as_tiff(image):
+    stream = io.BytesIO()
+    open_image(image).save(stream, "TIFF")
+    return {"bytes": stream.getvalue(), "path": "a.tif"}
+
+
 def write(folder: Path, pairs: list[Pair]) -> Path:
     named = [replace(one, id=f"p{number}") for number, one in enumerate(pairs)]
     write_records("test", named, output=OutputConfig(folder), record=Pair, settings={}, seed=0)
@@ -62,17 +69,39 @@ def write(folder: Path, pairs: list[Pair]) -> Path:
         ("A red cat.", "a red cat", "What is it?", "identical_texts"),
         ("A man is there.", "The man is here.", "Who is there?", "no_content_difference"),
         ("The red car waits.", "The blue car waits.", "What does the red car do?", "query_leaks"),
-        ("A woman sings.", "A man sings.", "What do the women do with a man?", "query_leaks"),
+        ("A woman sings.", "A man sings.", "What do the women do?", "query_leaks"),
+        ("There is one man.", "There are three men.", "How many men are there?", None),
+        ("There are two women.", "There is one woman.", "How many women are there?", None),
+        ("There is one person.", "There are four people.", "How many people are in the picture?", None),
+        ("One child plays.", "Two children play.", "How many children are there?", None),
+        ("One puppy.", "Three puppies.", "How many puppies are there?", None),
+        ("There is one bus.", "There are two buses.", "How many buses are there?", None),
+        ("One knife.", "Two knives.", "How many knives are on the table?", None),
+        ("One house.", "Five houses.", "How many houses are there?", None),
+        ("Three men.", "Three women.", "How many men are there?", "query_leaks"),
+        ("The dog is in the box.", "The dog is under the box.", "Is the dog in the box or under the box?", None),
+        ("The cat is in a box.", "The cat is on a box.", "What is in the picture?", None),
+        ("The dog is in the box.", "The dog is under the box.", "What is the dog under the box?", "query_leaks"),
+        ("She is running.", "He is running.", "Who is running?", None),
+        ("She is running.", "He is running.", "What is she doing?", "query_leaks"),
+        ("A man walking a dog.", "A man walking with a dog.", "What is the man doing?", None),
+        ("He plays with a ball.", "He kicks a ball.", "What is he doing with the ball?", None),
     ],
 )
 def test_texts(chosen, rejected, asked, fault):
     assert STAGE.text_fault(pair(chosen, rejected, asked)) == fault
 
 
-def test_endings_of_plurals():
-    assert STAGE.stems(["stars", "boxes", "crosses", "glass", "dishes", "bus", "two"]) == {
-        "star", "box", "cross", "glass", "dish", "bu", "two",
-    }  # fmt: skip
+def test_singular_and_plural_have_one_stem():
+    plurals = {"star": "stars", "box": "boxes", "cross": "crosses", "glass": "glasses", "dish": "dishes", "bus": "buses",
+               "house": "houses", "horse": "horses", "vase": "vases", "goose": "geese", "man": "men", "woman": "women",
+               "snowman": "snowmen", "person": "people", "child": "children", "puppy": "puppies", "movie": "movies",
+               "tie": "ties", "knife": "knives", "leaf": "leaves", "glove": "gloves", "giraffe": "giraffes", "tomato": "tomatoes",
+               "shoe": "shoes", "mouse": "mice", "foot": "feet", "bench": "benches", "bee": "bees", "toy": "toys"}  # fmt: skip
+    for singular, plural in plurals.items():
+        assert STAGE.stems([singular]) == STAGE.stems([plural]), singular
+    assert len(STAGE.stems([*plurals, "two"])) == len(plurals) + 1  # no two of them are taken for one
+    assert STAGE.stems(["bus", "glass", "stars", "puppies"]) == {"bus", "glass", "star", "puppy"}
 
 
 def test_texts_are_held_against_the_truth_where_facts_tell_it():
@@ -161,6 +190,11 @@ def test_flips_and_a_null_filter_keep_what_the_filter_would_drop(folder, tmp_pat
     given = [replace(one, rejected_images=one.images[:1]) for one in read_records(folder / "twins", Pair)][:4]
     with pytest.raises(StoreError, match="4 same_picture"):
         run(write(tmp_path / "same", given), tmp_path / "x")
+    again = [replace(one, rejected_images=[as_tiff(image) for image in one.images]) for one in given]
+    again = [replace(one, facts={**one.facts, "category": "left-right"}) for one in again]
+    assert all(one.images[0]["bytes"] != one.rejected_images[0]["bytes"] for one in again)
+    with pytest.raises(StoreError, match="4 same_picture"):
+        run(write(tmp_path / "encoded", again), tmp_path / "y")
     pairs = [pair("A red cat.", "A blue cat.", facts={"category": "left-right"}), pair("A red cat.", "A blue cat.")]
     manifest, made = run(write(tmp_path / "a", pairs), tmp_path / "b", filter={"least_semantic": 1.0})
     assert manifest.dropped == {"pictures_unrelated": 1}
@@ -190,6 +224,22 @@ def test_your_own_pairs_in_the_layout_of_mvc(tmp_path):
     assert made["0"].meta["category"] == "attribute"
     assert made["0"].prompt[0]["role"] == "system"
     assert made["0"].rejected_images[0]["bytes"] == (tmp_path / "1.png").read_bytes()
+
+
+def test_spoilt_pictures_are_not_two_sided(folder, tmp_path):
+    """image_contrast takes the place of the twin: nothing it knew of the twin is left, and the pairs are refused here."""
+    contrast = bundled.load_stage("image_contrast")
+    values = {"data": {"path": folder / "twins"}, "output": {"path": tmp_path / "crops"}}
+    contrast.main(config.build(contrast.Config, values))
+    for one in read_records(tmp_path / "crops", Pair):
+        assert not {"rejected", "category"} & set(one.facts)
+        assert one.meta["two_sided"] is False
+    with pytest.raises(StoreError, match="48 not_two_sided"):
+        run(tmp_path / "crops", tmp_path / "x")
+    contrast.main(config.build(contrast.Config, {**values, "output": {"path": tmp_path / "kept"}, "existing": "keep"}))
+    kept = {one.meta["parent"]: one for one in read_records(tmp_path / "kept", Pair)}
+    assert all(kept[one.id].facts == one.facts for one in read_records(folder / "twins", Pair))
+    assert run(tmp_path / "kept", tmp_path / "y")[0].rows_out == read_manifest(folder / "pairs").rows_out
 
 
 def test_of_several_pictures_the_least_alike_pair_counts(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefalign import records, stages
+from prefalign import bundled, config, records, stages
 from prefalign.images import sha256
 from prefalign.records import Prompt, message_text, user_message
 from prefalign.store import Dropped, Failed
@@ -70,9 +70,9 @@ def test_a_pair_carries_where_it_comes_from():
     assert (made.answer, made.facts, made.margin) == ("A cat.", {"objects": ["cat"]}, 0.5)
 
 
-def test_settings_seed_model_and_number_change_the_id_of_a_pair():
+def test_settings_seed_and_model_change_the_id_of_a_pair():
     known = {"method": "m", "chosen": "yes", "rejected": "no", "settings": {}, "seed": 0}
-    changes = [{}, {"settings": {"k": 1}}, {"seed": 1}, {"model": "other"}, {"index": 1}, {"method": "n"}]
+    changes = [{}, {"settings": {"k": 1}}, {"seed": 1}, {"model": "other"}, {"method": "n"}]
     assert len({stages.make_pair(prompt(), **{**known, **change}).id for change in changes}) == len(changes)
     assert stages.make_pair(prompt(), **{**known, "rejected": "maybe"}).id == stages.make_pair(prompt(), **known).id
 
@@ -84,3 +84,22 @@ def test_other_pictures_and_turns_replace_the_parents():
     )
     assert (made.images, made.prompt) == ([canvas], turns)
     assert made.meta["images_sha256"] == [sha256(canvas)]
+
+
+@pytest.mark.parametrize("name", ["bdhs", "povid", "m3id", "re_align", "mia_dpo", "stic", "s_vco"])
+def test_a_typo_in_the_data_path_is_told_before_anything_is_loaded(name, tmp_path):
+    """The models named here do not exist either, which is what loading one first would say."""
+    stage, none = bundled.load_stage(name), str(tmp_path / "none")
+    values = config.read_yaml(bundled.find(f"datagen/{name}_scenes"))
+    model = (
+        {"filter": {"semantic": {"model_name_or_path": none}}}
+        if name == "s_vco"
+        else {"model": {"model_name_or_path": none}}
+    )
+    editor = {"editor": "engine"} if name == "povid" else {}
+    values = config.merge(values, {"data": {"path": str(tmp_path / "rows.jsonl")}, **model, **editor})
+    with pytest.raises(ValueError, match=r"no data at .*rows\.jsonl"):
+        stage.main(config.build(stage.Config, values))
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="none"):
+        stage.main(config.build(stage.Config, values))

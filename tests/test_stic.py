@@ -1,24 +1,28 @@
 """STIC stage 1 on the embedded world: what pairs hold, that corruption and pictures matter, what is dropped and why."""
 
 import json
+import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from prefalign import bundled, config
 from prefalign.corruption import colour_jitter, low_resolution
 from prefalign.describing import NEUTRAL_PROMPTS
 from prefalign.engines import Completion, Sampling
 from prefalign.engines.transformers import load_engine
-from prefalign.images import open_image
+from prefalign.images import encode_png, open_image, sha256
 from prefalign.manifest import read_manifest
 from prefalign.models import ModelConfig
 from prefalign.records import Pair, Prompt, message_text, user_message
 from prefalign.scenes import world
 from prefalign.scenes.export import export
-from prefalign.store import Dropped, Failed, StoreError, read_records
+from prefalign.sources import DataConfig
+from prefalign.store import Dropped, Failed, OutputConfig, StoreError, read_records, write_records
 from tests.tiny_vlms import picture
 
 ROWS = 12
@@ -241,6 +245,34 @@ def test_a_grey_picture_is_shrunk_instead(stage):
         assert np.array_equal(task.shown, low_resolution(grey, short_side=20))
 
 
+def test_a_flat_picture_is_not_kept_as_a_corrupted_one(stage, engine, rows, tmp_path):
+    """Shrunk, one colour is that colour, and one grey pixel of another level is 1 / (48 * 40) levels in the mean."""
+    known = settings(
+        stage, rows, tmp_path, negatives={"bad_prompt_share": 0.0, "low_resolution_share": 1.0}, **keep_all()
+    )
+    flat = Image.new("RGB", (48, 40), (90, 90, 90))
+    assert stage.task_of("row", flat, known) == Dropped("unchanged")
+    flat.putpixel((3, 3), (91, 91, 91))
+    assert stage.task_of("row", flat, known) == Dropped("unchanged")
+    by_prompt = settings(stage, rows, tmp_path, negatives={"bad_prompt_share": 1.0})
+    assert stage.task_of("row", flat, by_prompt).meta == {"negative_kind": "bad_prompt"}
+    prompts = prompts_of(rows)[:2]
+    prompts[0].images = [encode_png(flat)]
+    write_records("own", prompts, output=OutputConfig(tmp_path / "flat"), record=Prompt, settings={}, seed=0)
+    watched = Watched(engine)
+    outcomes = stage.make_pairs(prompts, watched, known, lambda: stage.picture_owners(DataConfig(tmp_path / "flat")))
+    assert outcomes[0] == Dropped("unchanged")
+    assert {request.id.split("/")[0] for request in watched.calls[0]} == {prompts[1].id}
+
+
+def test_colours_are_jittered_only_where_they_may_be_shown(stage, monkeypatch):
+    """All of these rows are shrunk, so none is jittered before."""
+    known = settings(stage, "rows", "out", negatives={"bad_prompt_share": 0.0, "low_resolution_share": 1.0})
+    monkeypatch.setattr(stage, "colour_jitter", lambda *args, **kwargs: pytest.fail("jittered"))
+    shown = world.draw(world.scene("train_fair", 0))
+    assert {stage.task_of(f"row{n}", shown, known).meta["negative_kind"] for n in range(5)} == {"low_resolution"}
+
+
 def completion(text, tokens=10, finish_reason="stop"):
     return Completion("x", text, token_ids=[1] * tokens, finish_reason=finish_reason)
 
@@ -304,10 +336,38 @@ def test_every_bad_row_is_counted(stage, rows, tmp_path):
         "missing_image": 1,
     }
     assert {reason: manifest.dropped[reason] for reason in expected} == expected
-    assert (
-        "second" not in pairs
-    )  # `first` is the lesser of the two ids that show the picture, whichever row comes first
-    assert set(pairs) <= {"first", "b", "c"}
+    owner = {"first", "second"} & set(pairs)
+    assert len(owner) == 1
+    assert set(pairs) <= {*owner, "b", "c"}
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[::-1]))
+    _, turned = run(stage, folder / "rows.jsonl", tmp_path / "turned", **keep_all())
+    assert set(turned) == set(
+        pairs
+    )  # of the rows that show a picture the same one makes the pair, whatever their order
+
+
+def test_a_refused_row_owns_no_picture(stage, rows, tmp_path):
+    """Own rows (c, A), (c, B), (z, B): the second is refused for its id, so the third makes B's pair, whatever it is called."""
+    given = prompts_of(rows)
+    for name in "vwxyz":
+        prompts = [replace(given[number], id=identity) for number, identity in ((0, "c"), (1, "c"), (1, name))]
+        write_records("own", prompts, output=OutputConfig(tmp_path / name), record=Prompt, settings={}, seed=0)
+        owners = stage.picture_owners(DataConfig(tmp_path / name))
+        assert owners.owns("c", sha256(prompts[0].images[0]))
+        assert owners.owns(name, sha256(prompts[1].images[0]))
+    manifest, pairs = run(stage, tmp_path / "z", tmp_path / "pairs", **keep_all())
+    assert manifest.dropped["conflicting_id"] == 1
+    assert "duplicate_picture" not in manifest.dropped
+    assert set(pairs) <= {"c", "z"}
+
+
+def test_the_pass_over_the_pictures_shows_its_progress(stage, rows, monkeypatch):
+    import tqdm
+
+    shown = []
+    monkeypatch.setattr(tqdm, "tqdm", lambda items, **known: shown.append((known["desc"], known["total"])) or items)
+    stage.picture_owners(DataConfig(rows))
+    assert shown == [("rows of each picture", ROWS)]
 
 
 def test_a_refused_prompt_fails_its_row_alone(stage, engine, rows, tmp_path):
@@ -352,6 +412,10 @@ def test_settings_that_cannot_work(stage, changes, message):
 def test_prompts_are_those_of_the_paper_in_number(stage):
     assert len(set(stage.BAD_PROMPTS)) == 8 == len(set(NEUTRAL_PROMPTS))
     assert not set(stage.BAD_PROMPTS) & set(NEUTRAL_PROMPTS)
+    announced = re.compile("|".join(stage.ANNOUNCED), re.IGNORECASE)
+    assert not [
+        asked for asked in stage.BAD_PROMPTS if announced.search(asked)
+    ]  # a plain reply repeats words of its prompt
     order = ["main subjects", "indoors or outdoors", "mood", "light", "colours", "composed", "details", "may be about"]
     places = [stage.GUIDED_PROMPT.index(word) for word in order]
     assert places == sorted(places)

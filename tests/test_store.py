@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from prefalign import store
+from prefalign import blocks
 from prefalign.manifest import read_manifest, write_atomically
 from prefalign.records import Pair, Prompt, assistant_message, user_message
 from prefalign.sources import DataConfig
@@ -154,8 +154,19 @@ def test_too_many_bad_rows_stop_and_resume_with_a_higher_limit(data, tmp_path):
 
 
 def test_nothing_left_is_an_error(data, tmp_path):
-    with pytest.raises(StoreError, match=r"test made no row out of 20: 20 too_similar"):
+    with pytest.raises(StoreError, match=r"test made no row out of 20: 20 too_similar\. Mend the cause"):
         start(data, tmp_path / "out", lambda prompts: [Dropped("too_similar")] * len(prompts))
+    assert not (tmp_path / "out" / "quarantine").exists()
+
+
+def test_the_first_message_is_shown_with_the_folder_of_the_others(data, tmp_path):
+    failed = [Failed("too_long", "9000 tokens. Raise max_length.")] * 4
+    with pytest.raises(
+        StoreError, match=r"20 too_long\. First message: 9000 tokens\. Raise max_length\. All .*/quarantine\. Mend"
+    ):
+        start(data, tmp_path / "out", lambda prompts: failed)
+    with pytest.raises(StoreError, match=r"too_long\)\. First message: 9000 tokens.*/quarantine\. No row was made yet"):
+        start(data, tmp_path / "few", lambda prompts: failed, max_quarantine=5)
 
 
 def test_another_config_is_refused(data, tmp_path):
@@ -352,7 +363,7 @@ def test_a_redone_block_that_gives_nothing_leaves_nothing(data, tmp_path):
 
 
 def test_a_block_of_too_many_bytes_says_so(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "MAX_BLOCK_BYTES", 3 * (data.path.parent / "0.png").stat().st_size)
+    monkeypatch.setattr(blocks, "MAX_BLOCK_BYTES", 3 * (data.path.parent / "0.png").stat().st_size)
     with pytest.raises(
         StoreError, match=r"a block of 4 rows holds [\d,]+ bytes of `images`.*Lower --output\.block_size"
     ):

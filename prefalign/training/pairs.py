@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefalign.manifest import Manifest, read_manifest
-from prefalign.records import Pair
+from prefalign.records import Pair, message_text
+from prefalign.text import same_answer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from datasets import Dataset
 
     from prefalign.losses import Term
@@ -53,6 +56,29 @@ def pairs_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def check_negative(dataset: Dataset, term: Term, folder: Path, negative: Negative) -> None:
+    """Check that a negative can be made on the fly, and that some row to train on needs it.
+
+    Raises:
+        ValueError: says why not.
+    """
+    if "rejected_images" not in {view.images for view in term.sides}:
+        raise ValueError(
+            f"negative.kind is {negative.kind!r}, and term {term.name!r} never looks at another picture, so nothing would come "
+            "of it. Leave `negative` out, or set term to 'visual'."
+        )
+    if negative.kind == "swap":
+        raise ValueError(
+            "negative.kind 'swap' shows a picture of another row, and a batch knows its own rows only. Store such pairs first "
+            "(`prefalign run image_contrast --negative.kind swap`), or take crop, diffusion, blur, mask or blank."
+        )
+    if not _empty(dataset, "rejected_images"):
+        raise ValueError(
+            f"negative.kind is {negative.kind!r}, and all {len(dataset)} pairs of {folder} have `rejected_images` already, "
+            "which are kept, so nothing would be made. Leave `negative` out, or replace them: `prefalign run image_contrast`."
+        )
+
+
 def check_columns(dataset: Dataset, term: Term, folder: Path, negative: Negative | None = None) -> None:
     """Check that each row has what a term's views look at; only lengths are read.
 
@@ -60,17 +86,11 @@ def check_columns(dataset: Dataset, term: Term, folder: Path, negative: Negative
     them from `images` on the fly.
 
     Raises:
-        ValueError: names the column, how many rows lack it, and what to do; or says why the negative cannot be made.
+        ValueError: names the column, how many rows lack it, and what to do.
     """
     pictures = {view.images for view in term.sides}
     needed = {view.answer for view in term.sides} | (pictures if pictures != {"images"} else set())
     if negative is not None:
-        _check_negative(negative, term)
-        if not _empty(dataset, "rejected_images"):
-            raise ValueError(
-                f"negative.kind is {negative.kind!r}, and all {len(dataset)} pairs of {folder} have `rejected_images` already, "
-                "which are kept, so nothing would be made. Leave `negative` out, or replace them: `prefalign run image_contrast`."
-            )
         needed = needed - {"rejected_images"} | {"images"}
     for column in sorted(needed):
         if empty := _empty(dataset, column):
@@ -86,6 +106,29 @@ def check_columns(dataset: Dataset, term: Term, folder: Path, negative: Negative
             )
 
 
+def check_texts(dataset: Dataset, term: Term, folder: Path) -> None:
+    """Check that a comparison has something to compare; a loss that only imitates needs no such check.
+
+    Raises:
+        ValueError: the term shows both answers on the same pictures, and in every row they are one text.
+    """
+    if all(_same_texts(dataset, term)):
+        raise ValueError(
+            f"chosen and rejected are the same text in all {len(dataset)} pairs of {folder}, and term {term.name!r} shows both "
+            "on the same pictures: every loss is the same and has no gradient. Set term to 'visual', which compares pictures, or "
+            "take pairs with two texts."
+        )
+
+
+def _same_texts(dataset: Dataset, term: Term) -> Iterator[bool]:
+    """For each row, whether the term compares a text with itself on the same pictures."""
+    one_picture = len({view.images for view in term.sides}) == 1
+    table = dataset.with_format("arrow").select_columns(["chosen", "rejected"])
+    for batch in table.iter(batch_size=1000):
+        for row in batch.to_pylist():
+            yield one_picture and same_answer(*(message_text(row[view.answer]) for view in term.sides))
+
+
 def _empty(dataset: Dataset, column: str) -> int:
     """Rows whose list in a column is empty or null."""
     import pyarrow.compute as pc
@@ -97,34 +140,25 @@ def _empty(dataset: Dataset, column: str) -> int:
     )
 
 
-def _check_negative(negative: Negative, term: Term) -> None:
-    if "rejected_images" not in {view.images for view in term.sides}:
-        raise ValueError(
-            f"negative.kind is {negative.kind!r}, and term {term.name!r} never looks at another picture, so nothing would come "
-            "of it. Leave `negative` out, or set term to 'visual'."
-        )
-    if negative.kind == "swap":
-        raise ValueError(
-            "negative.kind 'swap' shows a picture of another row, and a batch knows its own rows only. Store such pairs first "
-            "(`prefalign run image_contrast --negative.kind swap`), or take crop, diffusion, blur, mask or blank."
-        )
-
-
 @dataclass
 class Fit:
-    """Which rows fit `max_length`. `rows_in == rows_used + len(too_long)`.
+    """Which rows fit `max_length`, and what else a run should know of those that do. `rows_in == rows_used + len(too_long)`.
 
     Attributes:
         rows_in: rows looked at.
         rows_used: rows kept.
         too_long: id to tokens of the prompt, for rows dropped because the prompt fills `max_length`.
         answers_cut: rows kept whose answer loses its end.
+        same_texts: rows kept that compare a text with itself on the same pictures, which has no gradient.
+        stored_pictures: with a `negative`, rows kept that show `rejected_images` of their own instead.
     """
 
     rows_in: int
     rows_used: int
     too_long: dict[str, int] = field(default_factory=dict)
     answers_cut: int = 0
+    same_texts: int = 0
+    stored_pictures: int = 0
 
     @property
     def needed(self) -> int:
@@ -142,11 +176,16 @@ class Fit:
             )
         if self.answers_cut:
             parts.append(f"{self.answers_cut} answers are cut to max_length")
+        if self.same_texts:
+            parts.append(f"{self.same_texts} have one text as both answers, from which a comparison learns nothing")
+        if self.stored_pictures:
+            made = self.rows_used - self.stored_pictures
+            parts.append(f"{self.stored_pictures} show the other picture stored with them, {made} one made on the fly")
         return "; ".join(parts)
 
 
 def keep_fitting(dataset: Dataset, collator: PreferenceCollator) -> tuple[Dataset, Fit]:
-    """Drop rows whose prompt leaves no room for an answer; with `max_length` None nothing is looked at.
+    """Drop rows whose prompt leaves no room for an answer; with `max_length` None none is dropped.
 
     Raises:
         ValueError: no row is left.
@@ -154,7 +193,7 @@ def keep_fitting(dataset: Dataset, collator: PreferenceCollator) -> tuple[Datase
     from tqdm import tqdm
 
     if collator.max_length is None:
-        return dataset, Fit(rows_in=len(dataset), rows_used=len(dataset))
+        return dataset, _counted(dataset, collator, Fit(rows_in=len(dataset), rows_used=len(dataset)))
     fit = Fit(rows_in=len(dataset), rows_used=0)
     keep = []
     for index, row in enumerate(tqdm(dataset, desc="count tokens", unit="row", disable=None)):
@@ -171,4 +210,12 @@ def keep_fitting(dataset: Dataset, collator: PreferenceCollator) -> tuple[Datase
             f"max_length {fit.needed} keeps all {fit.rows_in} rows. Image tokens are never cut. Raise max_length, or "
             "leave it out."
         )
-    return dataset.select(keep), fit
+    kept = dataset.select(keep)
+    return kept, _counted(kept, collator, fit)
+
+
+def _counted(dataset: Dataset, collator: PreferenceCollator, fit: Fit) -> Fit:
+    fit.same_texts = sum(_same_texts(dataset, collator.term))
+    if collator.negative is not None:
+        fit.stored_pictures = len(dataset) - _empty(dataset, "rejected_images")
+    return fit
