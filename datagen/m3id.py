@@ -36,11 +36,18 @@ if TYPE_CHECKING:
 METHOD = "m3id"
 
 SAYS_IT_IS_BLIND = (
-    "no image", "no picture", "no photo", "an image was not", "image is missing", "picture is missing",
-    "cannot see", "can't see", "can not see", "unable to see", "unable to view", "cannot view", "can't view", "not able to see",
-    "don't see any image", "don't see any picture", "don't see an image", "don't see a picture", "not visible to me",
-    "provide the image", "provide an image", "provide the picture", "provide a picture", "upload", "attach", "share the image",
-    "share the picture", "text-based", "as an ai", "language model",
+    "i see no image", "i see no picture", "there is no image attached", "there is no image provided", "no image was",
+    "no image is attached", "no image is provided", "no images were", "no picture was", "no picture is attached",
+    "no picture is provided", "i cannot see", "i can't see", "i can not see", "i am unable to see", "i'm unable to see",
+    "i am unable to view", "i'm unable to view", "i cannot view", "i can't view", "i am not able to see", "i'm not able to see",
+    "i don't see any image", "i don't see any images", "i don't see any picture", "i don't see any pictures",
+    "i don't see an image", "i don't see a picture", "i do not see an image", "i do not see a picture", "i do not see any image",
+    "access to the image", "access to the picture", "access to any image", "access to images", "you haven't provided",
+    "you have not provided", "you didn't provide", "you did not provide", "was not attached", "wasn't attached",
+    "image you mentioned", "picture you mentioned", "provide the image", "provide an image", "provide the picture",
+    "provide a picture", "please upload", "please attach", "upload the image", "upload an image", "attach the image",
+    "attach an image", "share the image", "share the picture", "i am a text-based", "i'm a text-based", "as a text-based",
+    "as an ai", "as a language model",
 )  # fmt: skip
 
 
@@ -85,6 +92,16 @@ class Config:
             raise ValueError(
                 "rejected.contrast is given, but a rejected answer is drawn without the picture, so there is nothing to decode "
                 "against. Leave it out."
+            )
+        if self.sampling.attention_layer is not None:
+            raise ValueError(
+                "sampling.attention_layer is given, which is measured while plain answers are generated, not contrasted ones. "
+                "Leave it out."
+            )
+        if self.rejected.temperature == 0 and self.draws > 1:
+            raise ValueError(
+                f"rejected.temperature 0 draws the same continuation each time, so draws {self.draws} would be one draw "
+                "repeated. Give a temperature above 0 (1.0), or draws 1."
             )
         if self.draws < 1:
             raise ValueError(f"draws {self.draws}: at least 1 draw is needed to make a rejected answer (5).")

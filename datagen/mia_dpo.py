@@ -221,7 +221,10 @@ def process(
         scores = engine.logprobs([requests[i] for i in left], [answers[i] for i in left])
         for index, values in zip(left, scores, strict=True):
             perplexity = math.exp(-float(values.double().mean()))
-            if perplexity <= limits.least_perplexity:
+            if math.isnan(perplexity):
+                outcomes[index] = Failed("perplexity_failed", "the answer spells a mark that stands for a picture, so the "
+                                         "model cannot be asked how sure it was of it.")  # fmt: skip
+            elif perplexity <= limits.least_perplexity:
                 outcomes[index] = Dropped("too_certain")
             else:
                 measured[index]["perplexity"] = round(perplexity, 4)
@@ -267,7 +270,7 @@ def prepare(prompt: Prompt, grounding: Grounding, pool: PicturePool, config: Con
     made = collage.grid(pictures, style) if layout == "grid" else collage.inset(*pictures, square=style.square)
     task = Task(prompt, layout, count, target, [encode_png(made.image, f"{layout}.png")], [made.image],
                 [*system, records.user_message(text, 1)], made.regions, companions)  # fmt: skip
-    if config.selection.cells == "pixels" and set(_cells(task, grounding)) < set(range(len(made.regions))):
+    if config.selection.cells == "pixels" and not _all_shown(task, grounding):
         return Dropped("cell_cropped_away")
     task.noise = config.noise.grid if layout == "grid" else config.noise.pic_in_pic
     if task.noise > 0:
@@ -330,6 +333,12 @@ def _cells(task: Task, grounding: Grounding) -> Any:
     from prefalign.grounding import tokens_in
 
     return tokens_in(grounding.centres(task.shown[0].size), task.regions)
+
+
+def _all_shown(task: Task, grounding: Grounding) -> bool:
+    """Whether each part that the share is about has a token: every cell of a grid, the inset of a picture in a picture."""
+    parts = range(len(task.regions)) if task.layout == "grid" else (0,)
+    return set(parts) <= set(_cells(task, grounding))
 
 
 def on_target(task: Task, share: float, limits: Selection) -> bool:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from tiny_vlms import picture
 
-from prefalign import bundled, config
+from prefalign import bundled, collage, config
 from prefalign.collage import Layouts, Wording, lowered
 from prefalign.engines import Completion, ImageAttention
+from prefalign.engines.transformers import TransformersEngine
 from prefalign.images import open_image, sha256
 from prefalign.manifest import read_manifest
 from prefalign.records import Pair, message_text, placeholder_count
@@ -196,6 +197,49 @@ class TestLayoutsThatAreComposed:
         }
         with pytest.raises(StoreError, match="mia_dpo made no row out of 3: 3 cell_cropped_away"):
             run(stage, tmp_path / "wide", **changes)
+
+
+class CentreCrop:
+    """LLaVA-1.5 at its real size: 24 x 24 tokens over the middle square of a picture."""
+
+    def centres(self, size):
+        short = min(size)
+        steps = (np.arange(24) + 0.5) * short / 24
+        x, y = np.meshgrid(steps + (size[0] - short) / 2, steps + (size[1] - short) / 2)
+        return np.stack([x.ravel(), y.ravel()], 1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "pictures", "square", "shown"),
+    [
+        ("grid", [(640, 480)] * 3, False, False),  # the outer cells lie beside the crop, margins and labels in it
+        ("grid", [(640, 480)] * 3, True, True),
+        ("grid", [(640, 480)] * 4, False, True),
+        ("pic_in_pic", [(640, 480), (640, 480)], True, True),
+        ("pic_in_pic", [(640, 480), (1000, 20)], True, False),  # an inset thinner than a token
+    ],
+)
+def test_a_part_without_a_token_is_noticed_at_real_size(stage, layout, pictures, square, shown):
+    made_of = [picture(number, size=size) for number, size in enumerate(pictures)]
+    made = (
+        collage.grid(made_of, collage.GridStyle(square=square))
+        if layout == "grid"
+        else collage.inset(*made_of, square=square)
+    )
+    task = stage.Task(None, layout, len(pictures), 1, [], [made.image], [], made.regions, [])
+    assert stage._all_shown(task, CentreCrop()) is shown
+
+
+def test_an_answer_that_cannot_be_scored_fails_alone(stage, prompts, tmp_path, monkeypatch):
+    real = TransformersEngine.logprobs
+
+    def first_fails(self, requests, answers):
+        return [torch.tensor([float("nan")]), *real(self, requests[1:], answers[1:])] if requests else []
+
+    monkeypatch.setattr(TransformersEngine, "logprobs", first_fails)
+    manifest, _ = run(stage, tmp_path / "out", data={"path": prompts}, selection=EVERYTHING)
+    assert manifest.dropped["perplexity_failed"] == manifest.quarantined > 0
+    assert manifest.rows_used + sum(manifest.dropped.values()) == 12
 
 
 def test_five_pictures_on_a_random_model(stage, prompts, tiny_llava, tmp_path):

@@ -157,10 +157,15 @@ class Settings:
         ({"sliding_window": 4096}, False),
         ({"sliding_window": 4096, "use_sliding_window": False}, True),
         ({"cross_attention_layers": [1]}, False),
+        ({"model_type": "never_tried"}, False),
     ],
 )
 def test_which_models_may_share(known, shares):
     assert sharing.can_share(Settings(**known)) is shares
+
+
+def on_stems(given, tokens):
+    return sharing.on_stems(given, tokens, {index: len(ids) for index, ids in tokens.items()})
 
 
 def rows(*prompts):
@@ -170,7 +175,7 @@ def rows(*prompts):
 def test_rows_are_put_on_the_longest_prompt_that_begins_like_them():
     """abcdef takes abc (cut 4: its last token is fed anew) and abcdx (cut 2, goes on with x); zz is a stem of its own."""
     tokens = {0: [1, 2, 3], 1: [1, 2, 3, 4, 5, 6], 2: [1, 2, 3, 4, 9], 3: [8, 8]}
-    stems = sharing.on_stems(rows("abc", "abcdef", "abcdx", "zz"), tokens)
+    stems = on_stems(rows("abc", "abcdef", "abcdx", "zz"), tokens)
     assert [[row.index for row in stem.rows] for stem in stems] == [[1, 2, 0], [3]]
     assert stems[0].cut == [1, 2, 4]
     assert stems[0].own == [[6], [9], [3]]
@@ -180,13 +185,13 @@ def test_rows_are_put_on_the_longest_prompt_that_begins_like_them():
 def test_a_row_with_many_tokens_of_its_own_is_a_stem_itself():
     many = sharing.MOST_OWN_TOKENS
     tokens = {0: [1, 2, *range(10, 40)], 1: [1, 2, *range(50, 50 + many)], 2: [1, 2, *range(50, 51 + many)]}
-    stems = sharing.on_stems(rows(*"abc"), tokens)
+    stems = on_stems(rows(*"abc"), tokens)
     assert [[row.index for row in stem.rows] for stem in stems] == [[0, 1], [2]]
 
 
 def test_a_stem_goes_on_in_the_next_batch():
     tokens = {index: [1, 2, 3, 4][: index % 3 + 2] for index in range(5)}
-    (stem,) = sharing.on_stems(rows(*"abcde"), tokens)
+    (stem,) = on_stems(rows(*"abcde"), tokens)
     parts = sharing.in_batches([stem], 2)
     assert [[row.index for one in part for row in one.rows] for part in parts] == [[2, 1], [4, 0], [3]]
     assert all(one.row is stem.row for part in parts for one in part)
@@ -213,3 +218,36 @@ def test_hidden_image_tokens_are_left_out_of_the_decoder(loaded, share):
         widths.append(max(seen))
     assert said[0] == said[1]
     assert widths[0] < widths[1] if share else widths[0] == widths[1]
+
+
+def test_stems_of_one_width_run_together(tmp_path):
+    """The wide pictures first: their prompts are longer by image tokens, though their texts are all alike."""
+    config = ModelConfig(str(save_tiny("llava_next", tmp_path / "next")), device="cpu", dtype="float32")
+    engine = TransformersEngine(load_model(config), load_processor(config), batch_size=4)
+    requests = [
+        Request(f"{n}/{draw}", [user_message("Q", 1)], [shown], seed=draw)
+        for n in range(4) for shown in [picture(n, size=(56, 56) if n % 2 else (112, 28))] for draw in range(2)
+    ]  # fmt: skip
+    lengths = [batch.lengths for batch in engine._batches(requests, [""] * 8, {}, share=True)]
+    assert all(len(set(batch)) == 1 for batch in lengths)
+    assert len({batch[0] for batch in lengths}) == 2
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_two_pictures_text_alone_and_a_model_in_training(loaded):
+    model, processor = loaded
+    shown = [picture(1, size=(60, 60)), picture(2, size=(48, 60))]
+    requests = [
+        Request(f"{name}/{part}", [user_message("Compare.", len(images))], images, prefix=start, seed=3, stop_at_sentence=True,
+                image_mask=ImageMask(0.5, 1) if images else None)
+        for name, images in (("two", shown), ("swapped", shown[::-1]), ("text", []))
+        for part, start in enumerate(STARTS[:3])
+    ]  # fmt: skip
+    model.train()
+    try:
+        fast, slow = engines(model, processor, batch_size=5)
+        sampling = Sampling(max_new_tokens=12)
+        assert fast.generate(requests, sampling) == [slow.generate([one], sampling)[0] for one in requests]
+        assert model.training
+    finally:
+        model.eval()

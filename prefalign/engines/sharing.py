@@ -69,22 +69,24 @@ def can_share(config: Any) -> bool:
     """Whether a model's rows may go on from one prefill.
 
     Not with sliding windows, which count slots; not with linear attention, whose state cannot be cut back; not where a prompt is
-    read in both directions (PaliGemma, Gemma 3) or pictures come in beside it (Mllama).
+    read in both directions (PaliGemma, Gemma 3) or pictures come in beside it (Mllama); nor on a family that no test runs.
     """
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     window = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
-    both_ways = config.model_type in ("paligemma", "gemma3", "gemma3n")
-    return kinds == {"full_attention"} and not window and not both_ways and not families.cross_attends(config)
+    both_ways = config.model_type in ("paligemma", "gemma3")
+    alone = config.model_type in families.TESTED and not both_ways and not families.cross_attends(config)
+    return alone and kinds == {"full_attention"} and not window
 
 
-def on_stems(rows: Sequence[Row], tokens: Mapping[int, Sequence[int]]) -> list[Stem]:
+def on_stems(rows: Sequence[Row], tokens: Mapping[int, Sequence[int]], lengths: Mapping[int, int]) -> list[Stem]:
     """Put rows on as few stems as their prompts allow, the longest stems first.
 
     Args:
         rows: what is to be answered.
         tokens: of each row, by index, the ids of its prompt with one for each picture; the pictures stand before the part that
             differs.
+        lengths: of each row, by index, the tokens of its prompt with its image tokens.
     """
     alike: dict[Any, list[Stem]] = {}
     for row in sorted(rows, key=lambda row: (-len(tokens[row.index]), row.index)):
@@ -95,7 +97,7 @@ def on_stems(rows: Sequence[Row], tokens: Mapping[int, Sequence[int]]) -> list[S
             ids = list(tokens[row.index])
             stems.append(Stem(row, ids, [row], [1], [ids[-1:]]))
     found = [stem for stems in alike.values() for stem in stems]
-    return sorted(found, key=lambda stem: (-len(stem.tokens), stem.row.index))
+    return sorted(found, key=lambda stem: (-lengths[stem.row.index], stem.row.index))
 
 
 def in_batches(stems: Sequence[Stem], size: int) -> list[list[Stem]]:

@@ -159,12 +159,12 @@ class TransformersEngine:
         tokens = self._token_ids(rows)
         groups = [[row for row in rows if row.request.images], [row for row in rows if not row.request.images]]
         for group in groups:
-            stems = sharing.on_stems(group, tokens) if share and not any(row.tail for row in group) else []
+            lengths = self._lengths(group, tokens)
+            stems = sharing.on_stems(group, tokens, lengths) if share and not any(row.tail for row in group) else []
             hiding = any(row.request.image_mask for row in group)
             if stems and (hiding or len(stems) < len(group)):
                 yield from self._shared(stems, failed)
                 continue
-            lengths = self._lengths(group, tokens)
             group.sort(key=lambda row: (-lengths[row.index], row.index))
             for start in range(0, len(group), self.batch_size):
                 batch = self._encode(group[start : start + self.batch_size], failed)
