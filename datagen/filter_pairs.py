@@ -23,7 +23,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from prefalign import sources, stages, store
 from prefalign.duplicates import PictureList, listed, picture_key, read_picture_lists
 from prefalign.engines import Engine
 from prefalign.evidence import Judged, Without, judge, on_target, unsupported_claims
-from prefalign.filtering import Filters, Measured, decide, summary
+from prefalign.filtering import Filters, Measured, decide, decide_unscored, summary
 from prefalign.images import ImageError
 from prefalign.manifest import Manifest, write_atomically
 from prefalign.models import ModelConfig
@@ -44,6 +44,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 METHOD = "filter_pairs"
+
+Work = Callable[[list[Pair]], list[dict[str, Any]]]
+Survey = Callable[[str, Work], Iterator[list[dict[str, Any]]]]
+"""Name of a pass and what it does with the pairs of a block; gives what was found, block by block."""
 
 
 @dataclass
@@ -134,8 +138,10 @@ def decide_all(config: Config, engine: Engine | None, known: PictureList) -> dic
     Raises:
         ValueError: for benchmark pictures, where they stop the run.
     """
-    rows = measure(config, known)
-    reasons = decide(rows, config.filters, scored=False)
+    total, repeated = sources.survey(config.data)
+    survey = functools.partial(_survey, config, total, repeated)
+    rows = measure(config, known, survey)
+    reasons = decide_unscored(rows, config.filters)
     overlap = [row.id for row, reason in zip(rows, reasons, strict=True) if reason == "benchmark_picture"]
     if overlap and config.filters.contamination is not None and config.filters.contamination.on_overlap == "stop":
         raise ValueError(
@@ -144,17 +150,17 @@ def decide_all(config: Config, engine: Engine | None, known: PictureList) -> dic
         )
     if engine is not None:
         left = {row.id for row, reason in zip(rows, reasons, strict=True) if reason is None and row.verdict is None}
-        score(rows, left, config, engine, known)
-    reasons = decide(rows, config.filters, scored=True)
+        score(rows, left, config, engine, survey)
+    reasons = decide(rows, config.filters, reasons)
     write_atomically(config.output.path / "filters.json", json.dumps(summary(rows, reasons), indent=2).encode())
     return {row.id: (row, reason) for row, reason in zip(rows, reasons, strict=True)}
 
 
-def measure(config: Config, known: PictureList) -> list[Measured]:
+def measure(config: Config, known: PictureList, survey: Survey) -> list[Measured]:
     """Every pair measured without a model, in input order; of one id the first."""
     seen: set[str] = set()
     rows = []
-    for block in _survey("rows", config, known, "", lambda pairs: _measure_block(pairs, config, known)):
+    for block in survey("rows", lambda pairs: _measure_block(pairs, config, known)):
         for values in block:
             if values["id"] not in seen:
                 seen.add(values["id"])
@@ -198,7 +204,7 @@ def _measure_block(pairs: list[Pair], config: Config, known: PictureList) -> lis
     return [dataclasses.asdict(row) for row in rows]
 
 
-def score(rows: list[Measured], left: set[str], config: Config, engine: Engine, known: PictureList) -> None:
+def score(rows: list[Measured], left: set[str], config: Config, engine: Engine, survey: Survey) -> None:
     """Fill in the verifier's numbers of the pairs named in `left`, block by block."""
     by_id = {row.id: row for row in rows}
     waiting = set(left)
@@ -207,7 +213,7 @@ def score(rows: list[Measured], left: set[str], config: Config, engine: Engine, 
         fresh = {pair.id: pair for pair in pairs if pair.id in waiting}
         return _score_block(list(fresh.values()), config, engine)
 
-    for block in _survey("scores", config, known, engine.fingerprint, work):
+    for block in survey("scores", work):
         for values in block:
             waiting.discard(values["id"])
             row = by_id[values["id"]]
@@ -267,26 +273,16 @@ def _one_text(pair: Pair) -> bool:
 
 
 def _survey(
-    kind: str,
-    config: Config,
-    known: PictureList,
-    model: str,
-    work: Callable[[list[Pair]], list[dict[str, Any]]],
+    config: Config, total: int, repeated: Container[str], kind: str, work: Work
 ) -> Iterator[list[dict[str, Any]]]:
-    """Work on the readable pairs of each block of inputs; what a killed run has done is taken from `survey/`."""
+    """Work on the readable pairs of each block of inputs; what a killed run has done is taken from `survey/`.
+
+    What decides the rows (data, settings, model) is in the `config.json` with which `run_stage` has claimed the folder.
+    """
     from tqdm import tqdm
 
-    total, repeated = sources.survey(config.data)
     data = config.data
-    made_from = [
-        row_settings(config, known),
-        config.seed,
-        sources.fingerprint(data),
-        data.limit,
-        config.output.block_size,
-        model,
-    ]
-    of = hashlib.sha256(canonical_json(made_from).encode()).hexdigest()
+    of = hashlib.sha256((config.output.path / "config.json").read_bytes()).hexdigest()
     raw = sources.read_rows(data)
     with tqdm(total=total, desc=f"{METHOD}: {kind}", unit="row", disable=None) as bar:
         for number in itertools.count():

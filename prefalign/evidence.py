@@ -191,7 +191,7 @@ def unsupported_claims(
 
 def on_target(pair: Pair) -> Pair:
     """The pair with its target picture alone, where `meta["target_index"]` (from 1, MIA-DPO's) names one of several; else the
-    pair as it is.
+    pair as it is. Of the rejected pictures the one at the same place stays.
 
     A model that looked at the wrong one of several pictures prefers its own answer when it sees them all again. Shown the target
     alone it cannot.
@@ -204,7 +204,10 @@ def on_target(pair: Pair) -> Pair:
         {**turn, "content": [block for block in turn["content"] if block["type"] != "image" or next(places) == target]}
         for turn in pair.prompt
     ]
-    return dataclasses.replace(pair, prompt=prompt, images=[pair.images[target - 1]])
+    alone = slice(target - 1, target)
+    return dataclasses.replace(
+        pair, prompt=prompt, images=pair.images[alone], rejected_images=pair.rejected_images[alone]
+    )
 
 
 def request_without(request: Request, how: Without, *, seed: int = 0, noise_step: int = 500) -> Request:

@@ -209,19 +209,18 @@ class Measured:
     claims: float | None = None
 
 
-def decide(rows: Sequence[Measured], filters: Filters, *, scored: bool) -> list[str | None]:
-    """Why each pair goes, or None: the filters in their order, each on what the ones before it left.
+def decide_unscored(rows: Sequence[Measured], filters: Filters) -> list[str | None]:
+    """Why each pair goes before a verifier is asked, or None: the filters down to `duplicate_pair`, in their order.
 
     Args:
         rows: measures in input order.
         filters: which are asked.
-        scored: whether the verifier's numbers are there; without, its filters and those after it are left out.
     """
     reasons: list[str | None] = [
         row.verdict[0] if row.verdict is not None else _own_reason(row, filters) for row in rows
     ]
-    groups = _picture_groups(rows, filters.duplicates)
     if filters.duplicates is not None:
+        groups = _picture_groups(rows, filters.duplicates)
         met: set[tuple[str, tuple[int, ...]]] = set()
         for number, row in enumerate(rows):
             key = (row.text, groups[number])
@@ -229,15 +228,30 @@ def decide(rows: Sequence[Measured], filters: Filters, *, scored: bool) -> list[
                 reasons[number] = "duplicate_pair"
             elif reasons[number] is None:
                 met.add(key)
-    if not scored:
-        return reasons
-    for number, row in enumerate(rows):
-        if reasons[number] is None:
-            reasons[number] = _verifier_reason(row, filters)
+    return reasons
+
+
+def decide(rows: Sequence[Measured], filters: Filters, unscored: Sequence[str | None]) -> list[str | None]:
+    """Why each pair goes, or None: what was decided before scoring stays, then the verifier and the filters after it.
+
+    A duplicate of a pair that then could not be scored stays a duplicate: it was not scored either.
+
+    Args:
+        rows: measures in input order, with the verifier's numbers or verdict for each pair that had no reason to go.
+        filters: which are asked.
+        unscored: the reasons of `decide_unscored`.
+    """
+    reasons = list(unscored)
+    for number in _left(unscored):
+        row = rows[number]
+        reasons[number] = row.verdict[0] if row.verdict is not None else _verifier_reason(row, filters)
     if filters.duplicates is not None and filters.duplicates.per_picture:
+        groups = _picture_groups(rows, filters.duplicates)
         kept: Counter[tuple[int, ...]] = Counter()
         for number in _left(reasons):
             shown = groups[number][: rows[number].images]
+            if not shown:
+                continue
             kept[shown] += 1
             if kept[shown] > filters.duplicates.per_picture:
                 reasons[number] = "picture_limit"
@@ -265,6 +279,12 @@ def _own_reason(row: Measured, filters: Filters) -> str | None:
 
 
 def _verifier_reason(row: Measured, filters: Filters) -> str | None:
+    likelihoods = filters.reliance is not None or filters.evidence is not None
+    assert not likelihoods or row.evidence is not None, f"pair {row.id} reached the verifier's filters without a score"
+    one_text = row.similarity is None  # such a pair has no claims to count and no preference among its texts
+    assert filters.claims is None or one_text or row.claims is not None, (
+        f"pair {row.id} reached `claims` without a count"
+    )
     if (
         filters.reliance is not None
         and row.text_preference is not None

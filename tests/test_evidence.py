@@ -168,6 +168,12 @@ def test_of_several_pictures_the_target_is_judged_alone():
     for meta in ({}, {"target_index": 4}, {"target_index": "2"}, {"target_index": 0}):
         many.meta = meta
         assert evidence.on_target(many) is many
+    twins = pair("p", "x", "x", images, images[::-1])
+    twins.prompt, twins.meta = many.prompt, {"target_index": 3}
+    alone = evidence.on_target(twins)
+    alone.check_pictures()
+    assert (alone.images, alone.rejected_images) == ([twins.images[2]], [twins.rejected_images[2]])
+    assert twins.images[2] != twins.rejected_images[2]
     one = pair("p", "x", "y", images[:1])
     one.meta = {"target_index": 1}
     assert evidence.on_target(one) is one

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from test_duplicates import photo
 
-from prefalign import bundled, config
+from prefalign import bundled, config, sources
 from prefalign.filtering import (
     DuplicateFilter,
     EvidenceFilter,
@@ -18,6 +18,7 @@ from prefalign.filtering import (
     RelianceFilter,
     TextFilter,
     decide,
+    decide_unscored,
     unbalanced,
 )
 from prefalign.records import Pair, message_text
@@ -31,7 +32,8 @@ def stage():
 
 
 def reasons(rows, filters, scored=True):
-    return decide(rows, filters, scored=scored)
+    before = decide_unscored(rows, filters)
+    return decide(rows, filters, before) if scored else before
 
 
 def test_every_filter_in_its_order_by_hand():
@@ -73,6 +75,30 @@ def test_duplicate_pairs_and_picture_limit_by_hand():
     assert reasons(rows, Filters(duplicates=DuplicateFilter(0))) == [None] * 6
     assert reasons(rows, Filters(duplicates=DuplicateFilter(-1, per_picture=1))) == [
         None, None, "picture_limit", None, "picture_limit", "picture_limit"]  # fmt: skip
+
+
+def test_pairs_without_pictures_are_not_pairs_of_one_picture():
+    """Three questions without a picture share none; the third pair of picture p is one too many."""
+    rows = [Measured(f"text{number}", text=str(number)) for number in range(3)]
+    rows += [shown(f"p{number}", "p", 0, f"u{number}") for number in range(3)]
+    assert reasons(rows, Filters(duplicates=DuplicateFilter(-1, per_picture=2))) == [None] * 5 + ["picture_limit"]
+
+
+def test_a_duplicate_of_a_pair_without_score_is_not_kept_unscored():
+    """b repeats a, so only a is put to the verifier. It cannot be scored, and b has no number to be judged by."""
+    rows = [shown("a", "p", 0), shown("b", "p", 0), shown("c", "p", 0, "u", evidence=2.0)]
+    filters = Filters(duplicates=DuplicateFilter(-1), evidence=EvidenceFilter(1.0))
+    before = decide_unscored(rows, filters)
+    assert before == [None, "duplicate_pair", None]
+    rows[0].verdict = ("not_scored", "...")
+    assert decide(rows, filters, before) == ["not_scored", "duplicate_pair", None]
+
+
+@pytest.mark.parametrize("name", ["reliance", "evidence", "claims"])
+def test_no_pair_passes_the_verifier_without_its_number(name):
+    filters = config.build(Filters, {name: {}})
+    with pytest.raises(AssertionError, match="pair a reached .* without a (score|count)"):
+        decide([Measured("a", similarity=0.1)], filters, [None])
 
 
 def test_a_pair_that_goes_for_another_reason_takes_no_place():
@@ -332,6 +358,47 @@ def test_pairs_that_no_model_can_score(stage, tiny_llava, tmp_path):
     assert "cannot be put to the verifier" in next((tmp_path / "out" / "quarantine").iterdir()).read_text()
 
 
+def test_a_floor_that_nothing_reaches_keeps_nothing(stage, tiny_llava, tmp_path):
+    """Pairs that cannot be scored come twice: an image mark, no picture, a truncated picture. No second one slips through."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    picture(0).save(folder / "a.png")
+    picture(1).save(folder / "cut.png")
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:-40])
+    kinds = [{"image": "a.png", "rejected": "An <image> of a cat."}, {"rejected": "A cat."},
+             {"image": "cut.png", "rejected": "A cat."}]  # fmt: skip
+    rows = [{"id": f"{place}{number}", "question": "What?", "chosen": "A dog.", **kind}
+            for number in range(2) for place, kind in enumerate(kinds)]  # fmt: skip
+    rows.append({"id": "weak", "image": "a.png", "question": "What?", "chosen": "A dog.", "rejected": "A cat."})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    filters = {"evidence": {"floor": 1e6}, "duplicates": {"max_distance": -1}}
+    with pytest.raises(StoreError, match="made no row out of 7: 3 duplicate_pair, "):
+        scored(stage, tiny_llava, folder, tmp_path / "out", filters)
+    found = json.loads((tmp_path / "out" / "filters.json").read_text())
+    assert found["dropped"] == {"duplicate_pair": 3, "no_picture": 1, "not_scored": 1, "truncated_image": 1,
+                                "weak_evidence": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize(("filters", "passes"), [(FREE, 2), (ALL, 3)])
+def test_the_data_is_read_as_often_as_the_page_says(stage, tiny_llava, tmp_path, monkeypatch, filters, passes):
+    """Rows: measured, scored if a model is asked, written. Ids: by the store and by the stage. Hashed once."""
+    rows = write_pairs(tmp_path / "rows")
+    reads, read, fingerprint = [], sources.read_rows, sources.fingerprint
+
+    def counted(data, columns=None):
+        reads.append("rows" if columns is None else "ids")
+        return read(data, columns)
+
+    def hashed(data):
+        reads.append("hash")
+        return fingerprint(data)
+
+    monkeypatch.setattr(sources, "read_rows", counted)
+    monkeypatch.setattr(sources, "fingerprint", hashed)
+    scored(stage, tiny_llava, rows, tmp_path / "out", filters)
+    assert {kind: reads.count(kind) for kind in reads} == {"rows": passes, "ids": 2, "hash": 1}
+
+
 def test_pairs_of_pictures_with_one_text_are_judged_by_their_pictures(stage, tiny_llava, tmp_path):
     """The same row with its two pictures swapped has the opposite evidence, so one of the two goes at a floor of 0."""
     folder = tmp_path / "rows"
@@ -353,11 +420,8 @@ def test_pairs_of_pictures_with_one_text_are_judged_by_their_pictures(stage, tin
 
 def test_configs(stage):
     published = config.load(stage.Config, bundled.find("datagen/filter_pairs"))
-    assert (published.without, published.filters.evidence.prior_weight, published.filters.reliance.ceiling) == (
-        "blank",
-        0.5,
-        0.0,
-    )
+    assert (published.without, published.filters.evidence.prior_weight) == ("blank", 0.5)
+    assert published.filters.reliance is None
     scenes = config.load(stage.Config, bundled.find("datagen/filter_pairs_scenes"))
     claims = scenes.filters.claims.of(
         "There is a large red circle at the top left. On the right there is a small blue star."
