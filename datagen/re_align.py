@@ -10,9 +10,10 @@ arXiv 2502.13146, sections 3.1, 4.1 and appendix A. No code for this part was re
 
 Departures: the paper's algorithm 1 accepts a completion when its similarity is at least the threshold, and stores the k-th
 picture; both contradict section 3.1 and are not offered. The generator is the model to be aligned (the paper is of two minds).
-Short answers are accepted when they differ, since their similarity says little. Near-duplicates of the picture are passed over,
-and a floor on picture similarity can be set. Gaps are filled by forced starts (`spans`), which every model can do, or by request
-(`instruct`). Of a row with several pictures the first one is the query and is exchanged; the others stay.
+Short answers are accepted when they differ, since their similarity says little. The default similarity is `lexical`, which counts
+words, in place of the paper's sentence embedder, so the same threshold means something else. Near-duplicates of the picture are
+passed over, and a floor on picture similarity can be set. Gaps are filled by forced starts (`spans`), which every model can do,
+or by request (`instruct`). Of a row with several pictures the first one is the query and is exchanged; the others stay.
 
 Needs: rows with pictures (and reference answers, unless `chosen: engine`); a generator that can be given the start of its answer.
 """
@@ -58,7 +59,8 @@ class Config:
         chosen: `reference` takes the row's answer (published: a stronger model's); `engine` has the generator answer.
         masking: what is masked and how.
         masker: the model that masks, for `masking.masker: engine`; None: the generator.
-        mask_sampling: how the masker and, for `chosen: engine`, answers are drawn.
+        chosen_sampling: how the generator's answers are drawn, for `chosen: engine`.
+        mask_sampling: how a model's masks are drawn, for `masking.masker: engine`.
         embedder: what pictures are compared by.
         retrieval: which pictures count as neighbours.
         completion: `spans` forces the words that stay and lets the generator write on at each gap, one call per gap and rank;
@@ -66,7 +68,8 @@ class Config:
         max_edits: share of the unmasked words that a completion by `instruct` may have changed; they are put back.
         threshold: tau, a completion less similar to the chosen answer than this is accepted.
         short_words: answers of up to so many words are accepted when they differ at all.
-        similarity: `lexical`, or a sentence-transformers model such as the published `all-mpnet-base-v2`.
+        similarity: `lexical`, or a sentence-transformers model such as the published `all-mpnet-base-v2`. It counts by its name
+            alone, without a fingerprint: new weights under an old name are not noticed when a folder is taken up again.
         sampling: how completions are drawn; `max_new_tokens` bounds a gap (`spans`) or the answer (`instruct`).
         batch_size: sequences per forward pass.
         seed: with a row's id it decides all draws.
@@ -78,6 +81,7 @@ class Config:
     chosen: Literal["reference", "engine"] = "reference"
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     masker: ModelConfig | None = None
+    chosen_sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=512, temperature=0.0))
     mask_sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=512, temperature=0.0))
     embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
@@ -139,7 +143,8 @@ def main(config: Config) -> Manifest:
 def row_settings(config: Config) -> dict[str, Any]:
     """The settings that change rows: of those that only one way of masking or filling reads, the ones that are read."""
     names = ["chosen", "masking", "retrieval", "completion", "threshold", "short_words", "similarity", "sampling"]
-    names += ["mask_sampling"] * ("engine" in (config.chosen, config.masking.masker))
+    names += ["chosen_sampling"] * (config.chosen == "engine")
+    names += ["mask_sampling"] * (config.masking.masker == "engine")
     names += ["max_edits"] * (config.completion == "instruct")
     every = dataclasses.asdict(config)
     unread = ["words", "vocabulary"] if config.masking.masker == "engine" else []
@@ -212,7 +217,7 @@ def _answer(attempts: list[Attempt], engine: Engine, config: Config) -> None:
         Request(f"{attempt.item.id}/chosen", attempt.item.messages, attempt.item.images, seed=config.seed)
         for attempt in attempts
     ]
-    for attempt, completion in zip(attempts, engine.generate(requests, config.mask_sampling), strict=True):
+    for attempt, completion in zip(attempts, engine.generate(requests, config.chosen_sampling), strict=True):
         attempt.item.answer = completion.text.strip()
         if completion.error is not None:
             attempt.reason, attempt.message = "generation_failed", completion.error

@@ -18,10 +18,10 @@ from prefalign.masking import ENDING, FUNCTION_WORDS, TOKEN, Span, align, filled
 from prefalign.records import Message, message_text
 from prefalign.text import first_sentence, split_sentences
 
-_SENTENCE_MARKS = ".!?\n\u3002\uff01\uff1f"
+_SENTENCE_END = re.compile(r"[ \t]*(?:$|\n|[\u3002\uff01\uff1f]|[.!?]+[\"')\]*\u2019\u201d]*(?:\s|$))")
 _REFUSAL = re.compile(
     r"\bi(?:'m| am) sorry|\bas an ai\b|\bi (?:can't|cannot|can not|am unable|am not able|do not|don't) |\bunable to\b|"
-    r"\bmask(?:ed)? (?:token|word|part|span)s?\b|\bfill(?:ed)? in\b|\bblanks?\b",
+    r"\bmasked (?:token|word|part|span)s?\b|\bmask tokens?\b",
     re.IGNORECASE,
 )
 _ARTICLE = re.compile(r"([Aa])n? +(?:an? +)?(\w)")
@@ -89,7 +89,8 @@ def fill_gaps(
             start, end = row[number]
             following = row[number + 1][0] if number + 1 < len(row) else len(answer)
             lead = opening(answer, (start, end))
-            fill, how = fill_of(completion.text, answer[end:following], answer[start + len(lead) : end])
+            fill, how = fill_of(completion.text, answer[end:following], answer[start + len(lead) : end],
+                                last=following == len(answer))  # fmt: skip
             result.fills.append(_with_article(f"{lead} {fill}" if lead else fill))
             result.cut += how == "phrase"
             if completion.error is not None:
@@ -169,23 +170,25 @@ def opening(answer: str, span: Span) -> str:
     return answer[start : content.start()].rstrip() if content is not None else ""
 
 
-def fill_of(written: str, gap: str, original: str) -> tuple[str, str]:
+def fill_of(written: str, gap: str, original: str, *, last: bool) -> tuple[str, str]:
     """What of a model's continuation fills a span.
 
     Args:
         written: what the model wrote after the words before the span.
         gap: the unmasked text from the span to the next one, or to the end of the answer.
         original: the words of the span.
+        last: whether the gap goes up to the answer's end. Where it does not, a mark at its end has the next span right behind it
+            and no blank, so it ends no sentence.
 
     Returns:
-        `(fill, how)`. How: `sentence`, where the span ends a sentence, the rest of the model's; `anchor`, up to where the model
-        itself goes on with the first words (two, else one) of the gap; `phrase`, the first phrase of what it wrote, at most two
-        words longer than the original. The fill is empty if nothing was written.
+        `(fill, how)`. How: `sentence`, where the gap opens with a sentence's end (a mark before a blank or the answer's end), the
+        rest of the model's; `anchor`, up to where the model itself goes on with the first words (two, else one) of the gap;
+        `phrase`, the first phrase of what it wrote, at most two words longer than the original. The fill is empty if nothing
+        was written.
     """
     sentence = first_sentence(written)
     body = ENDING.sub("", sentence.strip())
-    ends = gap.lstrip(" \t")[:1]
-    if not ends or ends in _SENTENCE_MARKS:
+    if _SENTENCE_END.match(gap if last else f"{gap}_"):
         return body, "sentence"
     tokens = list(TOKEN.finditer(body))
     words = [token[0].casefold() for token in tokens]

@@ -21,7 +21,11 @@ from prefalign.text import split_sentences
 
 Span = tuple[int, int]
 
-TOKEN = re.compile(r"\n+|\w+(?:[-'\u2019]\w+)*|[^\w\s]")
+TOKEN = re.compile(
+    r"\n+|\d+(?:[.,:]\d+)+\w*(?:[-'\u2019]\w+)*"  # 3.5, 1,000, 10:30
+    r"|[^\W\d_](?:\.[^\W\d_])+(?!\w)(?:\.(?=[ \t]*[a-z,;:]))?"  # a.m, U.S. within a sentence
+    r"|\w+(?:[-'\u2019]\w+)*|[^\w\s]"
+)
 ENDING = re.compile("[.!?\u3002\uff01\uff1f]+[\"')\\]*\u2019\u201d]*$")
 _LABEL = re.compile(r"^\W*copy\W*:\s*", re.IGNORECASE)
 _YES_NO = re.compile(r"\s*(?:yes|no)\b(?! \w)", re.IGNORECASE)

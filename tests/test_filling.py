@@ -23,12 +23,26 @@ from tests.test_masking import M, Scripted
         (" a motorcycle down the street.", " on the ", "a brown horse", ("a motorcycle", "phrase")),
         (" on the old road to nowhere", " with ", "here", ("on the old", "phrase")),  # 1 + 2 words at most
         (" dog; it barks.", " with ", "cat", ("dog", "phrase")),
+        (" 2.5 miles away.", ". Then", "3.5 miles", ("2.5 miles away", "sentence")),
+        (" 2 p.m. by the clock.", " by ", "10:30", ("2 p.m.", "anchor")),
+        (" cup of tea.", '." He', "mug", ("cup of tea", "sentence")),
+        (" cat video", ".mp4 file", "dog", ("cat video", "phrase")),
         ("", " with ", "cat", ("", "phrase")),
         (" ...", ".", "cat", ("", "sentence")),
     ],
 )
 def test_a_gap_takes_its_part_of_what_was_written(written, gap, original, expected):
-    assert fill_of(written, gap, original) == expected
+    assert fill_of(written, gap, original, last=gap in ("", ".")) == expected
+
+
+def test_a_mark_ends_a_gap_only_before_a_blank_or_the_end():
+    """At the end of the answer the full stop ends a sentence; with the next span right behind it, it does not."""
+    assert fill_of("2.5 miles and a clock", ".", "3", last=True) == ("2.5 miles and a clock", "sentence")
+    assert fill_of("2.5 miles and a clock", ".", "3", last=False) == ("2.5 miles", "phrase")
+    (found,) = fill_gaps(
+        Scripted(" pdf on the desk.", "txt"), items("See a.b here"), [[(4, 5), (6, 7)]], Sampling(), seed=0
+    )
+    assert found.text == "See pdf.txt here"
 
 
 @pytest.mark.parametrize(
@@ -131,6 +145,9 @@ def test_an_answer_by_request_is_laid_over_the_words_that_stay():
         ("As an AI I see.", "A cat.", "refusal"),
         ("The masked word is cat.", "A cat.", "refusal"),
         ("A man with a mask.", "A cat.", None),
+        ("A dog sits in front of a blank wall.", "A cat sits there.", None),
+        ("Men fill in a hole, and blanks lie there.", "A cat.", None),
+        ("A mask part lies there.", "A cat.", None),
         ("A cat.", "A dog.", None),
     ],
 )

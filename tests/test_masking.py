@@ -59,6 +59,11 @@ def test_rules_mask_the_words_of_a_vocabulary(answer, expected):
         ("A bowl, three cups.\n\nThe kitchen is bright.", "[MASK], [MASK].\n\nThe [MASK] is bright."),
         ("The big old dark wooden barn door.", "The [MASK] barn door."),
         ("Cars are parked.", "nothing_to_mask"),
+        ("They ran 3.5 miles and left at 10:30.", "They ran [MASK] and left at [MASK]."),
+        ("There are 1,000 birds.", "There are [MASK]."),
+        ("The U.S. flag is here.", "The [MASK] is here."),
+        ("He lives in the U.S. The end.", "He lives in the [MASK]. The [MASK]."),
+        ("It has 3.5. The end", "It has [MASK]. The [MASK]"),
     ],
 )
 def test_general_rules_mask_phrases_numbers_colours_and_relations(answer, expected):
@@ -99,6 +104,8 @@ def test_filling_gives_the_answer_or_the_start_before_the_next_gap():
         ("The [MASK] is red.", "The cat is red today.", 1, ["cat"]),  # today is too much
         ("[MASK] sits.", "A cat sits", 1, ["A cat"]),  # the full stop is missing
         ("No marks.", "No marks.", 0, []),
+        ("At [MASK] the [MASK].", "At 10:30 a.m. the 3.5-inch screen.", 0, ["10:30 a.m.", "3.5-inch screen"]),
+        ("[MASK].[MASK] m", "3.5 m", 2, ["3.5", "m"]),  # a number is not cut in two
         ("One [MASK].\n[MASK].", "One cat.\nTwo dogs.", 0, ["cat", "Two dogs"]),
     ],
 )
@@ -123,8 +130,10 @@ class Scripted:
     def __init__(self, *answers):
         self.answers = list(answers)
         self.asked = []
+        self.samplings = []
 
     def generate(self, requests, sampling):
+        self.samplings.append(sampling)
         self.asked.append(list(requests))
         given = [self.answers.pop(0) for _ in requests]
         return [

@@ -185,6 +185,29 @@ def test_chosen_answers_may_be_the_generators(stage, tmp_path):
     assert [request.id for request in engine.asked[0]] == ["a/chosen", "b/chosen", "c/chosen", "d/chosen"]
 
 
+def test_chosen_answers_are_drawn_as_chosen_sampling_says(stage, tmp_path):
+    row, answers = prompt(None, 0), ["A red ring is there.", " blue star is there."]
+    given = {
+        "chosen_sampling": {"max_new_tokens": 7},
+        "mask_sampling": {"max_new_tokens": 8},
+        "sampling": {"max_new_tokens": 9},
+    }
+    _, engine = work(stage, tmp_path, [row], answers, chosen="engine", **given)
+    assert [sampling.max_new_tokens for sampling in engine.samplings] == [7, 9]
+
+
+@pytest.mark.parametrize(("words", "similarity", "taken"), [(40, 1 - 5 / 79, True), (60, 1 - 5 / 119, False)])
+def test_a_small_change_of_a_long_answer_is_too_similar_for_lexical(words, similarity, taken, stage, tmp_path):
+    """Two words of 40 different ones exchanged: 2 words and 3 pairs of 40 + 39 differ, cosine 1 - 5 / 79 = 0.937. Of 60 words:
+    1 - 5 / 119 = 0.958."""
+    rest = " ".join(f"w{number}" for number in range(words - 3))
+    answer, other = f"a red ring {rest}", f"a blue star {rest}"
+    assert lexical_similarity([answer], [other]) == pytest.approx([similarity])
+    (found,), _ = work(stage, tmp_path, [prompt(answer, 0)], [f" blue star {rest}"], retrieval={"k": 1})
+    assert (found != Dropped("too_similar")) == taken
+    assert not taken or message_text(found[0].rejected) == other
+
+
 def test_completion_by_request(stage, tmp_path):
     row = prompt("The picture shows a red ring at the top.", 0)
     answers = ["What a lovely day!", "The picture shows [MASK].", "The photo shows a blue star at the bottom."]
@@ -341,7 +364,7 @@ def test_the_rows_picture_and_the_pools_pictures_matter(stage, finished, tmp_pat
     assert rejected(swapped)["row0"][0] != before["row0"][0]
     near = known[before["row0"][1]]
     _, moved = run(stage, write_rows(tmp_path / "pool", range(ROWS), pictures={near: 41}), tmp_path / "b")
-    assert rejected(moved)["row0"] != before["row0"]
+    assert rejected(moved)["row0"][0] != before["row0"][0]
     kept = [name for name in before if name in moved and rejected(moved)[name] == before[name]]
     assert kept
 
@@ -402,9 +425,12 @@ def test_settings_that_are_not_read_change_no_row(stage, tmp_path):
 
     plain = of()
     assert set(plain["masking"]) == {"masker", "level", "words", "vocabulary", "marker"}
-    assert of(max_edits=0.5, mask_sampling={"max_new_tokens": 9}) == plain
+    assert of(max_edits=0.5, mask_sampling={"max_new_tokens": 9}, chosen_sampling={"max_new_tokens": 9}) == plain
     assert of(max_edits=0.5, completion="instruct") != of(completion="instruct")
-    assert of(chosen="engine", mask_sampling={"max_new_tokens": 9}) != of(chosen="engine")
+    own, masks = {"chosen": "engine"}, {"masking": {"masker": "engine"}}
+    for sampling, reader, other in (("chosen_sampling", own, masks), ("mask_sampling", masks, own)):
+        assert of(**reader, **{sampling: {"max_new_tokens": 9}}) != of(**reader)
+        assert of(**other, **{sampling: {"max_new_tokens": 9}}) == of(**other)
     assert set(of(masking={"masker": "rules", "words": "general"})["masking"]) == {"masker", "level", "words", "marker"}
     assert set(of(masking={"masker": "engine"})["masking"]) == {"masker", "level", "marker"}
 
@@ -422,6 +448,8 @@ def test_configs_are_the_published_ones(stage):
     assert built.chosen == "reference"
     assert built.retrieval.ceiling == 0.97
     assert built.model.model_name_or_path == "llava-hf/llava-1.5-7b-hf"
+    assert built.similarity == "lexical"  # a departure, which the stage and the config name
+    assert "The default similarity is `lexical`" in stage.__doc__
     assert "--similarity all-mpnet-base-v2" in bundled.find("datagen/re_align").read_text()
     scenes = config.load(stage.Config, bundled.find("datagen/re_align_scenes"))
     assert (scenes.threshold, scenes.retrieval.k) == (0.95, 10)
