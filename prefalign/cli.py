@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 import os
+import shlex
 import shutil
 import sys
 import typing
@@ -17,6 +18,7 @@ from typing import Any
 
 import prefalign
 from prefalign import bundled, config
+from prefalign.manifest import Manifest
 
 EPILOG = """\
 typical use:
@@ -101,7 +103,19 @@ def run_stage(name: str, arguments: Sequence[str], *, default_config: str | None
         return
     named, rest = _config_file(arguments)
     chosen = named or default_config
-    stage.main(config.load(stage.Config, bundled.find(chosen) if chosen else None, rest))
+    resolved = config.load(stage.Config, bundled.find(chosen) if chosen else None, rest)
+    made = stage.main(resolved)
+    if isinstance(made, Manifest):
+        print(f"{made.stage}: {made.rows_in} rows in, {made.rows_out} rows out")
+        if _holds_pairs(resolved.output.path):
+            print(f"look at them with: prefalign inspect {shlex.quote(str(resolved.output.path))}")
+
+
+def _holds_pairs(folder: Path) -> bool:
+    """Whether a finished output is one that `inspect` can show: STIC's second stage writes conversations."""
+    import pyarrow.parquet as pq
+
+    return "rejected" in pq.read_schema(next(folder.glob("data/*.parquet"))).names
 
 
 def plan_stages(arguments: Sequence[str]) -> None:
@@ -194,7 +208,8 @@ def _dispatch(arguments: list[str]) -> None:
         case "inspect":
             from prefalign.report.pairs import write_pair_report
 
-            print(write_pair_report(chosen.folder, chosen.output or chosen.folder / "report.html", limit=chosen.limit))
+            made = write_pair_report(chosen.folder, chosen.output or chosen.folder / "report.html", limit=chosen.limit)
+            print(f"report: {made}, open it in a browser")
         case "publish":
             from prefalign import hub
 

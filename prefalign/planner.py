@@ -49,6 +49,8 @@ class Plan:
         blocks_done: blocks that the output folder holds already.
         conflict: why the run will refuse its output folder; empty: it will not.
         after: the stage whose sample was read, where its output does not exist yet.
+        failed: rows expected to fail (quarantine).
+        max_quarantine: failed rows above which the run stops.
         pooled: whether rows were compared with the pictures of the sample, where the run has all of them.
     """
 
@@ -69,6 +71,8 @@ class Plan:
     blocks_done: int
     conflict: str = ""
     after: str = ""
+    failed: int = 0
+    max_quarantine: int = 0
     pooled: bool = False
 
 
@@ -100,6 +104,7 @@ class _Sample:
     usage: Usage
     loading: float
     seconds: float
+    failed: int = 0
     plan: Plan | None = None
 
 
@@ -146,6 +151,7 @@ def _plan(stage: Stage, scratch: Path, rows: int, samples: Mapping[Path, _Sample
         sample = _run(stage, dataclasses.replace(data, limit=limit), scratch)
     scale = total / max(1, sample.rows_in)
     blocks = math.ceil(total / config.output.block_size)
+    finished = read_manifest(config.output.path) is not None
     made = Plan(
         stage=stage.name,
         rows_in=total,
@@ -161,9 +167,11 @@ def _plan(stage: Stage, scratch: Path, rows: int, samples: Mapping[Path, _Sample
         sampled=sample.rows_in,
         sampled_out=sample.rows_out,
         blocks=blocks,
-        blocks_done=len(list(config.output.path.glob("progress/*.json"))),
-        conflict=_conflict(config.output.path, scratch) if earlier is None else "",
+        blocks_done=blocks if finished else len(list(config.output.path.glob("progress/*.json"))),
+        conflict=_conflict(config.output.path, scratch, config.data.limit) if earlier is None else "",
         after=earlier.plan.stage if earlier is not None and earlier.plan is not None else "",
+        failed=round(sample.failed * scale),
+        max_quarantine=config.output.max_quarantine,
         pooled=(scratch / "pool").is_dir(),
     )
     sample.plan = made
@@ -175,14 +183,16 @@ def _run(stage: Stage, data: DataConfig, scratch: Path) -> _Sample:
     output = dataclasses.replace(stage.config.output, path=scratch, max_quarantine=data.limit)
     before = dataclasses.replace(USAGE)
     started = time.time()
+    failed = 0
     try:
         manifest = stage.module.main(dataclasses.replace(stage.config, data=data, output=output))
         counts = manifest.rows_in, manifest.rows_out, manifest.dropped
+        failed = manifest.quarantined
     except StoreError as error:
         counts = _nothing_made(stage.name, scratch, error)
     claimed = (scratch / "config.json").stat().st_mtime
     used = {name: value - getattr(before, name) for name, value in vars(USAGE).items()}
-    return _Sample(scratch, *counts, Usage(**used), max(0.0, claimed - started), time.time() - claimed)
+    return _Sample(scratch, *counts, Usage(**used), max(0.0, claimed - started), time.time() - claimed, failed)
 
 
 def _nothing_made(name: str, scratch: Path, error: StoreError) -> tuple[int, int, dict[str, int]]:
@@ -215,12 +225,12 @@ def _bytes(folder: Path, scale: float, blocks: int) -> int:
     return round(growing * scale) + footers * blocks
 
 
-def _conflict(output: Path, scratch: Path) -> str:
-    """How the config that an output folder was started with differs from the planned one, apart from the sample's size."""
+def _conflict(output: Path, scratch: Path, limit: int) -> str:
+    """How the config that an output folder was started with differs from the planned one, whose limit the sample has not."""
     if not (output / "config.json").is_file() or not any(output.glob("progress/*.json")):
         return ""
     before, now = (json.loads((folder / "config.json").read_text()) for folder in (output, scratch))
-    return "; ".join(differences({**before, "limit": 0}, {**now, "limit": 0}))
+    return "; ".join(differences(before, {**now, "limit": limit}))
 
 
 COLUMNS = (
@@ -287,20 +297,31 @@ def _notes(plans: Sequence[Plan]) -> list[str]:
         if made.dropped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in made.dropped.items())
             notes.append(
-                f"{made.stage}: of {made.sampled} rows {made.sampled_out} came out; expected to drop: {reasons}."
+                f"{made.stage}: {made.sampled_out} rows came out of the {made.sampled} sampled; of all {made.rows_in} it is "
+                f"expected to drop: {reasons}."
+            )
+        if made.failed > made.max_quarantine:
+            notes.append(
+                f"{made.stage}: {made.failed} rows are expected to fail; the run stops above --output.max_quarantine "
+                f"{made.max_quarantine}. Mend the data or raise the limit."
             )
         if made.after:
             notes.append(f"{made.stage}: read the sample of {made.after}, whose output is not there yet.")
-        if made.pooled:
+        if made.pooled and made.sampled < made.rows_in:
             notes.append(
                 f"{made.stage}: other pictures came from the sample alone; from all rows there are more, and nearer ones."
             )
         if made.conflict:
             notes.append(f"{made.stage}: its output folder holds rows of another config ({made.conflict}); the run will refuse "
                          "it. Give another output.path.")  # fmt: skip
+        elif made.blocks_done and made.blocks_done >= made.blocks:
+            notes.append(
+                f"{made.stage}: finished already; the run keeps its rows. The figures are those of making them again."
+            )
         elif made.blocks_done:
             notes.append(
-                f"{made.stage}: {made.blocks_done} of {made.blocks} blocks are done already; the run does the others."
+                f"{made.stage}: {made.blocks_done} of {made.blocks} blocks are done already; the run does the others. "
+                "The figures are of all."
             )
     return notes
 

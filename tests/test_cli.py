@@ -9,6 +9,7 @@ import pytest
 from prefalign import bundled, cli, config
 from prefalign.records import Prompt
 from prefalign.scenes.data import KINDS
+from prefalign.scenes.export import export
 from prefalign.store import read_records
 
 STAGE = '''"""A stage for tests: says what it was given."""
@@ -207,3 +208,22 @@ def test_version(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out.startswith("prefalign 0.")
+
+
+def test_what_a_stage_made_is_said_and_how_to_look_at_it(tmp_path, capsys):
+    """Pairs have a report; the conversations of STIC's second stage have none, so none is suggested."""
+    export(tmp_path / "rows", split="train_fair", kind="caption", start=0, stop=4)
+    for name, stage, hint in (("pairs", "povid", True), ("sft", "stic", False)):
+        config_name = "datagen/povid_scenes" if hint else "datagen/stic_sft_scenes"
+        arguments = [
+            "--config",
+            config_name,
+            "--data.path",
+            str(tmp_path / "rows"),
+            "--output.path",
+            str(tmp_path / name),
+        ]
+        assert cli.main(["run", stage, *arguments]) == 0
+        said = capsys.readouterr().out
+        assert f"{stage}: 4 rows in, 4 rows out" in said
+        assert (f"look at them with: prefalign inspect {tmp_path / name}" in said) is hint

@@ -1,4 +1,4 @@
-"""`make -C datagen`: every stage has a target, paths are the caller's, finished stages start nothing, errors stop it."""
+"""`make -C datagen`: every stage has a target, paths are the caller's, finished stages keep their rows, errors stop it."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def make(where, *arguments, folder=ROOT / "datagen", code=0, command=COMMAND, **
 
 def commands(where, *arguments):
     """The `prefalign run` commands that make would start."""
-    return re.findall(r"/prefalign' run (.*?)\s+&&", make(where, "-n", *arguments))
+    return re.findall(r"/prefalign' run (.*?)\s*$", make(where, "-n", *arguments), re.MULTILINE)
 
 
 def test_help_names_every_stage(tmp_path):
@@ -42,11 +42,15 @@ def test_help_names_every_stage(tmp_path):
 def test_every_stage_runs_on_scenes_by_default(stage, tmp_path):
     command = commands(tmp_path, stage)[-1]
     assert command.startswith(f"{stage} --config 'datagen/{stage}_scenes' --data.path 'runs/")
-    assert command.endswith(f"--output.path 'runs/datagen/{stage}'")
+    assert command.endswith(f"--output.path 'runs/datagen-128/{stage}'")
     reads = re.search(r"--data.path '(.*?)'", command)[1]
-    # the kind of rows is read off the header of the config; none found would give this
-    assert "scenes/-" not in reads
-    assert reads.startswith("runs/datagen/bdhs" if stage in READ_PAIRS else "runs/scenes/")
+    if stage in READ_PAIRS:
+        assert reads == "runs/datagen-128/bdhs"
+        return
+    # the rows that the header of the config names
+    header = bundled.find(f"datagen/{stage}_scenes").read_text()
+    named = re.search(r"scenes export --output \S+ (.*) --stop", header)[1]
+    assert f"scenes export --output {reads} {named} --stop 128" in make(tmp_path, "-n", stage)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -99,11 +103,46 @@ def test_a_stage_runs_from_the_folder_of_the_caller(finished):
     assert {entry.name for entry in where.iterdir()} == {"out of 'it'", "runs"}
 
 
-def test_a_finished_stage_starts_nothing(finished):
-    """With a command that would fail if it were started."""
+def test_a_finished_stage_keeps_its_rows(finished):
     where, _ = finished
-    shown = make(where, "povid", "ROWS=6", "OUT=out of 'it'/povid", command="/bin/false")
-    assert "povid: finished before\npovid: 6 rows in, 6 rows out" in shown
+    before = {file: file.stat().st_mtime_ns for file in (where / "out of 'it'").rglob("*") if file.is_file()}
+    assert "povid: 6 rows in, 6 rows out" in make(where, "povid", "ROWS=6", "OUT=out of 'it'/povid")
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_the_command_that_is_suggested_writes_a_report(finished):
+    where, shown = finished
+    [suggested] = re.findall(r"look at them with: prefalign inspect (.*)", shown)
+    done = subprocess.run(f"'{COMMAND}' inspect {suggested}", shell=True, cwd=where, capture_output=True, text=True)
+    assert done.stdout == "report: out of 'it'/povid/report.html, open it in a browser\n", done.stderr
+    (where / "out of 'it'" / "povid" / "report.html").unlink()
+
+
+def test_a_folder_with_a_blank_and_other_counts_of_rows(tmp_path):
+    """Each count of rows has its own folder, so that no run meets the rows of another count."""
+    where = tmp_path / "a b"
+    where.mkdir()
+    for rows in ("6", "4"):
+        shown = make(where, "povid", f"ROWS={rows}")
+        assert f"povid: {rows} rows in" in shown
+        assert f"cd '{where}' && " in shown
+    assert sorted(entry.name for entry in (where / "runs").iterdir()) == ["datagen-4", "datagen-6", "scenes"]
+
+
+def test_own_rows_with_the_tiny_model_are_noted(tmp_path):
+    note = "note: MODEL is scenes"
+    assert note in make(tmp_path, "-n", "povid", "DATA=rows.jsonl")
+    assert note not in make(tmp_path, "-n", "povid", "DATA=rows.jsonl", "MODEL=scenes")
+    assert note not in make(tmp_path, "-n", "povid")
+
+
+def test_readers_of_pairs_run_no_stage_that_was_not_asked_for(tmp_path):
+    assert "needs rows: give PAIRS=folder of pairs" in make(tmp_path, "all", "STAGES=filter_pairs", code=2)
+    assert [each.split()[0] for each in commands(tmp_path, "all", "STAGES=filter_pairs", "PAIRS=p")] == ["filter_pairs"]
+    shown = make(tmp_path, "-n", "plan-filter_pairs")
+    assert "' run " not in shown
+    assert "bdhs --config" in shown
+    assert "--then filter_pairs" in shown
 
 
 def test_other_settings_reach_the_stage_which_refuses(finished):
@@ -120,7 +159,6 @@ def test_changed_data_reaches_the_stage(tmp_path):
 
     (tmp_path / "a.png").write_bytes(world.png(world.scene("test_fair", 0)))
     make(tmp_path, "povid", "DATA=rows.jsonl", "OUT=out")
-    make(tmp_path, "povid", "DATA=rows.jsonl", "OUT=out", command="/bin/false")
     rows.write_text(json.dumps({**line, "id": "b"}))
     assert "data_sha256" in make(tmp_path, "povid", "DATA=rows.jsonl", "OUT=out", code=2)
 
@@ -143,7 +181,7 @@ def test_errors_stop_make_and_say_what_to_do(tmp_path):
     assert "bdhs with MODEL=some/model needs rows: give DATA=rows.jsonl" in make(
         tmp_path, "bdhs", "MODEL=some/model", code=2
     )
-    assert "s_vco with MODEL=m needs rows: give TWINS=pairs" in make(tmp_path, "s_vco", "MODEL=m", code=2)
+    assert "s_vco with MODEL=m needs rows: give DATA=pairs" in make(tmp_path, "s_vco", "MODEL=m", code=2)
     assert "no data at gone.jsonl" in make(tmp_path, "povid", "DATA=gone.jsonl", code=2)
     assert "CONFIG is the config of one stage" in make(tmp_path, "all", "CONFIG=own.yaml", code=2)
     shown = make(tmp_path, "all", "DATA=gone.jsonl", "STAGES=povid image_contrast", code=2)

@@ -10,6 +10,7 @@ from prefalign.engines import USAGE, Sampling
 from prefalign.engines.transformers import load_engine
 from prefalign.models import ModelConfig
 from prefalign.planner import Plan, Stage, plan, table
+from prefalign.scenes import world
 from prefalign.scenes.export import export
 from tests.engine_cases import GREEDY, some_requests
 
@@ -147,13 +148,33 @@ def test_progress_and_conflict_of_the_output_are_told(prompts, tmp_path):
     chosen = stage("povid", prompts, tmp_path / "out", output=output, data={"limit": 8})
     chosen.module.main(chosen.config)
     (tmp_path / "out" / "progress" / "00001.json").unlink()
+    (tmp_path / "out" / "manifest.json").unlink()
     [made] = plan([chosen], rows=4)
     assert (made.blocks, made.blocks_done, made.conflict) == (2, 1, "")
     assert "povid: 1 of 2 blocks are done already" in table([made])
-    other = stage("povid", prompts, tmp_path / "out", output=output, seed=5)
+    more = stage("povid", prompts, tmp_path / "out", output=output, data={"limit": 12})
+    [made] = plan([more], rows=4)
+    assert made.conflict == "limit: 8 -> 12"
+    chosen.module.main(chosen.config)
+    assert "povid: finished already; the run keeps its rows." in table(plan([chosen], rows=4))
+    other = stage("povid", prompts, tmp_path / "out", output=output, data={"limit": 8}, seed=5)
     [made] = plan([other], rows=4)
     assert made.conflict == "seed: 0 -> 5"
     assert "holds rows of another config (seed: 0 -> 5); the run will refuse it" in table([made])
+
+
+def test_rows_that_would_stop_the_run_are_told(tmp_path):
+    """Worked: 1 of 2 rows sampled fails, so 2 of 4 rows are expected to, above a limit of 1."""
+    (tmp_path / "a.png").write_bytes(world.png(world.scene("test_fair", 0)))
+    lines = [{"id": str(number), "image": ("a.png", "gone.png")[number % 2], "question": "What?",
+              "answer": "A large red square at the top left."} for number in range(4)]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for limit, stops in ((1, True), (2, False)):
+        chosen = stage("povid", tmp_path / "rows.jsonl", tmp_path / "out", output={"max_quarantine": limit})
+        [made] = plan([chosen], rows=2)
+        assert (made.failed, made.max_quarantine) == (2, limit)
+        shown = "povid: 2 rows are expected to fail; the run stops above --output.max_quarantine 1." in table([made])
+        assert shown == stops
 
 
 def test_errors_name_the_way_out(prompts, tmp_path):
@@ -183,7 +204,7 @@ def test_the_table_adds_up_and_reads_well():
     assert " ".join(lines[2].split()) == "povid 1,000 1,000 0 0 0 0 0 1.5 KiB 2.0 s 1.0 s"
     assert " ".join(lines[3].split()) == "all 2,000 1,900 100 3,000 500 12 M 40,000 1.5 GiB 1.5 h 31.0 s"
     assert "From the first 8 to 10 row(s) of each stage" in lines[5]
-    assert "bdhs: of 10 rows 9 came out; expected to drop: 100 cut_off." in lines[6]
+    assert "bdhs: 9 rows came out of the 10 sampled; of all 1000 it is expected to drop: 100 cut_off." in lines[6]
     assert planner._time(600) == "10 min"
     assert [planner._size(count) for count in (999, 5 * 2**20, 2**40)] == ["999 B", "5.0 MiB", "1.0 TiB"]
 
