@@ -9,7 +9,6 @@ import pytest
 from prefalign import bundled, cli, config
 from prefalign.records import Prompt
 from prefalign.scenes.data import KINDS
-from prefalign.scenes.export import export
 from prefalign.store import read_records
 
 STAGE = '''"""A stage for tests: says what it was given."""
@@ -212,7 +211,8 @@ def test_version(capsys):
 
 def test_what_a_stage_made_is_said_and_how_to_look_at_it(tmp_path, capsys):
     """Pairs have a report; the conversations of STIC's second stage have none, so none is suggested."""
-    export(tmp_path / "rows", split="train_fair", kind="caption", start=0, stop=4)
+    export(tmp_path / "rows")
+    capsys.readouterr()
     for name, stage, hint in (("pairs", "povid", True), ("sft", "stic", False)):
         config_name = "datagen/povid_scenes" if hint else "datagen/stic_sft_scenes"
         arguments = [
@@ -225,5 +225,5 @@ def test_what_a_stage_made_is_said_and_how_to_look_at_it(tmp_path, capsys):
         ]
         assert cli.main(["run", stage, *arguments]) == 0
         said = capsys.readouterr().out
-        assert f"{stage}: 4 rows in, 4 rows out" in said
+        assert f"{stage}: 2 rows in, 2 rows out" in said
         assert (f"look at them with: prefalign inspect {tmp_path / name}" in said) is hint
