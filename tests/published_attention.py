@@ -42,3 +42,28 @@ def published_attention(
     read = [row[pieces] for row in rows]
     kept = [token for token in tokens if token not in ends]
     return kept, torch.stack(read) if read else torch.zeros(0, len(pieces))
+
+
+def check_against_published(engine, requests, completions, found) -> None:
+    """Assert that measured attention, layer by layer, is the published one to 1e-6, on the answers that it too draws.
+
+    Args:
+        engine: engine on the model; its kernel is put back.
+        requests: what was asked.
+        completions: its greedy answers of up to 10 tokens.
+        found: by layer, an `ImageAttention` for each request.
+    """
+    kernel = engine.model.config._attn_implementation
+    engine.model.set_attn_implementation("eager")
+    try:
+        for layer, measured in found.items():
+            for request, completion, mine in zip(requests, completions, measured, strict=True):
+                tokens, rows = published_attention(engine.model, engine.processor, request, engine.banned, engine.ends,
+                                                   layer=layer, new_tokens=10)  # fmt: skip
+                assert tokens == completion.token_ids
+                assert len(rows) >= 5
+                assert mine.error is None
+                torch.testing.assert_close(mine.weights, rows.mean(0), atol=1e-6, rtol=0)
+                assert mine.weights.sum() > 1e-3
+    finally:
+        engine.model.set_attn_implementation(kernel)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from engine_cases import GREEDY, some_requests
-from published_attention import published_attention
+from published_attention import check_against_published, published_attention
 from tiny_vlms import BUILDERS, PLAIN, picture, save_tiny
 
 from prefalign import families
@@ -39,20 +39,7 @@ def test_it_equals_the_published_way_of_taking_it(engine: TransformersEngine) ->
     completions = engine.generate(requests, GREEDY)
     layers = engine.config.get_text_config().num_hidden_layers
     found = {layer: engine.attention(requests, completions, layer=layer) for layer in range(layers)}
-    kernel = engine.model.config._attn_implementation
-    engine.model.set_attn_implementation("eager")
-    try:
-        for layer, measured in found.items():
-            for request, completion, mine in zip(requests, completions, measured, strict=True):
-                tokens, rows = published_attention(engine.model, engine.processor, request, engine.banned, engine.ends,
-                                                   layer=layer, new_tokens=10)  # fmt: skip
-                assert tokens == completion.token_ids
-                assert len(rows) >= 5
-                assert mine.error is None
-                torch.testing.assert_close(mine.weights, rows.mean(0), atol=1e-6, rtol=0)
-                assert mine.weights.sum() > 1e-3
-    finally:
-        engine.model.set_attn_implementation(kernel)
+    check_against_published(engine, requests, completions, found)
     assert not torch.allclose(found[0][0].weights, found[layers - 1][0].weights, atol=1e-3)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from engine_cases import GREEDY, some_requests
 from local_features import changed_tokens, without_vision_attention
-from published_attention import published_attention
+from published_attention import check_against_published
 from tiny_vlms import BUILDERS, WITH_VIDEO, picture, save_tiny
 
 from prefalign import families
@@ -31,18 +31,7 @@ def test_it_equals_the_published_way_of_taking_it(engine: TransformersEngine) ->
     requests = some_requests(4)
     completions = engine.generate(requests, GREEDY)
     found = {layer: engine.attention(requests, completions, layer=layer) for layer in range(2)}
-    engine.model.set_attn_implementation("eager")
-    try:
-        for layer, measured in found.items():
-            for request, completion, mine in zip(requests, completions, measured, strict=True):
-                tokens, rows = published_attention(engine.model, engine.processor, request, engine.banned, engine.ends,
-                                                   layer=layer, new_tokens=10)  # fmt: skip
-                assert tokens == completion.token_ids
-                assert len(rows) >= 5
-                torch.testing.assert_close(mine.weights, rows.mean(0), atol=1e-6, rtol=0)
-                assert mine.weights.sum() > 1e-3
-    finally:
-        engine.model.set_attn_implementation("sdpa")
+    check_against_published(engine, requests, completions, found)
 
 
 def test_watching_an_answer_equals_measuring_it(engine: TransformersEngine) -> None:
