@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-IMAGE_SIDES = ("images", "rejected_images")
-ANSWER_SIDES = ("chosen", "rejected")
-
 
 @dataclass(frozen=True)
 class View:
