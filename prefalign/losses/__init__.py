@@ -1,39 +1,103 @@
-"""Preference terms: which combinations of picture and answer a loss compares, in one literal table.
+"""Preference terms: losses over views of a pair, in one literal table, and the weighted list that a run trains on.
 
-A view is one (image side, answer side) combination of a `Pair`. TRL's preference losses compare two views, so a term
-names its two views and TRL computes the loss on them: `-log sigmoid(beta * (d(first) - d(second)))` for `sigmoid`, where
-d is the summed log-prob of the answer under the policy minus the same under the reference.
-
-A run trains one term. A weighted sum of terms needs more than two views in a batch, which the trainer does not build
-yet; give one name of `TERMS`.
+A view is one (picture side, answer side) combination of a `Pair`. `text` is TRL's own loss on the two answers; all others are
+pure functions of the views' log-probs (or logits), one file each. The total loss of a run is the weighted sum of the means
+over rows of its terms.
 """
 
 from __future__ import annotations
 
-from prefalign.config import ConfigError, nearest
-from prefalign.losses.term import VIEWS, Term, View
-from prefalign.losses.text import TEXT
-from prefalign.losses.visual import VISUAL
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-TERMS: dict[str, Term] = {
-    "text": TEXT,
-    "visual": VISUAL,
+from pydantic import TypeAdapter, ValidationError
+
+from prefalign.config import ConfigError, nearest
+from prefalign.losses.term import VIEWS, Scores, Term, View
+from prefalign.losses.text import Text
+from prefalign.losses.visual import Visual
+
+TERMS: dict[str, type] = {
+    "text": Text,
+    "visual": Visual,
 }
 
-__all__ = ["TERMS", "VIEWS", "Term", "View", "find_term"]
+__all__ = ["TERMS", "VIEWS", "Scores", "Term", "View", "Weighted", "read_losses", "views_of"]
 
 
-def find_term(name: str) -> Term:
-    """A term by name.
+@dataclass(frozen=True)
+class Weighted:
+    """One entry of a run's list of losses.
+
+    Attributes:
+        name: key in `TERMS`; the prefix of its metrics.
+        term: the term with its settings.
+        weight: what its mean over rows is multiplied by in the total.
+    """
+
+    name: str
+    term: Any
+    weight: float = 1.0
+
+
+def read_losses(entries: Sequence[Mapping[str, Any]], *, beta: float) -> list[Weighted]:
+    """The weighted terms of a config's `losses` list.
+
+    Args:
+        entries: mappings with `name`, optional `weight`, and the term's own settings.
+        beta: what a term's `beta` is where its entry gives none (`trainer.beta`).
 
     Raises:
-        ConfigError: for an unknown name, and for several names at once.
+        ConfigError: an empty list, an unknown name or setting (with the nearest known one), a bad value, a name twice.
+
+    Example:
+        >>> [entry.weight for entry in read_losses([{"name": "text"}, {"name": "visual", "weight": 0.5}], beta=0.1)]
+        [1.0, 0.5]
     """
-    if name in TERMS:
-        return TERMS[name]
-    if any(mark in name for mark in "+,"):
-        raise ConfigError(
-            f"term: {name!r} asks for several terms; a run trains one, because a batch holds two views. Give one of "
-            f"{', '.join(sorted(TERMS))}."
-        )
-    raise ConfigError(f"term: no preference term called {name!r}; {nearest(name, list(TERMS))}")
+    if not entries:
+        raise ConfigError("losses: the list is empty, so there is nothing to train. The usual list is [{name: text}].")
+    problems, found = [], []
+    for number, entry in enumerate(entries):
+        place = f"losses.{number}"
+        settings = dict(entry)
+        name, weight = settings.pop("name", None), settings.pop("weight", 1.0)
+        if name not in TERMS:
+            problems.append(f"{place}.name: no preference term called {name!r}; {nearest(str(name), list(TERMS))}")
+            continue
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight <= 0:
+            problems.append(f"{place}.weight: {weight!r} is no positive number; leave the entry out to train without it.")
+            continue
+        known = [field.name for field in dataclasses.fields(TERMS[name])]
+        unknown = [key for key in settings if key not in known]
+        problems += [
+            f"{place}.{key}: unknown key (value {settings[key]!r}); {nearest(key, [*known, 'weight'])}" for key in unknown
+        ]
+        if unknown:
+            continue
+        if "beta" in known and settings.get("beta") is None:
+            settings["beta"] = beta
+        try:
+            term = TypeAdapter(TERMS[name]).validate_python(settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join([place, *map(str, first["loc"])])
+            problems.append(f"{where}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r}).")
+            continue
+        found.append(Weighted(name, term, float(weight)))
+    names = [entry.name for entry in found]
+    problems += [
+        f"losses: {name!r} stands in the list {names.count(name)} times; add their weights up in one entry."
+        for name in sorted(set(names))
+        if names.count(name) > 1
+    ]
+    if problems:
+        raise ConfigError("\n  ".join(problems))
+    return found
+
+
+def views_of(losses: Sequence[Weighted]) -> tuple[str, ...]:
+    """The views that a list of losses looks at, in the order of `VIEWS`."""
+    wanted = {view for entry in losses for view in entry.term.views}
+    return tuple(view for view in VIEWS if view in wanted)
