@@ -39,6 +39,7 @@ class Config:
         reference_folder: where they are kept, for runs that share them; by default `reference` in the output folder.
         fast_path: `auto` runs prompt and pictures once per pair where the family allows it exactly; `off` repeats them as
             TRL does.
+        tokens_per_pass: most tokens of one forward pass; a batch that holds more is run in parts. Null: a batch is one pass.
         trainer: fields of TRL's `DPOConfig` by name.
         lora: train an adapter; without it all weights that are not frozen.
         freeze: towers that stay as they are: `vision`, `projector`, `language_model`.
@@ -55,6 +56,7 @@ class Config:
     reference: Literal["cached", "online"] = "cached"
     reference_folder: Path | None = None
     fast_path: Literal["auto", "off"] = "auto"
+    tokens_per_pass: int | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
     lora: LoraSettings | None = None
     freeze: list[str] = field(default_factory=lambda: ["vision"])
@@ -123,6 +125,7 @@ def main(config: Config) -> None:
         negative_seed=config.seed,
         fast_path=config.fast_path,
         reference=config.reference,
+        tokens_per_pass=config.tokens_per_pass,
     )
     check_trainable(trainer.model, config.freeze)
     trainer.train_dataset, fit = keep_fitting(trainer.train_dataset, trainer.data_collator)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,58 @@ class Documents:
 
     documents: list[Document]
     places: dict[str, list[tuple[int, int]]]
+
+    def part(self, rows: Sequence[int]) -> Documents:
+        """Some rows with the documents and answers that they use."""
+        kept: dict[int, Document] = {}
+        places: dict[str, list[tuple[int, int]]] = {view: [] for view in self.places}
+        for view, all_places in self.places.items():
+            for row in rows:
+                number, branch = all_places[row]
+                whole = self.documents[number]
+                mine = kept.setdefault(number, replace(whole, answers=[]))
+                places[view].append((number, mine.branch(whole.answers[branch])))
+        order = {number: place for place, number in enumerate(kept)}
+        renumbered = {
+            view: [(order[number], branch) for number, branch in found] for view, found in places.items()
+        }  # fmt: skip
+        return Documents(list(kept.values()), renumbered)
+
+    def passes(self, budget: int) -> list[list[int]]:
+        """Rows put together so that each group takes at most `budget` tokens, or is one row.
+
+        Rows on the same document stay together as far as they fit, since its prompt is then run once; groups are filled largest
+        first. Each row is in one group.
+        """
+        rows = len(next(iter(self.places.values())))
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for row in range(rows):
+            alike.setdefault(tuple(places[row][0] for places in self.places.values()), []).append(row)
+        pieces: list[list[int]] = []
+        for together in alike.values():
+            piece: list[int] = []
+            for row in together:
+                if piece and self.part([*piece, row]).tokens() > budget:
+                    pieces.append(piece)
+                    piece = []
+                piece.append(row)
+            pieces.append(piece)
+        groups: list[list[int]] = []
+        room: list[int] = []
+        for piece in sorted(pieces, key=lambda piece: -self.part(piece).tokens()):
+            size = self.part(piece).tokens()
+            fits = next((number for number, left in enumerate(room) if size <= left), None)
+            if fits is None:
+                groups.append(list(piece))
+                room.append(budget - size)
+            else:
+                groups[fits] += piece
+                room[fits] -= size
+        return groups
+
+    def tokens(self) -> int:
+        """Tokens of all documents as the shared path runs them."""
+        return sum(len(document.prompt) + sum(len(a) - 1 for a in document.answers) for document in self.documents)
 
 
 @dataclass

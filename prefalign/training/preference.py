@@ -10,9 +10,11 @@ Legend of shapes: `B` rows, `N` labels of all answers of a batch, `L` tokens of 
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,6 +57,9 @@ PRIVATE = (
     "_set_signature_columns_if_needed",
 )
 
+TERMS_FILE = "terms.json"
+"""State of loss terms that keep one, beside every saved model."""
+
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 """Per-token outputs of TRL's fused head that its loss and metrics read."""
 
@@ -78,10 +83,14 @@ class PreferenceTrainer(DPOTrainer):
         fast_path: `auto` shares prompts and pictures where the family allows it exactly; `off` takes TRL's layout.
         reference: `online` runs the reference in every step; `cached` reads its log-probs from a cache that
             `reference.cache_reference` fills before training, and keeps no reference model.
+        tokens_per_pass: most tokens of one forward pass. A batch that holds more is run in parts, which hold what fits instead of
+            a fixed number of rows; the loss stays the mean over its rows. None: a batch is one pass.
 
     Raises:
         ConfigError: settings that contradict each other.
     """
+
+    data_collator: PreferenceCollator
 
     def __init__(
         self,
@@ -99,6 +108,7 @@ class PreferenceTrainer(DPOTrainer):
         negative_seed: int = 0,
         fast_path: Literal["auto", "off"] = "auto",
         reference: Literal["online", "cached"] = "online",
+        tokens_per_pass: int | None = None,
     ):
         self.losses = list(losses) if losses is not None else read_losses([{"name": "text"}], beta=args.beta)
         self.views = views_of(self.losses)
@@ -107,7 +117,7 @@ class PreferenceTrainer(DPOTrainer):
         self.reference = reference
         self.files = dict(files or {})
         self.saw_pictures = False
-        self._check(args)
+        self._check(args, tokens_per_pass)
         self.route = find_route(model, fast_path)
         if self.route.layout == "plain" and fast_path == "auto":
             logger.warning("The fast path is off: prompts cannot be shared exactly, because %s.", self.route.reason)
@@ -119,6 +129,7 @@ class PreferenceTrainer(DPOTrainer):
             negative_seed,
             layout=self.route.layout,
             image_token_id=families.image_token_ids(model.config)[0],
+            tokens_per_pass=tokens_per_pass,
         )
         adapts = peft_config is not None or is_peft_model(model)
         online = self.needs_reference and reference == "online"
@@ -152,7 +163,18 @@ class PreferenceTrainer(DPOTrainer):
         self.add_callback(_LogBeforeSave(self))
         self.add_callback(_GradientAudit(self))
 
-    def _check(self, args: DPOConfig) -> None:
+    def _check(self, args: DPOConfig, tokens_per_pass: int | None) -> None:
+        together = coupled(self.losses, args.loss_type)
+        if tokens_per_pass is not None and together:
+            raise ConfigError(
+                f"tokens_per_pass: in loss {', '.join(together)} the rows of a batch depend on each other, so a batch cannot be "
+                "run in parts. Leave tokens_per_pass out and lower trainer.per_device_train_batch_size."
+            )
+        if tokens_per_pass is not None and (args.deepspeed_plugin is not None or args.fsdp_plugin_args):
+            raise ConfigError(
+                "tokens_per_pass: DeepSpeed and FSDP count one backward pass per batch, and parts would be several. "
+                "Leave it out and lower trainer.per_device_train_batch_size."
+            )
         if args.precompute_ref_log_probs:
             raise ConfigError(
                 "trainer.precompute_ref_log_probs: TRL's own cache is refused for pictures and misses what its numbers "
@@ -172,6 +194,30 @@ class PreferenceTrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(COLUMNS)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Held-out batches are run whole."""
+        collator = self.data_collator
+        self.data_collator = replace(collator, tokens_per_pass=None)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A step on a batch, or on its parts one after the other: gradients add up and are exchanged with the last."""
+        if "parts" not in inputs:
+            return super().training_step(model, inputs, *args, **kwargs)
+        parts = inputs["parts"]
+        counts = self.accelerator.gather(torch.tensor([len(parts)], device=self.accelerator.device))
+        rounds = int(counts.max())
+        # processes with fewer parts repeat one that counts nothing, since losses and metrics are exchanged in every round
+        parts = [*parts, *({**parts[-1], "weight": 0.0} for _ in range(rounds - len(parts)))]
+        total = torch.zeros((), device=self.accelerator.device)
+        for number, part in enumerate(parts):
+            with nullcontext() if number == rounds - 1 else self.accelerator.no_sync(model):
+                total = total + super().training_step(model, part, *args, **kwargs)
+        return total
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         self.saw_pictures = self.saw_pictures or has_pictures(inputs)
@@ -195,6 +241,7 @@ class PreferenceTrainer(DPOTrainer):
             for name, value in {"loss": losses.detach(), **metrics}.items():
                 logged[f"{entry.name}/{name}"] = value.float().mean()
         self._log_terms(logged)
+        total = total * inputs.get("weight", 1.0)
         return (total, policy) if return_outputs else total
 
     def run(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -324,6 +371,11 @@ class PreferenceTrainer(DPOTrainer):
         super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        states = Path(resume_from_checkpoint) / TERMS_FILE
+        if states.is_file():
+            kept = json.loads(states.read_text(encoding="utf-8"))
+            for entry in self._stateful():
+                entry.term.load_state_dict(kept[entry.name])
         if self._restores_itself():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
@@ -344,6 +396,11 @@ class PreferenceTrainer(DPOTrainer):
         if self.args.should_save:
             for name, text in self.files.items():
                 write_atomically(Path(output_dir or self.args.output_dir) / name, text.encode())
+            if states := {entry.name: entry.term.state_dict() for entry in self._stateful()}:
+                write_atomically(Path(output_dir or self.args.output_dir) / TERMS_FILE, json.dumps(states).encode())
+
+    def _stateful(self) -> list[Weighted]:
+        return [entry for entry in self.losses if hasattr(entry.term, "state_dict")]
 
 
 class _NoReference(nn.Module):
