@@ -9,8 +9,8 @@ Equation:
     from the reference's own logits; I' is the other picture (diffusion noise). ln 2 at the start.
 Differs from the authors' code:
     The weights are constants here (`detach: true`): log c is then added to the margin and has no gradient of its own. The code
-    propagates through them, `detach: false`, which also rewards a larger difference between the pictures. Raw logits are
-    subtracted as there, not log-probs.
+    propagates through them, `detach: false`, which also pays for a larger difference between the pictures, in the rejected
+    answer too. Raw logits are subtracted as there, not log-probs.
 """
 
 from __future__ import annotations
