@@ -4,6 +4,8 @@ import json
 import math
 import random
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -308,6 +310,42 @@ def test_bco_state_round_trip():
         assert torch.equal(expected, resumed.loss(batch)[0])
         assert not torch.equal(expected, fresh.loss(batch)[0])
     assert straight.shift == resumed.shift
+
+
+def rank_of_two(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    bco = term("bco").term
+    logps = ([-1.0], [-7.0]) if rank else ([-1.0, -2.0], [-1.5, -2.5])  # rewards 0.6 and 0.1
+    bco.loss({"chosen": by_hand(*logps), "rejected": by_hand([-3.0], [-1.0])})  # and -0.2 twice
+    Path(folder, f"{rank}.json").write_text(json.dumps([bco.shift, bco.state_dict()["count"]]))
+    torch.distributed.destroy_process_group()
+
+
+def test_bco_shares_its_mean_among_processes(tmp_path):
+    torch.multiprocessing.start_processes(rank_of_two, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    for rank in range(2):
+        shift, count = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert (shift, count) == (pytest.approx(0.3 / 4), 4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_simpo_and_orpo_against_trl():
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    accelerator = SimpleNamespace(device="cpu")
+    scores = at_random(term("simpo"), ROWS, seed=8)
+    means = [scores[view].logps.sum(dim=1) / scores[view].lengths() for view in ("chosen", "rejected")]
+
+    cpo = SimpleNamespace(
+        alpha=0.0, loss_type="simpo", simpo_gamma=0.7, beta=2.5, label_smoothing=0.0, accelerator=accelerator
+    )
+    losses, _ = term("simpo", beta=2.5, gamma=0.7).term.loss(scores)
+    torch.testing.assert_close(losses, CPOTrainer.cpo_loss(cpo, *means)[0])
+
+    orpo = SimpleNamespace(beta=0.3, accelerator=accelerator)
+    losses, _ = term("orpo", lam=0.3).term.loss(scores)
+    torch.testing.assert_close(losses, -means[0] - ORPOTrainer.odds_ratio_loss(orpo, *means)[0])
 
 
 def test_orpo_of_a_certain_answer_is_finite():

@@ -1,8 +1,8 @@
 """Preference terms: losses over views of a pair, in one literal table, and the weighted list that a run trains on.
 
 A view is one (picture side, answer side) combination of a `Pair`. `text` is TRL's own loss on the two answers; all others are
-pure functions of the views' log-probs (or logits), one file each. The total loss of a run is the weighted sum of the means
-over rows of its terms.
+pure functions of the views' log-probs (or logits), one file each; `bco` keeps a running mean besides. The total loss of a run
+is the weighted sum of the means over rows of its terms.
 """
 
 from __future__ import annotations
