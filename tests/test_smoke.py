@@ -29,8 +29,10 @@ def prompts(folder):
 
 @pytest.fixture(scope="module")
 def pairs(folder, prompts):
-    changes = {"data": {"path": prompts}, "output": {"path": folder / "pairs"}, "rejected_images": "noised"}
-    start("datagen/povid_scenes", "povid", changes)
+    """Pairs with another picture (`noised`) and without (`none`)."""
+    for kind in ("noised", "none"):
+        changes = {"data": {"path": prompts}, "output": {"path": folder / "pairs" / kind}, "rejected_images": kind}
+        start("datagen/povid_scenes", "povid", changes)
     return folder / "pairs"
 
 
@@ -55,7 +57,8 @@ def test_pairs_config(name, prompts, tmp_path):
 
 @pytest.mark.parametrize("name", names("train_preference"))
 def test_training_config(name, pairs, tmp_path):
-    changes = {"model": MODEL, "pairs": pairs, "output": tmp_path / "out",
+    made = config.read_yaml(bundled.configs()[name]).get("negative")
+    changes = {"model": MODEL, "pairs": pairs / ("none" if made else "noised"), "output": tmp_path / "out",
                "trainer": {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
                            "bf16": False, "save_steps": 1}}  # fmt: skip
     start(name, "train_preference", changes)
