@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,7 +89,7 @@ def training_arguments(
         elif name in without_effect:
             problems.append(f"trainer.{name}: has no effect here ({without_effect[name]}); leave it out.")
         elif name not in known:
-            problems.append(f"trainer.{name}: unknown key (value {value!r}); {nearest(name, known)}")
+            problems.append(f"trainer.{name}: unknown key (value {value!r}); {_hint(name, known, kind)}")
         else:
             try:
                 values[name] = TypeAdapter(hints[name]).validate_python(value)
@@ -105,3 +105,11 @@ def training_arguments(
             "overwrite the others'. On a CPU start them with torchrun and leave trainer.use_cpu alone."
         )
     return arguments
+
+
+def _hint(name: str, known: Sequence[str], kind: type) -> str:
+    other = next((one for one in (DPOConfig, SFTConfig) if name in one.__dataclass_fields__), None)
+    if other is not None:
+        return f"it is a field of {other.__name__}, and this recipe trains with {kind.__name__}. Leave it out."
+    hint = nearest(name, known)
+    return hint if hint.startswith("did you mean") else f"{kind.__name__} of TRL lists the fields there are."

@@ -11,6 +11,7 @@ from trl.data_utils import apply_chat_template
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from prefalign import families
+from prefalign.config import ConfigError
 from prefalign.manifest import read_manifest
 from prefalign.records import (
     Example,
@@ -50,7 +51,8 @@ def load_examples(folder: Path, answer: Answer | None = None) -> Dataset:
         Rows of `id`, `images` and either `messages` (with the answer) or `prompt` and `completion`.
 
     Raises:
-        ValueError: the folder is not the finished output of a stage, or its rows have no such answer.
+        ValueError: the folder is not the finished output of a stage.
+        ConfigError: its rows have no such answer.
     """
     import pyarrow.parquet as pq
     from datasets import Features, Image, List, load_dataset
@@ -67,7 +69,7 @@ def load_examples(folder: Path, answer: Answer | None = None) -> Dataset:
     present = set(pq.read_schema(shards[0]).names)
     kind, question, answers = _kind(folder, present)
     if answer is not None and answer not in answers:
-        raise ValueError(
+        raise ConfigError(
             f"answer is {answer!r}, and the rows of {folder} have {' or '.join(answers) or 'their answer in their last turn'}. "
             f"{'Set answer to one of these, or leave it out.' if answers else 'Leave `answer` out.'}"
         )
@@ -146,9 +148,10 @@ class AnswerCollator:
             ValueError: a row has no answer, placeholders and pictures disagree, or it is too long (`RowTooLong`).
         """
         examples = [self._example(row) for row in rows]
-        collate = DataCollatorForVisionLanguageModeling(self.processor, completion_only_loss=True)
-        batch = dict(collate(examples))
-        if families.rewrites_prompt(self.processor):  # PaliGemma: 0 sees the tokens after it too, an answer must not
+        rewrites = families.rewrites_prompt(self.processor)
+        processor = _AnswersAsTokens(self.processor) if rewrites else self.processor
+        batch = dict(DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)(examples))
+        if rewrites:  # a token of type 0 sees those after it too, which an answer must not
             batch["token_type_ids"] = batch["token_type_ids"].masked_fill(batch["labels"] != -100, 1)
         if self.max_length is not None:
             for row, length in zip(rows, batch["attention_mask"].sum(dim=1).tolist(), strict=True):
@@ -175,6 +178,11 @@ class AnswerCollator:
                 f"row {_name(row)}: the prompt has {placeholders} image placeholder(s) and `images` holds {len(pictures)} "
                 "picture(s); the model would see the wrong picture or none. Write one placeholder for each picture, in order."
             )
+        if not pictures and families.rewrites_prompt(self.processor):
+            raise ValueError(
+                f"row {_name(row)} has no picture, and a {type(self.processor).__name__} prepares no text without one. Take such "
+                "rows out."
+            )
         text = apply_chat_template({"prompt": prompt, "completion": answer}, self.processor)
         completion = text["completion"].rstrip() + self.end if self.end else text["completion"]
         return {
@@ -182,6 +190,24 @@ class AnswerCollator:
             "prompt": text["prompt"],
             "completion": completion,
         }
+
+
+class _AnswersAsTokens:
+    """PaliGemma's processor for TRL's collator: text without pictures is an answer, which only the tokenizer may read.
+
+    The processor refuses text without pictures, and would put a begin of sequence and a line break around it.
+    """
+
+    def __init__(self, processor: ProcessorMixin):
+        self._processor = processor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
+
+    def __call__(self, *, text: list[str], images: Any = None, **kwargs: Any) -> Any:
+        if images is None:
+            return self._processor.tokenizer(text, return_token_type_ids=True, **kwargs)
+        return self._processor(images=images, text=text, **kwargs)
 
 
 def _name(row: Mapping[str, Any]) -> str:

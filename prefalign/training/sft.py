@@ -86,7 +86,7 @@ def load_policy(config: ModelConfig, lora: LoraSettings | None, *, device: str) 
     if not is_peft_model(model):
         return model
     if lora is None:
-        return model.merge_and_unload()
+        return model.merge_and_unload().requires_grad_(True)  # PEFT froze it
     _check_adapter(model, lora)
     model.set_adapter(model.active_adapter)
     return model
