@@ -74,6 +74,7 @@ def main(config: Config) -> None:
     processor = load_processor(config.model)
     collator = AnswerCollator(processor, arguments.max_length)
     model = load_policy(config.model, config.lora, device=str(arguments.device))
+    goes_on = is_peft_model(model)
     files |= base_file(config.model.model_name_or_path, fingerprint(model))
     checkpoint = open_run(config.output, files, resume=config.resume, processes=processes)
     if is_finished(config.output):
@@ -90,7 +91,7 @@ def main(config: Config) -> None:
         train_dataset=rows,
         eval_dataset=used[1][0] if config.eval_data else None,
         processing_class=processor,
-        peft_config=config.lora.to_peft() if config.lora and not is_peft_model(model) else None,
+        peft_config=config.lora.to_peft() if config.lora and not goes_on else None,
         files=files,
     )
     check_trainable(trainer.model, config.freeze)
@@ -100,6 +101,8 @@ def main(config: Config) -> None:
         print(f"{kept.rows_used} rows, {kept.summary() or 'all used'}; {processes} process(es)")
         if config.eval_data and used[1][1].summary():
             print(f"{used[1][1].rows_used} held-out rows, {used[1][1].summary()}")
+        if goes_on:
+            print(f"training goes on with the adapter of {config.model.adapter or config.model.model_name_or_path}")
         if checkpoint:
             print(f"going on from {checkpoint.name}")
     eval_counts = {f"eval_{name}": count for name, count in used[1][1].counts().items()} if config.eval_data else None

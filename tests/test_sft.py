@@ -300,7 +300,7 @@ def test_recipe_saves_everything_goes_on_and_starts_no_second_time(tiny_llava, m
     assert "is finished; nothing to do" in capsys.readouterr().out
 
 
-def test_the_adapter_of_the_first_stage_goes_on(tiny_llava, examples, tmp_path):
+def test_the_adapter_of_the_first_stage_goes_on(tiny_llava, examples, tmp_path, capsys):
     """STIC: stage 2 trains the adapter of stage 1 on; without `lora` it is merged and all weights train."""
     lora = {"r": 4, "alpha": 8}
     RECIPE.main(recipe_config(tiny_llava, examples, tmp_path / "one", lora=lora))
@@ -309,6 +309,7 @@ def test_the_adapter_of_the_first_stage_goes_on(tiny_llava, examples, tmp_path):
     free = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(free) == len(first) == 2 * 2 * 7  # A and B, layers, projections
     RECIPE.main(recipe_config(tmp_path / "one", examples, tmp_path / "two", lora=lora))
+    assert capsys.readouterr().out.count(f"training goes on with the adapter of {tmp_path / 'one'}") == 1
     second = load_file(tmp_path / "two" / "adapter_model.safetensors")
     assert 0 < largest_difference(first, second) < 0.02  # four steps of 1e-3 from there, not from the start
     assert json.loads((tmp_path / "two" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
