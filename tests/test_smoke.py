@@ -66,6 +66,19 @@ def test_training_config(name, pairs, tmp_path):
     assert history[-1]["step"] == 1
 
 
+@pytest.mark.parametrize("name", names("train_sft"))
+def test_sft_config(name, prompts, pairs, tmp_path):
+    changes = {"model": MODEL, "data": pairs, "output": tmp_path / "out",
+               "trainer": {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
+                           "bf16": False, "save_steps": 1}}  # fmt: skip
+    if "stic" in name:
+        start("datagen/stic_sft_scenes", "stic", {"data": {"path": prompts}, "output": {"path": tmp_path / "data"}})
+        changes["data"] = tmp_path / "data"
+    start(name, "train_sft", changes)
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["rows_in"] == 6 == results["rows_used"]
+
+
 def test_evaluation_of_scenes(tmp_path):
     results = start("recipes/evaluate_scenes", "evaluate_model",
                     {"scenes": {"pictures": 6}, "reliance": {"items": 6}, "output": tmp_path / "out"})  # fmt: skip
