@@ -68,7 +68,7 @@ def test_training_config(name, pairs, tmp_path):
 
 @pytest.mark.parametrize("name", names("train_sft"))
 def test_sft_config(name, prompts, pairs, tmp_path):
-    changes = {"model": MODEL, "data": pairs, "output": tmp_path / "out",
+    changes = {"model": MODEL, "data": pairs / "none", "output": tmp_path / "out",
                "trainer": {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
                            "bf16": False, "save_steps": 1}}  # fmt: skip
     if "stic" in name:
@@ -124,7 +124,7 @@ def test_demo(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", names("image_contrast"))
 def test_image_contrast_config(name, pairs, tmp_path):
-    manifest = start(name, "image_contrast", {"data": {"path": pairs}, "output": {"path": tmp_path / "out"}})
+    manifest = start(name, "image_contrast", {"data": {"path": pairs / "none"}, "output": {"path": tmp_path / "out"}})
     assert manifest.rows_in == 6 == manifest.rows_used + sum(manifest.dropped.values())
     assert manifest.rows_out == 6
 

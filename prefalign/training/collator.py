@@ -7,7 +7,7 @@ Legend of shapes: `B` rows, `V` views, `L` tokens of the longest row of the plai
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -69,6 +69,10 @@ class PreferenceCollator:
     dummy: Mapping[str, torch.Tensor] | None = None
     cache: ReferenceCache | None = None
     tokens_per_pass: int | None = None
+    reader: Reader = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.reader = Reader(self.processor, self.views, self.negative, self.seed)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Build a batch.
@@ -86,7 +90,7 @@ class PreferenceCollator:
         Raises:
             ValueError: placeholders and pictures of a side disagree, or a prompt leaves no room (`PromptTooLong`).
         """
-        read = self._reader().read(rows, self.max_length)
+        read = self.reader.read(rows, self.max_length)
         if self.tokens_per_pass is None:
             return self._batch(rows, read)
         groups = read.passes(self.tokens_per_pass)
@@ -125,12 +129,9 @@ class PreferenceCollator:
 
     def lengths(self, row: Mapping[str, Any]) -> Lengths:
         """Tokens that one row needs."""
-        documents = self._reader().read([row]).documents
+        documents = self.reader.read([row]).documents
         prompt = max(len(document.prompt) for document in documents)
         return Lengths(prompt, prompt + max(len(answer) for document in documents for answer in document.answers))
-
-    def _reader(self) -> Reader:
-        return Reader(self.processor, self.views, self.negative, self.seed)
 
     def _padding(self) -> int:
         tokenizer = self.processor.tokenizer

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl.data_utils import apply_chat_template
 
-from prefalign.families import rewrites_prompt
+from prefalign.families import missing_end, rewrites_prompt
 from prefalign.images import EncodedImage, encode_png, open_image, read_image
 from prefalign.losses import VIEWS
 from prefalign.negatives import Negative, negatives
@@ -134,6 +134,10 @@ class Reader:
     views: Sequence[str]
     negative: Negative | None = None
     seed: int = 0
+    end: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.end = missing_end(self.processor)
 
     def read(self, rows: Sequence[Mapping[str, Any]], max_length: int | None = None) -> Documents:
         """The documents of some rows.
@@ -173,10 +177,10 @@ class Reader:
         return Documents(documents, places)
 
     def _texts(self, row: Mapping[str, Any], messages: list[Message]) -> tuple[str, str, str]:
-        """Prompt, chosen and rejected as text, split where TRL splits them."""
+        """Prompt, chosen and rejected as text, split where TRL splits them; answers always end with an end of turn."""
         sides = {side: normalise_messages(row[side]) for side in ("chosen", "rejected")}
         texts = apply_chat_template({"prompt": messages, **sides}, self.processor)
-        return texts["prompt"], texts["chosen"], texts["rejected"]
+        return texts["prompt"], texts["chosen"] + self.end, texts["rejected"] + self.end
 
     def _document(self, text: str, pictures: list[Image.Image], digest: str) -> Document:
         if not pictures and rewrites_prompt(self.processor):

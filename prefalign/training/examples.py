@@ -22,9 +22,8 @@ from prefalign.records import (
     message_text,
     normalise_messages,
     placeholder_count,
-    user_message,
 )
-from prefalign.training.collator import decode
+from prefalign.training.documents import decode
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -132,10 +131,7 @@ class AnswerCollator:
     end: str = field(init=False)
 
     def __post_init__(self) -> None:
-        _, closing = families.render_answer(self.processor, [user_message("?")], "!")
-        tokenizer = self.processor.tokenizer
-        closes = families.turn_end_id(self.processor) in tokenizer(closing, add_special_tokens=False).input_ids
-        self.end = "" if closes else tokenizer.eos_token
+        self.end = families.missing_end(self.processor)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Build a batch of B rows, T tokens.
