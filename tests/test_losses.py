@@ -290,10 +290,10 @@ def test_bco_adds_nothing_in_an_evaluation():
     bco = term("bco").term
     bco.loss(pair())
     with torch.no_grad():
-        losses, _ = bco.loss(pair())
-    held = bco.shift
-    assert held == pytest.approx(-0.05)
-    assert not losses.requires_grad
+        losses, _ = bco.loss({"chosen": by_hand([-1.0], [-7.0]), "rejected": by_hand([-1.0], [-3.0])})
+    assert bco.shift == pytest.approx(-0.05)
+    # rewards 0.6 and 0.2 against training's mean: S(0.65) + S(-0.25)
+    assert losses.tolist() == pytest.approx([0.4200553 + 0.8259394], abs=2e-6)
 
 
 def test_bco_state_round_trip():

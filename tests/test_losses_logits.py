@@ -32,14 +32,14 @@ def one_token(token, logits, ref_logits, *, logps=None, ref_logps=None):
 
 def test_povid_by_hand():
     scores = {
-        # probabilities 1/4 1/4 1/2 under the policy, 1/2 1/4 1/4 under the reference: d_w = ln(1/4) - ln(1/2) = -ln 2
-        "chosen": one_token(0, [0.0, 0.0, LN2], [LN2, 0.0, 0.0]),
-        # the noisy picture suggests token 2 to the policy (1/2 on the clean one) and token 1 to the reference (1/4): d = ln 2
+        # probabilities 1/4 1/4 1/2 under the policy, 1/2 1/8 3/8 under the reference: d_w = ln(1/4) - ln(1/2) = -ln 2
+        "chosen": one_token(0, [0.0, 0.0, LN2], [2 * LN2, 0.0, LN3]),
+        # the noisy picture suggests token 2 to the policy and token 1 to the reference: d = ln(1/2) - ln(1/8) = 2 ln 2
         "chosen_on_rejected_image": one_token(0, [0.0, 1.0, 5.0], [0.0, 3.0, 1.0]),
     }
     losses, metrics = term("povid_noise").term.loss(scores)
-    assert metrics["margins"].tolist() == pytest.approx([-0.2 * LN2], abs=1e-6)
-    assert losses.tolist() == pytest.approx([0.7648622], abs=1e-6)  # S(-0.1386294)
+    assert metrics["margins"].tolist() == pytest.approx([-0.3 * LN2], abs=1e-6)
+    assert losses.tolist() == pytest.approx([0.8025146], abs=1e-6)  # S(-0.3 ln 2) = ln(1 + 2 ** 0.3)
     assert metrics["disagreement"].tolist() == [1.0]
 
 

@@ -22,7 +22,8 @@ def load_unpaired(folder: Path, *, seed: int = 0) -> Dataset:
     KTO estimates a divergence by showing each prompt the answer of its neighbour in the batch, and so reads rows in order. The
     order given here is therefore random over pairs, chosen and rejected answers take turns, and the two answers of a pair are
     far apart: at least `rows / 2 - 2` rows, so no batch shows a prompt its own other answer. TRL's
-    `unpair_preference_dataset` puts all chosen answers first. No picture is copied.
+    `unpair_preference_dataset` puts all chosen answers first. No picture is copied. Give `KTOConfig` a `max_length` of None:
+    TRL's own, 1024, may cut image tokens.
 
     Args:
         folder: output of a stage that makes pairs.
@@ -34,14 +35,6 @@ def load_unpaired(folder: Path, *, seed: int = 0) -> Dataset:
 
     Raises:
         ValueError: the folder holds no finished pairs, or a single one.
-
-    Example:
-        >>> trainer = KTOTrainer(  # doctest: +SKIP
-        ...     model,
-        ...     args=KTOConfig("runs/kto", max_length=None, per_device_train_batch_size=4),
-        ...     train_dataset=load_unpaired(Path("runs/pairs")),
-        ...     processing_class=processor,
-        ... )
     """
     from datasets import concatenate_datasets, load_dataset
 
