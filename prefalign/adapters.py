@@ -132,7 +132,7 @@ def merge_adapters(
         torch.manual_seed(seed)
         try:
             peft_model.base_model.add_weighted_adapter(
-                [str(number) for number in range(len(found))], weights, "merged",
+                [_name(number) for number in range(len(found))], weights, "merged",
                 combination_type=combination_type, density=density)  # fmt: skip
         except (ValueError, TypeError) as error:
             raise ModelError(f"PEFT cannot combine these adapters by {combination_type!r}: {error}") from error
@@ -237,8 +237,8 @@ def _with_adapters(model: Any, found: Sequence[Source], settings: Sequence[dict[
         folder = str(source.folder)
         try:
             if wrapped is None:
-                wrapped = PeftModel(model, PeftConfig.from_pretrained(folder), str(number))
-            report = wrapped.load_adapter(folder, str(number))
+                wrapped = PeftModel(model, PeftConfig.from_pretrained(folder), _name(number))
+            report = wrapped.load_adapter(folder, _name(number))
         except (RuntimeError, ValueError) as error:
             lines = str(error).strip().splitlines()
             raise _wrong_base(source, base, " ".join(line.strip() for line in lines[:2])) from error
@@ -253,6 +253,10 @@ def _with_adapters(model: Any, found: Sequence[Source], settings: Sequence[dict[
             "of one would change the other. Keep the adapter unmerged, or train one that leaves both alone."
         )
     return wrapped
+
+
+def _name(number: int) -> str:
+    return f"source-{number:04}"  # PEFT looks for the name inside those of tensors: it must not be part of another
 
 
 def _wrong_base(adapter: Source, base: Source, why: str) -> ModelError:

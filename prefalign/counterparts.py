@@ -123,7 +123,7 @@ class Partner:
             if missing:
                 raise ModelError(
                     f"{pair} are not of one architecture: {len(missing)} tensor(s) of {where.source.name!r} have no counterpart "
-                    f"in the other ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Merge models of one line only."
+                    f"in the other ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Merge one line only."
                 )
         for name, other in self.names.items():
             skip = 1 if self._has_rows(name) else 0
@@ -162,7 +162,7 @@ def match_names(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
     """Pair tensor names of one tower by their longest common ending, since prefixes differ between versions and families.
 
     Returns:
-        Our name to theirs; names without exactly one counterpart are left out.
+        Our name to theirs, each at most once; names without one clear counterpart are left out.
 
     Example:
         >>> match_names(["language_model.model.layers.0.mlp.up_proj.weight"], ["model.layers.0.mlp.up_proj.weight"])
@@ -174,17 +174,19 @@ def match_names(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
         parts = name.split(".")
         for start in range(len(parts)):
             endings.setdefault((families.tower(name), *parts[start:]), []).append(name)
-    known, found = set(theirs), {}
+    known = set(theirs)
+    claims: dict[str, list[tuple[int, str]]] = {}
     for name in ours:
         parts = name.split(".")
         keys = ((families.tower(name), *parts[start:]) for start in range(len(parts)))
-        candidates = [name] if name in known else next((endings[key] for key in keys if key in endings), [])
-        if len(candidates) == 1:
-            found[name] = candidates[0]
-    counts: dict[str, int] = {}
-    for other in found.values():
-        counts[other] = counts.get(other, 0) + 1
-    return {name: other for name, other in found.items() if counts[other] == 1}
+        key, candidates = next(((key, endings[key]) for key in keys if key in endings), ((), []))
+        if name in known:
+            claims.setdefault(name, []).append((len(parts) + 2, name))
+        elif len(candidates) == 1:
+            claims.setdefault(candidates[0], []).append((len(key), name))
+    # a tensor that two lay claim to belongs to the one that shares the longer ending
+    best = {other: sorted(claimed, reverse=True)[:2] for other, claimed in claims.items()}
+    return {first[0][1]: other for other, first in best.items() if len(first) == 1 or first[0][0] > first[1][0]}
 
 
 def read_config(source: Source) -> Any:
@@ -264,7 +266,7 @@ def shared_rows(ours: Source, theirs: Source) -> torch.Tensor | None:
         first = ordinary[0]
         raise ModelError(
             f"{ours.name!r} and {theirs.name!r} have different vocabularies: {len(ordinary)} ordinary token(s) differ, the first "
-            f"is {first}: {one.get(first)!r} and {two.get(first)!r}. Rows that mean different words cannot be averaged; merge with "
+            f"is {first}: {one.get(first)!r} and {two.get(first)!r}. Rows of different words cannot be averaged; merge with "
             "the model that the first was made from."
         )
     if not other:

@@ -153,7 +153,7 @@ def whole_folder(output: Path, made: Mapping[str, Any], size: int) -> Iterator[P
     Raises:
         ModelError: the disk is full, or the folder cannot be written.
     """
-    output = output.expanduser().absolute()
+    output = output.absolute()
     partial = output.with_name(f".{output.name}.partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
