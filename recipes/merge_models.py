@@ -4,7 +4,7 @@ Papers: Aya Vision, arXiv 2505.08751 (`text_model`: vision-language tuning costs
 TIES, arXiv 2306.01708, and DARE, arXiv 2311.03099 (`base`: several tunings of one start, or one drawn back towards it).
 
 Needs: checkpoints in 16 or 32 bits and disk for each result; tensors are read one at a time, so memory stays about one model. A
-list of `alpha` writes one folder each, to be measured with evaluate_model. Folders appear whole or not at all; finished ones stay.
+list of `alpha` writes one folder each, to be measured with evaluate_model; each appears whole or not at all.
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ def save_adapter(base: Path, folder: Path, *, seed: int = 1, targets: str = LANG
 def save_text_llm(vlm: Path, folder: Path, *, noise: float, seed: int = 5, config: Any = None) -> Path:
     """The language model of a VLM as a text model of its own, every weight moved by noise."""
     model = load_model(ModelConfig(str(vlm), device="cpu"))
-    text = transformers.AutoModelForCausalLM.from_config(config or model.config.get_text_config())
+    config = config or model.config.get_text_config()
+    config.tie_word_embeddings = model.lm_head.weight is model.get_input_embeddings().weight
+    text = transformers.AutoModelForCausalLM.from_config(config)
     inner = getattr(model.model, "language_model", None)
     text.model.load_state_dict((inner if inner is not None else model.model.text_model).state_dict())
     if not text.config.tie_word_embeddings:

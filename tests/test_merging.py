@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -487,6 +488,7 @@ def test_a_finished_merge_is_kept_and_another_refused(tiny_llava, tuned, tmp_pat
         merge_vlms([str(tuned)], out, base=str(tiny_llava), alpha=0.5)
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that is there and cannot be read")
 def test_nothing_is_left_of_a_merge_that_failed(tiny_llava, tuned, tmp_path):
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
     half = shutil.copytree(tuned, tmp_path / "half")
