@@ -129,11 +129,12 @@ def merge_adapters(
     size = sum(parameter.numel() for parameter in model.parameters()) * (stored or model.dtype).itemsize
     peft_model = _with_adapters(model, found, settings, start)
     if len(found) > 1:
-        torch.manual_seed(seed)
         try:
-            peft_model.base_model.add_weighted_adapter(
-                [_name(number) for number in range(len(found))], weights, "merged",
-                combination_type=combination_type, density=density)  # fmt: skip
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                names = [_name(number) for number in range(len(found))]
+                combine = peft_model.base_model.add_weighted_adapter
+                combine(names, weights, "merged", combination_type=combination_type, density=density)
         except (ValueError, TypeError) as error:
             raise ModelError(f"PEFT cannot combine these adapters by {combination_type!r}: {error}") from error
         peft_model.base_model.set_adapter("merged")

@@ -115,7 +115,7 @@ class Partner:
         candidates = {name for name in theirs.files if not name.endswith(COMPUTED)}
         self.names = match_names(self.scope, candidates)
         head, embedding = ours.ending(HEAD), ours.ending(EMBEDDING)
-        if head is not None and embedding in self.names and (theirs.ending(HEAD) is None or ours.ties_head()):
+        if head is not None and embedding in self.names and theirs.ending(HEAD) is None:
             self.names[head] = self.names[embedding]
         alone = sorted(self.scope - self.names.keys())
         left = sorted(candidates - set(self.names.values()) - ({theirs.ending(HEAD)} if theirs.ties_head() else set()))

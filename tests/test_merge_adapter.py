@@ -129,6 +129,9 @@ def test_several_adapters(adapter, second, tiny_llava, tmp_path):
     assert torch.equal(thinned[0][moved], thinned[1][moved])
     assert not torch.equal(thinned[2][moved], thinned[3][moved])
     assert all(not torch.equal(each[moved], start[moved]) for each in thinned)
+    torch.manual_seed(99)
+    again = stored(merge_adapters(both, tmp_path / "again", combination_type="dare_ties", density=0.5, seed=0))
+    assert torch.equal(again[moved], thinned[2][moved])
     note = json.loads((tmp_path / "cat" / "merge.json").read_text())
     assert (note["weights"], note["combination_type"]) == (weights, "cat")
 
