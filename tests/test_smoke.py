@@ -197,7 +197,7 @@ def test_mia_dpo_config(name, prompts, tmp_path):
 
 @pytest.mark.parametrize("name", names("filter_pairs"))
 def test_filter_pairs_config(name, pairs, tmp_path):
-    changes = {"model": MODEL, "data": {"path": pairs}, "output": {"path": tmp_path / "out"}, "batch_size": 4,
+    changes = {"model": MODEL, "data": {"path": pairs / "none"}, "output": {"path": tmp_path / "out"}, "batch_size": 4,
                "filters": {"evidence": {"floor": -1000.0}, "reliance": {"ceiling": 1000.0}}}  # fmt: skip
     if name.endswith("scenes"):
         changes["filters"]["claims"] = {"floor": -10.0}
