@@ -295,8 +295,7 @@ def test_a_run_on_the_fly_ends_with_the_weights_of_one_on_stored_pairs(tiny_llav
         ),
         (
             {},
-            r"`rejected_images` \(views chosen_on_rejected_image\), which is empty in 8 of the 8 pairs.*"
-            "`negative.kind: crop` makes the picture on the fly",
+            r"`rejected_images` \(views chosen_on_rejected_image\), which is empty in 8 of the 8 pairs.*`negative.kind: crop`",
         ),
     ],
 )
