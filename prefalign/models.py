@@ -132,7 +132,8 @@ def fingerprint(model: Any) -> str:
     """Content hash of a model: name, dtype, shape and bytes of every tensor, adapter included.
 
     A tensor counts in the narrowest float type that holds its values exactly, so a float16 checkpoint has one fingerprint
-    whether it is loaded in float16 on a GPU or in float32 on a CPU.
+    whether it is loaded in float16 on a GPU or in float32 on a CPU. Under DeepSpeed ZeRO-3, where a process holds a part of
+    each tensor, all processes have to ask together.
 
     Returns:
         16 hex digits; equal weights give equal digits whatever file or folder they came from.
@@ -142,13 +143,20 @@ def fingerprint(model: Any) -> str:
 
     def digest(item: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = item
+        if hasattr(tensor, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([tensor]):
+                return digest((name, tensor.detach()))
         tensor = _narrowest(tensor.detach())
         raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         head = f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode()
         return hashlib.sha256(head + hashlib.sha256(raw.data).digest()).digest()
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = pool.map(digest, sorted(model.state_dict().items()))
+    tensors = sorted(model.state_dict(keep_vars=True).items(), key=lambda item: item[0])
+    in_parts = any(hasattr(tensor, "ds_id") for _, tensor in tensors)  # gathered one by one, in the same order everywhere
+    with ThreadPoolExecutor(1 if in_parts else min(8, os.cpu_count() or 1)) as pool:
+        digests = pool.map(digest, tensors)
         return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
 
@@ -161,8 +169,8 @@ def parameter_table(model: Any) -> list[dict[str, Any]]:
     counts = {name: [0, 0] for name in (*families.TOWERS, "total")}
     for name, parameter in model.named_parameters():
         for tower in (families.tower(name), "total"):
-            counts[tower][0] += parameter.numel()
-            counts[tower][1] += parameter.numel() if parameter.requires_grad else 0
+            counts[tower][0] += _size(parameter)
+            counts[tower][1] += _size(parameter) if parameter.requires_grad else 0
     return [{"tower": name, "parameters": both[0], "trainable": both[1]} for name, both in counts.items()]
 
 
@@ -186,11 +194,16 @@ def freeze(model: Any, towers: Sequence[str]) -> int:
     for name, parameter in model.named_parameters():
         if families.tower(name) in frozen:
             parameter.requires_grad_(False)
-            frozen[families.tower(name)] += parameter.numel()
+            frozen[families.tower(name)] += _size(parameter)
     for name, count in frozen.items():
         if not count:
             raise ModelError(f"a {type(families.core(model)).__name__} has no {name} to freeze; leave it out.")
     return sum(frozen.values())
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    """Elements of a whole parameter, of which a process holds none itself under DeepSpeed ZeRO-3."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _narrowest(tensor: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,7 @@ def main(config: Config) -> None:
     from prefalign.losses import find_term
     from prefalign.models import fingerprint, freeze, load_processor, parameter_table
     from prefalign.training.arguments import training_arguments
+    from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
     from prefalign.training.lora import check_trainable
     from prefalign.training.pairs import check_columns, check_negative, check_texts, keep_fitting, load_pairs
     from prefalign.training.preference import PreferenceTrainer
@@ -73,6 +74,7 @@ def main(config: Config) -> None:
     )
 
     _plain_lines_without_a_terminal()
+    prepare_processes(config.trainer)
     arguments = training_arguments(config.trainer, output=config.output, seed=config.seed)
     term = find_term(config.term)
     term.check(arguments.loss_type)
@@ -99,8 +101,10 @@ def main(config: Config) -> None:
         return
     if config.lora is None:
         freeze(model, config.freeze)
+    needs_reference = config.lora is None and term.needs_reference(arguments.loss_type)
     trainer = PreferenceTrainer(
         model,
+        ref_model=_load_policy(config, str(arguments.device)) if needs_reference and _in_parts(model) else None,
         args=arguments,
         train_dataset=datasets[0],
         eval_dataset=datasets[1] if config.eval_pairs else None,
@@ -111,6 +115,7 @@ def main(config: Config) -> None:
         negative=config.negative,
         negative_seed=config.seed,
     )
+    running = running_processes(trainer.accelerator, config.trainer)
     check_trainable(trainer.model, config.freeze)
     trainer.train_dataset, fit = keep_fitting(trainer.train_dataset, trainer.data_collator)
     if config.eval_pairs:
@@ -118,7 +123,7 @@ def main(config: Config) -> None:
     if main_process:
         for row in parameter_table(trainer.model):
             print(f"{row['tower']:<15}{row['parameters']:>16,} parameters{row['trainable']:>16,} trainable")
-        print(f"{fit.rows_used} pairs, {fit.summary() or 'all fit'}; {arguments.world_size} process(es)")
+        print(f"{fit.rows_used} pairs, {fit.summary() or 'all fit'}; {running}")
         if config.eval_pairs and eval_fit.summary():
             print(f"{eval_fit.rows_used} held-out pairs, {eval_fit.summary()}")
         if checkpoint:
@@ -127,6 +132,7 @@ def main(config: Config) -> None:
     with full_disk_explained(config.output):
         if main_process:
             claim_run(config.output, files)
+        claim_processes(config.output, running, main_process=main_process)
         metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
         metrics |= {"rows_in": fit.rows_in, "rows_used": fit.rows_used, "rows_prompt_too_long": len(fit.too_long)}
         if config.eval_pairs:
@@ -165,6 +171,11 @@ def _load_policy(config: Config, device: str) -> Any:
             "first, or leave `lora` out to train all weights of the merged model."
         )
     return model.merge_and_unload()
+
+
+def _in_parts(model: Any) -> bool:
+    """Whether each process holds a part of every weight (DeepSpeed ZeRO-3), so that the policy cannot be copied."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _plain_lines_without_a_terminal() -> None:
