@@ -14,6 +14,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from trl import DPOConfig
 
+from prefalign import bundled
 from prefalign.config import ConfigError, nearest
 
 OWNED = {
@@ -68,6 +69,8 @@ def training_arguments(settings: Mapping[str, Any], *, output: Path, seed: int) 
                 problems.append(f"trainer.{name}: {error.errors()[0]['msg']} (got {value!r}).")
     if problems:
         raise ConfigError("\n  ".join(problems))
+    if isinstance(values.get("deepspeed"), str):
+        values["deepspeed"] = str(bundled.find(values["deepspeed"]))
     arguments = DPOConfig(**{**defaults(), **values, "output_dir": str(output), "seed": seed})
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.world_size != started:
