@@ -10,7 +10,11 @@ from types import ModuleType
 from prefalign.config import ConfigError, nearest
 
 STAGE_FOLDERS = ("datagen", "reward_models", "recipes")
-PROFILES = {"accelerate": "configs/accelerate/*.yaml", "deepspeed": "configs/deepspeed/*.json", "slurm": "recipes/slurm/*.sbatch"}
+PROFILES = {
+    "accelerate": "configs/accelerate/*.yaml",
+    "deepspeed": "configs/deepspeed/*.json",
+    "slurm": "recipes/slurm/*.sbatch",
+}
 """What a launcher reads, by name: not configs of a stage."""
 
 

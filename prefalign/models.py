@@ -80,6 +80,7 @@ def load_model(config: ModelConfig) -> Any:
             f"the weights of {source!r} lack {len(missing)} tensor(s) that a {type(model).__name__} has "
             f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); they would be random. Use a complete checkpoint."
         )
+    _forget_unused_renamings(model)
     if dtype == "auto" and device.type == "cpu" and model.dtype == torch.float16:
         logger.info("%s is stored in float16, which a CPU computes badly; loaded in float32.", source)
         model = model.float()
@@ -154,7 +155,9 @@ def fingerprint(model: Any) -> str:
         return hashlib.sha256(head + hashlib.sha256(raw.data).digest()).digest()
 
     tensors = sorted(model.state_dict(keep_vars=True).items(), key=lambda item: item[0])
-    in_parts = any(hasattr(tensor, "ds_id") for _, tensor in tensors)  # gathered one by one, in the same order everywhere
+    in_parts = any(
+        hasattr(tensor, "ds_id") for _, tensor in tensors
+    )  # gathered one by one, in the same order everywhere
     with ThreadPoolExecutor(1 if in_parts else min(8, os.cpu_count() or 1)) as pool:
         digests = pool.map(digest, tensors)
         return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
@@ -199,6 +202,21 @@ def freeze(model: Any, towers: Sequence[str]) -> int:
         if not count:
             raise ModelError(f"a {type(families.core(model)).__name__} has no {name} to freeze; leave it out.")
     return sum(frozen.values())
+
+
+def _forget_unused_renamings(model: Any) -> None:
+    """Keep the names under which a checkpoint was read for saving it again, and no others.
+
+    Under DeepSpeed ZeRO-3 transformers 5.23 remembers every renaming that it knows for a family, legacy ones too, and would
+    save `language_model.model.model.layers...`, which no other program reads.
+    """
+    from transformers.core_model_loading import WeightRenaming
+
+    known = getattr(model, "_weight_conversions", None)
+    if known is not None:
+        model._weight_conversions = [
+            entry for entry in known if not isinstance(entry, WeightRenaming) or entry.was_used()
+        ]
 
 
 def _size(parameter: torch.nn.Parameter) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -63,17 +64,19 @@ def prepare_processes(settings: Mapping[str, Any]) -> None:
         ConfigError: FSDP on a CPU, two kinds of sharding at once, or DeepSpeed without its package or without a launcher.
     """
     asked = _asked(settings)
-    if len(asked) > 1:
+    if len({kind for kind, _ in asked}) > 1:
         raise ConfigError(
             f"two ways to share out the weights are asked for: {' and '.join(f'{kind} by {by}' for kind, by in asked)}. Only "
-            "one can run; leave the others out."
+            "one can run; leave the other out."
         )
-    on_cpu = settings.get("use_cpu") or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    for kind, by in asked:
+    on_cpu = (
+        settings.get("use_cpu") or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    )
+    for kind, by in asked[:1]:
         if kind == "FSDP" and on_cpu:
             raise ConfigError(
-                f"FSDP is asked for by {by} and this run is on a CPU: accelerate uses FSDP on GPUs only and would train plain DDP "
-                "without saying so, all weights in every process. Use DeepSpeed, which shards on a CPU too (torchrun with "
+                f"FSDP is asked for by {by} and this run is on a CPU: accelerate uses FSDP on GPUs only and would train plain "
+                "DDP without saying so, all weights in every process. Use DeepSpeed, which shards on a CPU too (torchrun with "
                 "`--trainer.deepspeed configs/deepspeed/zero3.json`), or leave FSDP out."
             )
         if kind == "DeepSpeed":
@@ -93,7 +96,9 @@ def _asked(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _prepare_deepspeed(by: str, *, on_cpu: bool) -> None:
     if find_spec("deepspeed") is None:
-        raise ConfigError(f"DeepSpeed is asked for by {by} and is not installed. Run `pip install prefalign[deepspeed]`.")
+        raise ConfigError(
+            f"DeepSpeed is asked for by {by} and is not installed. Run `pip install prefalign[deepspeed]`."
+        )
     if "WORLD_SIZE" not in os.environ:
         raise ConfigError(
             f"DeepSpeed is asked for by {by} and nothing says which of the processes this is. Start the recipe's file with "
@@ -102,6 +107,8 @@ def _prepare_deepspeed(by: str, *, on_cpu: bool) -> None:
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if file is not None:
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(bundled.find(file))
+    # DeepSpeed 0.19 calls torch's older names at every step
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     if on_cpu:
         import deepspeed
 
@@ -147,9 +154,9 @@ def claim_processes(folder: Path, running: Processes, *, main_process: bool) -> 
     before = Processes(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else running
     if before != running and any(folder.glob("checkpoint-*")):
         raise RunError(
-            f"{folder} holds checkpoints of a run on {before}, and this is {running}: the optimizer's state and the random states "
-            "could not be restored, so the run would not be the same. Start it as before, give another `output`, or delete "
-            "the folder."
+            f"{folder} holds checkpoints of a run on {before}, and this is {running}: the optimizer's state and the random "
+            "states could not be restored, so the run would not be the same. Start it as before, give another `output`, or "
+            "delete the folder."
         )
     if main_process:
         write_atomically(file, json.dumps(asdict(running), indent=2).encode())
