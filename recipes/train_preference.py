@@ -170,7 +170,12 @@ def _load_policy(config: Config, device: str) -> Any:
             "lora: the model is an adapter already, and a second one would be saved without the first. Merge and save the model "
             "first, or leave `lora` out to train all weights of the merged model."
         )
-    return model.merge_and_unload()
+    if _in_parts(model):
+        raise ConfigError(
+            "model: an adapter cannot be merged into weights that are shared out (DeepSpeed ZeRO-3). Merge and save the model "
+            "first, or train it with ZeRO-2 or in one process."
+        )
+    return model.merge_and_unload().requires_grad_(True)
 
 
 def _in_parts(model: Any) -> bool:

@@ -2,7 +2,8 @@
 
     distributed_run.py FOLDER    runs `FOLDER/runs.json`, a list of recipe configs, and writes `FOLDER/seen.json`
 
-A config's `copy_from` is a finished run whose checkpoint-2 lies in the output folder before it starts, as after a kill.
+A config's `copy_from` is a finished run whose checkpoint-2 lies in the output folder before it starts, as after a kill. A run
+that is refused in all processes leaves its message.
 """
 
 import json
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
 from prefalign import bundled
-from prefalign.config import build
+from prefalign.config import ConfigError, build
 
 RECIPE = bundled.load_stage("train_preference")
 
@@ -35,7 +36,11 @@ def main(folder: Path) -> None:
             if dist.get_rank() == 0:
                 claimed(Path(source), Path(values["output"]))
             dist.barrier()
-        RECIPE.main(build(RECIPE.Config, values))
+        try:
+            RECIPE.main(build(RECIPE.Config, values))
+        except ConfigError as error:
+            seen.append({"refused": str(error)})
+            continue
         state = AcceleratorState()
         plugin = state.deepspeed_plugin if state.distributed_type.value == "DEEPSPEED" else None
         seen.append({"distributed_type": state.distributed_type.value, "num_processes": state.num_processes,

@@ -1,6 +1,7 @@
 """Two processes are one, resume as one, and run what was asked for: torchrun and accelerate on a CPU, DDP, ZeRO-2, ZeRO-3."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -103,6 +104,13 @@ def resumed(folder, mode, **more):
     return [values | {"copy_from": values["output"], "output": values["output"] + "-resumed"} for values in again]
 
 
+def on_an_adapter(folder, mode):
+    """All weights, from the LoRA run's end."""
+    values = runs(folder, mode)[0]
+    model = {"model_name_or_path": str(folder / "one" / "lora"), "device": "cpu"}
+    return values | {"model": model, "output": str(folder / mode / "merged")}
+
+
 def start(command, folder, **environment):
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=folder,
                           env=ENVIRONMENT | environment, timeout=240)  # fmt: skip
@@ -125,6 +133,7 @@ def launched(folder):
             work = folder / f"work-{mode}"
             work.mkdir()
             todo = runs(folder, mode, deepspeed=deepspeed) + resumed(folder, mode, deepspeed=deepspeed)
+            todo += [on_an_adapter(folder, mode)] if mode == "zero3" else []
             (work / "runs.json").write_text(json.dumps(todo))
             launcher = TORCHRUN
             if mode == "zero3":
@@ -166,7 +175,7 @@ def assert_same_run(one: Path, two: Path) -> None:
 def test_what_was_asked_for_runs(mode, launched, folder):
     """As the run itself sees it, as it says at its start, and as its folder keeps it."""
     output, seen = launched(mode)
-    assert seen == [MODES[mode]] * (len(runs(folder, mode)) + 2)
+    assert seen[: len(runs(folder, mode)) + 2] == [MODES[mode]] * (len(runs(folder, mode)) + 2)
     line = {"ddp": "2 processes, DDP (MULTI_CPU)", "zero2": "2 processes, DeepSpeed ZeRO-2"}
     assert f"8 pairs, all fit; {line.get(mode, '2 processes, DeepSpeed ZeRO-3')}" in output
     kept = json.loads((folder / mode / "full" / "processes.json").read_text())
@@ -212,6 +221,21 @@ def test_weights_are_known_by_one_fingerprint(mode, launched, folder):
     launched(mode)
     base = [json.loads((folder / name / "full" / "base.json").read_text()) for name in ("one", mode)]
     assert base[0] == base[1]
+
+
+def test_all_weights_train_from_an_adapter(folder):
+    """Merged first; the reference is the merged model."""
+    RECIPE.main(build(RECIPE.Config, on_an_adapter(folder, "one")))
+    entries = history(folder / "one" / "merged")
+    assert entries[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert entries[3]["loss"] < entries[0]["loss"]
+    assert (folder / "one" / "merged" / "model.safetensors").is_file()
+
+
+@needs_deepspeed
+def test_an_adapter_is_not_merged_into_shared_weights(launched):
+    _, seen = launched("zero3")
+    assert re.match("model: an adapter cannot be merged .* ZeRO-3.* Merge and save the model first", seen[-1]["refused"])
 
 
 @modes
