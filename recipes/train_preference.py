@@ -184,8 +184,8 @@ def _load_policy(config: Config, device: str) -> Any:
         return model
     if config.lora is not None:
         raise ConfigError(
-            "lora: the model is an adapter already, and a second one would be saved without the first. Merge it first (`prefalign run "
-            "merge_adapter`), or leave `lora` out to train all weights of the merged model."
+            "lora: the model is an adapter already, and a second one would be saved without the first. Merge it first "
+            "(`prefalign run merge_adapter`), or leave `lora` out to train all weights of the merged model."
         )
     if _in_parts(model):
         raise ConfigError(
