@@ -122,10 +122,9 @@ def tags(config: Mapping[str, Any]) -> list[str]:
     """Tags for the Hub: what kind of training, and the names of its papers."""
     if not config:
         return []
-    if is_imitation(config):
-        return ["sft"]
     names = [name.lower().replace(" ", "-") for name, _ in papers(config)]
-    return ["preference-alignment", *names]
+    kind = ["sft"] if is_imitation(config) else ["preference-alignment", *names]
+    return [*kind, *(["lora"] if config.get("lora") else [])]
 
 
 def _reference_words(config: Mapping[str, Any]) -> str:

@@ -93,7 +93,7 @@ def model_card(
     mixed = merge is not None and merge["stage"] != "merge_adapter"
     words = method or (merge_words(merge) if merge and not run else method_words(run))
     bases = list(dict.fromkeys([*([base.hub_id] if base.hub_id else []), *(hub_ids(merge) if mixed and merge else [])]))
-    labels = ["prefalign", *(["trl"] if run else []), *tags(run), *_slugs(words), *(["merge"] if merge else [])]
+    labels = ["prefalign", *(["trl"] if run else []), *tags(run), *_slugs(method or ""), *(["merge"] if merge else [])]
     card = ModelCardData(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="image-text-to-text",
