@@ -165,6 +165,6 @@ def test_unfinished_pairs_are_refused(tmp_path: Path):
 
 def test_rows_that_are_no_pairs_are_refused(tmp_path: Path):
     folder = write_examples(tmp_path / "examples", [make_example(0)])
-    message = r"are no pairs: they have no .*chosen, rejected \(stage `test` wrote .*messages.*`prefalign run train_sft` trains on"
+    message = r"are no pairs: they have no .*chosen, rejected \(stage `test` wrote .*messages.*`prefalign run train_sft` trains"
     with pytest.raises(ValueError, match=message):
         load_pairs(folder)

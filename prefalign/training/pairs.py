@@ -59,8 +59,8 @@ def pairs_manifest(folder: Path) -> Manifest:
     if lacking := [name for name in COLUMNS if name not in present]:
         raise ValueError(
             f"the rows of {folder} are no pairs: they have no {', '.join(lacking)} (stage `{manifest.stage}` wrote "
-            f"{', '.join(present)}). Give the output of a stage that makes pairs; `prefalign run train_sft` trains on prompts and "
-            "examples."
+            f"{', '.join(present)}). Give the output of a stage that makes pairs; on prompts and examples "
+            "`prefalign run train_sft` trains."
         )
     return manifest
 
@@ -84,7 +84,8 @@ def check_negative(dataset: Dataset, views: Sequence[str], folder: Path, negativ
     if not _empty(dataset, "rejected_images"):
         raise ValueError(
             f"negative.kind is {negative.kind!r}, and all {len(dataset)} pairs of {folder} have `rejected_images` already, "
-            "which are kept, so nothing would be made. Take these with `--negative null`, or store others: `prefalign run image_contrast`."
+            "which are kept, so nothing would be made. Take these with `--negative null`, or store others: `prefalign run "
+            "image_contrast`."
         )
 
 
