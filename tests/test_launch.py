@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 
 import pytest
@@ -204,9 +205,9 @@ def test_slurm_script_asks_to_be_queued_again_and_refuses_unknown_profiles(slurm
     process = subprocess.Popen(script, cwd=tmp_path, env=environment, start_new_session=True)
     assert wait_for(tmp_path / "started", process)
     process.send_signal(signal.SIGUSR1)
-    assert wait_for(tmp_path / "requeued", process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.wait(timeout=60)  # or until the stand-in for srun ends by itself
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     assert (tmp_path / "requeued").read_text() == f"requeue {slurm['SLURM_JOB_ID']}\n"
     refused = subprocess.run(
         script, cwd=tmp_path, env=environment | {"PROFILE": "zero4"}, capture_output=True, text=True
