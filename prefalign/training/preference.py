@@ -149,6 +149,7 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         share(self.model, self.route.layout)
         if self.ref_model is not None:
             share(self.accelerator.unwrap_model(self.ref_model), self.route.layout)
+        still = frozen_tower(self.model)  # an adapter has frozen what it does not reach
         self.frozen = FrozenTower(still, keep=online) if still is not None else None
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             collator.dummy = blank_vision(processing_class)
