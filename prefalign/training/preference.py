@@ -149,10 +149,15 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         share(self.model, self.route.layout)
         if self.ref_model is not None:
             share(self.accelerator.unwrap_model(self.ref_model), self.route.layout)
+        still = frozen_tower(self.model)  # an adapter has frozen what it does not reach
         self.frozen = FrozenTower(still, keep=online) if still is not None else None
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             collator.dummy = blank_vision(processing_class)
-        self.add_callback(_NoInputHooks(self))
+        no_hooks = _NoInputHooks(self)
+        no_hooks.on_train_begin(
+            self.args, self.state, self.control
+        )  # TRL's own, which `train` would put others on top of
+        self.add_callback(no_hooks)
 
     def _check(self, args: DPOConfig, tokens_per_pass: int | None) -> None:
         together = coupled(self.losses, args.loss_type)
