@@ -5,6 +5,7 @@ Legend of shapes: `B` rows of the batch, `A` tokens of the longest answer of a s
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -208,13 +209,14 @@ def prepare(stage: ModuleType, config: Any, *, rows: int, scratch: Path) -> Case
     Raises:
         ValueError: whatever the recipe would refuse.
     """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise ConfigError(
+            f"doctor was started in {processes} processes, and it examines what one of them does with one batch. Start it "
+            "without torchrun or accelerate."
+        )
     stage._plain_lines_without_a_terminal()
     arguments = training_arguments(config.trainer, output=scratch, seed=config.seed)
-    if arguments.world_size > 1:
-        raise ConfigError(
-            f"doctor was started in {arguments.world_size} processes, and it examines what one of them does with one batch. "
-            "Start it without torchrun or accelerate."
-        )
     losses = read_losses(config.losses, beta=arguments.beta)
     views = views_of(losses)
     folders = [config.pairs, *([config.eval_pairs] if config.eval_pairs else [])]

@@ -54,7 +54,7 @@ def check_manifest(case: Case) -> list[Finding]:
 def check_visual_tokens(case: Case) -> list[Finding]:
     """How many tokens pictures become, and how much of the context and of a row they are."""
     [token] = families.image_token_ids(case.model_config)
-    per_picture, per_row, shares, blind = [], [], [], []
+    per_picture, per_row, shares = [], [], []
     for reading in sampled(case):
         document = max(reading.documents.documents, key=lambda document: len(document.prompt))
         pictures = placeholder_count(reading.row["prompt"])
@@ -63,8 +63,6 @@ def check_visual_tokens(case: Case) -> list[Finding]:
         shares.append(tokens / reading.total)
         if pictures:
             per_picture.append(tokens / pictures)
-            if not tokens:
-                blind.append(reading.row["id"])
     if not per_picture:
         return [
             judge("visual tokens", "no row of the sample holds a picture", warn="Nothing visual is learned from it.")
@@ -77,11 +75,6 @@ def check_visual_tokens(case: Case) -> list[Finding]:
         seen += f"; the longest row takes {longest} of {context} positions, pictures {max(per_row) / context:.0%}"
         if min(longest, case.collator.max_length or longest) > context:
             problem = f"The longest row needs {longest} positions, the model has {context}. Set trainer.max_length to {context}."
-    if blind:
-        problem = (
-            f"{len(blind)} rows have pictures and no image token ({some(blind)}), so the model sees none. The chat template "
-            "leaves out the placeholder."
-        )
     return [judge("visual tokens", seen, fail=problem)]
 
 

@@ -36,7 +36,7 @@ def check_template(case: Case) -> list[Finding]:
         for side, answer in reading.answers().items():
             start = texts[side].find(message_text(normalise_messages(reading.row[side])).strip())
             if start < 0 or texts[side][:start].strip():
-                heads[name] = texts[side][: max(start, 24)]
+                heads[name] = texts[side][: start if start >= 0 else 24]
             if families.rewrites_prompt(case.processor):
                 continue
             whole = _ids(case.processor, texts["prompt"] + texts[side], reading.row)
