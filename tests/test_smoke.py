@@ -29,8 +29,10 @@ def prompts(folder):
 
 @pytest.fixture(scope="module")
 def pairs(folder, prompts):
-    changes = {"data": {"path": prompts}, "output": {"path": folder / "pairs"}, "rejected_images": "noised"}
-    start("datagen/povid_scenes", "povid", changes)
+    """Pairs with another picture (`noised`) and without (`none`)."""
+    for kind in ("noised", "none"):
+        changes = {"data": {"path": prompts}, "output": {"path": folder / "pairs" / kind}, "rejected_images": kind}
+        start("datagen/povid_scenes", "povid", changes)
     return folder / "pairs"
 
 
@@ -55,12 +57,26 @@ def test_pairs_config(name, prompts, tmp_path):
 
 @pytest.mark.parametrize("name", names("train_preference"))
 def test_training_config(name, pairs, tmp_path):
-    changes = {"model": MODEL, "pairs": pairs, "output": tmp_path / "out",
+    made = config.read_yaml(bundled.configs()[name]).get("negative")
+    changes = {"model": MODEL, "pairs": pairs / ("none" if made else "noised"), "output": tmp_path / "out",
                "trainer": {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
                            "bf16": False, "save_steps": 1}}  # fmt: skip
     start(name, "train_preference", changes)
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert history[-1]["step"] == 1
+
+
+@pytest.mark.parametrize("name", names("train_sft"))
+def test_sft_config(name, prompts, pairs, tmp_path):
+    changes = {"model": MODEL, "data": pairs / "none", "output": tmp_path / "out",
+               "trainer": {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
+                           "bf16": False, "save_steps": 1}}  # fmt: skip
+    if "stic" in name:
+        start("datagen/stic_sft_scenes", "stic", {"data": {"path": prompts}, "output": {"path": tmp_path / "data"}})
+        changes["data"] = tmp_path / "data"
+    start(name, "train_sft", changes)
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["rows_in"] == 6 == results["rows_used"]
 
 
 def test_evaluation_of_scenes(tmp_path):
@@ -108,7 +124,7 @@ def test_demo(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", names("image_contrast"))
 def test_image_contrast_config(name, pairs, tmp_path):
-    manifest = start(name, "image_contrast", {"data": {"path": pairs}, "output": {"path": tmp_path / "out"}})
+    manifest = start(name, "image_contrast", {"data": {"path": pairs / "none"}, "output": {"path": tmp_path / "out"}})
     assert manifest.rows_in == 6 == manifest.rows_used + sum(manifest.dropped.values())
     assert manifest.rows_out == 6
 
