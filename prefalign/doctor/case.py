@@ -24,10 +24,11 @@ from prefalign.doctor.findings import NotExaminedError
 from prefalign.losses import VIEWS, read_losses, views_of
 from prefalign.models import fingerprint, freeze, load_processor
 from prefalign.training.arguments import training_arguments
-from prefalign.training.documents import Documents, Reader, digest_of, picture_bytes
+from prefalign.training.documents import Documents, digest_of, picture_bytes
 from prefalign.training.pairs import check_columns, check_negative, check_texts, load_pairs
 from prefalign.training.preference import PreferenceTrainer, needs_reference
 from prefalign.training.runs import base_file, run_files
+from prefalign.training.upkeep import plain_lines_without_a_terminal
 
 if TYPE_CHECKING:
     from prefalign.training.collator import PreferenceCollator
@@ -110,10 +111,10 @@ class Case:
         """The model's config."""
         return families.core(self.trainer.model).config
 
-    @property
+    @cached_property
     def collator(self) -> PreferenceCollator:
-        """The trainer's collator."""
-        return self.trainer.data_collator
+        """The trainer's collator, for batches that are one pass."""
+        return replace(self.trainer.data_collator, tokens_per_pass=None)
 
     @property
     def precise(self) -> bool:
@@ -128,14 +129,20 @@ class Case:
 
     @cached_property
     def rows(self) -> list[Mapping[str, Any]]:
-        """The rows of the batch: the first of the sample that fit, as many as a device takes at a time.
+        """The rows of the batch: the first of the sample that fit, as many as a device takes in one pass.
 
         Raises:
             NotExaminedError: there is none.
         """
         if not self.fitting:
             raise NotExaminedError("no row of the sample can be run")
-        return [reading.row for reading in self.fitting[: self.trainer.args.per_device_train_batch_size]]
+        rows = [reading.row for reading in self.fitting[: self.trainer.args.per_device_train_batch_size]]
+        budget = self.trainer.data_collator.tokens_per_pass
+        if budget is None:
+            return rows
+        read = self.collator.reader.read(rows, self.collator.max_length)
+        most = max(read.passes(budget), key=lambda group: len(list(group)))
+        return [rows[number] for number in sorted(most)]
 
     @cached_property
     def step(self) -> Step:
@@ -215,8 +222,8 @@ def prepare(stage: ModuleType, config: Any, *, rows: int, scratch: Path) -> Case
             f"doctor was started in {processes} processes, and it examines what one of them does with one batch. Start it "
             "without torchrun or accelerate."
         )
-    stage._plain_lines_without_a_terminal()
-    arguments = training_arguments(config.trainer, output=scratch, seed=config.seed)
+    plain_lines_without_a_terminal()
+    arguments: Any = training_arguments(config.trainer, output=scratch, seed=config.seed)
     losses = read_losses(config.losses, beta=arguments.beta)
     views = views_of(losses)
     folders = [config.pairs, *([config.eval_pairs] if config.eval_pairs else [])]
@@ -246,6 +253,7 @@ def prepare(stage: ModuleType, config: Any, *, rows: int, scratch: Path) -> Case
         negative_seed=config.seed,
         fast_path=config.fast_path,
         reference=config.reference,
+        tokens_per_pass=config.tokens_per_pass,
     )
     checkpoint_activations(trainer)
     case = Case(config, trainer, files, base)
@@ -265,9 +273,8 @@ def checkpoint_activations(trainer: PreferenceTrainer) -> None:
 
 def read_sample(case: Case, rows: int) -> None:
     """Prepare some rows, drawn by the run's seed."""
-    dataset, collator = case.trainer.train_dataset, case.collator
+    dataset, reader = case.trainer.train_dataset, case.collator.reader
     drawn = random.Random(case.config.seed).sample(range(len(dataset)), min(rows, len(dataset)))
-    reader = Reader(collator.processor, collator.views, collator.negative, collator.seed)
     for number in drawn:
         row = dataset[number]
         try:

@@ -22,6 +22,8 @@ def check_rows(case: Case) -> list[Finding]:
     """Rows that the collator could not read; the run would stop at the first."""
     total = len(case.readings) + len(case.unreadable)
     seen = f"{len(case.readings)} of a sample of {total} read ({len(case.trainer.train_dataset)} in the folder)"
+    if case.fitting:
+        seen += f", {len(case.rows)} run as a batch"
     problem = ""
     if case.unreadable:
         first, error = next(iter(case.unreadable.items()))

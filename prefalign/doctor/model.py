@@ -21,8 +21,8 @@ from prefalign.manifest import differences
 from prefalign.models import parameter_table
 from prefalign.training.documents import decode
 from prefalign.training.lora import check_trainable
-from prefalign.training.preference import audit_gradients
 from prefalign.training.reference import SETTINGS_FILE, TOLERANCE, ReferenceCache, cache_settings, row_key
+from prefalign.training.upkeep import audit_gradients
 
 BLIND = 1e-4
 """Change of an answer's log-prob, in nats a token, that is rounding in float32."""

@@ -32,7 +32,7 @@ def check_template(case: Case) -> list[Finding]:
             doubled.append(name)
         if not torch.equal(_generation_prompt(case.processor, reading.row), prompt):
             other.append(name)
-        texts = _texts(case.processor, reading.row)
+        texts = _texts(case, reading.row)
         for side, answer in reading.answers().items():
             start = texts[side].find(message_text(normalise_messages(reading.row[side])).strip())
             if start < 0 or texts[side][:start].strip():
@@ -69,23 +69,29 @@ def check_template(case: Case) -> list[Finding]:
 def check_end_of_turn(case: Case) -> list[Finding]:
     """Each answer's end of turn is in its loss, and generation stops at it."""
     tokenizer, end = case.processor.tokenizer, families.turn_end_id(case.processor)
-    mark = tokenizer.convert_ids_to_tokens(end)
+    if end is None:
+        advice = "The model forgets to stop. Give the tokenizer an eos_token, and close assistant turns with it in the template."
+        return [judge("end of turn", "neither the chat template nor the tokenizer has one", fail=advice)]
+    mark, added = tokenizer.convert_ids_to_tokens(end), case.collator.reader.end
     answers = [(reading.row["id"], ids) for reading in sampled(case) for ids in reading.answers().values()]
     endless = [str(name) for name, ids in answers if end not in ids.tolist()]
+    endless += [name for name, found in _masked(case).items() if not found]
     seen = f"{mark} ends {len(answers) - len(endless)} of {len(answers)} answers"
-    fail = ""
-    if endless:
-        fail = (
-            f"Nothing ends the answers of {some(endless)}, so the model forgets to stop. The chat template has to close an "
-            f"assistant turn, as with {{{{ eos_token }}}}."
-        )
-    elif unmasked := [name for name, found in _masked(case).items() if not found]:
-        fail = f"{mark} is outside the loss in {some(unmasked)}, so the model forgets to stop."
     stops = families.core(case.trainer.model).generation_config.eos_token_id
     stops = set(stops) if isinstance(stops, (list, tuple)) else {stops, tokenizer.eos_token_id}
-    warn = ""
-    if end not in stops:
+    fail = warn = ""
+    if endless:
+        fail = (
+            f"No {mark} is in the loss of {some(endless)}, so the model forgets to stop. The chat template has to close an "
+            "assistant turn, and the loss mask to cover it."
+        )
+    elif end not in stops:
         warn = f"`generate` does not stop at {mark}. Add its id {end} to eos_token_id in generation_config.json."
+    elif added:
+        warn = (
+            f"The chat template closes an answer with nothing. Training here adds {added}; other trainers would not. Write "
+            "{{ eos_token }} after an answer in the template."
+        )
     return [judge("end of turn", seen, fail=fail, warn=warn)]
 
 
@@ -98,8 +104,9 @@ def _masked(case: Case) -> dict[str, bool]:
     limit = case.collator.max_length
     ids, mask = batch["input_ids"], batch["completion_mask"].bool()
     found = {}
-    for number, (reading, row) in enumerate(zip(case.fitting, case.rows, strict=False)):
-        if limit is None or reading.total <= limit:
+    totals = {reading.row["id"]: reading.total for reading in case.fitting}
+    for number, row in enumerate(case.rows):
+        if limit is None or totals[row["id"]] <= limit:
             found[str(row["id"])] = all(
                 bool((ids[place][mask[place]] == end).any()) for place in (number, number + len(case.rows))
             )
@@ -197,10 +204,11 @@ def _own(reading: Reading) -> Document | None:
     return None
 
 
-def _texts(processor: Any, row: Mapping[str, Any]) -> dict[str, str]:
-    return apply_chat_template(
-        {side: normalise_messages(row[side]) for side in ("prompt", "chosen", "rejected")}, processor
-    )
+def _texts(case: Case, row: Mapping[str, Any]) -> dict[str, str]:
+    """Prompt and answers as TRL renders them, with the end that the trainer adds."""
+    sides = {side: normalise_messages(row[side]) for side in ("prompt", "chosen", "rejected")}
+    texts = apply_chat_template(sides, case.processor)
+    return {side: text + case.collator.reader.end * (side != "prompt") for side, text in texts.items()}
 
 
 def _ids(processor: Any, text: str, row: Mapping[str, Any]) -> torch.Tensor:
