@@ -141,12 +141,25 @@ def test_answers_of_other_lengths_equal_answers_and_copies(case, tmp_path):
     ]
     lengths, differ, copies = data.check_pairs(case(folder=write(tmp_path / "pairs", rows)))
     assert [found.verdict for found in (lengths, differ, copies)] == ["warn"] * 3
-    assert "the policy will learn longer ones" in lengths.advice
+    assert "the policy may learn longer ones" in lengths.advice
     assert (differ.seen, differ.advice) == (
         "in 6 of 7 rows",
         "Nothing is learned from one text as both answers: pair-1.",
     )
     assert copies.seen == "1 of 7 rows are copies of another"
+
+
+def test_rejected_answers_that_are_always_longer(case, tmp_path):
+    """By little, but always."""
+    longer = [assistant_message("a red circle and a blue square and then a green circle now")]
+    shorter = [assistant_message("a red circle and a blue square and then a green circle")]
+    rows = [pair(n, chosen=shorter, rejected=longer) for n in range(20)]
+    found = data.check_pairs(case(folder=write(tmp_path / "pairs", rows)))[0]
+    assert found.verdict == "warn"
+    assert found.seen.endswith("chosen longer in 0, rejected in 20 of 20 rows")
+    assert "the policy may learn shorter ones" in found.advice
+    mixed = [*rows, *(pair(n, chosen=longer, rejected=shorter) for n in range(20, 24))]
+    assert data.check_pairs(case(folder=write(tmp_path / "mixed", mixed)))[0].verdict == "pass"
 
 
 def test_a_begin_mark_that_is_doubled(case, tiny_llava, tmp_path):

@@ -160,7 +160,7 @@ def test_a_shared_path_whose_attention_was_taken_away(case):
     made = case()
     passed = only(model.check_paths(made))
     assert passed.verdict == "pass"
-    assert passed.seen.startswith("route split: loss differs by ")
+    assert passed.seen.startswith("route split: log-probs differ by ")
     del made.step
     made.model_config.get_text_config()._attn_implementation = "sdpa"
     found = only(model.check_paths(made))

@@ -16,6 +16,8 @@ from prefalign.training.pairs import pairs_manifest
 
 LENGTH_BIAS = 0.2
 """Mean difference of the answers' lengths, as a share of the rejected answer's, above which length alone tells them apart."""
+ONE_SIDED, ENOUGH = 0.05, 20
+"""Rows whose other answer is the longer one, for each where it is not, below which it does too; among so many rows at least."""
 
 
 def check_rows(case: Case) -> list[Finding]:
@@ -161,16 +163,17 @@ def check_pairs(case: Case) -> list[Finding]:
     ]
     copies = len(contents) - len(set(contents))
     gap = lengths["chosen"] / lengths["rejected"] - 1
-    longer = sum(len(reading.answers()["chosen"]) > len(reading.answers()["rejected"]) for reading in readings)
+    longer = [len(reading.answers()["chosen"]) - len(reading.answers()["rejected"]) for reading in readings]
+    more, less = sum(difference > 0 for difference in longer), sum(difference < 0 for difference in longer)
     length = (
-        f"chosen {lengths['chosen']:.1f} tokens, rejected {lengths['rejected']:.1f} ({gap:+.0%}); chosen longer in "
-        f"{longer} of {len(readings)}"
+        f"chosen {lengths['chosen']:.1f} tokens, rejected {lengths['rejected']:.1f} ({gap:+.0%}); chosen longer in {more}, "
+        f"rejected in {less} of {len(readings)} rows"
     )
     bias = ""
-    if abs(gap) > LENGTH_BIAS:
+    if abs(gap) > LENGTH_BIAS or (max(more, less) >= ENOUGH and min(more, less) <= ONE_SIDED * max(more, less)):
         bias = (
-            f"Length alone tells the answers apart, and the policy will learn {'longer' if gap > 0 else 'shorter'} ones. Balance "
-            "the pairs (`prefalign run filter_pairs`), or try loss_type: [sigmoid_norm]."
+            f"Length alone tells the answers apart, and the policy may learn {'longer' if more > less else 'shorter'} ones. "
+            "Balance the pairs (`prefalign run filter_pairs`), or try loss_type: [sigmoid_norm]."
         )
     problem = f"Nothing is learned from one text as both answers: {some(same)}." if same else ""
     return [

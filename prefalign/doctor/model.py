@@ -279,29 +279,27 @@ def _others(case: Case, row: Any) -> list[Any]:
 
 
 def check_paths(case: Case) -> list[Finding]:
-    """Loss and gradients of the shared path against those of TRL's layout, on this batch."""
+    """Log-probs, loss and gradients of the shared path against those of TRL's layout, on this batch."""
     route = case.trainer.route
     if route.layout == "plain":
         raise NotExaminedError(f"prompts are not shared: {route.reason}")
     if any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in case.trainer.model.modules()):
         raise NotExaminedError("dropout is on (trainer.disable_dropout), so no two passes agree")
     shared, other = case.step, case.take_step(plain(case.collator))
+    one, two = (case.log_probs(case.batch(case.rows, how)) for how in (case.collator, plain(case.collator)))
+    tokens = max((one[view] - two[view]).abs().max().item() for view in one)
     loss = abs(shared.loss - other.loss) / max(abs(other.loss), 1e-12)
     largest = max(gradient.abs().max().item() for gradient in other.gradients.values())
     same = shared.gradients.keys() == other.gradients.keys()
     apart = max((shared.gradients[n] - g).abs().max().item() for n, g in other.gradients.items()) if same else math.inf
     apart = apart / largest if largest else apart
     seen = (
-        f"route {route.layout}: loss differs by {loss:.1e}, gradients by {apart:.1e} of the largest; {shared.tokens:,} tokens in "
-        f"{shared.seconds:.2f} s, plain {other.tokens:,} in {other.seconds:.2f} s"
+        f"route {route.layout}: log-probs differ by {tokens:.1e}, the loss by {loss:.1e}, gradients by {apart:.1e} of the "
+        f"largest; {shared.tokens:,} tokens in {shared.seconds:.2f} s, plain {other.tokens:,} in {other.seconds:.2f} s"
     )
     bound = 1e-4 if case.precise else 0.05
-    advice = (
-        "Do not trust the fast path here: set fast_path to 'off', and report this table."
-        if max(loss, apart) > bound
-        else ""
-    )
-    return [judge("shared = plain", seen, fail=advice)]
+    advice = "Do not trust the fast path here: set fast_path to 'off', and report this table."
+    return [judge("shared = plain", seen, fail=advice * (max(loss, apart) > bound or tokens > tolerance(case)))]
 
 
 def tolerance(case: Case) -> float:
