@@ -11,8 +11,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from tiny_vlms import picture
 
-from prefalign import bundled, config, doctor
-from prefalign.doctor import Case, Finding
+from prefalign import bundled, config
+from prefalign.doctor import Finding, case
 from prefalign.images import encode_png
 from prefalign.records import Pair, assistant_message, user_message
 from prefalign.store import OutputConfig, write_records
@@ -54,10 +54,10 @@ def settings(checkpoint: Path, pairs: Path, output: Path, **changes: Any) -> Any
     return config.build(STAGE.Config, config.merge(usual, changes))
 
 
-def prepare(checkpoint: Path, pairs: Path, folder: Path, **changes: Any) -> Case:
+def prepare(checkpoint: Path, pairs: Path, folder: Path, **changes: Any) -> case.Case:
     """A case whose run would write into `folder/run`."""
     chosen = settings(checkpoint, pairs, folder / "run", **changes)
-    return doctor.prepare(STAGE, chosen, rows=64, scratch=folder / "scratch")
+    return case.prepare(STAGE, chosen, rows=64, scratch=folder / "scratch")
 
 
 def edited(checkpoint: Path, folder: Path, *, template: str | None = None, **files: dict[str, Any]) -> Path:

@@ -8,6 +8,7 @@ import torch
 
 from prefalign import cli, config, doctor, families
 from prefalign.doctor import model, world
+from prefalign.doctor.checks import CHECKS, run_checks
 from prefalign.models import ModelConfig, load_processor
 from tests.doctor_runs import (
     LORA,
@@ -76,9 +77,8 @@ def test_the_other_way_to_run_a_reference(case):
 def test_the_loss_is_that_of_the_run(tiny_llava, pairs, tmp_path):
     """What is examined is what is run: the loss of all rows, which no reference makes a constant of."""
     trainer = {"loss_type": ["sft"], "per_device_train_batch_size": 8, "max_steps": 1, "logging_steps": 1}
-    chosen = settings(tiny_llava, pairs, tmp_path / "run", trainer=trainer)
-    examined = doctor.prepare(STAGE, chosen, rows=64, scratch=tmp_path / "scratch").step.loss
-    STAGE.main(chosen)
+    examined = prepare(tiny_llava, pairs, tmp_path, trainer=trainer).step.loss
+    STAGE.main(settings(tiny_llava, pairs, tmp_path / "run", trainer=trainer))
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert examined == pytest.approx(history[0]["loss"], abs=1e-4)
 
@@ -89,13 +89,13 @@ def test_a_batch_is_what_one_pass_holds(case):
     assert len(whole.rows) == 8
     assert 2 <= len(part.rows) < 8
     assert part.step.tokens <= whole.step.tokens // 2
-    assert [found for found in doctor.run_checks(part) if found.verdict in ("warn", "fail")] == []
+    assert [found for found in run_checks(part) if found.verdict in ("warn", "fail")] == []
 
 
 def test_nothing_changes(case):
     made = case()
     before = {name: tensor.clone() for name, tensor in made.trainer.model.state_dict().items()}
-    doctor.run_checks(made)
+    run_checks(made)
     assert all(torch.equal(before[name], tensor) for name, tensor in made.trainer.model.state_dict().items())
 
 
@@ -147,7 +147,7 @@ def test_the_command_passes(tiny_llava, pairs, tmp_path, capsys):
     assert "pass  6 of a sample of 6 read (8 in the folder)" in shown
     assert shown.endswith(" passed, 3 not for this run\n")
     written = json.loads(target.read_text())
-    assert len(written) >= len(doctor.CHECKS)
+    assert len(written) >= len(CHECKS)
     assert {entry["verdict"] for entry in written} == {"pass", "skip"}
     assert sorted(tmp_path.iterdir()) == [target]
 

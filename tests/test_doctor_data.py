@@ -10,8 +10,9 @@ from PIL import Image
 from tiny_vlms import picture
 from transformers import LlavaProcessor
 
-from prefalign import doctor
 from prefalign.doctor import data, model, prompts
+from prefalign.doctor.case import read_sample
+from prefalign.doctor.checks import run_checks
 from prefalign.images import encode_png
 from prefalign.records import assistant_message, user_message
 from prefalign.training.collator import PreferenceCollator
@@ -71,7 +72,7 @@ def test_pictures_that_the_template_leaves_out(case, tiny_llava, tmp_path):
     found = only(data.check_rows(made))
     assert (found.verdict, found.seen) == ("fail", "0 of a sample of 8 read (8 in the folder)")
     assert "Found total 0 <image> tokens and 1 images" in found.advice
-    skipped = by_name(doctor.run_checks(made))["visual tokens"]
+    skipped = by_name(run_checks(made))["visual tokens"]
     assert (skipped.verdict, skipped.seen) == ("skip", "no row of the sample could be read")
 
 
@@ -80,7 +81,7 @@ def test_rows_without_pictures(case, tmp_path):
     made = case(folder=write(tmp_path / "pairs", texts))
     found = only(data.check_visual_tokens(made))
     assert (found.verdict, found.seen) == ("warn", "no row of the sample holds a picture")
-    assert {f.check for f in doctor.run_checks(made) if f.verdict == "skip"} >= {"pictures", "picture counts"}
+    assert {f.check for f in run_checks(made) if f.verdict == "skip"} >= {"pictures", "picture counts"}
 
 
 def test_max_length_that_drops_and_cuts(case):
@@ -96,7 +97,7 @@ def test_max_length_that_drops_and_cuts(case):
 
 
 def test_max_length_that_leaves_nothing(case):
-    findings = {found.check: found for found in doctor.run_checks(case(trainer={"max_length": 5}))}
+    findings = {found.check: found for found in run_checks(case(trainer={"max_length": 5}))}
     assert findings["max_length"].verdict == "fail"
     assert findings["max_length"].seen == "5: 0 of 8 rows kept, 0 lose the end of an answer"
     assert (findings["gradients"].verdict, findings["gradients"].seen) == ("skip", "no row of the sample can be run")
@@ -256,6 +257,15 @@ def test_marks_in_answers(case, tmp_path):
     assert "<image> in an answer is read as a place for a picture that is not there (pair-1)" in found.advice
 
 
+def test_an_error_is_a_finding_and_the_other_checks_go_on(case, tmp_path):
+    shows = [pair(n, rejected=[assistant_message("an <image> of a dog")]) for n in range(2)]
+    findings = by_name(run_checks(case(folder=write(tmp_path / "shows", shows), fast_path="off")))
+    assert findings["gradients"].verdict == "fail"
+    assert "Image features and image tokens do not match" in findings["gradients"].seen
+    assert findings["gradients"].advice.startswith("The run would most likely stop with this error.")
+    assert findings["disk"].verdict == "pass"
+
+
 class Mirrored(LlavaProcessor):
     """A processor of somebody's own, which a checkpoint does not hold."""
 
@@ -270,14 +280,23 @@ def test_a_processor_that_is_lost_when_saved(case):
     )
 
 
+class Inverting(LlavaProcessor):
+    """Somebody's own edit of a class, under the name of the original."""
+
+    def __call__(self, *args, **kwargs):
+        prepared = super().__call__(*args, **kwargs)
+        prepared["pixel_values"] = -prepared["pixel_values"]
+        return prepared
+
+
+Inverting.__name__ = "LlavaProcessor"
+
+
 def test_a_processor_that_is_saved_as_another(case):
     made = case()
-    made.processor.tokenizer.chat_template = made.processor.chat_template = made.processor.chat_template + " "
-    made.processor.save_pretrained = lambda folder: shutil.copytree(
-        made.config.model.model_name_or_path, folder, dirs_exist_ok=True
-    )
+    made.processor.__class__ = Inverting
+    made.readings.clear()
+    read_sample(made, 4)
     found = only(prompts.check_processor_saved(made))
-    assert (found.verdict, found.seen) == (
-        "fail",
-        "LlavaProcessor loaded again gives other the chat template and token ids",
-    )
+    assert (found.verdict, found.seen) == ("fail", "LlavaProcessor loaded again gives other pixels")
+    assert found.advice.startswith("Whoever loads the trained model would show it something else.")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prefalign import doctor
 from prefalign.doctor import model
+from prefalign.doctor.checks import run_checks
 from prefalign.training.lora import LANGUAGE_LINEAR
 from prefalign.training.reference import SETTINGS_FILE, ReferenceCache
 from tests.doctor_runs import (
@@ -42,7 +42,7 @@ def case(tiny_llava, pairs, tmp_path):
 
 
 def test_nothing_that_trains(case):
-    findings = by_name(doctor.run_checks(case(freeze=["vision", "projector", "language_model"])))
+    findings = by_name(run_checks(case(freeze=["vision", "projector", "language_model"])))
     assert findings["what trains"].verdict == "fail"
     assert "leaves nothing to train. Take one off the list." in findings["what trains"].advice
     assert (findings["gradients"].verdict, findings["gradients"].seen) == ("skip", "nothing trains")
@@ -68,7 +68,7 @@ def test_dropout_parts_policy_and_reference(case):
         for name, parameter in made.trainer.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    findings = by_name(doctor.run_checks(made))
+    findings = by_name(run_checks(made))
     assert findings["policy = reference"].verdict == "fail"
     assert "trainer.disable_dropout to true; an adapter has to start at zero" in findings["policy = reference"].advice
     assert findings["first loss"].verdict == "fail"
@@ -169,7 +169,7 @@ def test_a_shared_path_whose_attention_was_taken_away(case):
 
 
 def test_a_run_without_the_shared_path(case):
-    findings = by_name(doctor.run_checks(case(fast_path="off")))
+    findings = by_name(run_checks(case(fast_path="off")))
     assert findings["shared = plain"].verdict == "skip"
     assert findings["shared = plain"].seen == "prompts are not shared: fast_path is off"
     assert findings["picture counts"].verdict == "pass"
