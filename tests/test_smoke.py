@@ -5,7 +5,9 @@ import json
 import pytest
 
 from prefalign import bundled, config
+from prefalign.checkpoints import SCENES_BASE
 from prefalign.scenes.export import export
+from tests.merging_cases import perturbed, save_adapter, save_text_llm
 
 MODEL = {"model_name_or_path": "scenes", "dtype": "auto", "device": "cpu"}
 
@@ -195,10 +197,29 @@ def test_mia_dpo_config(name, prompts, tmp_path):
 
 @pytest.mark.parametrize("name", names("filter_pairs"))
 def test_filter_pairs_config(name, pairs, tmp_path):
-    changes = {"model": MODEL, "data": {"path": pairs}, "output": {"path": tmp_path / "out"}, "batch_size": 4,
+    changes = {"model": MODEL, "data": {"path": pairs / "none"}, "output": {"path": tmp_path / "out"}, "batch_size": 4,
                "filters": {"evidence": {"floor": -1000.0}, "reliance": {"ceiling": 1000.0}}}  # fmt: skip
     if name.endswith("scenes"):
         changes["filters"]["claims"] = {"floor": -10.0}
     manifest = start(name, "filter_pairs", changes)
     assert manifest.rows_in == 6 == manifest.rows_used + sum(manifest.dropped.values())
     assert manifest.rows_out >= 2
+
+
+def test_merge_adapter_config(tmp_path):
+    made = save_adapter(SCENES_BASE, tmp_path / "adapter")
+    start("recipes/merge_adapter", "merge_adapter", {"adapter": str(made), "output": tmp_path / "out"})
+    assert {"model.safetensors", "processor_config.json", "chat_template.jinja"} <= {
+        file.name for file in (tmp_path / "out").iterdir()
+    }
+
+
+@pytest.mark.parametrize("name", names("merge_models"))
+def test_merge_models_config(name, tmp_path):
+    policy = perturbed(SCENES_BASE, tmp_path / "policy", noise=0.01, seed=1)
+    changes = {"models": str(policy), "output": tmp_path / "out"}
+    if not name.endswith("scenes"):
+        changes["text_model"] = str(save_text_llm(SCENES_BASE, tmp_path / "text", noise=0.0))
+    made = start(name, "merge_models", changes)
+    assert len(made) >= 4
+    assert all((folder / "model.safetensors").is_file() for folder in made)
