@@ -101,7 +101,12 @@ def test_nothing_changes(case):
 
 def test_weights_in_float16(case):
     found = only(world.check_device(case(model={"dtype": "float16"})))
-    assert (found.verdict, found.seen) == ("warn", "cpu, weights float16, no autocast, 1 process (NO)")
+    assert (found.verdict, found.seen) == ("warn", "cpu, weights float16, no autocast, 1 process")
+
+
+def test_sharding_is_left_out(case):
+    found = only(world.check_device(case(trainer={"deepspeed": "configs/deepspeed/zero3.json"})))
+    assert found.seen == "cpu, weights float32, no autocast, 1 process; examined without trainer.deepspeed"
 
 
 def test_a_disk_that_is_too_small(case):

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from prefalign.training.collator import PreferenceCollator
 
 
+SHARDING = ("deepspeed", "fsdp", "fsdp_config")
+"""Fields of `trainer` that spread a run over processes; a batch is examined in one, which holds all weights."""
+
+
 @dataclass
 class Reading:
     """A row of the sample as the processor prepares it, answers whole.
@@ -223,7 +227,8 @@ def prepare(stage: ModuleType, config: Any, *, rows: int, scratch: Path) -> Case
             "without torchrun or accelerate."
         )
     plain_lines_without_a_terminal()
-    arguments: Any = training_arguments(config.trainer, output=scratch, seed=config.seed)
+    alone = {name: value for name, value in config.trainer.items() if name not in SHARDING}
+    arguments: Any = training_arguments(alone, output=scratch, seed=config.seed)
     losses = read_losses(config.losses, beta=arguments.beta)
     views = views_of(losses)
     folders = [config.pairs, *([config.eval_pairs] if config.eval_pairs else [])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from prefalign.doctor.data import sampled
 from prefalign.doctor.findings import Finding, judge, some
 from prefalign.losses import VIEWS
 from prefalign.records import message_text, normalise_messages, placeholder_count
-from prefalign.training.documents import Document, Reader, decode
+from prefalign.training.documents import Document, decode
 
 LOOKED_AT = 8
 """Rows whose prompts are prepared again, by other ways."""
@@ -170,9 +171,8 @@ def check_processor_saved(case: Case) -> list[Finding]:
             loaded = AutoProcessor.from_pretrained(folder, trust_remote_code=case.config.model.trust_remote_code)
         except (OSError, ValueError, ImportError, AttributeError) as error:
             return [judge(check, f"a {type(case.processor).__name__} could not be loaded again", fail=str(error))]
-    collator = case.collator
     try:
-        again = Reader(loaded, collator.views, collator.negative, collator.seed).read([reading.row]).documents
+        again = replace(case.collator.reader, processor=loaded).read([reading.row]).documents
     except (ValueError, OSError, AttributeError, TypeError) as error:
         return [judge(check, f"loaded again as {type(loaded).__name__}, it cannot prepare a row", fail=str(error))]
     differs = []

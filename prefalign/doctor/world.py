@@ -7,8 +7,9 @@ import shutil
 
 import torch
 
-from prefalign.doctor.case import Case
+from prefalign.doctor.case import SHARDING, Case
 from prefalign.doctor.findings import Finding, judge
+from prefalign.training.distributed import running_processes
 from prefalign.training.runs import RunError, is_finished, open_run
 
 
@@ -17,10 +18,11 @@ def check_device(case: Case) -> list[Finding]:
     trainer, args = case.trainer, case.trainer.args
     device = next(trainer.model.parameters()).device
     compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else "no"
-    seen = (
-        f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, weights {trainer.model.dtype}, "
-        f"{compute} autocast, {trainer.accelerator.num_processes} process ({trainer.accelerator.distributed_type.value})"
-    ).replace("torch.", "")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    weights = str(trainer.model.dtype).removeprefix("torch.")
+    seen = f"{name}, weights {weights}, {compute} autocast, {running_processes(trainer.accelerator, {})}"
+    if left_out := [field for field in SHARDING if case.config.trainer.get(field)]:
+        seen += f"; examined without trainer.{' and trainer.'.join(left_out)}"
     fail = warn = ""
     if (
         device.type == "cuda"
