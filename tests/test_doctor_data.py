@@ -209,9 +209,8 @@ def test_a_template_that_ends_no_turn(case, tiny_llava, tmp_path):
 def test_a_tokenizer_without_an_end(case, tiny_llava, tmp_path):
     open_end = template_of(tiny_llava).replace("{{ eos_token }}", "")
     endless = edited(tiny_llava, tmp_path / "endless", template=open_end, tokenizer_config={"eos_token": None})
-    found = only(prompts.check_end_of_turn(case(endless)))
-    assert (found.verdict, found.seen) == ("fail", "neither the chat template nor the tokenizer has one")
-    assert found.advice.startswith("The model forgets to stop. Give the tokenizer an eos_token")
+    with pytest.raises(ValueError, match="neither the chat template nor the tokenizer ends an answer.*an eos_token"):
+        case(endless)
 
 
 def test_a_turn_that_generation_does_not_stop_at(case, tiny_idefics3):
