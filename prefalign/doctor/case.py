@@ -28,6 +28,7 @@ from prefalign.training.documents import Documents, digest_of, picture_bytes
 from prefalign.training.pairs import check_columns, check_negative, check_texts, load_pairs
 from prefalign.training.preference import PreferenceTrainer, needs_reference
 from prefalign.training.runs import base_file, run_files
+from prefalign.training.scoring import run
 from prefalign.training.upkeep import plain_lines_without_a_terminal
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ class Case:
             trainer.accelerator.autocast(),
             trainer.as_reference() if reference else nullcontext(trainer.model) as model,
         ):
-            flat = trainer.run(model, batch)["log_probs"].float()
+            flat = run(model, batch)["log_probs"].float()
         found = {}
         for view in trainer.views:
             mask = batch["answers"][VIEWS[view].answer]["mask"]
