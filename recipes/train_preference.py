@@ -5,7 +5,8 @@ POVID, CHiP and others beside it; `prefalign/losses/` names the paper of each. `
 answers, the control that a preference method has to beat.
 
 Needs: a pairs folder (the output of any stage that makes pairs) and a model. Started again with the same config it goes on from
-its last checkpoint and ends with the weights of an uninterrupted run. Several processes: `torchrun --nproc_per_node N`.
+its last checkpoint and ends with the weights of an uninterrupted run. Several processes: `torchrun --nproc_per_node N`, or
+`accelerate launch` with a profile of configs/accelerate/; several nodes: recipes/slurm/train_preference.sbatch.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,17 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from prefalign.images import open_image
-from prefalign.losses import read_losses
+from prefalign.losses import VIEWS, read_losses
 from prefalign.models import ModelConfig, freeze, load_model, load_processor
+from prefalign.records import assistant_message
 from prefalign.training.arguments import training_arguments
 from prefalign.training.lora import LoraSettings
 from prefalign.training.pairs import load_pairs
 from prefalign.training.preference import PreferenceTrainer, _NoInputHooks
 from prefalign.training.reference import cache_reference
+from prefalign.training.scoring import run
 from tests.tiny_vlms import save_tiny
-from tests.training_runs import write_pairs
+from tests.training_runs import make_pair, write_pairs
 
 
 def as_row(pair: Any) -> dict[str, Any]:
@@ -232,12 +235,19 @@ class Bench:
     Args:
         family: key of `tiny_vlms.BUILDERS`.
         folder: scratch folder.
+        change: changes the model's config, which is then built at random.
     """
 
-    def __init__(self, family: str, folder: Path):
+    def __init__(self, family: str, folder: Path, change: Callable[[Any], None] | None = None):
         self.family, self.folder = family, folder
         config = ModelConfig(str(save_tiny(family, folder / "model")), device="cpu")
         self.model, self.processor = load_model(config), load_processor(config)
+        if change is not None:
+            changed = copy.deepcopy(self.model.config)
+            change(changed)
+            weights = self.model.state_dict()
+            self.model = type(self.model)(changed).eval()
+            self.model.load_state_dict(weights, strict=False)
         self.datasets: dict[str, tuple[Any, Any]] = {}
         self.known: dict[Case, Outcome] = {}
 
@@ -305,3 +315,72 @@ class Bench:
             stock = self.stock(case)
             found["trl"] = compare(shared, step(stock, stock.train_dataset), lora=lora)
         return found
+
+
+# --- log-probs of a batch, and batches that differ in one thing ---
+
+
+def log_probs(trainer: PreferenceTrainer, batch: Mapping[str, Any]) -> dict[str, list[torch.Tensor]]:
+    """Per view, the log-prob of each token of each row's answer."""
+    with torch.no_grad():
+        flat = run(trainer.model, batch)["log_probs"]
+    return {view: list(flat[batch["index"][view]].split(lengths(batch, view))) for view in trainer.views}
+
+
+def lengths(batch: Mapping[str, Any], view: str) -> list[int]:
+    """Tokens of each row's answer."""
+    return batch["answers"][VIEWS[view].answer]["mask"].sum(dim=1).tolist()
+
+
+def answer_changed(batch: Mapping[str, Any], view: str, row: int | None = None) -> dict[str, Any]:
+    """The batch with every token of a view's answers, or of one row's, replaced by another."""
+    batch = copy.deepcopy(dict(batch))
+    chosen = batch["index"][view].split(lengths(batch, view))
+    for number, labels in enumerate(chosen):
+        if row is not None and number != row:
+            continue
+        if "packed" in batch:
+            layout, ids = batch["packed"]["layout"], batch["packed"]["tokens"]["input_ids"]
+            layout.labels[labels] = another(layout.labels[labels])
+            # the position that predicts token t holds token t - 1
+            ids.view(-1)[layout.label_rows[labels[1:]]] = layout.labels[labels[:-1]]
+        else:
+            ids = batch["plain"]["input_ids"]
+            where = batch["plain"]["completion_mask"].bool().nonzero()[labels]
+            ids[where[:, 0], where[:, 1]] = another(ids[where[:, 0], where[:, 1]])
+    return batch
+
+
+def another(ids: torch.Tensor) -> torch.Tensor:
+    """For each token id a different one that stands for no piece of a picture."""
+    return 100 + (ids - 99) % 250
+
+
+def ranked_rows(answers: int) -> list[dict[str, Any]]:
+    """All pairs of ranked answers to one prompt."""
+    texts = ["a red square", "a red square on a blue background", "a dog jumps", "the fox jumps over the lazy dog"]
+    prompt = make_pair(0)
+    return [
+        as_row(replace(prompt, id=f"{better}-{worse}", chosen=[assistant_message(texts[better])],
+                       rejected=[assistant_message(texts[worse])]))
+        for better, worse in itertools.combinations(range(answers), 2)
+    ]  # fmt: skip
+
+
+@contextmanager
+def patch_embeddings(*models: Any) -> Iterator[list[int]]:
+    """What goes through the patch embeddings of these models' towers: pictures or patches, one entry each time."""
+    ran: list[int] = []
+    embeddings = {
+        id(module): module
+        for model in models
+        if model is not None
+        for module in model.modules()
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d))
+    }
+    hooks = [module.register_forward_hook(lambda *call: ran.append(len(call[-1]))) for module in embeddings.values()]
+    try:
+        yield ran
+    finally:
+        for hook in hooks:
+            hook.remove()
