@@ -56,14 +56,14 @@ def test_every_loss_has_the_papers_of_its_docstring():
     ("name", "words", "named"),
     [
         ("train_preference", "DPO", ["DPO"]),
-        ("train_preference_rdpo", "preference training with the losses text (sigmoid) + visual", ["DPO", "mDPO", "Re-Align"]),
-        ("train_preference_mdpo", "preference training with the losses text (sigmoid) + visual + anchor (delta 0.0)",
+        ("train_preference_rdpo", "preference training on text (sigmoid) + visual", ["DPO", "mDPO", "Re-Align"]),
+        ("train_preference_mdpo", "preference training on text (sigmoid) + visual + anchor (delta 0.0)",
          ["DPO", "mDPO", "Re-Align"]),
-        ("train_preference_mpo", "preference training with the losses text (0.8 x sigmoid + sft) + 0.2 x bco",
+        ("train_preference_mpo", "preference training on text (0.8 x sigmoid + sft) + 0.2 x bco",
          ["DPO", "BCO", "MPO"]),
-        ("train_preference_povid_stage2", "preference training with the losses 0.5 x text (sigmoid) + 0.5 x povid_noise",
+        ("train_preference_povid_stage2", "preference training on 0.5 x text (sigmoid) + 0.5 x povid_noise",
          ["DPO", "POVID"]),
-        ("train_preference_s_vco", "preference training with the losses s_vco (betas [0.1, 0.1, 0.1, 0.1])", ["S-VCO"]),
+        ("train_preference_s_vco", "preference training on s_vco (betas [0.1, 0.1, 0.1, 0.1])", ["S-VCO"]),
         ("train_sft", "supervised fine-tuning (SFT)", []),
     ],
 )  # fmt: skip
@@ -83,9 +83,9 @@ def test_words_for_other_settings():
     def words(**run):
         return methods.method_words({"pairs": "p", **run})
 
-    assert words(trainer={"loss_type": ["ipo"]}) == "preference training with TRL's ipo"
+    assert words(trainer={"loss_type": ["ipo"]}) == "preference training on TRL's ipo"
     assert words(trainer={"loss_type": "sft"}) == "supervised fine-tuning (SFT) on the chosen answers of pairs"
-    assert words(term="visual") == "preference training with the losses visual"  # a folder of an earlier version
+    assert words(term="visual") == "preference training on visual"  # a folder of an earlier version
     assert methods.method_words({"data": "d", "answer": "answer", "trainer": {"loss_type": "dft"}}) == (
         "supervised fine-tuning (SFT) on reference answers, loss_type dft"
     )
@@ -97,8 +97,8 @@ def test_a_preference_card_names_losses_pictures_reference_and_weights():
            "reference": "cached", "lora": {"r": 8, "alpha": 16}, "freeze": ["vision"]}  # fmt: skip
     text = a_card(run, rows={"rows_in": 5, "rows_used": 5, "too_long": {}, "answers_cut": 2}).content
     for line in (
-        "It was aligned with preference training with the losses text (sigmoid) + 0.5 x visual from me/base.",
-        "| losses | `text (sigmoid) + 0.5 x visual` |",
+        "It was aligned by preference training on text (sigmoid) + 0.5 x visual from me/base.",
+        "| method | preference training on text (sigmoid) + 0.5 x visual |",
         "| other pictures | `blur`, made in training from the row's own picture where a row brings none |",
         "| reference | the starting weights; their log-probs were computed once, before training |",
         "| trained weights | LoRA adapter, r 8, alpha 16 |",
@@ -173,7 +173,7 @@ def test_a_merged_adapter_of_a_run(tmp_path, tiny_llava, pairs):
     assert {"merge", "dpo", "lora"} <= set(card.data.tags)
     mixture = "the LoRA adapter `policy` merged into its base, multiplied by 0.5 in the language model"
     for line in (
-        f"It was aligned with DPO from me/base; then came {mixture}. It is published as full weights.",
+        f"It was aligned by DPO from me/base. This is {mixture}, published as full weights.",
         f"| merged | {mixture} |",
         "| trained weights | LoRA adapter, r 4, alpha 8 |",
         "weight tensors differ from the base",

@@ -65,8 +65,8 @@ def method_words(config: Mapping[str, Any]) -> str:
         return f"supervised fine-tuning (SFT){answers}{f', loss_type {kind}' if kind != 'nll' else ''}"
     if _names(config) == ["text"]:
         types = _loss_types(config)
-        return "DPO" if types == ["sigmoid"] else f"preference training with TRL's {_text_words(config)}"
-    return f"preference training with the losses {loss_words(config)}"
+        return "DPO" if types == ["sigmoid"] else f"preference training on TRL's {_text_words(config)}"
+    return f"preference training on {loss_words(config)}"
 
 
 def loss_words(config: Mapping[str, Any]) -> str:
@@ -93,13 +93,19 @@ def papers(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
-def settings_table(config: Mapping[str, Any]) -> dict[str, str]:
-    """Name to text: losses, the other pictures, the reference, and which weights were trained."""
+def settings_table(config: Mapping[str, Any], *, named: bool = False) -> dict[str, str]:
+    """Name to text: the other pictures, the reference, and which weights were trained.
+
+    Args:
+        config: the run's config; empty if there was none.
+        named: whether the publisher gave words for the method, which then do not tell the losses.
+    """
     if not config:
         return {}
     table = {}
     if not _is_sft(config):
-        table["losses"] = f"`{loss_words(config)}`"
+        if named:
+            table["losses"] = f"`{loss_words(config)}`"
         if config.get("negative"):
             table["other pictures"] = (
                 f"`{config['negative'].get('kind', 'crop')}`, made in training from the row's own picture where a row "

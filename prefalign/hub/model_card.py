@@ -101,7 +101,7 @@ def model_card(
         base_model_relation=("merge" if mixed else "adapter" if adapter else "finetune") if bases else None,
         license=license,
         datasets=list(datasets) or None,
-        tags=list(dict.fromkeys([*labels, *([data["stage"]] if data else [])])),
+        tags=list(dict.fromkeys([*labels, *([data["stage"].replace("_", "-")] if data else [])])),
         model_name=name,
         eval_results=_eval_results(evaluation) or None,
     )
@@ -120,7 +120,7 @@ def model_card(
             template_str=template("model_card.md.j2"),
             name=name,
             what="A vision-language model: it takes pictures and text and answers in text. "
-            + _origin(words, base, run=run, merge=merge if method is None else None, published=kind),
+            + _origin(words, base, run=run, merge=merge, published=kind if kind == "full weights" else f"a {kind}"),
             snippet=(use + USE_BOTH.format(repo_id=repo_id)).strip(),
             evaluation=_evaluation_table(evaluation, baseline) if evaluation else None,
             base=base.label,
@@ -128,7 +128,7 @@ def model_card(
             published=kind,
             merged=merge_words(merge) if merge and run else None,
             nothing_trained=merge is not None and not run,
-            training=settings_table(run) | _training_facts(trainer_state, rows),
+            training=settings_table(run, named=method is not None) | _training_facts(trainer_state, rows),
             papers=[*papers(run), *(merge_papers(merge) if merge else [])],
             config=config.strip() if config else None,
             data=data_section(data) if data else None,
@@ -142,10 +142,11 @@ def model_card(
 def _origin(words: str, base: Base, *, run: Mapping[str, Any], merge: Mapping[str, Any] | None, published: str) -> str:
     """One sentence: how it was made and from what."""
     if merge and not run:
-        return f"It is {words}, without further training. It starts from {base.label}, and is published as {published}."
-    how = "trained by" if is_imitation(run) else "aligned with"
-    after = f"; then came {merge_words(merge)}" if merge else ""
-    return f"It was {how} {words} from {base.label}{after}. It is published as {published}."
+        made = f"It is {merge_words(merge)}, without further training. It starts from {base.label}"
+        return f"{made}, and is published as {published}."
+    how = "trained" if is_imitation(run) else "aligned"
+    result = f"This is {merge_words(merge)}, published" if merge else "It is published"
+    return f"It was {how} by {words} from {base.label}. {result} as {published}."
 
 
 def template(name: str) -> str:

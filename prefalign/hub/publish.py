@@ -242,7 +242,8 @@ def _publish(
         files = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file())
         print(f"{len(files)} files: {', '.join(files)}")
         if left_out:
-            print(f"left out: {', '.join(left_out)}")
+            names = [f"{name} (the card stands in its place)" if name == "README.md" else name for name in left_out]
+            print(f"left out: {', '.join(names)}")
         if dry_run:
             if target.exists():
                 shutil.rmtree(target)
