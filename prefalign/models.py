@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,9 +147,21 @@ def fingerprint(model: Any) -> str:
         head = f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode()
         return hashlib.sha256(head + hashlib.sha256(raw.data).digest()).digest()
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = pool.map(digest, sorted(model.state_dict().items()))
-        return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+    tensors = sorted(model.state_dict(keep_vars=True).items())
+    if any(hasattr(tensor, "ds_id") for _, tensor in tensors):
+        digests = [_gathered(digest, item) for item in tensors]
+    else:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            digests = list(pool.map(digest, tensors))
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+
+
+def _gathered(digest: Callable[[tuple[str, torch.Tensor]], bytes], item: tuple[str, torch.Tensor]) -> bytes:
+    """A digest of a tensor that ZeRO-3 has spread over the processes, which all take part."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([item[1]] if hasattr(item[1], "ds_id") else []):
+        return digest(item)
 
 
 def parameter_table(model: Any) -> list[dict[str, Any]]:

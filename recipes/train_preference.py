@@ -1,7 +1,7 @@
-"""Train a vision-language model on preference pairs: DPO and its relatives with TRL's losses, LoRA or full weights.
+"""Train a vision-language model on preference pairs: a weighted list of losses over views of a pair, LoRA or full weights.
 
-Paper: DPO, arXiv 2305.18290 (term `text`, any TRL `trainer.loss_type`); mDPO, arXiv 2406.11839, and Re-Align, arXiv 2502.13146
-(term `visual`: the chosen answer on its own against the other picture). `trainer.loss_type: [sft]` imitates the chosen
+Paper: DPO, arXiv 2305.18290 (loss `text`: any TRL `trainer.loss_type`), with the image-side losses of mDPO, rDPO, S-VCO,
+POVID, CHiP and others beside it; `prefalign/losses/` names the paper of each. `trainer.loss_type: [sft]` imitates the chosen
 answers, the control that a preference method has to beat.
 
 Needs: a pairs folder (the output of any stage that makes pairs) and a model. Started again with the same config it goes on from
@@ -31,8 +31,14 @@ class Config:
         pairs: folder of pairs to train on.
         output: folder of the run: checkpoints, final model or adapter with its processor, logs, resolved config.
         eval_pairs: folder of held-out pairs; measured at the end, and during the run with `trainer.eval_strategy`.
-        term: which views are compared: `text` or `visual` (needs pairs with `rejected_images`, or a `negative`).
-        negative: makes `rejected_images` on the fly for rows without them, for `term: visual`.
+        losses: what is minimised: entries {name, weight, settings of the term}; the total is their weighted sum. Names are those
+            of `prefalign.losses.TERMS`. Losses on the other picture need pairs with `rejected_images`, or a `negative`.
+        negative: makes `rejected_images` on the fly for rows without them.
+        reference: `cached` computes the reference's log-probs once; `online` runs it in every step, which losses that read its
+            logits and `trainer.sync_ref_model` need.
+        reference_folder: where they are kept, for runs that share them; by default `reference` in the output folder.
+        fast_path: `auto` runs prompt and pictures once per pair where the family allows it exactly; `off` repeats them as
+            TRL does.
         trainer: fields of TRL's `DPOConfig` by name.
         lora: train an adapter; without it all weights that are not frozen.
         freeze: towers that stay as they are: `vision`, `projector`, `language_model`.
@@ -44,8 +50,11 @@ class Config:
     pairs: Path
     output: Path
     eval_pairs: Path | None = None
-    term: str = "text"
+    losses: list[dict[str, Any]] = field(default_factory=lambda: [{"name": "text"}])
     negative: Negative | None = None
+    reference: Literal["cached", "online"] = "cached"
+    reference_folder: Path | None = None
+    fast_path: Literal["auto", "off"] = "auto"
     trainer: dict[str, Any] = field(default_factory=dict)
     lora: LoraSettings | None = None
     freeze: list[str] = field(default_factory=lambda: ["vision"])
@@ -56,12 +65,13 @@ class Config:
 def main(config: Config) -> None:
     """Train, or go on training, and save everything that an evaluation and a model card need."""
     from prefalign.config import to_mapping
-    from prefalign.losses import find_term
+    from prefalign.losses import read_losses, views_of
     from prefalign.models import fingerprint, freeze, load_processor, parameter_table
     from prefalign.training.arguments import training_arguments
     from prefalign.training.lora import check_trainable
     from prefalign.training.pairs import check_columns, check_negative, check_texts, keep_fitting, load_pairs
-    from prefalign.training.preference import PreferenceTrainer
+    from prefalign.training.preference import PreferenceTrainer, needs_reference
+    from prefalign.training.reference import cache_reference
     from prefalign.training.runs import (
         base_file,
         claim_run,
@@ -74,16 +84,16 @@ def main(config: Config) -> None:
 
     _plain_lines_without_a_terminal()
     arguments = training_arguments(config.trainer, output=config.output, seed=config.seed)
-    term = find_term(config.term)
-    term.check(arguments.loss_type)
+    losses = read_losses(config.losses, beta=arguments.beta)
+    views = views_of(losses)
     folders = [config.pairs, *([config.eval_pairs] if config.eval_pairs else [])]
     datasets = [load_pairs(folder) for folder in folders]
     if config.negative is not None:
-        check_negative(datasets[0], term, config.pairs, config.negative)
+        check_negative(datasets[0], views, config.pairs, config.negative)
     for folder, dataset in zip(folders, datasets, strict=True):
-        check_columns(dataset, term, folder, config.negative)
-        if "sft" not in arguments.loss_type:
-            check_texts(dataset, term, folder)
+        check_columns(dataset, views, folder, config.negative)
+        if needs_reference(losses, arguments.loss_type):
+            check_texts(dataset, views, folder)
     manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]
     files = run_files(to_mapping(config), *manifests)
     main_process, processes = arguments.process_index == 0, arguments.world_size
@@ -91,7 +101,8 @@ def main(config: Config) -> None:
 
     processor = load_processor(config.model)
     model = _load_policy(config, str(arguments.device))
-    files |= base_file(config.model.model_name_or_path, fingerprint(model))
+    base = fingerprint(model)
+    files |= base_file(config.model.model_name_or_path, base)
     checkpoint = open_run(config.output, files, resume=config.resume, processes=processes)
     if is_finished(config.output):
         if main_process:
@@ -105,11 +116,13 @@ def main(config: Config) -> None:
         train_dataset=datasets[0],
         eval_dataset=datasets[1] if config.eval_pairs else None,
         processing_class=processor,
-        term=term,
+        losses=losses,
         peft_config=config.lora.to_peft() if config.lora else None,
         files=files,
         negative=config.negative,
         negative_seed=config.seed,
+        fast_path=config.fast_path,
+        reference=config.reference,
     )
     check_trainable(trainer.model, config.freeze)
     trainer.train_dataset, fit = keep_fitting(trainer.train_dataset, trainer.data_collator)
@@ -127,6 +140,13 @@ def main(config: Config) -> None:
     with full_disk_explained(config.output):
         if main_process:
             claim_run(config.output, files)
+        if config.reference == "cached" and trainer.needs_reference:
+            report = cache_reference(trainer, config.reference_folder or config.output / "reference", reference=base)
+            if main_process:
+                print(
+                    f"reference log-probs: {report.found} of {report.rows} rows found, {report.computed} computed; "
+                    f"{report.verified} verified, largest difference {report.largest_difference:.2g}"
+                )
         metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
         metrics |= {"rows_in": fit.rows_in, "rows_used": fit.rows_used, "rows_prompt_too_long": len(fit.too_long)}
         if config.eval_pairs:

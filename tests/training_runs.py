@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from prefalign.images import encode_png
-from prefalign.losses import TERMS
+from prefalign.losses import read_losses
 from prefalign.models import ModelConfig, freeze, load_model, load_processor
 from prefalign.records import Pair, assistant_message, user_message
 from prefalign.store import OutputConfig, write_records
@@ -44,10 +44,13 @@ def make_trainer(
     pairs: Path,
     output: Path,
     *,
-    term: str = "text",
+    losses: tuple[str | dict[str, Any], ...] = ("text",),
     lora: bool = False,
     frozen: tuple[str, ...] = ("vision",),
     evaluates: bool = False,
+    fast_path: str = "auto",
+    reference: str = "online",
+    negative: Any = None,
     **settings: Any,
 ) -> PreferenceTrainer:
     """A trainer of a tiny model: batches of 2, four steps, a checkpoint after the second."""
@@ -57,13 +60,18 @@ def make_trainer(
         freeze(model, frozen)
     base = {"per_device_train_batch_size": 2, "max_steps": 4, "save_steps": 2, "logging_steps": 1}
     base |= {"learning_rate": 1e-3, "gradient_checkpointing": False, "disable_tqdm": True}
+    arguments = training_arguments({**base, **settings}, output=output, seed=3)
+    entries = [{"name": entry} if isinstance(entry, str) else entry for entry in losses]
     return PreferenceTrainer(
         model,
-        args=training_arguments({**base, **settings}, output=output, seed=3),
+        args=arguments,
         train_dataset=load_pairs(pairs),
         processing_class=load_processor(config),
         eval_dataset=load_pairs(pairs) if evaluates else None,
-        term=TERMS[term],
+        losses=read_losses(entries, beta=arguments.beta),
+        fast_path=fast_path,
+        reference=reference,
+        negative=negative,
         peft_config=LoraSettings(r=4, alpha=8).to_peft() if lora else None,
     )
 

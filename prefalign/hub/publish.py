@@ -264,16 +264,20 @@ def _parent(target: Path) -> Path:
 
 
 def _method(config: Mapping[str, Any]) -> str:
-    """Words for the training method from a run's config (`term` and TRL's `trainer.loss_type`)."""
+    """Words for the training method from a run's config (`losses` and TRL's `trainer.loss_type`)."""
     if not config:
         return "a method that was not recorded"
-    losses = (config.get("trainer") or {}).get("loss_type", ["sigmoid"])
-    losses = [losses] if isinstance(losses, str) else list(losses)
-    if losses == ["sft"]:
+    types = (config.get("trainer") or {}).get("loss_type", ["sigmoid"])
+    types = [types] if isinstance(types, str) else list(types)
+    entries = config.get("losses") or [{"name": "text"}]
+    names = [entry["name"] for entry in entries]
+    if names == ["text"] and types == ["sft"]:
         return "SFT on the chosen answers"
-    term = config.get("term", "text")
-    name = term if isinstance(term, str) else ", ".join(map(str, term))
-    return f"DPO (loss_type {', '.join(losses)}; term {name})"
+    words = [
+        f"{entry['name']} x {entry['weight']:g}" if entry.get("weight", 1) != 1 else entry["name"] for entry in entries
+    ]
+    kind = f"; loss_type {', '.join(types)}" if "text" in names else ""
+    return f"DPO (losses {', '.join(words)}{kind})"
 
 
 def _pairs_manifest(folder: Path, pairs: Path | None) -> dict[str, Any] | None:

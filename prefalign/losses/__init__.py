@@ -67,19 +67,22 @@ def read_losses(entries: Sequence[Mapping[str, Any]], *, beta: float) -> list[We
             problems.append(f"{place}.name: no preference term called {name!r}; {nearest(str(name), list(TERMS))}")
             continue
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight <= 0:
-            problems.append(f"{place}.weight: {weight!r} is no positive number; leave the entry out to train without it.")
+            problems.append(
+                f"{place}.weight: {weight!r} is no positive number; leave the entry out to train without it."
+            )
             continue
         known = [field.name for field in dataclasses.fields(TERMS[name])]
         unknown = [key for key in settings if key not in known]
         problems += [
-            f"{place}.{key}: unknown key (value {settings[key]!r}); {nearest(key, [*known, 'weight'])}" for key in unknown
+            f"{place}.{key}: unknown key (value {settings[key]!r}); {nearest(key, [*known, 'weight'])}"
+            for key in unknown
         ]
         if unknown:
             continue
         if "beta" in known and settings.get("beta") is None:
             settings["beta"] = beta
         try:
-            term = TypeAdapter(TERMS[name]).validate_python(settings)
+            term: Any = TypeAdapter(TERMS[name]).validate_python(settings)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join([place, *map(str, first["loc"])])

@@ -1,31 +1,27 @@
-"""Rows of pairs to batches: TRL's vision collator, with a picture of its own for each side and image tokens never cut.
+"""Rows of pairs to batches: every view of every row, for the shared path or for the plain one. Image tokens are never cut.
 
-Shapes: B rows, T tokens. A batch stacks the two sides, `[first view; second view]`, as TRL's losses expect, so every
-per-token tensor is (2B, T); tensors that hold pictures follow the same order.
+Legend of shapes: `B` rows, `V` views, `L` tokens of the longest row of the plain layout, `A` of the longest answer of a side,
+`N` labels of all branches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+from torch.nn.utils.rnn import pad_sequence
 
-from prefalign.images import EncodedImage, encode_png, open_image, read_image
-from prefalign.losses import TERMS, Term
-from prefalign.negatives import Negative, negatives
-from prefalign.records import normalise_messages, placeholder_count
+from prefalign.families import rewrites_prompt
+from prefalign.losses import VIEWS
+from prefalign.negatives import Negative
+from prefalign.training.documents import Document, Documents, Reader, name, stack_vision
+from prefalign.training.layout import fill, lay_out
+from prefalign.training.reference import ReferenceCache, row_key
 
 if TYPE_CHECKING:
-    from PIL import Image
     from transformers import ProcessorMixin
-
-
-class PromptTooLong(ValueError):
-    """A prompt that fills `max_length`: cutting it would cut image tokens or leave no answer."""
 
 
 @dataclass
@@ -33,8 +29,8 @@ class Lengths:
     """Tokens of one row.
 
     Attributes:
-        prompt: prompt with its image tokens, the longer of the two sides.
-        total: prompt and answer, end of turn included, the longer of the two sides.
+        prompt: prompt with its image tokens, the longest of its picture sides.
+        total: that prompt and the longer answer, end of turn included.
     """
 
     prompt: int
@@ -43,128 +39,212 @@ class Lengths:
 
 @dataclass
 class PreferenceCollator:
-    """Collate rows with `images`, `rejected_images`, `prompt`, `chosen`, `rejected` for a preference term.
+    """Collate rows with `images`, `rejected_images`, `prompt`, `chosen`, `rejected` for the views of some loss terms.
 
-    Equal to TRL's `DataCollatorForVisionPreference`, every key and every bit, where both views use `images`. Rows are
-    read, never edited. Pictures are encoded (`{"bytes", "path"}`) or `PIL.Image`; every key of the processor is passed
-    on.
+    In the plain layout with the views `chosen` and `rejected`, its batch is that of TRL's `DataCollatorForVisionPreference`. Rows
+    are read, never edited. Pictures are encoded (`{"bytes", "path"}`) or `PIL.Image`.
 
     Attributes:
         processor: the model's processor.
-        term: the preference term; its two views decide picture and answer of each half of the batch.
-        max_length: longest sequence; only answers are cut to it. None cuts nothing.
+        views: names of `VIEWS`; the first two are what TRL's own losses and metrics compare.
+        max_length: longest sequence; only answers are cut to it, all views of a row alike. None cuts nothing.
         negative: how `rejected_images` are made for rows that have none, decided by `seed` and the row's id: the same at every
             visit, for policy and reference, and the same that the stage `image_contrast` stores with these settings.
         seed: seed of the negatives.
+        layout: `plain` repeats prompt and pictures for every view, as TRL does; `split` runs each document once, all in one
+            row; `mask` runs each document once, in a row of its own.
+        image_token_id: id of a piece of a picture; needed by the shared layouts.
+        dummy: vision inputs of some picture, added to batches that hold none, so that every process runs the vision tower.
+        cache: reference log-probs computed before, added to every batch.
     """
 
     processor: ProcessorMixin
-    term: Term = field(default_factory=lambda: TERMS["text"])
+    views: Sequence[str] = ("chosen", "rejected")
     max_length: int | None = None
     negative: Negative | None = None
     seed: int = 0
+    layout: Literal["plain", "split", "mask"] = "plain"
+    image_token_id: int | None = None
+    dummy: Mapping[str, torch.Tensor] | None = None
+    cache: ReferenceCache | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Build a batch.
 
         Returns:
-            `input_ids`, `attention_mask`, `completion_mask` (2B, T) int64 and whatever else the processor gives.
+            `input_ids`, `attention_mask`, `completion_mask` (2B, L): TRL's layout of the first two views;
+            `answers`: per side `ids` (B, A) and `mask` (B, A) bool;
+            `index`: per view the positions of its rows' labels among all N, in row order;
+            `plain`: model inputs of all V x B rows and their `completion_mask`, or `packed`: see `forward.SharedForward`;
+            `dummy`: vision inputs, only where no row holds a picture;
+            `reference`: per view (B, A) cached reference log-probs, with a `cache`;
+            `ids`: the rows' ids.
 
         Raises:
             ValueError: placeholders and pictures of a side disagree, or a prompt leaves no room (`PromptTooLong`).
         """
-        batch = self._uncut(rows)
-        if self.max_length is None:
-            return batch
-        first_answer_token = batch["completion_mask"].argmax(dim=1)
-        for row, position in enumerate(first_answer_token.tolist()):
-            if position >= self.max_length:
-                raise PromptTooLong(
-                    f"row {_name(rows[row % len(rows)])}: the prompt has {position} tokens with its image tokens, and "
-                    f"max_length {self.max_length} leaves no room for an answer. Raise max_length to {position + 1} or "
-                    "more, or leave it out."
-                )
-        shape = batch["input_ids"].shape
-        return {key: value[:, : self.max_length] if _per_token(value, shape) else value for key, value in batch.items()}
+        read = self._reader().read(rows, self.max_length)
+        padding = self._padding()
+        plain = self._plain(read, padding)
+        first, second = (list(self.views) * 2)[:2] if len(self.views) == 1 else list(self.views)[:2]
+        two = [
+            view * len(rows) + row for view in map(list(self.views).index, (first, second)) for row in range(len(rows))
+        ]
+        batch: dict[str, Any] = {key: plain[key][two] for key in ("input_ids", "attention_mask", "completion_mask")}
+        columns = int(batch["attention_mask"].sum(dim=1).max())
+        batch = {key: value[:, :columns] for key, value in batch.items()}
+        batch["ids"] = [row.get("id") for row in rows]
+        batch["answers"] = self._answers(read, padding)
+        if self.layout == "plain":
+            batch["plain"] = plain
+            labels = int(plain["completion_mask"].sum())
+            lengths = [int(batch["answers"][VIEWS[view].answer]["mask"].sum()) for view in self.views]
+            batch["index"] = dict(zip(self.views, torch.arange(labels).split(lengths), strict=True))
+        else:
+            batch["packed"], batch["index"] = self._packed(read, padding)
+        if self.dummy is not None and not any(document.vision for document in read.documents):
+            batch["dummy"] = dict(self.dummy)
+        if self.cache is not None:
+            batch["reference"] = self._cached(rows, batch["answers"])
+        return batch
 
     def lengths(self, row: Mapping[str, Any]) -> Lengths:
         """Tokens that one row needs."""
-        batch = self._uncut([row])
-        return Lengths(
-            prompt=int(batch["completion_mask"].argmax(dim=1).max()),
-            total=int(batch["attention_mask"].sum(dim=1).max()),
-        )
+        documents = self._reader().read([row]).documents
+        prompt = max(len(document.prompt) for document in documents)
+        return Lengths(prompt, prompt + max(len(answer) for document in documents for answer in document.answers))
 
-    def _uncut(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        first, second = self.term.sides
-        examples, other_images = [], []
-        for row in rows:
-            prompt = normalise_messages(row["prompt"])
-            images = self._pictures(row, first.images, placeholder_count(prompt))
-            if second.images != first.images:
-                other_images.append(self._pictures(row, second.images, placeholder_count(prompt)))
-            examples.append(
-                {
-                    "images": images,
-                    "prompt": prompt,
-                    "chosen": normalise_messages(row[first.answer]),
-                    "rejected": normalise_messages(row[second.answer]),
-                }
+    def _reader(self) -> Reader:
+        return Reader(self.processor, self.views, self.negative, self.seed)
+
+    def _padding(self) -> int:
+        tokenizer = self.processor.tokenizer
+        return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def _plain(self, read: Documents, padding: int) -> dict[str, torch.Tensor]:
+        """Every view of every row as prompt and answer, padded at the right."""
+        rows = [
+            (read.documents[number], read.documents[number].answers[branch])
+            for view in self.views
+            for number, branch in read.places[view]
+        ]
+        ones = [torch.ones(len(document.prompt) + len(answer), dtype=torch.long) for document, answer in rows]
+        inputs = {
+            "input_ids": _padded([torch.cat([document.prompt, answer]) for document, answer in rows], padding),
+            "attention_mask": _padded(ones, 0),
+            "completion_mask": _padded(
+                [torch.cat([torch.zeros_like(document.prompt), torch.ones_like(answer)]) for document, answer in rows],
+                0,
+            ),
+        }
+        for key in rows[0][0].types:
+            whole = [torch.cat([document.types[key], self._types(key, answer)]) for document, answer in rows]
+            inputs[key] = _padded(whole, 0)
+        if self.layout == "plain":
+            inputs |= stack_vision([document.vision for document, _ in rows])
+        return inputs
+
+    def _types(self, key: str, answer: torch.Tensor) -> torch.Tensor:
+        """Type ids over an answer: PaliGemma's 0 is the prompt, read in both directions; elsewhere 0 is text."""
+        suffix = key == "token_type_ids" and rewrites_prompt(self.processor)
+        return torch.full_like(answer, int(suffix))
+
+    def _answers(self, read: Documents, padding: int) -> dict[str, dict[str, torch.Tensor]]:
+        sides: dict[str, dict[str, torch.Tensor]] = {}
+        for view in self.views:
+            answers = [read.documents[number].answers[branch] for number, branch in read.places[view]]
+            sides.setdefault(
+                VIEWS[view].answer,
+                {"ids": _padded(answers, padding), "mask": _padded([torch.ones_like(a) for a in answers], 0).bool()},
             )
-        processor = _TwoPictures(self.processor, other_images) if other_images else self.processor
-        return dict(DataCollatorForVisionPreference(processor)(examples))
+        return sides
 
-    def _pictures(self, row: Mapping[str, Any], side: str, placeholders: int) -> list[Image.Image]:
-        pictures = row.get(side) or []
-        if side == "rejected_images" and not pictures and self.negative is not None:
-            own = self._pictures(row, "images", placeholders)
-            return negatives(own, self.negative, seed=self.seed, identity=row["id"])
-        if len(pictures) != placeholders:
-            hint = (
-                f"Term {self.term.name!r} needs {side}: use pairs that have them, or term 'text'."
-                if side == "rejected_images"
-                else "Write one placeholder for each picture, in order."
+    def _packed(self, read: Documents, padding: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        documents = read.documents
+        prompts, answers = [d.prompt for d in documents], [d.answers for d in documents]
+        layout = lay_out(prompts, answers, one_row=self.layout == "split")
+        tokens = {"input_ids": fill(layout, prompts, answers, padding=padding)}
+        for key in documents[0].types:
+            branches = [[self._types(key, answer) for answer in d.answers] for d in documents]
+            # past the end, a number that stands for no picture and no prompt
+            tokens[key] = fill(layout, [d.types[key] for d in documents], branches, padding=-1)
+        vision, ranges = self._vision(documents)
+        starts: list[list[tuple[int, int]]] = []
+        at = 0
+        for document in documents:
+            starts.append([])
+            for answer in document.answers:
+                starts[-1].append((at, at + len(answer)))
+                at += len(answer)
+        index = {
+            view: torch.cat([torch.arange(*starts[number][branch]) for number, branch in read.places[view]])
+            for view in self.views
+        }
+        packed = {"tokens": tokens, "layout": layout, "vision": vision, "ranges": ranges}
+        if any(key.endswith("grid_thw") for key in vision):
+            packed["prompts"] = self._prompts(documents, padding)
+        return packed, index
+
+    def _vision(self, documents: Sequence[Document]) -> tuple[dict[str, torch.Tensor], list[tuple[int, int]] | None]:
+        """Vision inputs of each distinct list of pictures, and where each document finds its image tokens among them."""
+        known: dict[str, tuple[int, int]] = {}
+        parts, ranges, at = [], [], 0
+        for document in documents:
+            if not document.vision:
+                continue
+            if document.pictures not in known:
+                assert self.image_token_id is not None
+                pieces = int((document.prompt == self.image_token_id).sum())
+                known[document.pictures] = (at, pieces)
+                parts.append(document.vision)
+                at += pieces
+            ranges.append(known[document.pictures])
+        return stack_vision(parts), None if len(known) == len(ranges) else ranges
+
+    def _prompts(self, documents: Sequence[Document], padding: int) -> dict[str, torch.Tensor]:
+        """The prompts as a batch, from which families with rotary positions in three dimensions work those out."""
+        prompts = {
+            "input_ids": _padded([d.prompt for d in documents], padding),
+            "attention_mask": _padded([torch.ones_like(d.prompt) for d in documents], 0),
+        }
+        for key in documents[0].types:
+            prompts[key] = _padded([d.types[key] for d in documents], 0)
+        grids = [{key: value for key, value in d.vision.items() if key.endswith("grid_thw")} for d in documents]
+        return prompts | stack_vision(grids)
+
+    def _cached(self, rows: Sequence[Mapping[str, Any]], answers: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        assert self.cache is not None
+        keys = [row_key(row) for row in rows]
+        unknown = [name(row) for row, key in zip(rows, keys, strict=True) if key not in self.cache]
+        if unknown:
+            raise KeyError(
+                f"no reference log-probs are cached for {len(unknown)} rows ({', '.join(unknown[:3])}); the rows "
+                "changed after the cache was filled. Fill it with the rows of the run (`cache_reference`), or set "
+                "reference to 'online'."
             )
-            raise ValueError(
-                f"row {_name(row)}: the prompt has {placeholders} image placeholder(s) and `{side}` holds {len(pictures)} "
-                f"picture(s); the model would see the wrong picture or none. {hint}"
-            )
-        return [decode(picture) for picture in pictures]
+        entries = [self.cache[key] for key in keys]
+        reference = {view: _padded([entry[view] for entry in entries], 0.0) for view in self.views}
+        for view, values in reference.items():
+            wanted = answers[VIEWS[view].answer]["mask"].sum(dim=1).tolist()
+            have = [len(entry[view]) for entry in entries]
+            if have != wanted:
+                raise ValueError(
+                    f"the cached reference log-probs of view {view!r} have {have} tokens and the answers {wanted}: "
+                    f"they were made with another tokenizer or template. Delete {self.cache.folder} and start again."
+                )
+            assert values.shape == answers[VIEWS[view].answer]["mask"].shape
+        return reference
 
 
-def decode(picture: EncodedImage | Image.Image) -> Image.Image:
-    """An RGB picture from encoded bytes, from a `datasets` file reference, or from a `PIL.Image` that `datasets` decoded."""
-    if isinstance(picture, Mapping):
-        if picture["bytes"] is None and picture["path"]:
-            return open_image(read_image(Path(picture["path"])))
-        return open_image(picture)
-    if picture.mode == "RGB":
-        return picture
-    return open_image(encode_png(picture if picture.mode != "CMYK" else picture.convert("RGB")))
+def _padded(values: Sequence[torch.Tensor], padding: float) -> torch.Tensor:
+    return pad_sequence(list(values), batch_first=True, padding_value=padding)
 
 
-class _TwoPictures:
-    """A processor that shows the second half of the rows another list of pictures than the first.
+def blank_vision(processor: ProcessorMixin) -> dict[str, torch.Tensor]:
+    """Vision inputs of one small grey picture, for `PreferenceCollator.dummy`."""
+    from PIL import Image
 
-    TRL's collator repeats one list of pictures for both halves; this is the one place where the halves differ.
-    """
-
-    def __init__(self, processor: ProcessorMixin, other_images: list[list[Image.Image]]):
-        self._processor = processor
-        self._other_images = other_images
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._processor, name)
-
-    def __call__(self, *, images: Any = None, **kwargs: Any) -> Any:
-        if images is not None:
-            images = list(images[: len(self._other_images)]) + self._other_images
-        return self._processor(images=images, **kwargs)
-
-
-def _per_token(value: Any, shape: torch.Size) -> bool:
-    return isinstance(value, torch.Tensor) and value.shape == shape and not value.is_floating_point()
-
-
-def _name(row: Mapping[str, Any]) -> str:
-    return str(row.get("id", "(without id)"))
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+    answer = [{"role": "assistant", "content": [{"type": "text", "text": "."}]}]
+    row = {"id": "dummy", "images": [Image.new("RGB", (64, 64), (127, 127, 127))], "prompt": [message]}
+    return Reader(processor, ["chosen"]).read([{**row, "chosen": answer, "rejected": answer}]).documents[0].vision

@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prefalign.losses import VIEWS
 from prefalign.manifest import Manifest, read_manifest
 from prefalign.records import Pair, message_text
 from prefalign.text import same_answer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from datasets import Dataset
 
-    from prefalign.losses import Term
     from prefalign.negatives import Negative
     from prefalign.training.collator import PreferenceCollator
 
@@ -56,16 +56,16 @@ def pairs_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def check_negative(dataset: Dataset, term: Term, folder: Path, negative: Negative) -> None:
+def check_negative(dataset: Dataset, views: Sequence[str], folder: Path, negative: Negative) -> None:
     """Check that a negative can be made on the fly, and that some row to train on needs it.
 
     Raises:
         ValueError: says why not.
     """
-    if "rejected_images" not in {view.images for view in term.sides}:
+    if all(VIEWS[view].images != "rejected_images" for view in views):
         raise ValueError(
-            f"negative.kind is {negative.kind!r}, and term {term.name!r} never looks at another picture, so nothing would come "
-            "of it. Leave `negative` out, or set term to 'visual'."
+            f"negative.kind is {negative.kind!r}, and no loss of this run looks at another picture, so nothing would come of it. "
+            "Leave `negative` out, or add {name: visual} to `losses`."
         )
     if negative.kind == "swap":
         raise ValueError(
@@ -79,54 +79,57 @@ def check_negative(dataset: Dataset, term: Term, folder: Path, negative: Negativ
         )
 
 
-def check_columns(dataset: Dataset, term: Term, folder: Path, negative: Negative | None = None) -> None:
-    """Check that each row has what a term's views look at; only lengths are read.
+def check_columns(dataset: Dataset, views: Sequence[str], folder: Path, negative: Negative | None = None) -> None:
+    """Check that each row has what a run's views look at; only lengths are read.
 
-    A term on `images` alone takes rows without a picture too. Rows without `rejected_images` are fine where a `negative` makes
+    Views on `images` alone take rows without a picture too. Rows without `rejected_images` are fine where a `negative` makes
     them from `images` on the fly.
 
     Raises:
         ValueError: names the column, how many rows lack it, and what to do.
     """
-    pictures = {view.images for view in term.sides}
-    needed = {view.answer for view in term.sides} | (pictures if pictures != {"images"} else set())
-    if negative is not None:
-        needed = needed - {"rejected_images"} | {"images"}
+    needed = {VIEWS[view].answer for view in views}
+    pictures = {VIEWS[view].images for view in views}
+    if "rejected_images" in pictures:
+        needed |= {"images", "rejected_images"} if negative is None else {"images"}
+    if None in pictures:
+        needed.add("images")
     for column in sorted(needed):
         if empty := _empty(dataset, column):
+            looking = ", ".join(view for view in views if column in (VIEWS[view].images, VIEWS[view].answer))
             hint = (
                 "Pairs with another picture come from the stages image_contrast and re_align, and from the stage povid with "
-                "`rejected_images: noised`; `negative.kind: crop` makes the picture on the fly; term 'text' needs none."
+                "`rejected_images: noised`; `negative.kind: crop` makes the picture on the fly; losses [{name: text}] need none."
                 if column == "rejected_images"
                 else "Take them out, or make the pairs again."
             )
             raise ValueError(
-                f"term {term.name!r} looks at `{column}`, which is empty in {empty} of the {len(dataset)} pairs of "
-                f"{folder}. {hint}"
+                f"the losses look at `{column}` (views {looking or ', '.join(views)}), which is empty in {empty} of the "
+                f"{len(dataset)} pairs of {folder}. {hint}"
             )
 
 
-def check_texts(dataset: Dataset, term: Term, folder: Path) -> None:
+def check_texts(dataset: Dataset, views: Sequence[str], folder: Path) -> None:
     """Check that a comparison has something to compare; a loss that only imitates needs no such check.
 
     Raises:
-        ValueError: the term shows both answers on the same pictures, and in every row they are one text.
+        ValueError: all views show the same pictures, and in every row both answers are one text.
     """
-    if all(_same_texts(dataset, term)):
+    if all(_same_texts(dataset, views)):
         raise ValueError(
-            f"chosen and rejected are the same text in all {len(dataset)} pairs of {folder}, and term {term.name!r} shows both "
-            "on the same pictures: every loss is the same and has no gradient. Set term to 'visual', which compares pictures, or "
-            "take pairs with two texts."
+            f"chosen and rejected are the same text in all {len(dataset)} pairs of {folder}, and the losses show both "
+            "on the same pictures: every loss is the same and has no gradient. Add {name: visual} to `losses`, which "
+            "compares pictures, or take pairs with two texts."
         )
 
 
-def _same_texts(dataset: Dataset, term: Term) -> Iterator[bool]:
-    """For each row, whether the term compares a text with itself on the same pictures."""
-    one_picture = len({view.images for view in term.sides}) == 1
+def _same_texts(dataset: Dataset, views: Sequence[str]) -> Iterator[bool]:
+    """For each row, whether a run compares a text with itself on the same pictures."""
+    one_picture = len({VIEWS[view].images for view in views}) == 1 and len(views) > 1
     table = dataset.with_format("arrow").select_columns(["chosen", "rejected"])
     for batch in table.iter(batch_size=1000):
         for row in batch.to_pylist():
-            yield one_picture and same_answer(*(message_text(row[view.answer]) for view in term.sides))
+            yield one_picture and same_answer(*(message_text(row[side]) for side in ("chosen", "rejected")))
 
 
 def _empty(dataset: Dataset, column: str) -> int:
@@ -215,7 +218,7 @@ def keep_fitting(dataset: Dataset, collator: PreferenceCollator) -> tuple[Datase
 
 
 def _counted(dataset: Dataset, collator: PreferenceCollator, fit: Fit) -> Fit:
-    fit.same_texts = sum(_same_texts(dataset, collator.term))
+    fit.same_texts = sum(_same_texts(dataset, collator.views))
     if collator.negative is not None:
         fit.stored_pictures = len(dataset) - _empty(dataset, "rejected_images")
     return fit

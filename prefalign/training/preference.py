@@ -1,31 +1,43 @@
-"""`PreferenceTrainer`: TRL's `DPOTrainer` with a picture for each side, resume that restores the weights, and a gradient audit.
+"""`PreferenceTrainer`: TRL's `DPOTrainer` on documents: weighted terms over views, a shared prefix, a reference computed once.
 
-TRL's losses, logging, checkpoints, PEFT and distributed handling are kept. The private names leaned on are listed in
-`PRIVATE`, which a test checks.
+TRL's losses, logging, checkpoints, PEFT and distributed handling are kept. What is ours is how log-probs come about: one forward
+pass gives every view of every row, and TRL's `_compute_loss` is then called with a model that returns what was computed. The
+private names leaned on are listed in `PRIVATE`, which a test checks.
+
+Legend of shapes: `B` rows, `N` labels of all answers of a batch, `L` tokens of TRL's layout, `A` of the longest answer.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate.utils import is_peft_model
+from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput, use_adapter
 
+from prefalign import families
+from prefalign.config import ConfigError
 from prefalign.families import tower
-from prefalign.losses import TERMS, Term
+from prefalign.losses import VIEWS, Scores, Weighted, read_losses, views_of
+from prefalign.losses.text import COUPLED, REFERENCE_FREE
 from prefalign.manifest import write_atomically
 from prefalign.training.checkpoints import restore_weights
-from prefalign.training.collator import PreferenceCollator
+from prefalign.training.collator import PreferenceCollator, blank_vision
+from prefalign.training.forward import FrozenTower, frozen_tower, share
 from prefalign.training.pairs import COLUMNS
+from prefalign.training.routes import find_route
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from datasets import Dataset
     from peft import PeftConfig
@@ -43,16 +55,19 @@ PRIVATE = (
     "_set_signature_columns_if_needed",
 )
 
+FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+"""Per-token outputs of TRL's fused head that its loss and metrics read."""
+
 
 class PreferenceTrainer(DPOTrainer):
-    """Train a vision-language model on pairs with one preference term.
+    """Train a vision-language model on pairs with a weighted list of preference terms.
 
     Args:
         model: policy; a full model or a `PeftModel`. May be built in memory.
         args: TRL's arguments.
         train_dataset: rows as `pairs.load_pairs` gives them.
         processing_class: the model's processor, saved with every checkpoint.
-        term: preference term; decides the two views of each row.
+        losses: weighted terms; by default TRL's losses on the two answers.
         eval_dataset: held-out rows.
         ref_model: reference. By default the policy without its adapter, or a frozen copy of the policy as it is now (TRL
             loads the model's path again, at whatever revision is the default there).
@@ -60,9 +75,12 @@ class PreferenceTrainer(DPOTrainer):
         files: text files by name, written beside every saved model.
         negative: how `rejected_images` are made for rows without them (see `PreferenceCollator`).
         negative_seed: seed of these pictures.
+        fast_path: `auto` shares prompts and pictures where the family allows it exactly; `off` takes TRL's layout.
+        reference: `online` runs the reference in every step; `cached` reads its log-probs from a cache that
+            `reference.cache_reference` fills before training, and keeps no reference model.
 
     Raises:
-        ValueError: a `loss_type` does not fit the term.
+        ConfigError: settings that contradict each other.
     """
 
     def __init__(
@@ -72,52 +90,229 @@ class PreferenceTrainer(DPOTrainer):
         args: DPOConfig,
         train_dataset: Dataset,
         processing_class: ProcessorMixin,
-        term: Term = TERMS["text"],
+        losses: Sequence[Weighted] | None = None,
         eval_dataset: Dataset | None = None,
         ref_model: PreTrainedModel | None = None,
         peft_config: PeftConfig | None = None,
         files: Mapping[str, str] | None = None,
         negative: Negative | None = None,
         negative_seed: int = 0,
+        fast_path: Literal["auto", "off"] = "auto",
+        reference: Literal["online", "cached"] = "online",
     ):
-        term.check(args.loss_type)
-        self.term = term
+        self.losses = list(losses) if losses is not None else read_losses([{"name": "text"}], beta=args.beta)
+        self.views = views_of(self.losses)
+        self.full_logits = any(entry.term.logits for entry in self.losses)
+        self.needs_reference = needs_reference(self.losses, args.loss_type)
+        self.reference = reference
         self.files = dict(files or {})
-        self.reference_free = not term.needs_reference(args.loss_type)
         self.saw_pictures = False
+        self._check(args)
+        self.route = find_route(model, fast_path)
+        if self.route.layout == "plain" and fast_path == "auto":
+            logger.warning("The fast path is off: prompts cannot be shared exactly, because %s.", self.route.reason)
+        collator = PreferenceCollator(
+            processing_class,
+            self.views,
+            args.max_length,
+            negative,
+            negative_seed,
+            layout=self.route.layout,
+            image_token_id=families.image_token_ids(model.config)[0],
+        )
         adapts = peft_config is not None or is_peft_model(model)
-        if ref_model is None and not adapts and not is_deepspeed_zero3_enabled():
-            ref_model = copy.deepcopy(model).requires_grad_(False).eval()
+        online = self.needs_reference and reference == "online"
+        still = frozen_tower(model)
+        if not online:
+            ref_model = _NoReference(model.config)
+        elif ref_model is None and not adapts and not is_deepspeed_zero3_enabled():
+            # a frozen tower is the same in both, so both may use the one
+            ref_model = copy.deepcopy(model, {id(still): still} if still is not None else {})
+            ref_model.requires_grad_(False).eval()
         super().__init__(
             model=model,
             ref_model=ref_model,
             args=args,
-            data_collator=PreferenceCollator(processing_class, term, args.max_length, negative, negative_seed),
+            data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             peft_config=peft_config,
         )
-        if self.reference_free:
+        self.precompute_ref_logps = True  # TRL is handed the reference's log-probs, wherever they come from
+        if not online:
             self.ref_model = None
-            self.precompute_ref_logps = True
+        share(self.model, self.route.layout)
+        if self.ref_model is not None:
+            share(self.accelerator.unwrap_model(self.ref_model), self.route.layout)
+        self.frozen = FrozenTower(still, keep=online) if still is not None else None
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            collator.dummy = blank_vision(processing_class)
+        self.add_callback(_NoInputHooks(self))
         self.add_callback(_LogBeforeSave(self))
         self.add_callback(_GradientAudit(self))
+
+    def _check(self, args: DPOConfig) -> None:
+        if args.precompute_ref_log_probs:
+            raise ConfigError(
+                "trainer.precompute_ref_log_probs: TRL's own cache is refused for pictures and misses what its numbers "
+                "depend on. Set `reference: cached` instead."
+            )
+        if args.sync_ref_model and self.reference == "cached":
+            raise ConfigError(
+                "reference is 'cached' and trainer.sync_ref_model is true: the reference moves with the policy, so a "
+                "cache of it would be wrong from the first sync on. Set reference to 'online', or sync_ref_model to false."
+            )
+        reading = [entry.name for entry in self.losses if entry.term.logits]
+        if reading and self.reference == "cached":
+            raise ConfigError(
+                f"reference is 'cached' and {', '.join(reading)} reads the reference's logits over the whole vocabulary, which "
+                "are not stored. Set reference to 'online'."
+            )
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(COLUMNS)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        self.saw_pictures = self.saw_pictures or "pixel_values" in inputs
-        if not self.reference_free:
-            return super()._compute_loss(model, inputs, return_outputs)
-        nothing = torch.zeros(len(inputs["input_ids"]) // 2, device=inputs["input_ids"].device)
-        inputs = {**inputs, "ref_chosen_logps": nothing, "ref_rejected_logps": nothing}
-        loss = super()._compute_loss(model, inputs, return_outputs)
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        for name in [name for name in metrics if name.startswith("rewards/")]:
-            del metrics[name]
+        self.saw_pictures = self.saw_pictures or has_pictures(inputs)
+        reference = self._reference(inputs)
+        if self.frozen is not None and reference is None:
+            self.frozen.forget()
+        policy = self.run(model, inputs)
+        if self.frozen is not None:
+            self.frozen.forget()
+        scores = self._scores(inputs, policy, reference)
+        text = next((entry for entry in self.losses if entry.name == "text"), None)
+        with nullcontext() if text is not None else torch.no_grad():
+            loss = self._trl_loss(inputs, policy, scores)
+        total = loss * text.weight if text is not None else torch.zeros((), device=loss.device)
+        logged = {}
+        for entry in self.losses:
+            if entry.name == "text":
+                continue
+            losses, metrics = entry.term.loss(scores)
+            total = total + entry.weight * losses.mean()
+            for name, value in {"loss": losses.detach(), **metrics}.items():
+                logged[f"{entry.name}/{name}"] = value.float().mean()
+        self._log_terms(logged)
+        return (total, policy) if return_outputs else total
+
+    def run(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """One forward pass over all views: the head's fields, (N,) each, and with terms that read them `logits` (N, V)."""
+        extra = {"dummy": inputs["dummy"]} if "dummy" in inputs else {}
+        if "packed" in inputs:
+            outputs = model(packed=inputs["packed"], full_logits=self.full_logits, **extra)
+            if not self.full_logits:
+                return {name: outputs[name][0] for name in FIELDS if outputs.get(name) is not None}
+            return _from_logits(outputs.logits[0], inputs["packed"]["layout"].labels)
+        plain = {key: value for key, value in inputs["plain"].items() if key != "completion_mask"}
+        mask = inputs["plain"]["completion_mask"][:, 1:].bool()
+        if self.full_logits:
+            logits = model(**plain, use_cache=False, **extra).logits[:, :-1]
+            return _from_logits(logits[mask], plain["input_ids"][:, 1:][mask])
+        labels = plain["input_ids"].masked_fill(inputs["plain"]["completion_mask"] == 0, -100)
+        outputs = model(**plain, labels=labels, use_cache=False, fused_lm_head=True, **extra)
+        return {name: outputs[name][mask] for name in FIELDS if outputs.get(name) is not None}
+
+    def _reference(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
+        """The same under the reference, without gradient; None where it is not needed or comes with the rows."""
+        if not self.needs_reference or "reference" in inputs:
+            return None
+        if self.reference == "cached":
+            raise RuntimeError(
+                "reference is 'cached' and no cache has been filled. Call `prefalign.training.reference.cache_reference` before "
+                "training, or set reference to 'online'."
+            )
+        with torch.no_grad(), self.as_reference() as model:
+            return self.run(model, inputs)
+
+    @contextmanager
+    def as_reference(self, policy: Any = None) -> Iterator[Any]:
+        """The reference: a model of its own, or the policy with its adapter off (TRL's copy of it, where it started from one).
+
+        Args:
+            policy: the policy as it can be called; by default `self.model`.
+        """
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        policy = self.model if policy is None else policy
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        training = policy.training
+        policy.eval()
+        adapter = "ref" if "ref" in getattr(unwrapped, "peft_config", {}) else None
+        try:
+            with use_adapter(unwrapped, adapter_name=adapter) if is_peft_model(unwrapped) else nullcontext():
+                yield policy
+        finally:
+            policy.train(training)
+
+    def _scores(
+        self,
+        inputs: Mapping[str, Any],
+        policy: Mapping[str, torch.Tensor],
+        reference: Mapping[str, torch.Tensor] | None,
+    ) -> dict[str, Scores]:
+        scores = {}
+        for view in self.views:
+            answers, index = inputs["answers"][VIEWS[view].answer], inputs["index"][view]
+            mask = answers["mask"]
+
+            def spread(values: torch.Tensor, mask: torch.Tensor = mask, index: torch.Tensor = index) -> torch.Tensor:
+                empty = values.new_zeros((*mask.shape, *values.shape[1:]))
+                where = mask if values.ndim == 1 else mask[..., None].expand_as(empty)
+                return empty.masked_scatter(where, values[index])
+
+            entry = Scores(spread(policy["log_probs"]), mask, answers["ids"])
+            if "reference" in inputs and self.needs_reference:
+                entry.ref_logps = inputs["reference"][view]
+            elif reference is not None:
+                entry.ref_logps = spread(reference["log_probs"])
+            if any(view in term.term.logits for term in self.losses):
+                entry.logits = spread(policy["logits"])
+                entry.ref_logits = None if reference is None else spread(reference["logits"])
+            scores[view] = entry
+        return scores
+
+    def _trl_loss(
+        self, inputs: Mapping[str, Any], policy: Mapping[str, torch.Tensor], scores: Mapping[str, Scores]
+    ) -> torch.Tensor:
+        """TRL's own loss and metrics on the first two views, from what has been computed."""
+        first, second = (*self.views, self.views[0])[:2]
+        index = torch.cat([inputs["index"][first], inputs["index"][second]])
+        batch = {key: inputs[key] for key in ("input_ids", "attention_mask", "completion_mask")}
+        mask = batch["completion_mask"][:, 1:].bool()
+
+        def spread(values: torch.Tensor) -> torch.Tensor:
+            return values.new_zeros(mask.shape).masked_scatter(mask, values[index])
+
+        outputs = FusedCausalLMOutput(**{name: spread(value) for name, value in policy.items() if name in FIELDS})
+        references = [scores[view].ref_logps for view in (first, second)]
+        if references[0] is None:
+            sums = [torch.zeros(len(mask) // 2, device=mask.device)] * 2
+        elif self.ld_alpha is None:
+            sums = [logps.sum(dim=1) for logps in references if logps is not None]
+        else:
+            flat = torch.cat(
+                [logps[scores[view].mask] for view, logps in zip((first, second), references, strict=True)]  # type: ignore[index]
+            )
+            per_token = FusedCausalLMOutput(log_probs=flat.new_zeros(mask.shape).masked_scatter(mask, flat))
+            sums = list(self.compute_ref_log_probs(lambda **_: per_token, batch))
+        batch |= {"ref_chosen_logps": sums[0], "ref_rejected_logps": sums[1]}
+        loss = super()._compute_loss(lambda **_: outputs, batch, False)
+        if references[0] is None:
+            metrics = self._metrics["train" if self.model.training else "eval"]
+            for name in [name for name in metrics if name.startswith("rewards/")]:
+                del metrics[name]
         return loss
+
+    def _log_terms(self, logged: Mapping[str, torch.Tensor]) -> None:
+        if not logged:
+            return
+        means = self.accelerator.gather(torch.stack(list(logged.values()))[None]).mean(dim=0).tolist()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, value in zip(logged, means, strict=True):
+            metrics[name].append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as TRL does, with `train_loss` over the whole run and not only over what followed a resume."""
@@ -149,6 +344,71 @@ class PreferenceTrainer(DPOTrainer):
         if self.args.should_save:
             for name, text in self.files.items():
                 write_atomically(Path(output_dir or self.args.output_dir) / name, text.encode())
+
+
+class _NoReference(nn.Module):
+    """Stands where TRL wants a reference model, for runs that keep none."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+        self.nothing = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("this run has no reference model")
+
+
+def needs_reference(losses: Sequence[Weighted], loss_types: Sequence[str]) -> bool:
+    """Whether any term of a run reads reference log-probs."""
+    return any(
+        not set(loss_types) <= REFERENCE_FREE if entry.name == "text" else entry.term.needs_reference
+        for entry in losses
+    )
+
+
+def coupled(losses: Sequence[Weighted], loss_types: Sequence[str]) -> list[str]:
+    """Names of the losses in which rows of a batch depend on each other."""
+    return [
+        name
+        for entry in losses
+        for name in (
+            sorted(set(loss_types) & COUPLED) if entry.name == "text" else [entry.name] * (not entry.term.per_row)
+        )
+    ]
+
+
+def has_pictures(batch: Mapping[str, Any]) -> bool:
+    """Whether a collated batch holds any picture."""
+    return bool(batch["packed"]["vision"]) if "packed" in batch else "pixel_values" in batch["plain"]
+
+
+def _from_logits(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The head's fields from full logits (N, V), as `ChunkedLogProbFunction` defines them."""
+    logits = logits.float()
+    all_logps = logits.log_softmax(dim=-1)
+    with torch.no_grad():
+        rest = {
+            "entropy": -(all_logps.exp() * all_logps).sum(dim=-1),
+            "mean_logits": logits.mean(dim=-1),
+            "is_top1": logits.argmax(dim=-1) == labels,
+            "log_sum_sq_probs": (2 * all_logps).logsumexp(dim=-1),
+        }
+    return {"log_probs": all_logps.gather(1, labels[:, None])[:, 0], **rest, "logits": logits}
+
+
+class _NoInputHooks(TrainerCallback):
+    """Take off the hooks that ask for gradients at every embedding, a frozen tower's included.
+
+    transformers puts them there with gradient checkpointing, for its reentrant kind only; without them the other kind gives the
+    same gradients to the bit, and what does not train is not back-propagated through.
+    """
+
+    def __init__(self, trainer: PreferenceTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            families.core(self.trainer.accelerator.unwrap_model(self.trainer.model)).disable_input_require_grads()
 
 
 class _LogBeforeSave(TrainerCallback):

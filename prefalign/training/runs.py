@@ -19,7 +19,7 @@ PAIRS_FILE = "pairs_manifest.json"
 EVAL_PAIRS_FILE = "eval_pairs_manifest.json"
 BASE_FILE = "base.json"
 RESULTS_FILE = "all_results.json"
-FREE = ("output", "resume", "model.device")
+FREE = ("output", "resume", "model.device", "reference_folder")
 """Settings that may differ between the runs that share a folder."""
 _FULL_DISK = (
     "No space left on device",

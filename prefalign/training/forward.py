@@ -1,0 +1,217 @@
+"""The shared forward pass: each document once, each picture once, then TRL's own head on the answers' positions only.
+
+`share(model, layout)` wraps the `forward` of a model that TRL has given its fused head. With `packed=` it encodes the pictures,
+runs the language model over the documents, keeps the hidden states that predict an answer's token, and hands them to the head
+as labels of their own; without, it is the forward as it was. Policy and reference go through the same wrapper, so log-probs,
+metrics and gradients come out of TRL's kernels either way.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prefalign import families
+from prefalign.training.attention import SPLIT, dense_masks
+from prefalign.training.layout import Layout, fill
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def share(model: PreTrainedModel, layout: str) -> None:
+    """Let a model run documents.
+
+    Args:
+        model: policy or reference, with or without an adapter, after `trl.trainer.utils.add_fused_lm_head`.
+        layout: `split`, `mask` or `plain` (`Route.layout`); `plain` only adds what a batch without pictures needs.
+    """
+    base = families.core(model)
+    if layout == "split":
+        base.config.get_text_config()._attn_implementation = SPLIT
+    base.model.register_forward_hook(_keep_label_rows, with_kwargs=True)
+    original = base.forward
+
+    @functools.wraps(original)
+    def forward(
+        self: Any,
+        *args: Any,
+        packed: Mapping[str, Any] | None = None,
+        dummy: Mapping[str, torch.Tensor] | None = None,
+        full_logits: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if packed is not None:
+            kwargs = _document_inputs(self, packed)
+            args = ()
+            if not full_logits:
+                layout = kwargs["prefix_layout"]
+                kwargs |= {"shift_labels": layout.labels[None], "fused_lm_head": True}
+        outputs = original(*args, **kwargs)
+        if dummy is not None:
+            nothing = 0.0 * sum(piece.sum() for piece in _pieces(_encode(self.model, dummy).pooler_output))
+            key = "logits" if outputs.get("log_probs") is None else "log_probs"
+            outputs[key] = outputs[key] + nothing
+        return outputs
+
+    base.forward = types.MethodType(forward, base)
+
+
+def _document_inputs(base: Any, packed: Mapping[str, Any]) -> dict[str, Any]:
+    tokens = packed["tokens"]
+    ids = tokens["input_ids"]
+    layout: Layout = packed["layout"].to(ids.device)
+    inputs: dict[str, Any] = {
+        "input_ids": ids,
+        "position_ids": _positions(base, layout, packed.get("prompts"), ids.device),
+        "prefix_layout": layout,
+        "use_cache": False,
+    }
+    if layout.one_row:
+        # of no use to split attention, and four-dimensional so that no mask is built from the restarting positions
+        inputs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=ids.device)
+        inputs |= {key: value.clamp(min=0) for key, value in tokens.items() if key == "mm_token_type_ids"}
+    else:
+        inputs["attention_mask"] = _masks(base, layout, tokens)
+    if packed["vision"]:
+        features = _encode(base.model, packed["vision"])
+        inputs["mm_encoder_outputs"] = {"image": _in_order(features, packed["ranges"])}
+    return inputs
+
+
+def _masks(base: Any, layout: Layout, tokens: Mapping[str, torch.Tensor]) -> Any:
+    text = base.config.get_text_config()
+    paligemma = base.config.model_type == "paligemma"
+    kinds = tokens.get("token_type_ids")
+    if kinds is None:
+        blocks = torch.full_like(tokens["input_ids"], -1)
+    elif paligemma:
+        blocks = torch.where(kinds == 0, 0, -1)
+    else:
+        picture = kinds == 1
+        starts = picture & ~torch.nn.functional.pad(picture, (1, 0))[:, :-1]
+        blocks = torch.where(picture, starts.long().cumsum(dim=1) - 1, -1)
+    return dense_masks(layout, blocks, window=getattr(text, "sliding_window", None), window_everywhere=not paligemma)
+
+
+def _positions(
+    base: Any, layout: Layout, prompts: Mapping[str, torch.Tensor] | None, device: torch.device
+) -> torch.Tensor:
+    """Positions that restart after the prompt in every branch, (R, S) or (3, R, S)."""
+    first = 1 if base.config.model_type == "paligemma" else 0
+    if prompts is None:
+        own = [torch.arange(prompt, device=device) + first for prompt, _ in layout.documents]
+    else:
+        whole = families.position_ids(base, prompts)
+        own = [whole[:, number, :prompt] for number, (prompt, _) in enumerate(layout.documents)]
+    branches = [
+        [positions[..., -1:] + 1 + torch.arange(tokens + 1, device=device) for tokens in answers]
+        for positions, (_, answers) in zip(own, layout.documents, strict=True)
+    ]
+    return fill(layout, own, branches, padding=0)
+
+
+def _encode(backbone: Any, vision: Mapping[str, torch.Tensor]) -> Any:
+    """The family's own picture features; without a graph where neither tower nor projector trains."""
+    known = inspect.signature(type(backbone).get_image_features).parameters
+    given = {key: value for key, value in vision.items() if key in known}
+    trains = any(
+        parameter.requires_grad
+        for name, parameter in backbone.named_parameters()
+        if families.tower(name) != "language_model"
+    )
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+        return backbone.get_image_features(**given, return_dict=True)
+
+
+def _in_order(features: Any, ranges: list[tuple[int, int]] | None) -> Any:
+    """Features in the order of the documents' image tokens; a picture that several documents show is repeated."""
+    if ranges is None:
+        return features
+    pooled = features.pooler_output
+    chosen = _repeated(pooled, ranges)
+    ordered = type(features)(pooler_output=chosen if isinstance(pooled, torch.Tensor) else [chosen])
+    deep = getattr(features, "deepstack_features", None)
+    if deep is not None:
+        ordered.deepstack_features = [_repeated(layer, ranges) for layer in deep]
+    return ordered
+
+
+def _repeated(pooled: Any, ranges: list[tuple[int, int]]) -> torch.Tensor:
+    flat = torch.cat([piece.flatten(0, -2) for piece in _pieces(pooled)])
+    return torch.cat([flat[start : start + length] for start, length in ranges])
+
+
+def _pieces(pooled: Any) -> list[torch.Tensor]:
+    return [pooled] if isinstance(pooled, torch.Tensor) else list(pooled)
+
+
+def _keep_label_rows(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """After the backbone: only the hidden states that predict a token of an answer, (1, N, width)."""
+    layout = kwargs.get("prefix_layout")
+    if layout is not None:
+        output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[layout.label_rows][None]
+    return output
+
+
+class FrozenTower:
+    """The forward of a vision tower that does not train: never with a graph, and once per batch while `keep` is set.
+
+    Gradient checkpointing lets transformers put a hook on the tower's embedding that asks for gradients, so a frozen tower would
+    be run again and back-propagated through, for nothing. Policy and reference show the same pictures, so with `keep` the
+    second of two equal calls gets what the first returned.
+
+    Args:
+        module: the tower; its `forward` is replaced.
+        keep: remember the last call until `forget`.
+    """
+
+    def __init__(self, module: torch.nn.Module, *, keep: bool):
+        self.original = module.forward
+        self.keep = keep
+        self.last: tuple[tuple[Any, ...], dict[str, Any], Any] | None = None
+        functools.update_wrapper(self, self.original)
+        module.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.last is not None and _equal(self.last[0], args) and _equal(self.last[1], kwargs):
+            return self.last[2]
+        with torch.no_grad():
+            output = self.original(*args, **kwargs)
+        if self.keep:
+            self.last = (args, kwargs, output)
+        return output
+
+    def forget(self) -> None:
+        """Let the last output go."""
+        self.last = None
+
+
+def frozen_tower(model: PreTrainedModel) -> torch.nn.Module | None:
+    """The largest part of the vision side that holds nothing trainable: the module under the backbone that is the tower."""
+    for name, module in families.core(model).model.named_children():
+        parameters = list(module.parameters())
+        if families.tower(f"{name}.") == "vision" and parameters and not any(p.requires_grad for p in parameters):
+            return module
+    return None
+
+
+def _equal(one: Any, two: Any) -> bool:
+    if isinstance(one, torch.Tensor) or isinstance(two, torch.Tensor):
+        return (
+            isinstance(one, torch.Tensor)
+            and isinstance(two, torch.Tensor)
+            and one.shape == two.shape
+            and one.dtype == two.dtype
+            and (one is two or bool(torch.equal(one, two)))
+        )
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
+        return one.keys() == two.keys() and all(_equal(one[key], two[key]) for key in one)
+    if isinstance(one, (list, tuple)) and isinstance(two, (list, tuple)):
+        return len(one) == len(two) and all(map(_equal, one, two))
+    return type(one) is type(two) and one == two
