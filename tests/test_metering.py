@@ -175,3 +175,21 @@ def test_attention_of_the_cpu_is_counted(keys):
     product = 2 * 3 * 2 * 5 * keys * 16
     assert count_flops(lambda: scaled_dot_product_attention(query, key, value)) == 2 * product
     assert count_flops(lambda: scaled_dot_product_attention(query, key, value).sum().backward()) == 7 * product
+
+
+def test_a_count_without_results_is_the_same_count():
+    """A convolution, products with and without bias, and attention: same count, and nothing but zeros comes out."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, stride=4), torch.nn.Flatten(2), torch.nn.Linear(16, 32))
+    said = []
+
+    def step():
+        hidden = network(torch.ones(2, 3, 16, 16)).unsqueeze(1)
+        mixed = scaled_dot_product_attention(hidden, hidden, hidden, is_causal=True) @ torch.ones(32, 5)
+        said.append(mixed.detach())
+        mixed.sum().backward()
+        return network[0].weight.grad
+
+    assert count_flops(step) == count_flops(step, compute=False) > 0
+    assert said[0].any()
+    assert not said[1].any()
+    assert said[0].shape == said[1].shape
