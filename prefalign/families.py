@@ -144,6 +144,17 @@ def turn_end_id(processor: Any) -> int:
     return next((index for index in closing if _is_special(tokenizer, index)), tokenizer.eos_token_id)
 
 
+def missing_end(processor: Any) -> str:
+    """What an answer in training must be given at its end: nothing where the chat template closes it, else the end of sequence.
+
+    LLaVA-1.5's template on the Hub closes an answer with nothing; trained on such, a model never learns to stop.
+    """
+    _, answer = render_answer(processor, [{"role": "user", "content": [{"type": "text", "text": "?"}]}], "!")
+    tokenizer = processor.tokenizer
+    closes = turn_end_id(processor) in tokenizer(answer, add_special_tokens=False).input_ids
+    return "" if closes else str(tokenizer.eos_token)
+
+
 def core(model: Any) -> Any:
     """The transformers model under PEFT and other wrappers."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model

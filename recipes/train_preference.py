@@ -10,9 +10,6 @@ its last checkpoint and ends with the weights of an uninterrupted run. Several p
 
 from __future__ import annotations
 
-import json
-import sys
-import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +36,7 @@ class Config:
         reference_folder: where they are kept, for runs that share them; by default `reference` in the output folder.
         fast_path: `auto` runs prompt and pictures once per pair where the family allows it exactly; `off` repeats them as
             TRL does.
+        tokens_per_pass: most tokens of one forward pass; a batch that holds more is run in parts. Null: a batch is one pass.
         trainer: fields of TRL's `DPOConfig` by name.
         lora: train an adapter; without it all weights that are not frozen.
         freeze: towers that stay as they are: `vision`, `projector`, `language_model`.
@@ -55,6 +53,7 @@ class Config:
     reference: Literal["cached", "online"] = "cached"
     reference_folder: Path | None = None
     fast_path: Literal["auto", "off"] = "auto"
+    tokens_per_pass: int | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
     lora: LoraSettings | None = None
     freeze: list[str] = field(default_factory=lambda: ["vision"])
@@ -75,15 +74,15 @@ def main(config: Config) -> None:
     from prefalign.training.runs import (
         base_file,
         claim_run,
-        finish_run,
         full_disk_explained,
         is_finished,
         open_run,
         run_files,
     )
+    from prefalign.training.upkeep import plain_lines_without_a_terminal, train_and_save
 
-    _plain_lines_without_a_terminal()
-    arguments = training_arguments(config.trainer, output=config.output, seed=config.seed)
+    plain_lines_without_a_terminal()
+    arguments: Any = training_arguments(config.trainer, output=config.output, seed=config.seed)
     losses = read_losses(config.losses, beta=arguments.beta)
     views = views_of(losses)
     folders = [config.pairs, *([config.eval_pairs] if config.eval_pairs else [])]
@@ -123,6 +122,7 @@ def main(config: Config) -> None:
         negative_seed=config.seed,
         fast_path=config.fast_path,
         reference=config.reference,
+        tokens_per_pass=config.tokens_per_pass,
     )
     check_trainable(trainer.model, config.freeze)
     trainer.train_dataset, fit = keep_fitting(trainer.train_dataset, trainer.data_collator)
@@ -137,30 +137,29 @@ def main(config: Config) -> None:
         if checkpoint:
             print(f"going on from {checkpoint.name}")
 
-    with full_disk_explained(config.output):
-        if main_process:
-            claim_run(config.output, files)
-        if config.reference == "cached" and trainer.needs_reference:
-            report = cache_reference(trainer, config.reference_folder or config.output / "reference", reference=base)
+    if config.reference == "cached" and trainer.needs_reference:
+        with full_disk_explained(config.output):
             if main_process:
-                print(
-                    f"reference log-probs: {report.found} of {report.rows} rows found, {report.computed} computed; "
-                    f"{report.verified} verified, largest difference {report.largest_difference:.2g}"
-                )
-        metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-        metrics |= {"rows_in": fit.rows_in, "rows_used": fit.rows_used, "rows_prompt_too_long": len(fit.too_long)}
-        if config.eval_pairs:
-            evaluated = trainer.evaluate()
-            evaluated |= {"eval_rows_in": eval_fit.rows_in, "eval_rows_used": eval_fit.rows_used}
-            trainer.save_metrics("eval", evaluated, combined=False)
-            metrics |= evaluated
-        trainer.save_metrics("train", metrics, combined=False)
-        trainer.save_model()
-        trainer.save_state()
+                claim_run(config.output, files)
+            report = cache_reference(trainer, config.reference_folder or config.output / "reference", reference=base)
         if main_process:
-            (config.output / "rows.json").write_text(json.dumps(asdict(fit), indent=2), encoding="utf-8")
-            finish_run(config.output, metrics)
-            print(f"saved {config.output}")
+            print(
+                f"reference log-probs: {report.found} of {report.rows} rows found, {report.computed} computed; "
+                f"{report.verified} verified, largest difference {report.largest_difference:.2g}"
+            )
+    counts = {"rows_in": fit.rows_in, "rows_used": fit.rows_used, "rows_prompt_too_long": len(fit.too_long)}
+    train_and_save(
+        trainer,
+        config.output,
+        checkpoint=checkpoint,
+        rows=asdict(fit),
+        counts=counts,
+        eval_counts={"eval_rows_in": eval_fit.rows_in, "eval_rows_used": eval_fit.rows_used}
+        if config.eval_pairs
+        else None,
+    )
+    if main_process:
+        print(f"saved {config.output}")
 
 
 def _load_policy(config: Config, device: str) -> Any:
@@ -184,18 +183,7 @@ def _load_policy(config: Config, device: str) -> Any:
             "lora: the model is an adapter already, and a second one would be saved without the first. Merge and save the model "
             "first, or leave `lora` out to train all weights of the merged model."
         )
-    return model.merge_and_unload()
-
-
-def _plain_lines_without_a_terminal() -> None:
-    # TRL 1.16 still calls transformers' older names at every step
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-    if not sys.stderr.isatty():
-        import datasets
-        from transformers.utils import logging
-
-        datasets.disable_progress_bars()
-        logging.disable_progress_bar()
+    return model.merge_and_unload().requires_grad_(True)  # PEFT leaves what it merged into frozen
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Legend of shapes: `B` rows, `V` views, `L` tokens of the longest row of the plai
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -56,6 +56,7 @@ class PreferenceCollator:
         image_token_id: id of a piece of a picture; needed by the shared layouts.
         dummy: vision inputs of some picture, added to batches that hold none, so that every process runs the vision tower.
         cache: reference log-probs computed before, added to every batch.
+        tokens_per_pass: split a batch into parts that take at most this many tokens each (`PreferenceTrainer`).
     """
 
     processor: ProcessorMixin
@@ -67,6 +68,11 @@ class PreferenceCollator:
     image_token_id: int | None = None
     dummy: Mapping[str, torch.Tensor] | None = None
     cache: ReferenceCache | None = None
+    tokens_per_pass: int | None = None
+    reader: Reader = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.reader = Reader(self.processor, self.views, self.negative, self.seed)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Build a batch.
@@ -79,20 +85,33 @@ class PreferenceCollator:
             `dummy`: vision inputs, only where no row holds a picture;
             `reference`: per view (B, A) cached reference log-probs, with a `cache`;
             `ids`: the rows' ids.
+            With `tokens_per_pass` only the first three, and `parts`: such batches with the `weight` of each.
 
         Raises:
             ValueError: placeholders and pictures of a side disagree, or a prompt leaves no room (`PromptTooLong`).
         """
-        read = self._reader().read(rows, self.max_length)
+        read = self.reader.read(rows, self.max_length)
+        if self.tokens_per_pass is None:
+            return self._batch(rows, read)
+        groups = read.passes(self.tokens_per_pass)
+        parts = [self._batch([rows[row] for row in group], read.part(group)) for group in groups]
+        for part, group in zip(parts, groups, strict=True):
+            part["weight"] = len(group) / len(rows)
+        return {**self._two(read, len(rows))[0], "parts": parts}
+
+    def _two(self, read: Documents, rows: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """TRL's layout of the first two views, and the plain layout of all."""
+        plain = self._plain(read, self._padding())
+        views = list(self.views)
+        places = [view * rows + row for view in (0, min(1, len(views) - 1)) for row in range(rows)]
+        two = {key: plain[key][places] for key in ("input_ids", "attention_mask", "completion_mask")}
+        columns = int(two["attention_mask"].sum(dim=1).max())
+        return {key: value[:, :columns] for key, value in two.items()}, plain
+
+    def _batch(self, rows: Sequence[Mapping[str, Any]], read: Documents) -> dict[str, Any]:
         padding = self._padding()
-        plain = self._plain(read, padding)
-        first, second = (list(self.views) * 2)[:2] if len(self.views) == 1 else list(self.views)[:2]
-        two = [
-            view * len(rows) + row for view in map(list(self.views).index, (first, second)) for row in range(len(rows))
-        ]
-        batch: dict[str, Any] = {key: plain[key][two] for key in ("input_ids", "attention_mask", "completion_mask")}
-        columns = int(batch["attention_mask"].sum(dim=1).max())
-        batch = {key: value[:, :columns] for key, value in batch.items()}
+        two, plain = self._two(read, len(rows))
+        batch: dict[str, Any] = dict(two)
         batch["ids"] = [row.get("id") for row in rows]
         batch["answers"] = self._answers(read, padding)
         if self.layout == "plain":
@@ -110,12 +129,9 @@ class PreferenceCollator:
 
     def lengths(self, row: Mapping[str, Any]) -> Lengths:
         """Tokens that one row needs."""
-        documents = self._reader().read([row]).documents
+        documents = self.reader.read([row]).documents
         prompt = max(len(document.prompt) for document in documents)
         return Lengths(prompt, prompt + max(len(answer) for document in documents for answer in document.answers))
-
-    def _reader(self) -> Reader:
-        return Reader(self.processor, self.views, self.negative, self.seed)
 
     def _padding(self) -> int:
         tokenizer = self.processor.tokenizer

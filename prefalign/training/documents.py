@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from trl.data_utils import apply_chat_template
 
-from prefalign.families import rewrites_prompt
+from prefalign.families import missing_end, rewrites_prompt
 from prefalign.images import EncodedImage, encode_png, open_image, read_image
 from prefalign.losses import VIEWS
 from prefalign.negatives import Negative, negatives
@@ -66,6 +66,58 @@ class Documents:
     documents: list[Document]
     places: dict[str, list[tuple[int, int]]]
 
+    def part(self, rows: Sequence[int]) -> Documents:
+        """Some rows with the documents and answers that they use."""
+        kept: dict[int, Document] = {}
+        places: dict[str, list[tuple[int, int]]] = {view: [] for view in self.places}
+        for view, all_places in self.places.items():
+            for row in rows:
+                number, branch = all_places[row]
+                whole = self.documents[number]
+                mine = kept.setdefault(number, replace(whole, answers=[]))
+                places[view].append((number, mine.branch(whole.answers[branch])))
+        order = {number: place for place, number in enumerate(kept)}
+        renumbered = {
+            view: [(order[number], branch) for number, branch in found] for view, found in places.items()
+        }  # fmt: skip
+        return Documents(list(kept.values()), renumbered)
+
+    def passes(self, budget: int) -> list[list[int]]:
+        """Rows put together so that each group takes at most `budget` tokens, or is one row.
+
+        Rows on the same document stay together as far as they fit, since its prompt is then run once; groups are filled largest
+        first. Each row is in one group.
+        """
+        rows = len(next(iter(self.places.values())))
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for row in range(rows):
+            alike.setdefault(tuple(places[row][0] for places in self.places.values()), []).append(row)
+        pieces: list[list[int]] = []
+        for together in alike.values():
+            piece: list[int] = []
+            for row in together:
+                if piece and self.part([*piece, row]).tokens() > budget:
+                    pieces.append(piece)
+                    piece = []
+                piece.append(row)
+            pieces.append(piece)
+        groups: list[list[int]] = []
+        room: list[int] = []
+        for piece in sorted(pieces, key=lambda piece: -self.part(piece).tokens()):
+            size = self.part(piece).tokens()
+            fits = next((number for number, left in enumerate(room) if size <= left), None)
+            if fits is None:
+                groups.append(list(piece))
+                room.append(budget - size)
+            else:
+                groups[fits] += piece
+                room[fits] -= size
+        return groups
+
+    def tokens(self) -> int:
+        """Tokens of all documents as the shared path runs them."""
+        return sum(len(document.prompt) + sum(len(a) - 1 for a in document.answers) for document in self.documents)
+
 
 @dataclass
 class Reader:
@@ -82,6 +134,10 @@ class Reader:
     views: Sequence[str]
     negative: Negative | None = None
     seed: int = 0
+    end: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.end = missing_end(self.processor)
 
     def read(self, rows: Sequence[Mapping[str, Any]], max_length: int | None = None) -> Documents:
         """The documents of some rows.
@@ -121,10 +177,10 @@ class Reader:
         return Documents(documents, places)
 
     def _texts(self, row: Mapping[str, Any], messages: list[Message]) -> tuple[str, str, str]:
-        """Prompt, chosen and rejected as text, split where TRL splits them."""
+        """Prompt, chosen and rejected as text, split where TRL splits them; answers always end with an end of turn."""
         sides = {side: normalise_messages(row[side]) for side in ("chosen", "rejected")}
         texts = apply_chat_template({"prompt": messages, **sides}, self.processor)
-        return texts["prompt"], texts["chosen"], texts["rejected"]
+        return texts["prompt"], texts["chosen"] + self.end, texts["rejected"] + self.end
 
     def _document(self, text: str, pictures: list[Image.Image], digest: str) -> Document:
         if not pictures and rewrites_prompt(self.processor):

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+PLAIN_LAYERS = frozenset({"llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text"})
+"""Text models whose layer is attention and MLP, each after a norm and added to its input, and nothing else."""
+
+
 def share(model: PreTrainedModel, layout: str) -> None:
     """Let a model run documents.
 
@@ -34,7 +38,10 @@ def share(model: PreTrainedModel, layout: str) -> None:
     base = families.core(model)
     if layout == "split":
         base.config.get_text_config()._attn_implementation = SPLIT
-    base.model.register_forward_hook(_keep_label_rows, with_kwargs=True)
+    if layout == "split" and (last := _last_layer(base)) is not None:
+        last.forward = types.MethodType(_label_rows_only, last)
+    elif layout != "plain":
+        base.model.register_forward_hook(_keep_label_rows, with_kwargs=True)
     original = base.forward
 
     @functools.wraps(original)
@@ -138,7 +145,7 @@ def _in_order(features: Any, ranges: list[tuple[int, int]] | None) -> Any:
     ordered = type(features)(pooler_output=chosen if isinstance(pooled, torch.Tensor) else [chosen])
     deep = getattr(features, "deepstack_features", None)
     if deep is not None:
-        ordered.deepstack_features = [_repeated(layer, ranges) for layer in deep]
+        ordered.deepstack_features = [[_repeated(layer, ranges)] for layer in deep]
     return ordered
 
 
@@ -157,6 +164,30 @@ def _keep_label_rows(module: Any, args: Any, kwargs: dict[str, Any], output: Any
     if layout is not None:
         output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[layout.label_rows][None]
     return output
+
+
+def _last_layer(base: Any) -> Any:
+    """The last layer of the language model, where it is of the kind that `_label_rows_only` knows; else None."""
+    layers = base.get_decoder().layers
+    vision = getattr(base.config, "vision_config", None)
+    added = len(
+        getattr(vision, "deepstack_visual_indexes", None) or []
+    )  # picture features added after the first layers
+    known = base.config.get_text_config().model_type in PLAIN_LAYERS and added < len(layers)
+    return layers[-1] if known else None
+
+
+def _label_rows_only(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A last decoder layer that goes on, after its attention, with the positions alone that predict a token of an answer.
+
+    Nothing reads the prompt's hidden states after the last attention, so its MLP need not run on them.
+    """
+    layout = kwargs.get("prefix_layout")
+    if layout is None:
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+    kept = (hidden_states + attended)[0, layout.label_rows][None]
+    return kept + self.mlp(self.post_attention_layernorm(kept))
 
 
 class FrozenTower:

@@ -10,9 +10,11 @@ Legend of shapes: `B` rows, `N` labels of all answers of a batch, `L` tokens of 
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,19 +28,16 @@ from trl.trainer.utils import FusedCausalLMOutput, use_adapter
 
 from prefalign import families
 from prefalign.config import ConfigError
-from prefalign.families import tower
 from prefalign.losses import VIEWS, Scores, Weighted, read_losses, views_of
 from prefalign.losses.text import COUPLED, REFERENCE_FREE
 from prefalign.manifest import write_atomically
-from prefalign.training.checkpoints import restore_weights
 from prefalign.training.collator import PreferenceCollator, blank_vision
 from prefalign.training.forward import FrozenTower, frozen_tower, share
 from prefalign.training.pairs import COLUMNS
 from prefalign.training.routes import find_route
+from prefalign.training.upkeep import Upkeep
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from datasets import Dataset
     from peft import PeftConfig
     from transformers import PreTrainedModel, ProcessorMixin
@@ -49,17 +48,17 @@ logger = logging.getLogger(__name__)
 
 PRIVATE = (
     "_compute_loss",
-    "_load_best_model",
-    "_load_from_checkpoint",
-    "_save",
     "_set_signature_columns_if_needed",
 )
+
+TERMS_FILE = "terms.json"
+"""State of loss terms that keep one, beside every saved model."""
 
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 """Per-token outputs of TRL's fused head that its loss and metrics read."""
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(Upkeep, DPOTrainer):
     """Train a vision-language model on pairs with a weighted list of preference terms.
 
     Args:
@@ -78,10 +77,14 @@ class PreferenceTrainer(DPOTrainer):
         fast_path: `auto` shares prompts and pictures where the family allows it exactly; `off` takes TRL's layout.
         reference: `online` runs the reference in every step; `cached` reads its log-probs from a cache that
             `reference.cache_reference` fills before training, and keeps no reference model.
+        tokens_per_pass: most tokens of one forward pass. A batch that holds more is run in parts, which hold what fits instead of
+            a fixed number of rows; the loss stays the mean over its rows. None: a batch is one pass.
 
     Raises:
         ConfigError: settings that contradict each other.
     """
+
+    data_collator: PreferenceCollator
 
     def __init__(
         self,
@@ -99,15 +102,14 @@ class PreferenceTrainer(DPOTrainer):
         negative_seed: int = 0,
         fast_path: Literal["auto", "off"] = "auto",
         reference: Literal["online", "cached"] = "online",
+        tokens_per_pass: int | None = None,
     ):
         self.losses = list(losses) if losses is not None else read_losses([{"name": "text"}], beta=args.beta)
         self.views = views_of(self.losses)
         self.full_logits = any(entry.term.logits for entry in self.losses)
         self.needs_reference = needs_reference(self.losses, args.loss_type)
         self.reference = reference
-        self.files = dict(files or {})
-        self.saw_pictures = False
-        self._check(args)
+        self._check(args, tokens_per_pass)
         self.route = find_route(model, fast_path)
         if self.route.layout == "plain" and fast_path == "auto":
             logger.warning("The fast path is off: prompts cannot be shared exactly, because %s.", self.route.reason)
@@ -119,6 +121,7 @@ class PreferenceTrainer(DPOTrainer):
             negative_seed,
             layout=self.route.layout,
             image_token_id=families.image_token_ids(model.config)[0],
+            tokens_per_pass=tokens_per_pass,
         )
         adapts = peft_config is not None or is_peft_model(model)
         online = self.needs_reference and reference == "online"
@@ -138,6 +141,7 @@ class PreferenceTrainer(DPOTrainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             peft_config=peft_config,
+            files=files,
         )
         self.precompute_ref_logps = True  # TRL is handed the reference's log-probs, wherever they come from
         if not online:
@@ -149,10 +153,19 @@ class PreferenceTrainer(DPOTrainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             collator.dummy = blank_vision(processing_class)
         self.add_callback(_NoInputHooks(self))
-        self.add_callback(_LogBeforeSave(self))
-        self.add_callback(_GradientAudit(self))
 
-    def _check(self, args: DPOConfig) -> None:
+    def _check(self, args: DPOConfig, tokens_per_pass: int | None) -> None:
+        together = coupled(self.losses, args.loss_type)
+        if tokens_per_pass is not None and together:
+            raise ConfigError(
+                f"tokens_per_pass: in loss {', '.join(together)} the rows of a batch depend on each other, so a batch cannot be "
+                "run in parts. Leave tokens_per_pass out and lower trainer.per_device_train_batch_size."
+            )
+        if tokens_per_pass is not None and (args.deepspeed_plugin is not None or args.fsdp_plugin_args):
+            raise ConfigError(
+                "tokens_per_pass: DeepSpeed and FSDP count one backward pass per batch, and parts would be several. "
+                "Leave it out and lower trainer.per_device_train_batch_size."
+            )
         if args.precompute_ref_log_probs:
             raise ConfigError(
                 "trainer.precompute_ref_log_probs: TRL's own cache is refused for pictures and misses what its numbers "
@@ -172,6 +185,30 @@ class PreferenceTrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(COLUMNS)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Held-out batches are run whole."""
+        collator = self.data_collator
+        self.data_collator = replace(collator, tokens_per_pass=None)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A step on a batch, or on its parts one after the other: gradients add up and are exchanged with the last."""
+        if "parts" not in inputs:
+            return super().training_step(model, inputs, *args, **kwargs)
+        parts = inputs["parts"]
+        counts = self.accelerator.gather(torch.tensor([len(parts)], device=self.accelerator.device))
+        rounds = int(counts.max())
+        # processes with fewer parts repeat one that counts nothing, since losses and metrics are exchanged in every round
+        parts = [*parts, *({**parts[-1], "weight": 0.0} for _ in range(rounds - len(parts)))]
+        total = torch.zeros((), device=self.accelerator.device)
+        for number, part in enumerate(parts):
+            with nullcontext() if number == rounds - 1 else self.accelerator.no_sync(model):
+                total = total + super().training_step(model, part, *args, **kwargs)
+        return total
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         self.saw_pictures = self.saw_pictures or has_pictures(inputs)
@@ -195,6 +232,7 @@ class PreferenceTrainer(DPOTrainer):
             for name, value in {"loss": losses.detach(), **metrics}.items():
                 logged[f"{entry.name}/{name}"] = value.float().mean()
         self._log_terms(logged)
+        total = total * inputs.get("weight", 1.0)
         return (total, policy) if return_outputs else total
 
     def run(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -314,36 +352,22 @@ class PreferenceTrainer(DPOTrainer):
         for name, value in zip(logged, means, strict=True):
             metrics[name].append(value)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as TRL does, with `train_loss` over the whole run and not only over what followed a resume."""
-        logged = [(entry["step"], entry["loss"]) for entry in self.state.log_history if "loss" in entry]
-        if "train_loss" in logs and logged and logged[-1][0] == self.state.global_step:
-            starts = [0, *(step for step, _ in logged[:-1])]
-            total = sum(loss * (step - start) for (step, loss), start in zip(logged, starts, strict=True))
-            logs["train_loss"] = total / self.state.global_step
-        super().log(logs, start_time)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self._restores_itself():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            restore_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        if self._restores_itself():
-            super()._load_best_model()
-        else:
-            restore_weights(self.accelerator.unwrap_model(self.model), Path(self.state.best_model_checkpoint))
-
-    def _restores_itself(self) -> bool:
-        """DeepSpeed and FSDP keep state files of their own, and adapters are saved under the names they are loaded by."""
-        return self.is_deepspeed_enabled or self.is_fsdp_enabled or is_peft_model(self.model)
+        states = Path(resume_from_checkpoint) / TERMS_FILE
+        if states.is_file():
+            kept = json.loads(states.read_text(encoding="utf-8"))
+            for entry in self._stateful():
+                entry.term.load_state_dict(kept[entry.name])
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            for name, text in self.files.items():
-                write_atomically(Path(output_dir or self.args.output_dir) / name, text.encode())
+        states = {entry.name: entry.term.state_dict() for entry in self._stateful()}
+        if self.args.should_save and states:
+            write_atomically(Path(output_dir or self.args.output_dir) / TERMS_FILE, json.dumps(states).encode())
+
+    def _stateful(self) -> list[Weighted]:
+        return [entry for entry in self.losses if hasattr(entry.term, "state_dict")]
 
 
 class _NoReference(nn.Module):
@@ -409,65 +433,3 @@ class _NoInputHooks(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             families.core(self.trainer.accelerator.unwrap_model(self.trainer.model)).disable_input_require_grads()
-
-
-class _LogBeforeSave(TrainerCallback):
-    """Log at every checkpoint and carry the token count over, so that a resumed run logs what an uninterrupted one does."""
-
-    def __init__(self, trainer: PreferenceTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_log = control.should_log or control.should_save
-
-    on_epoch_end = on_step_end
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        counts = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
-        if counts:
-            self.trainer._total_train_tokens = counts[-1]
-
-
-class _GradientAudit(TrainerCallback):
-    """After the first backward pass, name trainable tensors that got no gradient."""
-
-    def __init__(self, trainer: PreferenceTrainer):
-        self.trainer = trainer
-        self.done = False
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        if self.done or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            return
-        self.done = True
-        audit_gradients(trainer.model.named_parameters(), saw_pictures=trainer.saw_pictures)
-
-
-def audit_gradients(parameters: Iterable[tuple[str, torch.nn.Parameter]], *, saw_pictures: bool = True) -> list[str]:
-    """Names of trainable tensors without a gradient, logged as a warning.
-
-    Args:
-        parameters: names and parameters after a backward pass.
-        saw_pictures: whether the pass held a picture; without one a vision tower rightly gets nothing.
-
-    Raises:
-        ValueError: nothing in a whole tower that is meant to train got a gradient.
-    """
-    trainable = [(name, parameter.grad is not None) for name, parameter in parameters if parameter.requires_grad]
-    without = [name for name, has_gradient in trainable if not has_gradient]
-    for part in sorted({tower(name) for name in without}):
-        if any(has_gradient for name, has_gradient in trainable if tower(name) == part):
-            continue
-        if part == "language_model" or saw_pictures:
-            names = [name for name in without if tower(name) == part]
-            raise ValueError(
-                f"none of the {len(names)} trainable tensors of the {part} tower got a gradient in the first step "
-                f"({names[0]}, ...): they would never change. Freeze that tower, or turn off reentrant gradient "
-                "checkpointing (trainer.gradient_checkpointing_kwargs: {use_reentrant: false})."
-            )
-    if without:
-        logger.warning(
-            "%d of %d trainable tensors got no gradient in the first step and will not change: %s%s",
-            len(without), len(trainable), ", ".join(without[:4]), " ..." if len(without) > 4 else "",
-        )  # fmt: skip
-    return without
