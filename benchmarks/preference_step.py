@@ -37,7 +37,17 @@ from typing import Any
 
 import torch
 import transformers
-from preference_cases import CASES, SHAPES, SIDES, Case, Workbench, head_on_answers, start
+from preference_cases import (
+    ANSWER_WORDS,
+    CASES,
+    PROMPT_WORDS,
+    SHAPES,
+    SIDES,
+    Case,
+    Workbench,
+    head_on_answers,
+    start,
+)
 
 from prefalign.training.metering import LiveTensors, count_flops
 
@@ -233,23 +243,44 @@ def _gap(measured: float, counted: float, mine: Measured, other: Measured, on_cu
     return f" ({measured / counted - 1:+.0%}: {rates[0]:.0f} against our {rates[1]:.0f} GFLOP/s)"
 
 
-def layers_that_fit(case: Case) -> int:
-    """Decoder layers whose full training, TRL's way and without checkpointing, stays within 80 % of the device's memory.
+def layers_that_fit(case: Case, memory: float, *, lora: bool) -> int:
+    """Decoder layers with which TRL's trainer and our two stand side by side in 80 % of a device's memory, no checkpointing.
 
-    A layer holds weights, reference and gradient in bfloat16 and two states of AdamW: 10 bytes a parameter, three times (TRL's
-    trainer and our two stand side by side), and about 34 bytes an entry of the hidden states for what is saved for backward.
+    In bfloat16, full training keeps 22 bytes of each parameter (three policies, two references, three pairs of AdamW's states)
+    and one gradient of 2; adapters leave the three policies' 6. What a layer saves for backward is about 34 bytes for each entry
+    of TRL's hidden states.
+
+    Args:
+        case: of a 7B shape.
+        memory: of the device, in bytes.
+        lora: an adapter instead of all weights.
     """
     config = Workbench(case).config()
     text, vision = config.text_config, config.vision_config
-    width, inner = text.hidden_size, text.intermediate_size
-    shared = text.num_key_value_heads / text.num_attention_heads
-    layer = width * width * (2 + 2 * shared) + 3 * width * inner
-    rest = 2 * text.vocab_size * width
-    tower = 12 * getattr(vision, "depth", getattr(vision, "num_hidden_layers", 0)) * vision.hidden_size**2
-    tokens = 2 * case.pairs * (1500 if case.family == "qwen" else 800)
-    memory = 0.8 * torch.cuda.get_device_properties(0).total_memory
-    room = memory - 3 * (10 * rest + 4 * tower) - 8 * 4096 * 32768
-    return max(0, min(case.layers, int(room / (3 * 10 * layer + 34 * width * tokens))))
+    width, shared = text.hidden_size, text.num_key_value_heads / text.num_attention_heads
+    each = 6 if lora else 24
+    layer = width * width * (2 + 2 * shared) + 3 * width * text.intermediate_size
+    picture = 1280 if case.family == "qwen" else 576
+    tokens = 2 * case.pairs * (picture + PROMPT_WORDS + ANSWER_WORDS[1])
+    scratch = 4 * 3 * 4096 * 32768  # of TRL's head
+    rest = each * 2 * text.vocab_size * width + 5 * 2 * 12 * case.tower_layers * vision.hidden_size**2
+    room = 0.8 * memory - rest - scratch
+    return max(0, min(case.layers, int(room / (each * layer + 34 * width * tokens))))
+
+
+def fitting(case: Case, *, lora: bool) -> int:
+    """`layers_that_fit` on the device at hand.
+
+    Raises:
+        SystemExit: not one.
+    """
+    layers = layers_that_fit(case, torch.cuda.get_device_properties(0).total_memory, lora=lora)
+    if layers < 1:
+        raise SystemExit(
+            f"not one decoder layer of this shape fits {torch.cuda.get_device_name()} beside embeddings and vision tower. Take a "
+            "larger GPU, or set --layers and see how far it gets."
+        )
+    return layers
 
 
 def main() -> None:
@@ -280,23 +311,22 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     cases = {name: CASES[name] for name in chosen.cases.split(",")}
     if on_cuda:
-        shape = SHAPES[chosen.shape]
-        layers = chosen.layers or layers_that_fit(shape)
-        if layers < 1:
-            parser.error(
-                f"--shape {chosen.shape}: not one decoder layer fits {torch.cuda.get_device_name()}; take a larger GPU."
-            )
-        print(f"{torch.cuda.get_device_name()}: {layers} of {shape.layers} decoder layers")
-        cases = {chosen.shape: replace(shape, layers=layers)}
+        cases = {chosen.shape: SHAPES[chosen.shape]}
+    rounds = 3 if chosen.quick else chosen.rounds
     rows: list[Row] = []
     lines: list[str] = []
-    for case_name, case in cases.items():
+    for case_name, whole in cases.items():
         for mode in chosen.modes.split(","):
             for checkpointing in chosen.checkpointing.split(","):
                 name = f"{mode}/{case_name}/{checkpointing}"
                 print(f"{name} (load average {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores)", flush=True)
-                found = measure(case if chosen.pairs is None else replace(case, pairs=chosen.pairs), lora=mode == "lora",
-                                checkpointing=checkpointing == "ckpt", rounds=3 if chosen.quick else chosen.rounds)  # fmt: skip
+                case = whole if chosen.pairs is None else replace(whole, pairs=chosen.pairs)
+                if on_cuda:
+                    case = replace(case, layers=chosen.layers or fitting(case, lora=mode == "lora"))
+                    print(
+                        f"  {torch.cuda.get_device_name()}: {case.layers} of {whole.layers} decoder layers", flush=True
+                    )
+                found = measure(case, lora=mode == "lora", checkpointing=checkpointing == "ckpt", rounds=rounds)
                 new_rows, new_lines = compare(found, name, on_cuda=on_cuda)
                 rows, lines = rows + new_rows, lines + new_lines
                 print("\n".join(["", HEADER, *new_lines, ""]), flush=True)
