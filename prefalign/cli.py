@@ -256,11 +256,11 @@ def _scenes(chosen: argparse.Namespace) -> None:
 
 def _list() -> None:
     def first_line(path: Path) -> str:
-        text = path.read_text(encoding="utf-8")
-        line = next((line for line in text.splitlines() if line.strip(' #"')), "")
-        return line.strip(' #"')
+        lines = path.read_text(encoding="utf-8").splitlines() if path.suffix != ".json" else []
+        return next((line.strip(' #"') for line in lines if line.strip(' #"') and not line.startswith("#!")), "")
 
-    for title, found in (("stages", bundled.stages()), ("configs", bundled.configs())):
+    known = {"stages": bundled.stages(), "configs": bundled.configs(), "profiles": bundled.profiles()}
+    for title, found in known.items():
         print(f"{title}:")
         width = max(map(len, found), default=0)
         for name, path in found.items():

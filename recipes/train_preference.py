@@ -5,7 +5,8 @@ POVID, CHiP and others beside it; `prefalign/losses/` names the paper of each. `
 answers, the control that a preference method has to beat.
 
 Needs: a pairs folder (the output of any stage that makes pairs) and a model. Started again with the same config it goes on from
-its last checkpoint and ends with the weights of an uninterrupted run. Several processes: `torchrun --nproc_per_node N`.
+its last checkpoint and ends with the weights of an uninterrupted run. Several processes: `torchrun --nproc_per_node N`, or
+`accelerate launch` with a profile of configs/accelerate/; several nodes: recipes/slurm/train_preference.sbatch.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def main(config: Config) -> None:
     from prefalign.losses import read_losses, views_of
     from prefalign.models import fingerprint, freeze, load_processor, parameter_table
     from prefalign.training.arguments import training_arguments
+    from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
     from prefalign.training.lora import check_trainable
     from prefalign.training.pairs import check_columns, check_negative, check_texts, keep_fitting, load_pairs
     from prefalign.training.preference import PreferenceTrainer, needs_reference
@@ -82,6 +84,7 @@ def main(config: Config) -> None:
     from prefalign.training.upkeep import plain_lines_without_a_terminal, train_and_save
 
     plain_lines_without_a_terminal()
+    prepare_processes(config.trainer)
     arguments: Any = training_arguments(config.trainer, output=config.output, seed=config.seed)
     losses = read_losses(config.losses, beta=arguments.beta)
     views = views_of(losses)
@@ -109,8 +112,11 @@ def main(config: Config) -> None:
         return
     if config.lora is None:
         freeze(model, config.freeze)
+    # weights that are shared out cannot be copied, so the reference is loaded once more
+    loads_reference = config.reference == "online" and config.lora is None and _in_parts(model)
     trainer = PreferenceTrainer(
         model,
+        ref_model=_load_policy(config, str(arguments.device)) if loads_reference else None,
         args=arguments,
         train_dataset=datasets[0],
         eval_dataset=datasets[1] if config.eval_pairs else None,
@@ -124,6 +130,7 @@ def main(config: Config) -> None:
         reference=config.reference,
         tokens_per_pass=config.tokens_per_pass,
     )
+    running = running_processes(trainer.accelerator, config.trainer)
     check_trainable(trainer.model, config.freeze)
     trainer.train_dataset, fit = keep_fitting(trainer.train_dataset, trainer.data_collator)
     if config.eval_pairs:
@@ -131,22 +138,20 @@ def main(config: Config) -> None:
     if main_process:
         for row in parameter_table(trainer.model):
             print(f"{row['tower']:<15}{row['parameters']:>16,} parameters{row['trainable']:>16,} trainable")
-        print(f"{fit.rows_used} pairs, {fit.summary() or 'all fit'}; {arguments.world_size} process(es)")
+        print(f"{fit.rows_used} pairs, {fit.summary() or 'all fit'}; {running}")
         if config.eval_pairs and eval_fit.summary():
             print(f"{eval_fit.rows_used} held-out pairs, {eval_fit.summary()}")
         if checkpoint:
             print(f"going on from {checkpoint.name}")
 
-    if config.reference == "cached" and trainer.needs_reference:
-        with full_disk_explained(config.output):
-            if main_process:
-                claim_run(config.output, files)
-            report = cache_reference(trainer, config.reference_folder or config.output / "reference", reference=base)
+    with full_disk_explained(config.output):
         if main_process:
-            print(
-                f"reference log-probs: {report.found} of {report.rows} rows found, {report.computed} computed; "
-                f"{report.verified} verified, largest difference {report.largest_difference:.2g}"
-            )
+            claim_run(config.output, files)
+        claim_processes(config.output, running, main_process=main_process)
+        if config.reference == "cached" and trainer.needs_reference:
+            report = cache_reference(trainer, config.reference_folder or config.output / "reference", reference=base)
+            if main_process:
+                print(report)
     counts = {"rows_in": fit.rows_in, "rows_used": fit.rows_used, "rows_prompt_too_long": len(fit.too_long)}
     train_and_save(
         trainer,
@@ -180,10 +185,20 @@ def _load_policy(config: Config, device: str) -> Any:
         return model
     if config.lora is not None:
         raise ConfigError(
-            "lora: the model is an adapter already, and a second one would be saved without the first. Merge and save the model "
-            "first, or leave `lora` out to train all weights of the merged model."
+            "lora: the model is an adapter already, and a second one would be saved without the first. Merge it first "
+            "(`prefalign run merge_adapter`), or leave `lora` out to train all weights of the merged model."
         )
-    return model.merge_and_unload().requires_grad_(True)  # PEFT leaves what it merged into frozen
+    if _in_parts(model):
+        raise ConfigError(
+            "model: an adapter cannot be merged into weights that are shared out (DeepSpeed ZeRO-3). Merge and save the model "
+            "first, or train it with ZeRO-2 or in one process."
+        )
+    return model.merge_and_unload().requires_grad_(True)
+
+
+def _in_parts(model: Any) -> bool:
+    """Whether each process holds a part of every weight (DeepSpeed ZeRO-3), so that the policy cannot be copied."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 if __name__ == "__main__":

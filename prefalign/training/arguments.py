@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 from trl import DPOConfig, SFTConfig
 
+from prefalign import bundled
 from prefalign.config import ConfigError, nearest
 
 OWNED = {
@@ -97,6 +98,8 @@ def training_arguments(
                 problems.append(f"trainer.{name}: {error.errors()[0]['msg']} (got {value!r}).")
     if problems:
         raise ConfigError("\n  ".join(problems))
+    if isinstance(values.get("deepspeed"), str):
+        values["deepspeed"] = str(bundled.find(values["deepspeed"]))
     arguments = kind(**{**defaults(), **values, "output_dir": str(output), "seed": seed})
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.world_size != started:

@@ -8,6 +8,7 @@ metrics and gradients come out of TRL's kernels either way.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import types
@@ -127,10 +128,13 @@ def _encode(backbone: Any, vision: Mapping[str, torch.Tensor]) -> Any:
     """The family's own picture features; without a graph where neither tower nor projector trains."""
     known = inspect.signature(type(backbone).get_image_features).parameters
     given = {key: value for key, value in vision.items() if key in known}
+    parts = [(f"{name}.", part.parameters()) for name, part in backbone.named_children()]
+    parts += [(name, [parameter]) for name, parameter in backbone.named_parameters(recurse=False)]
     trains = any(
         parameter.requires_grad
-        for name, parameter in backbone.named_parameters()
+        for name, parameters in parts
         if families.tower(name) != "language_model"
+        for parameter in parameters
     )
     with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
         return backbone.get_image_features(**given, return_dict=True)
@@ -210,12 +214,14 @@ class FrozenTower:
         module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.last is not None and _equal(self.last[0], args) and _equal(self.last[1], kwargs):
-            return self.last[2]
+        # transformers tells the policy's tower alone that it has no cache, which no tower has
+        asked = {key: value for key, value in kwargs.items() if key != "use_cache"}
+        if self.last is not None and _equal(self.last[0], args) and _equal(self.last[1], asked):
+            return copy.copy(self.last[2])
         with torch.no_grad():
             output = self.original(*args, **kwargs)
         if self.keep:
-            self.last = (args, kwargs, output)
+            self.last = (args, asked, copy.copy(output))  # Qwen's models write into what they get
         return output
 
     def forget(self) -> None:

@@ -149,10 +149,15 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         share(self.model, self.route.layout)
         if self.ref_model is not None:
             share(self.accelerator.unwrap_model(self.ref_model), self.route.layout)
+        still = frozen_tower(self.model)  # an adapter has frozen what it does not reach
         self.frozen = FrozenTower(still, keep=online) if still is not None else None
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             collator.dummy = blank_vision(processing_class)
-        self.add_callback(_NoInputHooks(self))
+        no_hooks = _NoInputHooks(self)
+        no_hooks.on_train_begin(
+            self.args, self.state, self.control
+        )  # TRL's own, which `train` would put others on top of
+        self.add_callback(no_hooks)
 
     def _check(self, args: DPOConfig, tokens_per_pass: int | None) -> None:
         together = coupled(self.losses, args.loss_type)
@@ -321,21 +326,26 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         batch = {key: inputs[key] for key in ("input_ids", "attention_mask", "completion_mask")}
         mask = batch["completion_mask"][:, 1:].bool()
 
-        def spread(values: torch.Tensor) -> torch.Tensor:
-            return values.new_zeros(mask.shape).masked_scatter(mask, values[index])
+        def spread_out(values: torch.Tensor) -> torch.Tensor:
+            return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
-        outputs = FusedCausalLMOutput(**{name: spread(value) for name, value in policy.items() if name in FIELDS})
+        outputs = FusedCausalLMOutput(
+            **{name: spread_out(value[index]) for name, value in policy.items() if name in FIELDS}
+        )
         references = [scores[view].ref_logps for view in (first, second)]
         if references[0] is None:
             sums = [torch.zeros(len(mask) // 2, device=mask.device)] * 2
-        elif self.ld_alpha is None:
-            sums = [logps.sum(dim=1) for logps in references if logps is not None]
         else:
             flat = torch.cat(
                 [logps[scores[view].mask] for view, logps in zip((first, second), references, strict=True)]  # type: ignore[index]
             )
-            per_token = FusedCausalLMOutput(log_probs=flat.new_zeros(mask.shape).masked_scatter(mask, flat))
-            sums = list(self.compute_ref_log_probs(lambda **_: per_token, batch))
+            per_token = spread_out(flat)
+            if self.ld_alpha is None:
+                sums = list(
+                    per_token.sum(dim=1).chunk(2)
+                )  # as TRL's policy sums: equal log-probs give margins of exactly 0
+            else:
+                sums = list(self.compute_ref_log_probs(lambda **_: FusedCausalLMOutput(log_probs=per_token), batch))
         batch |= {"ref_chosen_logps": sums[0], "ref_rejected_logps": sums[1]}
         loss = super()._compute_loss(lambda **_: outputs, batch, False)
         if references[0] is None:

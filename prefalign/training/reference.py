@@ -61,6 +61,12 @@ class CacheReport:
     verified: int = 0
     largest_difference: float = 0.0
 
+    def __str__(self) -> str:
+        return (
+            f"reference log-probs: {self.found} of {self.rows} rows found, {self.computed} computed; {self.verified} verified, "
+            f"largest difference {self.largest_difference:.2g}"
+        )
+
 
 @dataclass
 class ReferenceCache:
