@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -142,24 +143,28 @@ def measure(case: Case, *, lora: bool, checkpointing: bool, rounds: int) -> dict
                 timed(trainers[side], found[side], compact=side == "trlc")
             taken = ", ".join(f"{side} {(out.wall if on_cuda else out.cpu)[-1]:.2f}" for side, out in found.items())
             print(f"  round {number + 1}: {taken} s; load average {os.getloadavg()[0]:.1f}", flush=True)
+        for side, out in found.items():  # last, since what is not computed may end in the weights
+            compact = side == "trlc"
+            out.flops = count_flops(functools.partial(step, trainers[side], compact=compact), compute=False)
+            trainers[side].model.zero_grad()
     return found
 
 
 def first(trainer: Any, out: Measured, *, compact: bool) -> None:
-    """A step that is not timed: loss, gradients, operations, and the peak above `held`.
+    """A step that is not timed: loss, gradients, and the peak above `held`.
 
     On CUDA the peak is what its allocator counts, scratch space of kernels included.
     """
-    named = trainer.model.named_parameters()
     if next(trainer.model.parameters()).is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        out.flops = count_flops(lambda: setattr(out, "loss", step(trainer, compact=compact)))
+        out.loss = step(trainer, compact=compact)
         out.peak = torch.cuda.max_memory_allocated() - before
     else:
         with LiveTensors(held(trainer)) as meter:
-            out.flops = count_flops(lambda: setattr(out, "loss", step(trainer, compact=compact)))
+            out.loss = step(trainer, compact=compact)
         out.peak = meter.above_held
+    named = trainer.model.named_parameters()
     out.gradients = {name: weight.grad.cpu() for name, weight in named if weight.grad is not None}
     trainer.model.zero_grad()
 

@@ -76,7 +76,8 @@ def count_flops(step: Callable[[], object], *, compute: bool = True) -> int:
     """Floating point operations of the matrix products, convolutions and attention that a call runs, backward included.
 
     Counted by torch's `FlopCounterMode`, to which the CPU's attention kernel is added. Attention counts whole, also where a
-    causal kernel skips the half that it masks.
+    causal kernel skips the half that it masks. Not to be combined with `LiveTensors`: with gradient checkpointing, torch's
+    counter keeps activations alive that would have been freed.
 
     Args:
         step: called once.
