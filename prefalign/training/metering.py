@@ -1,0 +1,105 @@
+"""What a step costs, counted instead of timed: the peak of live tensors, and floating point operations.
+
+Both figures are the same on every run and every machine of one device type, so tests can hold them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class LiveTensors(TorchDispatchMode):
+    """Count the bytes of all tensors alive at once while this mode is on, forward, backward and optimizer alike.
+
+    Storages are followed, not tensors: views share one, and what autograd saved stays counted until autograd lets go of it.
+    A tensor made before the mode counts from its first use, or from the start if `held` names it. Scratch space inside one
+    kernel is never a tensor and is not seen. Tensors on `meta` count with the bytes that they would have.
+
+    Args:
+        held: tensors that are there already, such as weights and optimizer state.
+
+    Attributes:
+        held: bytes of these tensors, shared storages once.
+        live: bytes alive now.
+        peak: most bytes alive at once, the held ones included.
+
+    Example:
+        >>> with LiveTensors() as meter:
+        ...     half = (torch.ones(1024) + 1)[:512]
+        >>> meter.peak, meter.live
+        (8192, 4096)
+    """
+
+    def __init__(self, held: Iterable[torch.Tensor] = ()):
+        super().__init__()
+        self.live = self.peak = 0
+        self._followed: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        for tensor in held:
+            self._follow(tensor)
+        self.held = self.live
+
+    @property
+    def above_held(self) -> int:
+        """Peak without the held tensors: activations, gradients and passing values."""
+        return self.peak - self.held
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs, result)):
+            if isinstance(value, torch.Tensor):
+                self._follow(value)
+        return result
+
+    def _follow(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata  # the address of the storage itself, also where its data has none
+        if key in self._followed:
+            return
+
+        def freed(_: object) -> None:
+            self.live -= self._followed.pop(key)[1]
+
+        self._followed[key] = weakref.ref(storage, freed), storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+
+
+def count_flops(step: Callable[[], object]) -> int:
+    """Floating point operations of the matrix products, convolutions and attention that a call runs, backward included.
+
+    Counted by torch's `FlopCounterMode`, to which the CPU's attention kernel is added. Attention counts whole, also where a
+    causal kernel skips the half that it masks.
+
+    Args:
+        step: called once.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *rest: object, **more: object) -> int:
+    """Two products of all queries with all keys; heads of (batch, heads, tokens, width) are those of the query."""
+    batch, heads, tokens, width = query
+    return 2 * batch * heads * tokens * key[2] * (width + value[3])
+
+
+def _attention_backward(
+    gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *rest: object, **more: object
+) -> int:
+    """The scores again, then the gradients of scores, query, key and value."""
+    batch, heads, tokens, width = query
+    return 2 * batch * heads * tokens * key[2] * (3 * width + 2 * value[3])
+
+
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
