@@ -80,7 +80,7 @@ def count_flops(step: Callable[[], object]) -> int:
     Args:
         step: called once.
     """
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         step()
     return counter.get_total_flops()
 
@@ -99,7 +99,7 @@ def _attention_backward(
     return 2 * batch * heads * tokens * key[2] * (3 * width + 2 * value[3])
 
 
-_CPU_ATTENTION = {
+CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
