@@ -1,9 +1,9 @@
 """A training step without weights: the real trainer on fake tensors, to count what the step would hold and compute.
 
-Weights and all that is computed from them are torch's fake tensors, which have shapes and no data; token ids, masks, positions and
-pictures are real, so that what depends on their values (grids, who sees whom, which positions are kept) comes out as in the run. What
-runs is `PreferenceTrainer.training_step` with the run's settings: shared prompts, checkpointing, autocast with its copies of weights,
-the head in chunks. A meter follows every tensor.
+Weights and all that is computed from them are torch's fake tensors, which have shapes and no data; token ids, masks, positions
+and pictures are real, so that what depends on their values (grids, who sees whom) comes out as in the run. What runs is
+`PreferenceTrainer.training_step` with the run's settings: shared prompts, checkpointing, autocast with its copies of weights, the
+head in chunks. A meter follows every tensor.
 
 The layers of a language model are alike, so two short models, one a layer longer than the other, tell what each further layer
 adds. The peak falls either where the backward pass turns round at the top layer, or at the bottom layer, when all gradients are
@@ -15,9 +15,7 @@ On a GPU TRL's head is a fused kernel on answers only, and has no tables beside 
 from __future__ import annotations
 
 import tempfile
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,39 +23,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, shape_wrapper
-from trl.kernels import chunked_logprob
-from trl.trainer import utils as trl_utils
 
 from prefalign import families
 from prefalign.losses import VIEWS
 from prefalign.models import freeze
-from prefalign.training.metering import CPU_ATTENTION, LiveTensors
+from prefalign.training.fake_meter import FakeMeter, Moment, kernels_of, marked
 from prefalign.training.preference import PreferenceTrainer, _NoInputHooks
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
-
-KINDS = ("activations", "vision", "head", "gradients")
-_INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
-# not by FlopCounterMode, whose hooks on modules keep tensors alive
-_FLOPS = {**flop_registry, **{kernel: shape_wrapper(count) for kernel, count in CPU_ATTENTION.items()}}
-
-
-@dataclass
-class Moment:
-    """The fullest moment of a part of the step, in bytes above all weights.
-
-    Attributes:
-        held: most bytes held at once.
-        kinds: `held` by kind: `activations` of the language model, `vision`, `head`, `gradients`.
-        rest: most bytes held at once that are not gradients.
-    """
-
-    held: float = 0
-    kinds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
-    rest: float = 0
 
 
 @dataclass
@@ -71,8 +45,10 @@ class Counted:
         trainable_parameters: how many numbers train.
         frozen_parameters: how many do not.
         linear_parameters: of the frozen ones, those in the linear layers of the language model's blocks.
-        block_parameters: numbers in one block of the language model.
+        block_parameters: numbers in one block of the language model, the adapter's included.
+        matrix_parameters: numbers in the largest matrix of a block.
         gradients: gradients of all that trains.
+        layers: blocks of the language model.
         top: the forward pass, and the backward pass down through the top layer.
         bottom: the end of the backward pass, from the bottom layer on.
         flops: floating point operations on one batch, with checkpointing's second forward pass and an online reference.
@@ -85,7 +61,9 @@ class Counted:
     frozen_parameters: float = 0
     linear_parameters: float = 0
     block_parameters: float = 0
+    matrix_parameters: float = 0
     gradients: float = 0
+    layers: float = 0
     top: Moment = field(default_factory=Moment)
     bottom: Moment = field(default_factory=Moment)
     flops: float = 0
@@ -109,6 +87,7 @@ def count_step(
     arguments: Callable[[Path], Any],
     dtype: torch.dtype,
     frozen: Sequence[str] = (),
+    cast: torch.dtype | None = None,
     target: Literal["cuda", "cpu"] = "cuda",
     attention: str | None = None,
     whole: bool = False,
@@ -123,6 +102,7 @@ def count_step(
         arguments: TRL's arguments for a scratch folder; with `use_cpu`, whatever the target is.
         dtype: of the loaded weights.
         frozen: towers that stay as they are.
+        cast: what all weights are turned into before training, as DeepSpeed and FSDP do with 16 bits; not together with autocast.
         target: type of the device whose kernels are meant.
         attention: `attn_implementation`.
         whole: run all layers instead of two short models.
@@ -136,7 +116,7 @@ def count_step(
     few = max(2, 1 + len(getattr(vision, "deepstack_visual_indexes", None) or []))
 
     def count(number: int) -> Counted:
-        step = _Step(_with_layers(config, number), dtype, frozen, target, attention)
+        step = _Step(_with_layers(config, number), dtype, frozen, cast, target, attention)
         return step.count(rows, processor, arguments, settings)
 
     if whole or layers <= few + 1:
@@ -167,7 +147,15 @@ def _further(one: Any, two: Any, steps: int) -> Any:
 class _Step:
     """One model without data and one training step on it."""
 
-    def __init__(self, config: Any, dtype: torch.dtype, frozen: Sequence[str], target: str, attention: str | None):
+    def __init__(
+        self,
+        config: Any,
+        dtype: torch.dtype,
+        frozen: Sequence[str],
+        cast: torch.dtype | None,
+        target: str,
+        attention: str | None,
+    ):
         from transformers import AutoModelForImageTextToText
 
         with torch.device("meta"):
@@ -176,6 +164,7 @@ class _Step:
         model.hf_device_map = {"weights": "meta", "buffers": "meta"}
         self.model = model.eval()
         self.frozen = frozen
+        self.cast = cast
         self.target = target
 
     def count(self, rows: Sequence[Mapping[str, Any]], processor: Any, arguments: Any, settings: Any) -> Counted:
@@ -201,7 +190,7 @@ class _Step:
         made: dict[int, torch.Tensor] = {}
         for module in (policy, reference):
             if module is not None:
-                _make_fake(module, fake, made)
+                _make_fake(module if self.cast is None else module.to(self.cast), fake, made)
         batch = trainer.data_collator(rows)
         if trainer.needs_reference and trainer.reference == "cached":
             for part in batch.get("parts", [batch]):
@@ -211,12 +200,12 @@ class _Step:
             policy.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
             _NoInputHooks(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
         counted, held = _weights(policy, reference)
-        meter = _Meter(fake, held)
+        meter = FakeMeter(fake, held)
         _watch(policy, reference, meter)
         steps = trainer.current_gradient_accumulation_steps = min(2, trainer.args.gradient_accumulation_steps)
         prepared = trainer.accelerator.prepare_model(policy)
 
-        with _kernels_of(self.target, meter), meter:
+        with kernels_of(self.target, meter), meter:
             for _ in range(steps):
                 meter.restart()
                 trainer.training_step(prepared, dict(batch))
@@ -261,11 +250,13 @@ def _weights(policy: Any, reference: Any) -> tuple[Counted, list[torch.Tensor]]:
             if id(tensor) not in seen:
                 seen[id(tensor)] = tensor
                 counted.reference += tensor.untyped_storage().nbytes()
-    counted.block_parameters = sum(p.numel() for p in families.core(policy).get_decoder().layers[0].parameters())
+    block = [parameter.numel() for parameter in families.core(policy).get_decoder().layers[0].parameters()]
+    counted.layers = len(families.core(policy).get_decoder().layers)
+    counted.block_parameters, counted.matrix_parameters = sum(block), max(block)
     return counted, list(seen.values())
 
 
-def _watch(policy: Any, reference: Any, meter: _Meter) -> None:
+def _watch(policy: Any, reference: Any, meter: FakeMeter) -> None:
     """Tell a meter which tensors are gradients, what the vision side makes, and where the backward pass is."""
     for parameter in policy.parameters():
         if parameter.requires_grad:
@@ -274,171 +265,8 @@ def _watch(policy: Any, reference: Any, meter: _Meter) -> None:
         if model is None:
             continue
         base = families.core(model)
-        base.model.get_image_features = _marked(base.model.get_image_features, meter, "vision")
-        base.lm_head.forward = _marked(base.lm_head.forward, meter, "head")
+        base.model.get_image_features = marked(base.model.get_image_features, meter, "vision")
+        base.lm_head.forward = marked(base.lm_head.forward, meter, "head")
     layers = families.core(policy).get_decoder().layers
     layers[-2].register_forward_hook(meter.ends_top)
     layers[0].register_forward_hook(meter.begins_bottom)
-
-
-def _marked(call: Callable[..., Any], meter: _Meter, kind: str) -> Callable[..., Any]:
-    def marked(*args: Any, **kwargs: Any) -> Any:
-        with meter.making(kind):
-            return call(*args, **kwargs)
-
-    return marked
-
-
-@contextmanager
-def _kernels_of(target: str, meter: _Meter) -> Iterator[None]:
-    """TRL's head as it is on a device type, its tensors marked."""
-
-    class Head(chunked_logprob.ChunkedLogProbFunction):
-        forward = staticmethod(_marked(chunked_logprob.ChunkedLogProbFunction.forward, meter, "head"))
-        backward = staticmethod(_marked(chunked_logprob.ChunkedLogProbFunction.backward, meter, "head"))
-
-    def add_product(total: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> None:
-        with meter.pause():  # one kernel, which reads 16 bits and adds up in 32
-            total.addmm_(one.float(), other.float())
-
-    changes: list[tuple[Any, str, Any]] = [(trl_utils, "_ChunkedLogProbFunction", Head)]
-    if target == "cuda":
-        changes += [(chunked_logprob, name, lambda *args, **kwargs: None) for name in ("_forward_tile", "_backward_tile")]
-        changes += [(chunked_logprob, "_addmm_fp32", add_product), (trl_utils, "_use_triton", lambda device: True)]
-    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
-    try:
-        for module, name, value in changes:
-            setattr(module, name, value)
-        yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
-
-
-class _Meter(LiveTensors):
-    """Live tensors by kind and by part of the step, fake and real ones.
-
-    It also decides what is computed: operations on real tensors alone are, and give real ones; new tensors of floats are fake.
-    """
-
-    def __init__(self, fake: FakeTensorMode, held: Sequence[torch.Tensor]):
-        self.fake = fake
-        self.kind = "activations"
-        self.by_kind: dict[str, float] = dict.fromkeys(KINDS, 0)
-        self.kinds: dict[int, tuple[weakref.ref[torch.UntypedStorage], str, int]] = {}
-        self.paused = True
-        super().__init__(held)
-        self.paused = False
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a step."""
-        self.top, self.bottom = Moment(), Moment()
-        self.parts = [self.top]
-        self.flops = 0
-        self._look()
-
-    def ends_top(self, module: Any, args: Any, output: torch.Tensor) -> None:
-        """When the gradient of this output is there, the top layer is done."""
-        self._when_graded(output, lambda: [part for part in self.parts if part is not self.top])
-
-    def begins_bottom(self, module: Any, args: Any, output: torch.Tensor) -> None:
-        """When the gradient of this output is there, only the bottom layer is left."""
-        self._when_graded(output, lambda: [*self.parts, self.bottom])
-
-    def _when_graded(self, output: torch.Tensor, parts: Callable[[], list[Moment]]) -> None:
-        def now(gradient: torch.Tensor) -> None:
-            self.parts = parts()
-            self._look()
-
-        if output.requires_grad:
-            output.register_hook(now)
-
-    @contextmanager
-    def making(self, kind: str) -> Iterator[None]:
-        """Count what is made inside as a kind."""
-        self.kind, before = kind, self.kind
-        try:
-            yield
-        finally:
-            self.kind = before
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Do not follow what is made inside."""
-        self.paused = True
-        try:
-            yield
-        finally:
-            self.paused = False
-
-    def is_gradient(self, parameter: torch.Tensor) -> None:
-        """Count the gradient of a parameter as such."""
-        assert parameter.grad is not None
-        key = parameter.grad.untyped_storage()._cdata
-        reference, kind, size = self.kinds[key]
-        self.kinds[key] = reference, "gradients", size
-        self.by_kind[kind] -= size
-        self.by_kind["gradients"] += size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-        if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
-            result = self._real(func, args, kwargs, new=not tensors)
-        elif func is torch.ops.aten._local_scalar_dense.default:
-            return 0.0 if tensors[0].is_floating_point() else 0
-        else:
-            if func in _INDEXING:
-                args = (args[0], _as_numbers(args[1]), *args[2:])
-            result = func(*args, **kwargs)
-        if func._overloadpacket in _FLOPS:
-            self.flops += _FLOPS[func._overloadpacket](*args, **kwargs, out_val=result)
-        for value in (*tensors, *tree_leaves(result)):
-            if isinstance(value, torch.Tensor):
-                self._follow(value)
-        return result
-
-    def _real(self, func: Any, args: Any, kwargs: Any, *, new: bool) -> Any:
-        if new:
-            with self.fake:
-                result = func(*args, **kwargs)
-            if isinstance(result, torch.Tensor) and result.is_floating_point():
-                return result
-        return func(*args, **kwargs)
-
-    def _follow(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if self.paused or key in self._followed:
-            if not hasattr(self, "held"):
-                super()._follow(tensor)
-            return
-        super()._follow(tensor)
-
-        def freed(_: object) -> None:
-            _, kind, _ = self.kinds.pop(key)
-            self.by_kind[kind] -= size
-
-        self.kinds[key] = weakref.ref(storage, freed), self.kind, size
-        self.by_kind[self.kind] += size
-        self._look()
-
-    def _look(self) -> None:
-        held = self.live - self.held
-        rest = held - self.by_kind["gradients"]
-        for part in self.parts:
-            part.rest = max(part.rest, rest)
-            if held > part.held:
-                part.held, part.kinds = held, dict(self.by_kind)
-
-
-def _as_numbers(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Masks among indices as the positions that they pick, which must be known."""
-    numbers: list[torch.Tensor | None] = []
-    for index in indices:
-        if index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor):
-            numbers += index.nonzero(as_tuple=True)
-        else:
-            numbers.append(index)
-    return numbers
