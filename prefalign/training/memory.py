@@ -82,7 +82,9 @@ def optimizer_bytes(args: Any, dtype: torch.dtype) -> float:
         optimizer = cls([parameter], **settings)
         optimizer.step()
     except (ImportError, ValueError, RuntimeError):
-        return 2.0 if "8bit" in str(args.optim) else 8.0  # bitsandbytes is not here, or not for this device
+        return (
+            2.0 if "8bit" in str(getattr(args.optim, "value", args.optim)) else 8.0
+        )  # bitsandbytes is not here, or not for this device
     kept = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
     return sum(value.untyped_storage().nbytes() for value in kept) / parameter.numel()
 
