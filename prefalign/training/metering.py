@@ -84,7 +84,7 @@ def count_flops(step: Callable[[], object], *, compute: bool = True) -> int:
         compute: False gives zeros for what would be counted, which is several times faster; the count depends on shapes only,
             unless the call decides by values.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     with nullcontext() if compute else _Zeros(counter.flop_registry), counter:
         step()
     return counter.get_total_flops()
@@ -121,7 +121,7 @@ def _attention_backward(
     return 2 * batch * heads * tokens * key[2] * (3 * width + 2 * value[3])
 
 
-_CPU_ATTENTION = {
+CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
