@@ -63,5 +63,7 @@ def test_a_dummy_picture_changes_no_number_and_reaches_every_vision_tensor(famil
 
 def test_paligemma_refuses_rows_without_a_picture(benches):
     shared, _ = trainers(benches["paligemma"], "lora")
-    with pytest.raises(ValueError, match="PaliGemmaProcessor prepares no prompt without a picture, and a row or a loss"):
+    with pytest.raises(
+        ValueError, match="PaliGemmaProcessor prepares no prompt without a picture, and a row or a loss"
+    ):
         shared.data_collator([as_row(make_pair(0, images=0))])
