@@ -5,7 +5,8 @@ POVID, CHiP and others beside it; `prefalign/losses/` names the paper of each. `
 answers, the control that a preference method has to beat.
 
 Needs: a pairs folder (the output of any stage that makes pairs) and a model. Started again with the same config it goes on from
-its last checkpoint and ends with the weights of an uninterrupted run. Several processes: `torchrun --nproc_per_node N`.
+its last checkpoint and ends with the weights of an uninterrupted run. Several processes: `torchrun --nproc_per_node N`, or
+`accelerate launch` with a profile of configs/accelerate/; several nodes: recipes/slurm/train_preference.sbatch.
 """
 
 from __future__ import annotations
@@ -184,8 +185,8 @@ def _load_policy(config: Config, device: str) -> Any:
         return model
     if config.lora is not None:
         raise ConfigError(
-            "lora: the model is an adapter already, and a second one would be saved without the first. Merge it first (`prefalign run "
-            "merge_adapter`), or leave `lora` out to train all weights of the merged model."
+            "lora: the model is an adapter already, and a second one would be saved without the first. Merge it first "
+            "(`prefalign run merge_adapter`), or leave `lora` out to train all weights of the merged model."
         )
     if _in_parts(model):
         raise ConfigError(

@@ -2,49 +2,24 @@
 
 import json
 import math
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
-from accelerate import Accelerator
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
-from safetensors.torch import load_file
 
 from prefalign import bundled
-from prefalign.config import ConfigError, build
+from prefalign.config import build
 from prefalign.records import Pair
 from prefalign.store import OutputConfig, write_records
-from prefalign.training.arguments import training_arguments
-from prefalign.training.distributed import Processes, claim_processes, prepare_processes, running_processes
+from prefalign.training.distributed import Processes, claim_processes
 from prefalign.training.runs import RunError
 from tests.distributed_run import claimed
+from tests.launching import BIN, CLOCK, ROOT, assert_same_run, history, needs_deepspeed, saved, start, without
 from tests.training_runs import largest_difference, make_pair, make_trainer, write_pairs
 
-ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
 RECIPE = bundled.load_stage("train_preference")
-CLOCK = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
-CLOCK |= {f"eval_{name}" for name in ("runtime", "samples_per_second", "steps_per_second")}
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs prefalign[deepspeed]")
-ENVIRONMENT = {
-    **os.environ,
-    "CUDA_VISIBLE_DEVICES": "",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]]),
-}
 MODES = {
     "ddp": {"distributed_type": "MULTI_CPU", "num_processes": 2, "zero_stage": None, "backend": "gloo"},
     "zero2": {"distributed_type": "DEEPSPEED", "num_processes": 2, "zero_stage": 2, "backend": "gloo"},
@@ -111,14 +86,7 @@ def on_an_adapter(folder, mode):
     return values | {"model": model, "output": str(folder / mode / "merged")}
 
 
-def start(command, folder, **environment):
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=folder,
-                          env=ENVIRONMENT | environment, timeout=240)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TORCHRUN = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2"]
 SCRIPT = ROOT / "tests" / "distributed_run.py"
 
 
@@ -144,31 +112,6 @@ def launched(folder):
         return started[mode]
 
     return launch
-
-
-def history(run: Path) -> list[dict]:
-    return json.loads((run / "trainer_state.json").read_text())["log_history"]
-
-
-def without(keys: set[str], entries: list[dict]) -> list[dict]:
-    return [{key: value for key, value in entry.items() if key not in keys} for entry in entries]
-
-
-def saved(run: Path) -> dict[str, torch.Tensor]:
-    files = [run / name for name in ("model.safetensors", "adapter_model.safetensors") if (run / name).is_file()]
-    assert len(files) == 1
-    return load_file(files[0])
-
-
-def assert_same_run(one: Path, two: Path) -> None:
-    """Losses, gradient norms and weights, to the rounding of sums in another order."""
-    entries = [[entry for entry in history(run) if "loss" in entry] for run in (one, two)]
-    assert len(entries[0]) == len(entries[1]) >= 3
-    for first, second in zip(*entries, strict=True):
-        assert second["loss"] == pytest.approx(first["loss"], abs=5e-6)
-        assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
-    assert largest_difference(saved(one), saved(two)) < 1e-5
-    assert min(tensor.numel() for tensor in saved(two).values()) > 0
 
 
 @modes
@@ -260,53 +203,6 @@ def test_eight_small_batches_are_one_large(lora, folder, tiny_llava, tmp_path):
     assert_same_run(tmp_path / "8", tmp_path / "1")
 
 
-def test_fsdp_on_a_cpu_is_refused(folder, monkeypatch, tmp_path):
-    """accelerate would train DDP (MULTI_CPU) and end well; a run of ours stops before it loads anything."""
-    values = runs(folder, "one")[0] | {"output": str(tmp_path / "run"), "model": {"model_name_or_path": "no/model"}}
-    message = (
-        "FSDP is asked for by {} and this run is on a CPU: .* would train plain DDP .* configs/deepspeed/zero3.json"
-    )
-    with pytest.raises(ConfigError, match=message.format("`trainer.fsdp`")):
-        RECIPE.main(build(RECIPE.Config, values | {"trainer": {"fsdp": True, "use_cpu": True}}))
-    arguments, _, _ = launch_arguments("fsdp2")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", prepare_multi_gpu_env(arguments)["ACCELERATE_USE_FSDP"])
-    with pytest.raises(ConfigError, match=message.format("the profile of `accelerate launch`")):
-        RECIPE.main(build(RECIPE.Config, values))
-    assert not (tmp_path / "run").exists()
-
-
-def test_what_cannot_be_prepared_is_refused(monkeypatch):
-    both = {"fsdp": True, "deepspeed": "deepspeed/zero3"}
-    with pytest.raises(ConfigError, match="two ways .*: DeepSpeed by `trainer.deepspeed` and FSDP by `trainer.fsdp`"):
-        prepare_processes(both)
-    monkeypatch.setattr("prefalign.training.distributed.find_spec", lambda name: None)
-    with pytest.raises(
-        ConfigError, match=r"DeepSpeed is asked for .* not installed. Run `pip install prefalign\[deepspeed\]`"
-    ):
-        prepare_processes({"deepspeed": "deepspeed/zero3"})
-
-
-@needs_deepspeed
-def test_deepspeed_needs_a_launcher_and_a_file_that_is_there(monkeypatch, tmp_path):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(ConfigError, match="nothing says which of the processes this is.* `torchrun --nproc_per_node 1"):
-        prepare_processes({"deepspeed": "deepspeed/zero3"})
-    with pytest.raises(ConfigError, match="file called 'deepspeed/zero4'; did you mean 'deepspeed/zero"):
-        training_arguments({"deepspeed": "deepspeed/zero4"}, output=tmp_path, seed=0)
-
-
-def test_what_runs_instead_is_named():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=True)
-    assert running_processes(accelerator, {}) == Processes("NO", 1)
-    with pytest.raises(
-        RunError, match="FSDP is asked for by `trainer.fsdp`, and what runs is 1 process: .* shared out"
-    ):
-        running_processes(accelerator, {"fsdp": True})
-    words = [str(Processes(*values)) for values in (("NO", 1), ("MULTI_GPU", 4), ("FSDP", 2), ("DEEPSPEED", 8, 3))]
-    assert words == ["1 process", "4 processes, DDP (MULTI_GPU)", "2 processes, FSDP", "8 processes, DeepSpeed ZeRO-3"]
-
-
 def test_a_run_keeps_its_processes(launched, folder, tmp_path):
     """One process cannot go on with the optimizer and random states of two; without a checkpoint it may begin."""
     launched("ddp")
@@ -319,122 +215,3 @@ def test_a_run_keeps_its_processes(launched, folder, tmp_path):
     claim_processes(tmp_path / "run", Processes("NO", 1), main_process=True)
     claim_processes(tmp_path / "run", Processes("NO", 1), main_process=False)
     assert json.loads((tmp_path / "run" / "processes.json").read_text())["num_processes"] == 1
-
-
-def launch_arguments(profile):
-    """What `accelerate launch` makes of a profile, by its own loader and checks."""
-    command = ["--config_file", str(bundled.find(f"accelerate/{profile}")), "--num_processes", "2", "train.py"]
-    return _validate_launch_command(launch_command_parser().parse_args(command))
-
-
-@pytest.mark.parametrize(
-    "profile", [name.split("/")[1] for name in bundled.profiles() if name.startswith("accelerate/")]
-)
-def test_profiles_are_what_accelerate_reads(profile):
-    arguments, read, _ = launch_arguments(profile)
-    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
-    assert read.distributed_type == DistributedType(kinds[profile])
-    assert (arguments.multi_gpu, arguments.use_fsdp, arguments.use_deepspeed) == tuple(
-        kinds[profile] == kind for kind in ("MULTI_GPU", "FSDP", "DEEPSPEED")
-    )
-    known = vars(launch_command_parser().parse_args(["train.py"]))
-    assert not {*read.fsdp_config, *read.deepspeed_config} - known.keys()
-    assert arguments.mixed_precision == "no"  # the recipe's to say
-    header = bundled.find(f"accelerate/{profile}").read_text().split("\n\n")[0]
-    assert f"accelerate launch --config_file configs/accelerate/{profile}.yaml --num_processes" in header
-
-
-@needs_deepspeed
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_files_leave_everything_else_to_the_recipe(stage, tmp_path):
-    from accelerate.utils import DeepSpeedPlugin
-
-    file = bundled.find(f"configs/deepspeed/zero{stage}.json")
-    assert launch_arguments(f"zero{stage}")[0].deepspeed_config_file == f"configs/deepspeed/{file.name}"
-    values = json.loads(file.read_text())
-    assert DeepSpeedPlugin(hf_ds_config=dict(values)).zero_stage == stage
-    optimization = values.pop("zero_optimization")
-    assert optimization.pop("stage") == stage
-    assert optimization == ({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {})
-    assert {setting if isinstance(setting, str) else setting["enabled"] for setting in values.values()} == {"auto"}
-
-
-def test_killed_and_started_again_is_the_straight_run(folder, tiny_llava, tmp_path):
-    """kill -9 while a checkpoint is written; the same command goes on by itself."""
-    settings = {"use_cpu": True, "max_steps": 24, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3,
-                "per_device_train_batch_size": 2, "save_total_limit": 2}  # fmt: skip
-    values = {"model": {"model_name_or_path": str(tiny_llava), "device": "cpu"}, "pairs": str(folder / "pairs"),
-              "trainer": settings}  # fmt: skip
-    RECIPE.main(build(RECIPE.Config, values | {"output": str(tmp_path / "straight")}))
-    run = tmp_path / "run"
-    (tmp_path / "run.yaml").write_text(json.dumps(values | {"output": str(run)}))
-    command = [sys.executable, str(ROOT / "recipes" / "train_preference.py"), "--config", str(tmp_path / "run.yaml")]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 120
-    while not (run / "checkpoint-6").is_dir() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (run / "all_results.json").exists()
-    assert re.search(r"going on from checkpoint-[46]$", start(command, tmp_path), re.MULTILINE)
-    assert without(CLOCK, history(run)) == without(CLOCK, history(tmp_path / "straight"))
-    assert largest_difference(saved(run), saved(tmp_path / "straight")) == 0.0
-
-
-SLURM = {
-    "SLURM_JOB_NODELIST": "node[0-1]",
-    "SLURM_JOB_NUM_NODES": "2",
-    "SLURM_GPUS_ON_NODE": "1",
-    "SLURM_CPUS_PER_TASK": "1",
-}
-SRUN = """#!/bin/bash
-shift
-for node in 0 1; do SLURM_NODEID=$node "$@" & nodes+=("$!"); done
-for node in "${nodes[@]}"; do wait "$node" || failed=1; done
-exit "${failed:-0}"
-"""
-SCONTROL = """#!/bin/bash
-if [ "$1" = requeue ]; then echo "$@" >> requeued; else printf 'localhost\\nlocalhost\\n'; fi
-"""
-
-
-@pytest.fixture
-def slurm(tmp_path):
-    """Slurm's commands as two nodes of one machine, which are the two processes here; and the job's environment."""
-    (tmp_path / "bin").mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
-    path = os.pathsep.join([str(tmp_path / "bin"), ENVIRONMENT["PATH"]])
-    return SLURM | {"PATH": path, "SLURM_JOB_ID": str(os.getpid())}
-
-
-def test_slurm_script_trains_on_two_nodes(slurm, folder, tmp_path):
-    sharding = "zero2" if find_spec("deepspeed") else "ddp"
-    script = bundled.find("slurm/train_preference")
-    subprocess.run(["bash", "-n", script], check=True)
-    values = runs(folder, "slurm")[0] | {"output": str(tmp_path / "run")}
-    (tmp_path / "run.yaml").write_text(json.dumps(values))
-    words = ["--config", tmp_path / "run.yaml", "--trainer.logging_steps", "1"]
-    output = start(["bash", script, *words], tmp_path, PROFILE=sharding, **slurm)
-    assert (
-        f"8 pairs, all fit; 2 processes, {'DeepSpeed ZeRO-2' if sharding == 'zero2' else 'DDP (MULTI_CPU)'}" in output
-    )
-    assert_same_run(folder / "one" / "full", tmp_path / "run")
-
-
-def test_slurm_script_asks_to_be_queued_again_and_refuses_unknown_profiles(slurm, tmp_path):
-    script = ["bash", str(bundled.find("slurm/train_preference"))]
-    (tmp_path / "bin" / "srun").write_text("#!/bin/bash\ntouch started\nexec sleep 20\n")
-    environment = ENVIRONMENT | slurm
-    process = subprocess.Popen(script, cwd=tmp_path, env=environment, start_new_session=True)
-    while not (tmp_path / "started").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGUSR1)
-    process.wait(timeout=20)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert (tmp_path / "requeued").read_text() == f"requeue {slurm['SLURM_JOB_ID']}\n"
-    refused = subprocess.run(
-        script, cwd=tmp_path, env=environment | {"PROFILE": "zero4"}, capture_output=True, text=True
-    )
-    assert (refused.returncode, refused.stderr) == (2, "PROFILE=zero4 is not one of ddp, zero2, zero3.\n")

@@ -25,7 +25,8 @@ from prefalign.losses import TERMS, VIEWS, Weighted, read_losses, views_of
 from prefalign.models import ModelConfig, load_model, load_processor
 from prefalign.training.arguments import training_arguments
 from prefalign.training.lora import LoraSettings, check_trainable
-from prefalign.training.preference import PRIVATE, PreferenceTrainer, audit_gradients, needs_reference
+from prefalign.training.preference import PRIVATE, PreferenceTrainer, needs_reference
+from prefalign.training.upkeep import audit_gradients
 from tests.training_runs import largest_difference, losses, make_trainer, weights, write_pairs
 
 LN2 = math.log(2)
@@ -222,7 +223,7 @@ def test_adapter_in_a_frozen_tower_is_refused(tiny_llava):
 def test_tensors_without_gradient_are_named(tiny_llava, pairs, tmp_path, caplog):
     """LLaVA reads the second-last layer of its tower, so the last one never learns: a warning names it."""
     trainer = make_trainer(tiny_llava, pairs, tmp_path, frozen=(), max_steps=1, save_strategy="no")
-    with caplog.at_level(logging.WARNING, logger="prefalign.training.preference"):
+    with caplog.at_level(logging.WARNING, logger="prefalign.training.upkeep"):
         trainer.train()
     assert re.search(r"\d+ of \d+ trainable tensors got no gradient .* model\.vision_tower.*layers\.1\.", caplog.text)
     model = load_model(ModelConfig(str(tiny_llava)))

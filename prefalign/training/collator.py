@@ -7,13 +7,14 @@ Legend of shapes: `B` rows, `V` views, `L` tokens of the longest row of the plai
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from prefalign.families import rewrites_prompt
+from prefalign.families import missing_end, rewrites_prompt
 from prefalign.losses import VIEWS
 from prefalign.negatives import Negative
 from prefalign.training.documents import Document, Documents, Reader, name, stack_vision
@@ -69,10 +70,15 @@ class PreferenceCollator:
     dummy: Mapping[str, torch.Tensor] | None = None
     cache: ReferenceCache | None = None
     tokens_per_pass: int | None = None
-    reader: Reader = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        self.reader = Reader(self.processor, self.views, self.negative, self.seed)
+    @cached_property
+    def _end(self) -> str:
+        return missing_end(self.processor)
+
+    @property
+    def reader(self) -> Reader:
+        """What prepares the rows."""
+        return Reader(self.processor, self.views, self._end, self.negative, self.seed)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Build a batch.
@@ -263,4 +269,4 @@ def blank_vision(processor: ProcessorMixin) -> dict[str, torch.Tensor]:
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
     answer = [{"role": "assistant", "content": [{"type": "text", "text": "."}]}]
     row = {"id": "dummy", "images": [Image.new("RGB", (64, 64), (127, 127, 127))], "prompt": [message]}
-    return Reader(processor, ["chosen"]).read([{**row, "chosen": answer, "rejected": answer}]).documents[0].vision
+    return Reader(processor, ["chosen"], "").read([{**row, "chosen": answer, "rejected": answer}]).documents[0].vision

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl.data_utils import apply_chat_template
 
-from prefalign.families import missing_end, rewrites_prompt
+from prefalign.families import rewrites_prompt
 from prefalign.images import EncodedImage, encode_png, open_image, read_image
 from prefalign.losses import VIEWS
 from prefalign.negatives import Negative, negatives
@@ -126,18 +126,16 @@ class Reader:
     Attributes:
         processor: the model's processor.
         views: names of `VIEWS` that are looked at.
+        end: what every answer is given at its end (`families.missing_end`).
         negative: how `rejected_images` are made for rows that have none.
         seed: seed of the negatives.
     """
 
     processor: ProcessorMixin
     views: Sequence[str]
+    end: str
     negative: Negative | None = None
     seed: int = 0
-    end: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.end = missing_end(self.processor)
 
     def read(self, rows: Sequence[Mapping[str, Any]], max_length: int | None = None) -> Documents:
         """The documents of some rows.

@@ -128,10 +128,13 @@ def _encode(backbone: Any, vision: Mapping[str, torch.Tensor]) -> Any:
     """The family's own picture features; without a graph where neither tower nor projector trains."""
     known = inspect.signature(type(backbone).get_image_features).parameters
     given = {key: value for key, value in vision.items() if key in known}
+    parts = [(f"{name}.", part.parameters()) for name, part in backbone.named_children()]
+    parts += [(name, [parameter]) for name, parameter in backbone.named_parameters(recurse=False)]
     trains = any(
         parameter.requires_grad
-        for name, parameter in backbone.named_parameters()
+        for name, parameters in parts
         if families.tower(name) != "language_model"
+        for parameter in parameters
     )
     with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
         return backbone.get_image_features(**given, return_dict=True)
