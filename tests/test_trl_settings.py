@@ -3,9 +3,11 @@
 import re
 
 import pytest
+import torch
 from trl import DPOConfig
 
 from tests.equality import Bench, Case, compare, step
+from tests.training_runs import largest_difference, weights
 
 SETTINGS = {
     "sigmoid": {},
@@ -59,3 +61,20 @@ def test_same_loss_gradients_and_metrics_as_stock_trl(name, training, bench):
     slope = 1 / ours.args.beta if name == "sppo_hard" else ours.args.beta
     difference = compare(shared, right, slope=slope, lora=training == "lora")
     assert difference.holds(), difference
+
+
+def test_a_reference_that_follows_the_policy_is_stock_trls_and_leaves_the_frozen_tower_alone(bench):
+    """Mixed in place after each step: a tower that both models shared would be scaled down by it."""
+    settings = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.6, "optim": "sgd",
+                "learning_rate": 0.05, "max_steps": 3, "per_device_train_batch_size": 3}  # fmt: skip
+    case = Case("llava", "text", "frozen", "1", 3, False, "online")
+    ours, stock = bench.ours(case, fast_path="auto", **settings), bench.stock(case, **settings)
+    start = weights(ours.ref_model)
+    ours.train()
+    stock.train()
+    for name, weight in ours.model.named_parameters():
+        if not weight.requires_grad:
+            assert torch.equal(weight, start[name]), name
+    assert largest_difference(weights(ours.model), weights(stock.model)) < 1e-5
+    assert largest_difference(weights(ours.ref_model), weights(stock.ref_model)) < 1e-5
+    assert largest_difference(weights(ours.ref_model), start) > 1e-3
