@@ -30,7 +30,7 @@ ENVIRONMENT = {
 def start(command, folder, **environment):
     """Run a command to its good end; what it printed."""
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=folder,
-                          env=ENVIRONMENT | environment, timeout=240)  # fmt: skip
+                          env=ENVIRONMENT | environment, timeout=100)  # fmt: skip
     said = [line for line in done.stderr.splitlines() if "Error" in line]
     assert done.returncode == 0, "\n".join([*said, done.stderr[-4000:]])
     return done.stdout

@@ -29,7 +29,7 @@ with_deepspeed = [pytest.param(mode, marks=needs_deepspeed) for mode in ("zero2"
 modes = pytest.mark.parametrize("mode", ["ddp", *with_deepspeed])
 BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 3, "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss", "greater_is_better": True, "per_device_eval_batch_size": 2}  # fmt: skip
-MIXED = {"ddp": ("full", "lora"), "zero2": ("lora",), "zero3": ()}
+MIXED = {"ddp": ("full", "lora"), "zero2": ("full", "lora"), "zero3": ("full", "lora")}
 """Where one process may have a picture in its batch and the other none: ZeRO waits for ever for a tower that only one uses."""
 
 
