@@ -25,6 +25,7 @@ from prefalign.training.lora import LoraSettings
 from prefalign.training.pairs import load_pairs
 from prefalign.training.preference import PreferenceTrainer, _NoInputHooks
 from prefalign.training.reference import cache_reference
+from prefalign.training.scoring import run
 from tests.tiny_vlms import save_tiny
 from tests.training_runs import make_pair, write_pairs
 
@@ -322,7 +323,7 @@ class Bench:
 def log_probs(trainer: PreferenceTrainer, batch: Mapping[str, Any]) -> dict[str, list[torch.Tensor]]:
     """Per view, the log-prob of each token of each row's answer."""
     with torch.no_grad():
-        flat = trainer.run(trainer.model, batch)["log_probs"]
+        flat = run(trainer.model, batch)["log_probs"]
     return {view: list(flat[batch["index"][view]].split(lengths(batch, view))) for view in trainer.views}
 
 

@@ -28,13 +28,14 @@ from trl.trainer.utils import FusedCausalLMOutput, use_adapter
 
 from prefalign import families
 from prefalign.config import ConfigError
-from prefalign.losses import VIEWS, Scores, Weighted, read_losses, views_of
+from prefalign.losses import Scores, Weighted, read_losses, views_of
 from prefalign.losses.text import COUPLED, REFERENCE_FREE
 from prefalign.manifest import write_atomically
 from prefalign.training.collator import PreferenceCollator, blank_vision
 from prefalign.training.forward import FrozenTower, frozen_tower, share
 from prefalign.training.pairs import COLUMNS
 from prefalign.training.routes import find_route
+from prefalign.training.scoring import FIELDS, has_pictures, run, view_scores
 from prefalign.training.upkeep import Upkeep
 
 if TYPE_CHECKING:
@@ -53,9 +54,6 @@ PRIVATE = (
 
 TERMS_FILE = "terms.json"
 """State of loss terms that keep one, beside every saved model."""
-
-FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
-"""Per-token outputs of TRL's fused head that its loss and metrics read."""
 
 
 class PreferenceTrainer(Upkeep, DPOTrainer):
@@ -106,7 +104,7 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
     ):
         self.losses = list(losses) if losses is not None else read_losses([{"name": "text"}], beta=args.beta)
         self.views = views_of(self.losses)
-        self.full_logits = any(entry.term.logits for entry in self.losses)
+        self.full_logits = {view for entry in self.losses for view in entry.term.logits}
         self.needs_reference = needs_reference(self.losses, args.loss_type)
         self.reference = reference
         self._check(args, tokens_per_pass)
@@ -154,9 +152,7 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             collator.dummy = blank_vision(processing_class)
         no_hooks = _NoInputHooks(self)
-        no_hooks.on_train_begin(
-            self.args, self.state, self.control
-        )  # TRL's own, which `train` would put others on top of
+        no_hooks.on_train_begin(self.args, self.state, self.control)  # TRL's own hooks, under those that `train` adds
         self.add_callback(no_hooks)
 
     def _check(self, args: DPOConfig, tokens_per_pass: int | None) -> None:
@@ -218,12 +214,10 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         self.saw_pictures = self.saw_pictures or has_pictures(inputs)
         reference = self._reference(inputs)
-        if self.frozen is not None and reference is None:
-            self.frozen.forget()
-        policy = self.run(model, inputs)
+        policy = run(model, inputs, full_logits=bool(self.full_logits))
         if self.frozen is not None:
             self.frozen.forget()
-        scores = self._scores(inputs, policy, reference)
+        scores = view_scores(inputs, self.views, policy, reference, logits=self.full_logits)
         text = next((entry for entry in self.losses if entry.name == "text"), None)
         with nullcontext() if text is not None else torch.no_grad():
             loss = self._trl_loss(inputs, policy, scores)
@@ -240,23 +234,6 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         total = total * inputs.get("weight", 1.0)
         return (total, policy) if return_outputs else total
 
-    def run(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """One forward pass over all views: the head's fields, (N,) each, and with terms that read them `logits` (N, V)."""
-        extra = {"dummy": inputs["dummy"]} if "dummy" in inputs else {}
-        if "packed" in inputs:
-            outputs = model(packed=inputs["packed"], full_logits=self.full_logits, **extra)
-            if not self.full_logits:
-                return {name: outputs[name][0] for name in FIELDS if outputs.get(name) is not None}
-            return _from_logits(outputs.logits[0], inputs["packed"]["layout"].labels)
-        plain = {key: value for key, value in inputs["plain"].items() if key != "completion_mask"}
-        mask = inputs["plain"]["completion_mask"][:, 1:].bool()
-        if self.full_logits:
-            logits = model(**plain, use_cache=False, **extra).logits[:, :-1]
-            return _from_logits(logits[mask], plain["input_ids"][:, 1:][mask])
-        labels = plain["input_ids"].masked_fill(inputs["plain"]["completion_mask"] == 0, -100)
-        outputs = model(**plain, labels=labels, use_cache=False, fused_lm_head=True, **extra)
-        return {name: outputs[name][mask] for name in FIELDS if outputs.get(name) is not None}
-
     def _reference(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
         """The same under the reference, without gradient; None where it is not needed or comes with the rows."""
         if not self.needs_reference or "reference" in inputs:
@@ -267,7 +244,7 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
                 "training, or set reference to 'online'."
             )
         with torch.no_grad(), self.as_reference() as model:
-            return self.run(model, inputs)
+            return run(model, inputs, full_logits=bool(self.full_logits))
 
     @contextmanager
     def as_reference(self, policy: Any = None) -> Iterator[Any]:
@@ -289,33 +266,6 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
                 yield policy
         finally:
             policy.train(training)
-
-    def _scores(
-        self,
-        inputs: Mapping[str, Any],
-        policy: Mapping[str, torch.Tensor],
-        reference: Mapping[str, torch.Tensor] | None,
-    ) -> dict[str, Scores]:
-        scores = {}
-        for view in self.views:
-            answers, index = inputs["answers"][VIEWS[view].answer], inputs["index"][view]
-            mask = answers["mask"]
-
-            def spread(values: torch.Tensor, mask: torch.Tensor = mask, index: torch.Tensor = index) -> torch.Tensor:
-                empty = values.new_zeros((*mask.shape, *values.shape[1:]))
-                where = mask if values.ndim == 1 else mask[..., None].expand_as(empty)
-                return empty.masked_scatter(where, values[index])
-
-            entry = Scores(spread(policy["log_probs"]), mask, answers["ids"])
-            if "reference" in inputs and self.needs_reference:
-                entry.ref_logps = inputs["reference"][view]
-            elif reference is not None:
-                entry.ref_logps = spread(reference["log_probs"])
-            if any(view in term.term.logits for term in self.losses):
-                entry.logits = spread(policy["logits"])
-                entry.ref_logits = None if reference is None else spread(reference["logits"])
-            scores[view] = entry
-        return scores
 
     def _trl_loss(
         self, inputs: Mapping[str, Any], policy: Mapping[str, torch.Tensor], scores: Mapping[str, Scores]
@@ -409,25 +359,6 @@ def coupled(losses: Sequence[Weighted], loss_types: Sequence[str]) -> list[str]:
             sorted(set(loss_types) & COUPLED) if entry.name == "text" else [entry.name] * (not entry.term.per_row)
         )
     ]
-
-
-def has_pictures(batch: Mapping[str, Any]) -> bool:
-    """Whether a collated batch holds any picture."""
-    return bool(batch["packed"]["vision"]) if "packed" in batch else "pixel_values" in batch["plain"]
-
-
-def _from_logits(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The head's fields from full logits (N, V), as `ChunkedLogProbFunction` defines them."""
-    logits = logits.float()
-    all_logps = logits.log_softmax(dim=-1)
-    with torch.no_grad():
-        rest = {
-            "entropy": -(all_logps.exp() * all_logps).sum(dim=-1),
-            "mean_logits": logits.mean(dim=-1),
-            "is_top1": logits.argmax(dim=-1) == labels,
-            "log_sum_sq_probs": (2 * all_logps).logsumexp(dim=-1),
-        }
-    return {"log_probs": all_logps.gather(1, labels[:, None])[:, 0], **rest, "logits": logits}
 
 
 class _NoInputHooks(TrainerCallback):
