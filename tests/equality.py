@@ -185,6 +185,7 @@ def step(trainer: Any, rows: Any) -> Outcome:
     trainer.current_gradient_accumulation_steps = 1
     model.zero_grad()
     trainer._metrics["train"].clear()
+    trainer._total_train_tokens = 0
     loss = trainer.training_step(model, trainer.data_collator(list(rows))).item()
     metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     summed = max(abs(metrics.get("logps/chosen", 0.0)), abs(metrics.get("logps/rejected", 0.0)))
@@ -197,8 +198,8 @@ def step(trainer: Any, rows: Any) -> Outcome:
     )
 
 
-def compare(one: Outcome, two: Outcome, *, beta: float = 0.1, lora: bool = False) -> Difference:
-    """How far two outcomes are apart; `two` is what counts as right."""
+def compare(one: Outcome, two: Outcome, *, slope: float = 0.1, lora: bool = False) -> Difference:
+    """How far two outcomes are apart; `two` is what counts as right, `slope` that of the loss in a log-prob, by default beta."""
     problems = []
     if one.gradients.keys() != two.gradients.keys():
         problems.append(f"gradients of {sorted(one.gradients.keys() ^ two.gradients.keys())[:4]} on one side only")
@@ -215,7 +216,7 @@ def compare(one: Outcome, two: Outcome, *, beta: float = 0.1, lora: bool = False
         (one.gradients[name] - two.gradients[name]).abs().max().item()
         for name in one.gradients.keys() & two.gradients.keys()
     )
-    allowed = beta * sums + 4 * EPSILON * abs(two.loss)
+    allowed = slope * sums + 4 * EPSILON * abs(two.loss)
     return Difference(abs(one.loss - two.loss), allowed, apart / largest, 2e-5 if lora else 1e-5, problems)
 
 
@@ -249,7 +250,7 @@ class Bench:
             self.model = type(self.model)(changed).eval()
             self.model.load_state_dict(weights, strict=False)
         self.datasets: dict[str, tuple[Any, Any]] = {}
-        self.known: dict[Case, Outcome] = {}
+        self.known: dict[tuple[str, Case], Outcome] = {}
 
     def rows(self, pictures: str) -> tuple[Any, Any]:
         """The rows as the library reads them and as `datasets.load_dataset` does."""
@@ -300,21 +301,19 @@ class Bench:
 
     def differences(self, case: Case) -> dict[str, Difference]:
         """The shared path against the plain one, and for the text loss against TRL's trainer."""
-        plain_case = replace(case, checkpointing=False, reference="online")
-        if plain_case not in self.known:
-            trainer = self.ours(plain_case, fast_path="off")
-            assert trainer.route.layout == "plain"
-            self.known[plain_case] = step(trainer, trainer.train_dataset)
+        right = replace(case, checkpointing=False, reference="online")
+        against = ["plain"]
+        if case.losses == "text" and self.family != "paligemma":  # TRL's collator prepares no prompt for PaliGemma
+            against.append("trl")
+        for name in against:
+            if (name, right) not in self.known:
+                other = self.stock(right) if name == "trl" else self.ours(right, fast_path="off")
+                self.known[name, right] = step(other, other.train_dataset)
         trainer = self.ours(case, fast_path="auto")
         assert trainer.route.layout == ("mask" if self.family in ("gemma3", "paligemma") else "split")
         shared = step(trainer, trainer.train_dataset)
         assert bool(shared.flagged) == case.checkpointing
-        lora = case.training == "lora"
-        found = {"plain": compare(shared, self.known[plain_case], lora=lora)}
-        if case.losses == "text" and self.family != "paligemma":  # TRL's collator prepares no prompt for PaliGemma
-            stock = self.stock(case)
-            found["trl"] = compare(shared, step(stock, stock.train_dataset), lora=lora)
-        return found
+        return {name: compare(shared, self.known[name, right], lora=case.training == "lora") for name in against}
 
 
 # --- log-probs of a batch, and batches that differ in one thing ---

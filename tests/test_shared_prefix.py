@@ -10,6 +10,7 @@ from prefalign.images import encode_png
 from prefalign.training.forward import frozen_tower
 from prefalign.training.routes import find_route
 from tests.equality import (
+    EPSILON,
     Bench,
     Case,
     answer_changed,
@@ -118,7 +119,7 @@ def test_six_pairs_of_four_ranked_answers_are_one_document(family, training, ben
 @pytest.mark.parametrize("family", PLAIN)
 @pytest.mark.parametrize("training", ["frozen", "tower", "lora"])
 def test_a_picture_passes_the_tower_once(family, training, benches):
-    """Two questions about one picture: one picture goes through, once for policy and reference where the tower is frozen."""
+    """Two questions about one picture: one goes through, once for policy and reference where the tower is frozen."""
     bench = benches[family]
     first, second = as_row(make_pair(0)), as_row(make_pair(1))
     rows = [first, {**second, "images": first["images"]}]
@@ -128,7 +129,9 @@ def test_a_picture_passes_the_tower_once(family, training, benches):
         outcome = step(shared, rows)
     with patch_embeddings(plain.model, plain.ref_model) as ran_plain:
         repeated = step(plain, rows)
-    assert len(ran) == len(ran_plain) == (2 if training == "tower" else 1)
+    # what joins Qwen's patches belongs to the tower's own forward and trains: policy and reference each run it
+    trains = training == "tower" or (training == "frozen" and family.startswith("qwen"))
+    assert len(ran) == len(ran_plain) == (2 if trains else 1)
     assert [4 * pictures for pictures in ran] == ran_plain
     difference = compare(outcome, repeated, lora=training == "lora")
     assert difference.holds(), difference
@@ -168,7 +171,8 @@ def test_three_steps_of_train_end_at_the_same_weights(family, benches):
         ends.append({name: p.detach() for name, p in trainer.model.named_parameters()})
     moved = max((ends[1][name] - start[name]).abs().max() for name in start)
     assert moved > 1e-3
-    assert max((ends[0][name] - ends[1][name]).abs().max() for name in start) < 2e-5 * moved
+    for name, end in ends[1].items():  # a weight itself is rounded in every step
+        assert (ends[0][name] - end).abs().max() < 2e-5 * moved + 3 * EPSILON * end.abs().max(), name
 
 
 # --- windows, both directions, and families that cannot share ---

@@ -127,8 +127,9 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         if not online:
             ref_model = _NoReference(model.config)
         elif ref_model is None and not adapts and not is_deepspeed_zero3_enabled():
-            # a frozen tower is the same in both, so both may use the one
-            ref_model = copy.deepcopy(model, {id(still): still} if still is not None else {})
+            # a frozen tower is the same in both, so both may use the one, unless the reference is written to
+            shares = still is not None and not args.sync_ref_model
+            ref_model = copy.deepcopy(model, {id(still): still} if shares else {})
             ref_model.requires_grad_(False).eval()
         super().__init__(
             model=model,
