@@ -91,7 +91,10 @@ def read_losses(entries: Sequence[Mapping[str, Any]], *, beta: float) -> list[We
         settings = dict(entry)
         name, weight = settings.pop("name", None), settings.pop("weight", 1.0)
         if name not in TERMS:
-            problems.append(f"{place}.name: no preference term called {name!r}; {nearest(str(name), list(TERMS))}")
+            problems.append(
+                f"{place}.name: no preference term called {name!r}; {nearest(str(name), list(TERMS))} Methods of several terms, "
+                "such as mDPO, are lists: see configs/recipes/train_preference_*.yaml."
+            )
             continue
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight <= 0:
             problems.append(
