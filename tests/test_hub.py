@@ -214,6 +214,10 @@ def test_folders_that_are_refused(tmp_path, trained, adapter):
     (tmp_path / "empty").mkdir()
     with pytest.raises(PublishError, match="neither model weights .* nor pairs .* but nothing"):
         kind_of(tmp_path / "empty")
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / "prefalign_config.yaml").write_text("pairs: p")
+    with pytest.raises(PublishError, match="has not saved its model. Start the same command again"):
+        kind_of(tmp_path / "stopped")
     torch.save({}, tmp_path / "empty" / "pytorch_model.bin")
     with pytest.raises(PublishError, match=r"only pickle files \(pytorch_model.bin\), which run code"):
         kind_of(tmp_path / "empty")

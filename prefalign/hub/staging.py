@@ -78,6 +78,11 @@ def kind_of(folder: Path) -> Kind:
                 f"{folder} holds no safetensors, only pickle files ({', '.join(pickles)}), which run code when opened. "
                 "Load the model and save it again: `model.save_pretrained(folder)` writes safetensors."
             )
+        if (folder / "prefalign_config.yaml").is_file():
+            raise PublishError(
+                f"the run in {folder} has not saved its model. Start the same command again: it goes on where it stopped. Or "
+                "publish one of its checkpoint-N folders."
+            )
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise PublishError(
             f"{folder} holds neither model weights (model.safetensors, adapter_model.safetensors) nor pairs "
