@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,12 +19,18 @@ import yaml
 Config = TypeVar("Config")
 
 
+BOOLEAN = "tag:yaml.org,2002:bool"
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message lists every problem found."""
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML loader that refuses a key written twice (plain YAML keeps the last one and says nothing)."""
+    """YAML loader that refuses a key written twice (plain YAML keeps the last one and says nothing).
+
+    Only true and false are booleans, as in YAML 1.2: on, off, yes and no are words, such as `fast_path: off`.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
@@ -36,6 +43,13 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             seen[key] = key_node.start_mark.line + 1
         return super().construct_mapping(node, deep=deep)
+
+
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in entries if tag != BOOLEAN]
+    for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver(BOOLEAN, re.compile("(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

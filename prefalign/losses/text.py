@@ -16,6 +16,12 @@ import torch
 
 from prefalign.losses.term import Scores
 
+LOSS_TYPES = (
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft",
+)  # fmt: skip
+"""TRL's, which learns of a wrong name in its first step only."""
+
 REFERENCE_FREE = frozenset({"sft"})
 """TRL `loss_type`s that never look at the reference."""
 

@@ -91,7 +91,7 @@ class PreferenceCollator:
             `dummy`: vision inputs, only where no row holds a picture;
             `reference`: per view (B, A) cached reference log-probs, with a `cache`;
             `ids`: the rows' ids.
-            With `tokens_per_pass` only the first three, and `parts`: such batches with the `weight` of each.
+            With `tokens_per_pass` only the first three, and `parts`: such batches with their `rows` by number and their `weight`.
 
         Raises:
             ValueError: placeholders and pictures of a side disagree, or a prompt leaves no room (`PromptTooLong`).
@@ -102,7 +102,7 @@ class PreferenceCollator:
         groups = read.passes(self.tokens_per_pass)
         parts = [self._batch([rows[row] for row in group], read.part(group)) for group in groups]
         for part, group in zip(parts, groups, strict=True):
-            part["weight"] = len(group) / len(rows)
+            part |= {"rows": group, "weight": len(group) / len(rows)}
         return {**self._two(read, len(rows))[0], "parts": parts}
 
     def _two(self, read: Documents, rows: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -27,9 +27,9 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput, use_adapter
 
 from prefalign import families
-from prefalign.config import ConfigError
+from prefalign.config import ConfigError, nearest
 from prefalign.losses import Scores, Weighted, read_losses, views_of
-from prefalign.losses.text import COUPLED, REFERENCE_FREE
+from prefalign.losses.text import COUPLED, LOSS_TYPES, REFERENCE_FREE
 from prefalign.manifest import write_atomically
 from prefalign.training.collator import PreferenceCollator, blank_vision
 from prefalign.training.forward import FrozenTower, frozen_tower, share
@@ -157,6 +157,9 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         self.add_callback(no_hooks)
 
     def _check(self, args: DPOConfig, tokens_per_pass: int | None) -> None:
+        for kind in args.loss_type:
+            if kind not in LOSS_TYPES:
+                raise ConfigError(f"trainer.loss_type: TRL has no loss {kind!r}; {nearest(kind, list(LOSS_TYPES))}")
         together = coupled(self.losses, args.loss_type)
         if tokens_per_pass is not None and together:
             raise ConfigError(

@@ -283,14 +283,15 @@ def _live(trainer: PreferenceTrainer, model: Any, rows: Sequence[Mapping[str, An
         batch = trainer._prepare_inputs(collator(rows))
     finally:
         collator.cache = cache
-    with torch.no_grad(), trainer.accelerator.autocast(), trainer.as_reference(model) as reference:
-        flat = run(reference, batch)["log_probs"].float().cpu()
     values: list[dict[str, torch.Tensor]] = [{} for _ in rows]
-    for view in trainer.views:
-        lengths = batch["answers"][VIEWS[view].answer]["mask"].sum(dim=1).tolist()
-        index = batch["index"][view].cpu()
-        for row, tokens in enumerate(flat[index].split(lengths)):
-            values[row][view] = tokens
+    for part in batch.get("parts", [batch]):
+        with torch.no_grad(), trainer.accelerator.autocast(), trainer.as_reference(model) as reference:
+            flat = run(reference, part)["log_probs"].float().cpu()
+        for view in trainer.views:
+            lengths = part["answers"][VIEWS[view].answer]["mask"].sum(dim=1).tolist()
+            index = part["index"][view].cpu()
+            for row, tokens in zip(part.get("rows", range(len(rows))), flat[index].split(lengths), strict=True):
+                values[row][view] = tokens
     return values
 
 
