@@ -62,7 +62,9 @@ def share(model: PreTrainedModel, layout: str) -> None:
                 kwargs |= {"shift_labels": layout.labels[None], "fused_lm_head": True}
         outputs = original(*args, **kwargs)
         if dummy is not None:
-            nothing = 0.0 * sum(piece.sum() for piece in _pieces(_encode(self.model, dummy).pooler_output))
+            features = _encode(self.model, dummy)
+            layers = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
+            nothing = 0.0 * sum(piece.sum() for layer in layers for piece in _pieces(layer))
             key = "logits" if outputs.get("log_probs") is None else "log_probs"
             outputs[key] = outputs[key] + nothing
         return outputs
