@@ -2,7 +2,7 @@
 # make test    all tests (make check: format, lint, types, import order, dependencies)
 # make prove   the shared path against the plain one and TRL's trainer in every case; benchmarks/results/prove.md
 # make chaos   kill every data stage at random moments, resume, compare
-# make bench   what generation costs and whether pairs are right, measured; figures in runs/bench/
+# make bench   what generation and training steps cost and whether pairs are right, measured; figures in runs/bench/
 #
 # Preference pairs with every method: make -C datagen help
 #
@@ -49,6 +49,7 @@ bench: $(VENV)/.dev
 	mkdir -p runs/bench
 	$(OFFLINE) $(BIN)/python benchmarks/generation.py --json runs/bench/generation.json
 	$(OFFLINE) $(BIN)/python benchmarks/pair_truth.py --json runs/bench/pair_truth.json
+	$(OFFLINE) $(BIN)/python benchmarks/preference_step.py --json runs/bench/preference_step.json
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

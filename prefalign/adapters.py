@@ -28,8 +28,7 @@ from prefalign.models import ModelConfig, fingerprint, load_model
 
 COMBINATIONS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 _THINNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
-_RUN = ("prefalign_config.yaml", "pairs_manifest.json", "eval_pairs_manifest.json", "trainer_state.json", "rows.json",
-        "base.json")  # fmt: skip
+_RUN = ("prefalign_config.yaml", "*_manifest.json", "trainer_state.json", "rows.json", "base.json")
 """What a training run leaves beside its adapter; a model card is written from it."""
 
 

@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs.add_parser("demo", help="pictures to aligned, measured, publishable model in minutes", add_help=False)
     verbs.add_parser("run", help="run a stage: prefalign run STAGE --config FILE --section.field VALUE", add_help=False)
 
-    verbs.add_parser("plan", help="rows, calls, tokens, disk and time of a data stage: arguments of run, --rows, --json",
+    verbs.add_parser("plan", help="what a data stage or a training needs, before it is run: arguments of run, --json",
                      add_help=False)  # fmt: skip
     verbs.add_parser("doctor", help="one batch of a training run through every check: arguments of run, --rows, --json",
                      add_help=False)  # fmt: skip
@@ -125,8 +125,12 @@ def plan_stages(arguments: Sequence[str]) -> None:
     """Print what stages cost: prefalign plan STAGE --config FILE --section.field VALUE [--rows 8] [--json] [--then STAGE ...]
 
     Each stage is run on its first rows (--rows) in a scratch folder, and what was counted is scaled to all of them. A stage after
-    --then may read the output folder of one before it, which need not exist yet.
+    --then may read the output folder of one before it, which need not exist yet. For a training see
+    `prefalign plan train_preference --help`.
     """
+    if Path(arguments[0]).stem == "train_preference":
+        _plan_training(arguments[0], arguments[1:])
+        return
     if "--help" in arguments or "-h" in arguments:
         print(inspect.getdoc(plan_stages))
         return
@@ -159,6 +163,16 @@ def plan_stages(arguments: Sequence[str]) -> None:
         print(json.dumps([dataclasses.asdict(made) for made in plans], indent=2))
     else:
         print(planner.table(plans))
+
+
+def _plan_training(name: str, arguments: Sequence[str]) -> None:
+    from prefalign import training_plan
+
+    if "--help" in arguments or "-h" in arguments:
+        print(training_plan.describe())
+        return
+    chosen, rest = _config_file(arguments)
+    training_plan.main(bundled.load_stage(name), config.read_yaml(bundled.find(chosen)) if chosen else {}, rest)
 
 
 def examine_stage(arguments: Sequence[str]) -> int:

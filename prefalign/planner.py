@@ -265,8 +265,8 @@ def table(plans: Sequence[Plan]) -> str:
 def _cells(made: Plan) -> tuple[str, ...]:
     counts = (made.rows_in, made.rows_out, sum(made.dropped.values()), made.requests, made.text_tokens, made.image_tokens,
               made.new_tokens)  # fmt: skip
-    return (made.stage, *(_number(count) for count in counts), _size(made.bytes), _time(made.seconds),
-            _time(made.seconds_loading))  # fmt: skip
+    return (made.stage, *(number(count) for count in counts), size(made.bytes), duration(made.seconds),
+            duration(made.seconds_loading))  # fmt: skip
 
 
 def _total(plans: Sequence[Plan]) -> Plan:
@@ -326,11 +326,13 @@ def _notes(plans: Sequence[Plan]) -> list[str]:
     return notes
 
 
-def _number(count: int) -> str:
+def number(count: int) -> str:
+    """A count to be read."""
     return f"{count:,}" if count < 10_000_000 else f"{count / 1e6:,.0f} M"
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
+    """Bytes to be read."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     while count >= 1000 and len(units) > 1:
         count /= 1024
@@ -338,7 +340,8 @@ def _size(count: float) -> str:
     return f"{count:.1f} {units[0]}" if count < 10 else f"{count:.0f} {units[0]}"
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, to be read."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     if seconds < 3600:

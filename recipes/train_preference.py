@@ -183,15 +183,17 @@ def _load_policy(config: Config, device: str) -> Any:
     model = load_model(replace(config.model, device=on_device, dtype=dtype))
     if not is_peft_model(model):
         return model
+    adapter = config.model.adapter or config.model.model_name_or_path
+    merge = f"`prefalign run merge_adapter --adapter {adapter} --output FOLDER`"
     if config.lora is not None:
         raise ConfigError(
             "lora: the model is an adapter already, and a second one would be saved without the first. Merge it first "
-            "(`prefalign run merge_adapter`), or leave `lora` out to train all weights of the merged model."
+            f"({merge}), or leave `lora` out to train all weights of the merged model."
         )
     if _in_parts(model):
         raise ConfigError(
             "model: an adapter cannot be merged into weights that are shared out (DeepSpeed ZeRO-3). Merge and save the model "
-            "first, or train it with ZeRO-2 or in one process."
+            f"first ({merge}), or train it with ZeRO-2 or in one process."
         )
     return model.merge_and_unload().requires_grad_(True)
 

@@ -67,7 +67,7 @@ def main(config: Config) -> None:
     folders = [config.data, *([config.eval_data] if config.eval_data else [])]
     datasets = [load_examples(folder, config.answer) for folder in folders]
     manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]
-    files = run_files(to_mapping(config), *manifests)
+    files = run_files(to_mapping(config), *manifests, data="data")
     main_process, processes = arguments.process_index == 0, arguments.world_size
     open_run(config.output, files, resume=config.resume, processes=processes)
 

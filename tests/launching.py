@@ -18,6 +18,7 @@ BIN = Path(sys.executable).parent
 CLOCK = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
 CLOCK |= {f"eval_{name}" for name in ("runtime", "samples_per_second", "steps_per_second")}
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs prefalign[deepspeed]")
+TIMEOUT = 150  # seconds; what hangs, fails: a mode takes 40, on a machine that does nothing else 15
 ENVIRONMENT = {
     **os.environ,
     "CUDA_VISIBLE_DEVICES": "",
@@ -30,7 +31,7 @@ ENVIRONMENT = {
 def start(command, folder, **environment):
     """Run a command to its good end; what it printed."""
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=folder,
-                          env=ENVIRONMENT | environment, timeout=240)  # fmt: skip
+                          env=ENVIRONMENT | environment, timeout=TIMEOUT)  # fmt: skip
     said = [line for line in done.stderr.splitlines() if "Error" in line]
     assert done.returncode == 0, "\n".join([*said, done.stderr[-4000:]])
     return done.stdout

@@ -15,6 +15,7 @@ from prefalign.training.collator import PreferenceCollator
 from prefalign.training.documents import PromptTooLong, decode
 from prefalign.training.pairs import keep_fitting, load_pairs, pairs_manifest
 from tests.equality import as_row, assert_same_inputs, trl_batch
+from tests.sft_runs import make_example, write_examples
 from tests.tiny_vlms import picture
 from tests.training_runs import make_pair, write_pairs
 
@@ -159,4 +160,11 @@ def test_unfinished_pairs_are_refused(tmp_path: Path):
     folder = write_pairs(tmp_path / "pairs", 2)
     (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match="holds no finished pairs .*start it again with the same config"):
+        load_pairs(folder)
+
+
+def test_rows_that_are_no_pairs_are_refused(tmp_path: Path):
+    folder = write_examples(tmp_path / "examples", [make_example(0)])
+    message = r"are no pairs: they have no .*chosen, rejected \(stage `test` wrote .*messages.*`prefalign run train_sft` trains"
+    with pytest.raises(ValueError, match=message):
         load_pairs(folder)

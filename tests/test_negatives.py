@@ -308,7 +308,7 @@ def test_negatives_that_cannot_be_made_are_refused_before_anything_is_loaded(set
 def test_a_negative_that_no_row_needs_is_refused(pairs, tmp_path):
     folder = stored(pairs, tmp_path / "ic", {"kind": "mask"}, 0)
     with pytest.raises(
-        ValueError, match="'crop', and all 8 pairs of .* have `rejected_images` already, which are kept"
+        ValueError, match="'crop', and all 8 pairs of .* have `rejected_images` already, .* with `--negative null`"
     ):
         recipe_run(tmp_path / "no-model", folder, tmp_path / "run", negative={"kind": "crop"})
 

@@ -281,7 +281,7 @@ def test_recipe_saves_everything_goes_on_and_starts_no_second_time(tiny_llava, m
     assert results["rows_in"] == 8 == results["rows_used"] + results["rows_too_long"] == results["eval_rows_in"]
     assert len(rows["too_long"]) == results["rows_too_long"] > 0
     assert results["eval_loss"] < results["train_loss"]
-    assert (run / "pairs_manifest.json").read_text() == (mixed / "manifest.json").read_text()
+    assert (run / "data_manifest.json").read_text() == (mixed / "manifest.json").read_text()
     for folder in (run, run / "checkpoint-4"):
         AutoProcessor.from_pretrained(folder)
         assert (folder / "prefalign_config.yaml").is_file()

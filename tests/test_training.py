@@ -3,9 +3,7 @@
 import json
 import logging
 import math
-import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -351,56 +349,6 @@ def test_recipe_refuses_an_adapter_on_an_adapter(tiny_llava, pairs, tmp_path):
     on_top = {"model": {"model_name_or_path": str(tmp_path / "a"), "device": "cpu"}}
     with pytest.raises(ConfigError, match="the model is an adapter already"):
         RECIPE.main(recipe_config(tiny_llava, pairs, tmp_path / "b", lora={"r": 4}, **on_top))
-
-
-def test_two_processes_are_one_and_resume_like_one(tiny_llava, pairs, tmp_path):
-    """torchrun, DDP: the losses and weights of one process with the same global batch, straight through and resumed."""
-    RECIPE.main(recipe_config(tiny_llava, pairs, tmp_path / "one"))
-    script = tmp_path / "two.py"
-    script.write_text(f"""
-import json, shutil
-from pathlib import Path
-import torch.distributed as dist
-from accelerate import PartialState
-from prefalign import bundled
-from prefalign.config import build
-recipe, base = bundled.load_stage("train_preference"), Path({str(tmp_path)!r})
-values = json.loads((base / "values.json").read_text())
-recipe.main(build(recipe.Config, values | {{"output": str(base / "two")}}))
-state = PartialState()
-assert state.num_processes == 2 and state.distributed_type.value == "MULTI_CPU", state
-if state.is_main_process:
-    for name in ("prefalign_config.yaml", "pairs_manifest.json", "checkpoint-2"):
-        copy = shutil.copytree if name == "checkpoint-2" else shutil.copy
-        (base / "resumed").mkdir(exist_ok=True)
-        copy(base / "two" / name, base / "resumed" / name)
-dist.barrier()
-recipe.main(build(recipe.Config, values | {{"output": str(base / "resumed")}}))
-""")
-    values = yaml.safe_load((tmp_path / "one" / "prefalign_config.yaml").read_text())
-    values["trainer"]["per_device_train_batch_size"] = 2
-    (tmp_path / "values.json").write_text(json.dumps(values))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(bundled.root()), os.environ.get("PYTHONPATH")])),
-    }
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "going on from checkpoint-2" in done.stdout
-    runs = [
-        json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
-        for name in ("one", "two", "resumed")
-    ]
-    in_one, in_two, resumed = [[entry["loss"] for entry in run if "loss" in entry] for run in runs]
-    assert in_two == pytest.approx(in_one, abs=2e-6)
-    assert resumed == in_two
-    models = [
-        AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two", "resumed")
-    ]
-    assert largest_difference(models[0], models[1]) < 1e-5
-    assert largest_difference(models[1], models[2]) == 0.0
 
 
 def test_reference_stays_the_starting_point(tiny_llava, pairs, tmp_path):

@@ -44,6 +44,16 @@ def share(model: PreTrainedModel, layout: str) -> None:
     elif layout != "plain":
         base.model.register_forward_hook(_keep_label_rows, with_kwargs=True)
     original = base.forward
+    waiting: dict[str, Any] = {}
+
+    def add_nothing(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if not waiting:
+            return None
+        nothing = waiting["nothing"] if "nothing" in waiting else _nothing(base.model, waiting["dummy"])
+        waiting.clear()
+        return args, {**kwargs, "inputs_embeds": kwargs["inputs_embeds"] + nothing.to(kwargs["inputs_embeds"].dtype)}
+
+    base.get_decoder().register_forward_pre_hook(add_nothing, with_kwargs=True)
 
     @functools.wraps(original)
     def forward(
@@ -60,14 +70,12 @@ def share(model: PreTrainedModel, layout: str) -> None:
             if not full_logits:
                 layout = kwargs["prefix_layout"]
                 kwargs |= {"shift_labels": layout.labels[None], "fused_lm_head": True}
-        outputs = original(*args, **kwargs)
-        if dummy is not None:
-            features = _encode(self.model, dummy)
-            layers = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
-            nothing = 0.0 * sum(piece.sum() for layer in layers for piece in _pieces(layer))
-            key = "logits" if outputs.get("log_probs") is None else "log_probs"
-            outputs[key] = outputs[key] + nothing
-        return outputs
+        waiting.clear()
+        if dummy is not None and packed is not None:
+            waiting["nothing"] = _nothing(self.model, dummy)
+        elif dummy is not None:
+            waiting["dummy"] = dummy  # a family's own forward embeds the text first, and then runs the tower
+        return original(*args, **kwargs)
 
     base.forward = types.MethodType(forward, base)
 
@@ -140,6 +148,14 @@ def _encode(backbone: Any, vision: Mapping[str, torch.Tensor]) -> Any:
     )
     with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
         return backbone.get_image_features(**given, return_dict=True)
+
+
+def _nothing(backbone: Any, vision: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Zero, made of everything that a picture gives the language model, so that each weight behind it gets a gradient."""
+    features = _encode(backbone, vision)
+    deep = getattr(features, "deepstack_features", None) or []
+    pieces = [piece for layer in (features.pooler_output, *deep) for piece in _pieces(layer)]
+    return torch.stack([(0.0 * piece).sum() for piece in pieces]).sum()
 
 
 def _in_order(features: Any, ranges: list[tuple[int, int]] | None) -> Any:

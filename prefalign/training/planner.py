@@ -1,0 +1,334 @@
+"""The planner of a preference training: its own step on tensors without data, for any way of training that is asked of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from prefalign import families
+from prefalign.checkpoints import check_family, resolve
+from prefalign.config import ConfigError
+from prefalign.losses import read_losses, views_of
+from prefalign.models import load_processor
+from prefalign.training.arguments import training_arguments
+from prefalign.training.documents import PromptTooLong, Reader
+from prefalign.training.dry_run import Counted, count_step
+from prefalign.training.lora import LoraSettings
+from prefalign.training.memory import CASTING, Need, Profile, optimizer_bytes, share_out
+from prefalign.training.pairs import check_columns, load_pairs
+from prefalign.training.preference import needs_reference
+from prefalign.training.routes import Route, find_route
+from prefalign.training.sized_rows import RowSize, RowTokens, measure, sized_rows
+
+Reference = Literal["cached", "online"]
+Method = Literal["full", "lora", "qlora"]
+GIB = 1 << 30
+
+
+@dataclass
+class Options:
+    """What is asked of a plan beside the run's config.
+
+    Attributes:
+        devices: how many take part.
+        profile: how they share the model: `one`, `ddp`, `zero2`, `zero3` or `fsdp2`; None: `one` for one device, else `ddp`.
+        device: type of device that is planned for. On `cuda`, `trainer.bf16` is true where the config does not say.
+        memory: GiB of one device. Given, it is said what fits, and how large a batch and a picture can be.
+        tflops: peak of one device in TFLOP/s for the type of number in use; the default is an A100's for 16 bits.
+        utilisation: share of the peak that is reached.
+        price: of one device for an hour.
+        sample: rows of the pairs that are looked at, evenly spread.
+        rows: number of pairs, where there is no folder yet.
+        pictures: pictures in a prompt, where there is no folder yet.
+        picture_side: width and height of a picture in pixels, likewise.
+        prompt_tokens: tokens of a prompt without its pictures, likewise.
+        answer_tokens: tokens of an answer, likewise.
+    """
+
+    devices: int = 1
+    profile: Profile | None = None
+    device: Literal["cuda", "cpu"] = "cuda"
+    memory: float | None = None
+    tflops: float = 312.0
+    utilisation: float = 0.4
+    price: float | None = None
+    sample: int = 32
+    rows: int | None = None
+    pictures: int = 1
+    picture_side: int = 672
+    prompt_tokens: int = 60
+    answer_tokens: int = 150
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "memory", "tflops", "utilisation", "sample", "rows", "picture_side", "answer_tokens"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"--{name} {value}: a plan needs a number above 0.")
+        if self.profile is None:
+            self.profile = "one" if self.devices == 1 else "ddp"
+        if self.profile == "one" and self.devices > 1:
+            raise ConfigError(
+                f"--profile one runs on one device, and --devices says {self.devices}. Choose ddp, zero2, zero3 or fsdp2."
+            )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One way to train.
+
+    Attributes:
+        method: all weights, an adapter, or an adapter on weights in 4 bits.
+        profile: how devices share the model.
+        reference: `cached` or `online`; online is the policy without its adapter, or for `full` a second model.
+        checkpointing: gradient checkpointing.
+    """
+
+    method: Method
+    profile: Profile
+    reference: Reference
+    checkpointing: bool
+
+
+class Planner:
+    """Counts of one run's config, each made once.
+
+    Args:
+        config: config of the recipe `train_preference`.
+        options: what is asked.
+
+    Raises:
+        ConfigError: settings that cannot be.
+        ModelError: there is no such model, or it has no processor.
+        ValueError: the pairs cannot be trained on.
+    """
+
+    def __init__(self, config: Any, options: Options):
+        from transformers import AutoConfig
+
+        self.config, self.options = config, options
+        self.settings = {"bf16": options.device == "cuda", **config.trainer}
+        self.args = self._arguments(Path("plan"))
+        self.losses = read_losses(config.losses, beta=self.args.beta)
+        self.views = views_of(self.losses)
+        source, _, revision = resolve(config.model)
+        check_family(source, replace(config.model, model_revision=revision))
+        self.model_config = AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=config.model.trust_remote_code
+        )
+        self.processor = load_processor(config.model)
+        self.sixteen = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        self.image_token = families.image_token_ids(self.model_config)[0]
+        self.counts: dict[Any, Counted] = {}
+        self.measured: dict[str, RowTokens] = {}
+        self.rows, self.total = self._rows()
+
+    @property
+    def compares(self) -> bool:
+        """Whether any loss reads a reference."""
+        return needs_reference(self.losses, self.args.loss_type)
+
+    @property
+    def setup(self) -> Setup:
+        """The way of training that the config asks for."""
+        method: Method = "full" if self.config.lora is None else "lora"
+        reference: Reference = self.config.reference if self.compares else "cached"
+        assert self.options.profile is not None
+        return Setup(method, self.options.profile, reference, bool(self.args.gradient_checkpointing))
+
+    @property
+    def batch(self) -> int:
+        """Pairs in a batch of one device."""
+        return int(self.args.per_device_train_batch_size)
+
+    def longest(self, number: int) -> list[dict[str, Any]]:
+        """As many rows as are asked for, the longest; repeated under other names if there are not so many."""
+        rows = []
+        for place in range(number):
+            turn, back = divmod(place, len(self.rows))
+            row = self.rows[-1 - back]
+            rows.append(row if turn == 0 else _again(row, turn))
+        return rows
+
+    def count(self, setup: Setup, rows: Sequence[Mapping[str, Any]]) -> Counted:
+        """A step of one process on some rows."""
+        adapts, casts = setup.method != "full", setup.profile in CASTING and self.sixteen is not None
+        key = (adapts, casts, setup.reference, setup.checkpointing, tuple(row["id"] for row in rows))
+        if key not in self.counts:
+            lora = (self.config.lora or LoraSettings()) if adapts else None
+            changes = {"gradient_checkpointing": setup.checkpointing}
+            self.counts[key] = count_step(
+                self.model_config,
+                rows,
+                self.processor,
+                arguments=lambda folder: self._arguments(
+                    folder, **changes, **({"bf16": False, "fp16": False} if casts else {})
+                ),
+                dtype=self._dtype(adapts),
+                frozen=() if adapts else self.config.freeze,
+                cast=self.sixteen if casts else None,
+                target=self.options.device,
+                attention=self.config.model.attn_implementation,
+                losses=self.losses,
+                peft_config=lora.to_peft() if lora else None,
+                negative=self.config.negative,
+                negative_seed=self.config.seed,
+                fast_path=self.config.fast_path,
+                reference=setup.reference,
+                tokens_per_pass=None if setup.profile in CASTING else self.config.tokens_per_pass,
+            )
+        return self.counts[key]
+
+    def need(self, setup: Setup, rows: Sequence[Mapping[str, Any]] | None = None) -> Need:
+        """Memory of one device, on the longest rows if none are given."""
+        counted = self.count(setup, self.longest(self.batch) if rows is None else rows)
+        casts = setup.profile in CASTING and self.sixteen is not None
+        width = 2 if casts else self._dtype(setup.method != "full").itemsize
+        trained = counted.trainable / max(1.0, counted.trainable_parameters)
+        kept = optimizer_bytes(self.args, torch.float32 if trained > 3 else torch.bfloat16)
+        return share_out(
+            counted,
+            setup.profile,
+            devices=self.options.devices,
+            optimizer=kept,
+            width=width,
+            quantised=setup.method == "qlora",
+            target=self.options.device,
+        )
+
+    def route(self) -> Route:
+        """How the run shares prompts."""
+        from transformers import AutoModelForImageTextToText
+
+        attention = self.config.model.attn_implementation
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(self.model_config, attn_implementation=attention)
+        return find_route(model, self.config.fast_path)
+
+    def alternatives(self, progress: Callable[[list[Setup]], Iterable[Setup]] = list) -> dict[Setup, float]:
+        """Memory of one device in bytes, for every method, profile, reference and checkpointing on and off.
+
+        Args:
+            progress: given the list of what is planned for, gives it back one by one.
+        """
+        profiles: tuple[Profile, ...] = ("one",) if self.options.devices == 1 else ("ddp", "zero2", "zero3", "fsdp2")
+        references: tuple[Reference, ...] = ("cached", "online") if self.compares else ("cached",)
+        methods: tuple[Method, ...] = ("full", "lora", "qlora")
+        setups = [
+            Setup(method, profile, reference, checkpointing)
+            for method in methods
+            for profile in profiles
+            for reference in references
+            for checkpointing in (True, False)
+        ]
+        return {setup: self.need(setup).total for setup in progress(setups)}
+
+    def tokens(self, row: Mapping[str, Any]) -> RowTokens:
+        """Tokens of a row as the trainer runs it."""
+        if row["id"] not in self.measured:
+            reader = Reader(self.processor, self.views, self.config.negative, self.config.seed)
+            self.measured[row["id"]] = measure(reader, row, self.image_token, self.args.max_length)
+        return self.measured[row["id"]]
+
+    def sized(self, size: RowSize, number: int) -> list[dict[str, Any]]:
+        """So many rows of one size."""
+        return sized_rows(self.processor, self.views, size, number, self.image_token)
+
+    @property
+    def memory(self) -> float:
+        """Bytes of one device.
+
+        Raises:
+            ConfigError: it was not given.
+        """
+        if self.options.memory is None:
+            raise ConfigError("--memory is needed to say what fits: GiB of one device, as in `--memory 80`.")
+        return self.options.memory * GIB
+
+    def _rows(self) -> tuple[list[dict[str, Any]], int]:
+        """Rows that stand for all, shortest first, and how many there are of all."""
+        options, folder = self.options, self.config.pairs
+        if not folder.exists():
+            if options.rows is None:
+                raise ConfigError(
+                    f"there are no pairs at {folder}, so nothing says how long rows are. Make them first, or say what they will "
+                    "be: --rows 10000, and if need be --pictures 1 --picture_side 672 --prompt_tokens 60 --answer_tokens 150."
+                )
+            size = RowSize(options.prompt_tokens, options.answer_tokens, options.pictures, options.picture_side)
+            return self.sized(size, 1), options.rows
+        dataset = load_pairs(folder)
+        check_columns(dataset, self.views, folder, self.config.negative)
+        number = min(options.sample, len(dataset))
+        fitting = []
+        for place in range(number):
+            row = dataset[place * len(dataset) // number]
+            try:
+                self.tokens(row)
+            except PromptTooLong:
+                continue
+            fitting.append(row)
+        if not fitting:
+            raise ValueError(
+                f"no prompt of the {number} rows looked at fits max_length {self.args.max_length}. Raise it, or leave it out."
+            )
+        total = round(len(dataset) * len(fitting) / number)
+        return sorted(fitting, key=lambda row: self.tokens(row).run), total
+
+    def _arguments(self, folder: Path, **changes: Any) -> Any:
+        """TRL's arguments for this process, whatever machine is planned for."""
+        here = {
+            "use_cpu": True,
+            "deepspeed": None,
+            "fsdp": None,
+            "fsdp_config": None,
+            "torch_compile": False,
+            "tf32": None,
+        }
+        return training_arguments({**self.settings, **here, **changes}, output=folder, seed=self.config.seed)
+
+    def _dtype(self, adapts: bool) -> torch.dtype:
+        """Of the weights as the recipe loads them."""
+        name = self.config.model.dtype
+        if name != "auto":
+            return getattr(torch, name)
+        stored = getattr(self.model_config, "dtype", None) or self.model_config.get_text_config().dtype
+        if not adapts or stored is None or (self.options.device == "cpu" and stored == torch.float16):
+            return torch.float32
+        return stored
+
+    def disk(self, counted: Counted, steps: int) -> dict[str, float]:
+        """Bytes of what a run keeps: an adapter is saved alone."""
+        adapts = self.config.lora is not None
+        model = counted.trainable if adapts else counted.trainable + counted.frozen
+        kept = optimizer_bytes(self.args, torch.float32) * counted.trainable_parameters
+        every = {"steps": self.args.save_steps, "epoch": steps / max(1.0, self.args.num_train_epochs)}
+        strategy = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))
+        saves = math.floor(steps / every[strategy]) if strategy in every and every[strategy] >= 1 else 0
+        # a new checkpoint is there before the oldest is deleted
+        saves = min(saves, self.args.save_total_limit + 1) if self.args.save_total_limit else saves
+        disk = {
+            "checkpoints": saves * (model + (0 if self.args.save_only_model else kept)),
+            "final model": model,
+        }
+        if self.setup.reference == "cached" and self.compares:
+            disk["reference cache"] = (
+                self.total * 4 * sum(self.tokens(row).scored for row in self.rows) / len(self.rows)
+            )
+        return disk
+
+
+def _again(row: Mapping[str, Any], turn: int) -> dict[str, Any]:
+    """A row under another name and with a picture that counts as another, so that it shares nothing with the first."""
+    pictures = {
+        side: [_other_bytes(picture, turn) for picture in row.get(side) or []] for side in ("images", "rejected_images")
+    }
+    return {**row, **pictures, "id": f"{row['id']}-{turn}"}
+
+
+def _other_bytes(picture: Any, turn: int) -> Any:
+    data = picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
+    return {"bytes": data + b" " * turn, "path": None}  # decoders stop at the picture's end
