@@ -1,6 +1,7 @@
 """The shared path against the plain one and TRL, for the families that need no torchvision; see `equality.py` for the matrix."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -173,6 +174,19 @@ def test_three_steps_of_train_end_at_the_same_weights(family, benches):
     assert moved > 1e-3
     for name, end in ends[1].items():  # a weight itself is rounded in every step
         assert (ends[0][name] - end).abs().max() < 2e-5 * moved + 3 * EPSILON * end.abs().max(), name
+
+
+@pytest.mark.parametrize("fast_path", ["auto", "off"])
+@pytest.mark.parametrize("losses", ["text+visual", "six views"])
+def test_parts_of_a_batch_add_up_to_the_whole(losses, fast_path, benches):
+    """`tokens_per_pass`: one backward pass for each row here."""
+    trainer = benches["llava"].ours(case("llava", losses=losses), fast_path=fast_path)
+    rows = list(trainer.train_dataset)
+    whole = step(trainer, rows)
+    trainer.data_collator.tokens_per_pass = 1
+    assert len(trainer.data_collator(rows)["parts"]) == 3
+    difference = compare(replace(step(trainer, rows), metrics=whole.metrics), whole)
+    assert difference.holds(), difference
 
 
 # --- windows, both directions, and families that cannot share ---

@@ -63,6 +63,16 @@ def test_same_loss_gradients_and_metrics_as_stock_trl(name, training, bench):
     assert difference.holds(), difference
 
 
+@pytest.mark.parametrize("training", ["frozen", "lora"])
+def test_no_hook_is_left_behind_in_any_step(training, bench):
+    """TRL's sums of a reference with `ld_alpha` turn checkpointing on again, which adds a hook to each embedding every time."""
+    case = Case("llava", "text", training, "1", 3, True, "online")
+    trainer = bench.ours(case, fast_path="auto", ld_alpha=0.5, max_steps=3, per_device_train_batch_size=3)
+    trainer.train()
+    assert trainer.model.is_gradient_checkpointing
+    assert not trainer.model.get_input_embeddings()._forward_hooks
+
+
 def test_a_reference_that_follows_the_policy_is_stock_trls_and_leaves_the_frozen_tower_alone(bench):
     """Mixed in place after each step: a tower that both models shared would be scaled down by it."""
     settings = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.6, "optim": "sgd",

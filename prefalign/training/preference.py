@@ -294,12 +294,8 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
                 [logps[scores[view].mask] for view, logps in zip((first, second), references, strict=True)]  # type: ignore[index]
             )
             per_token = spread_out(flat)
-            if self.ld_alpha is None:
-                sums = list(
-                    per_token.sum(dim=1).chunk(2)
-                )  # as TRL's policy sums: equal log-probs give margins of exactly 0
-            else:
-                sums = list(self.compute_ref_log_probs(lambda **_: FusedCausalLMOutput(log_probs=per_token), batch))
+            # summed in TRL's layout, as its policy sums are: equal log-probs give margins of exactly 0
+            sums = list(_sums(per_token, mask, self.ld_alpha).chunk(2))
         batch |= {"ref_chosen_logps": sums[0], "ref_rejected_logps": sums[1]}
         loss = super()._compute_loss(lambda **_: outputs, batch, False)
         if references[0] is None:
@@ -332,6 +328,18 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
 
     def _stateful(self) -> list[Weighted]:
         return [entry for entry in self.losses if hasattr(entry.term, "state_dict")]
+
+
+def _sums(per_token: torch.Tensor, mask: torch.Tensor, ld_alpha: float | None) -> torch.Tensor:
+    """Sums over answers as `DPOTrainer.compute_ref_log_probs` takes them, (2B,).
+
+    Not by calling it: it turns gradient checkpointing off and on, which adds a hook to every embedding in every step.
+    """
+    if ld_alpha is None:
+        return per_token.sum(dim=1)
+    shorter = torch.minimum(*mask.sum(dim=1).chunk(2)).repeat(2)
+    tail = mask.cumsum(dim=1) > shorter[:, None]
+    return (per_token * ~tail).sum(dim=1) + ld_alpha * (per_token * tail).sum(dim=1)
 
 
 class _NoReference(nn.Module):

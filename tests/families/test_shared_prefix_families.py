@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests import test_mixed_batches as mixed
 from tests import test_shared_prefix as plain_families
 from tests.equality import Bench, pairwise
 from tests.tiny_vlms import WITH_VIDEO
@@ -49,3 +50,11 @@ def test_a_picture_passes_the_tower_once(family, training, benches):
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm"])
 def test_three_steps_of_train_end_at_the_same_weights(family, benches):
     plain_families.test_three_steps_of_train_end_at_the_same_weights(family, benches)
+
+
+@pytest.mark.parametrize("images", [(1, 0, 2), (0, 0, 0)], ids=["mixed", "text only"])
+@pytest.mark.parametrize("family", WITH_VIDEO)
+def test_batches_with_and_without_pictures(family, images, benches):
+    mixed.test_batches_with_and_without_pictures(family, "tower", images, benches)
+    if not any(images):
+        mixed.test_a_dummy_picture_changes_no_number_and_reaches_every_vision_tensor(family, "auto", benches)
