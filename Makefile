@@ -1,7 +1,8 @@
 # make demo    pictures -> pairs -> DPO -> measured hallucination -> report, on a laptop
 # make test    all tests (make check: format, lint, types, import order, dependencies)
+# make prove   the shared path against the plain one and TRL's trainer in every case; benchmarks/results/prove.md
 # make chaos   kill every data stage at random moments, resume, compare
-# make bench   what generation costs and whether pairs are right, measured; figures in runs/bench/
+# make bench   what generation and training steps cost and whether pairs are right, measured; figures in runs/bench/
 #
 # Preference pairs with every method: make -C datagen help
 #
@@ -18,7 +19,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 FAMILIES := $(VENV)-families
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=1
 
-.PHONY: demo test check chaos bench format clean
+.PHONY: demo test check prove chaos bench format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/prefalign demo --output runs/demo
@@ -34,6 +35,13 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/deptry .
 
+prove: $(VENV)/.dev $(FAMILIES)/.ready
+	mkdir -p runs/prove
+	$(OFFLINE) $(BIN)/python benchmarks/prove.py --families plain --json runs/prove/plain.json
+	$(OFFLINE) PYTHONPATH=tests/torchvision_shim $(FAMILIES)/bin/python benchmarks/prove.py --families with_video \
+	  --json runs/prove/with_video.json
+	$(BIN)/python benchmarks/prove.py --table runs/prove/plain.json runs/prove/with_video.json
+
 chaos: $(VENV)/.dev
 	$(OFFLINE) $(BIN)/python benchmarks/chaos.py --kills 5
 
@@ -41,6 +49,7 @@ bench: $(VENV)/.dev
 	mkdir -p runs/bench
 	$(OFFLINE) $(BIN)/python benchmarks/generation.py --json runs/bench/generation.json
 	$(OFFLINE) $(BIN)/python benchmarks/pair_truth.py --json runs/bench/pair_truth.json
+	$(OFFLINE) $(BIN)/python benchmarks/preference_step.py --json runs/bench/preference_step.json
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

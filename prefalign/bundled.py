@@ -10,6 +10,12 @@ from types import ModuleType
 from prefalign.config import ConfigError, nearest
 
 STAGE_FOLDERS = ("datagen", "reward_models", "recipes")
+PROFILES = {
+    "accelerate": "configs/accelerate/*.yaml",
+    "deepspeed": "configs/deepspeed/*.json",
+    "slurm": "recipes/slurm/*.sbatch",
+}
+"""What a launcher reads, by name: not configs of a stage."""
 
 
 def root() -> Path:
@@ -27,15 +33,21 @@ def stages() -> dict[str, Path]:
 def configs() -> dict[str, Path]:
     """Config name to file, as in `{"datagen/bdhs": .../configs/datagen/bdhs.yaml}`."""
     base = root() / "configs"
-    return {file.relative_to(base).with_suffix("").as_posix(): file for file in sorted(base.rglob("*.yaml"))}
+    files = {file.relative_to(base).with_suffix("").as_posix(): file for file in sorted(base.rglob("*.yaml"))}
+    return {name: file for name, file in files.items() if name.split("/")[0] not in PROFILES}
+
+
+def profiles() -> dict[str, Path]:
+    """Profile name to file, as in `{"accelerate/zero3": .../configs/accelerate/zero3.yaml}`."""
+    return {f"{kind}/{file.stem}": file for kind, files in PROFILES.items() for file in sorted(root().glob(files))}
 
 
 def find(name: str) -> Path:
-    """A stage or config by name, or an existing file by path."""
+    """A stage, config or profile by name, or an existing file by path."""
     if Path(name).is_file():
         return Path(name)
-    known = {**stages(), **configs()}
-    bare = name.removeprefix("configs/").removesuffix(".yaml")
+    known = {**stages(), **configs(), **profiles()}
+    bare = name.removeprefix("configs/").removesuffix(".yaml").removesuffix(".json")
     if bare in known:
         return known[bare]
     raise ConfigError(f"no stage, config or file called {name!r}; {nearest(bare, list(known))}")

@@ -27,6 +27,7 @@ typical use:
   prefalign plan bdhs --config configs/datagen/bdhs.yaml --data.path rows.jsonl --output.path runs/pairs
   prefalign run bdhs --config configs/datagen/bdhs.yaml --data.path rows.jsonl --output.path runs/pairs
   prefalign inspect runs/pairs
+  prefalign doctor train_preference --config configs/recipes/train_preference_scenes.yaml --pairs runs/pairs
   prefalign publish runs/policy --to OWNER/NAME --dry-run
 """
 
@@ -48,6 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     verbs.add_parser("run", help="run a stage: prefalign run STAGE --config FILE --section.field VALUE", add_help=False)
 
     verbs.add_parser("plan", help="what a data stage or a training needs, before it is run: arguments of run, --json",
+                     add_help=False)  # fmt: skip
+    verbs.add_parser("doctor", help="one batch of a training run through every check: arguments of run, --rows, --json",
                      add_help=False)  # fmt: skip
 
     scenes = verbs.add_parser("scenes", help="the embedded world: build its model, print its figures, export rows")
@@ -172,6 +175,56 @@ def _plan_training(name: str, arguments: Sequence[str]) -> None:
     training_plan.main(bundled.load_stage(name), config.read_yaml(bundled.find(chosen)) if chosen else {}, rest)
 
 
+def examine_stage(arguments: Sequence[str]) -> int:
+    """Check a training run before it starts: prefalign doctor RECIPE --config FILE --section.field VALUE [--rows 64] [--json OUT]
+
+    Takes the arguments of `prefalign run`. Reads a sample of the rows (--rows), runs one batch of them forward and backward, and
+    prints a table: check, verdict, what was seen, what to do. Nothing is written into the run's output folder. --json writes the
+    same to a file. The exit status is 0 if nothing failed, else 1.
+    """
+    if "--help" in arguments or "-h" in arguments:
+        print(inspect.getdoc(examine_stage))
+        return 0
+    name, *rest = arguments
+    if name.startswith("-"):
+        raise config.ConfigError(
+            f"doctor needs a recipe before {name}, as in `prefalign doctor train_preference --config FILE`."
+        )
+    from prefalign import doctor
+
+    if Path(name).stem not in doctor.STAGES:
+        raise config.ConfigError(
+            f"doctor examines {', '.join(doctor.STAGES)}, and was given {name!r}. What stages that make pairs will need is told "
+            "by `prefalign plan`."
+        )
+    rows, rest = _option(rest, "--rows")
+    target, rest = _option(rest, "--json")
+    if rows is not None and (not rows.isdigit() or int(rows) == 0):
+        raise config.ConfigError(f"--rows {rows}: give the number of rows to read, as in `--rows 64`.")
+    stage = bundled.load_stage(name)
+    chosen, overrides = _config_file(rest)
+    resolved = config.load(stage.Config, bundled.find(chosen) if chosen else None, overrides)
+    findings = doctor.examine(stage, resolved, rows=int(rows) if rows else doctor.SAMPLE)
+    print(doctor.table(findings))
+    if target:
+        text = json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2)
+        Path(target).write_text(text + "\n", encoding="utf-8")
+    return int(any(finding.verdict == "fail" for finding in findings))
+
+
+def _option(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of an option of a verb, and the other arguments."""
+    rest = list(arguments)
+    if flag not in rest:
+        return None, rest
+    place = rest.index(flag)
+    value = rest[place + 1 : place + 2]
+    if not value or value[0].startswith("--"):
+        raise config.ConfigError(f"{flag} needs a value.")
+    del rest[place : place + 2]
+    return value[0], rest
+
+
 def _config_file(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """The value of `--config FILE` or `--config=FILE`, and the other arguments."""
     named: list[str] = []
@@ -192,16 +245,18 @@ def _config_file(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     return (named[0] if named else None), rest
 
 
-def _dispatch(arguments: list[str]) -> None:
+def _dispatch(arguments: list[str]) -> int | None:
     if arguments[:1] == ["run"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         run_stage(arguments[1], arguments[2:])
-        return
+        return None
     if arguments[:1] == ["plan"] and len(arguments) > 1:
         plan_stages(arguments[1:])
-        return
+        return None
+    if arguments[:1] == ["doctor"] and len(arguments) > 1:
+        return examine_stage(arguments[1:])
     if arguments[:1] == ["demo"]:
         run_stage("demo", arguments[1:], default_config="recipes/demo")
-        return
+        return None
     parser = build_parser()
     chosen = parser.parse_args(arguments)
     match chosen.verb:
@@ -210,6 +265,10 @@ def _dispatch(arguments: list[str]) -> None:
         case "plan":
             parser.error(
                 "plan needs a stage: prefalign plan STAGE --config FILE [--rows 8] [--json] [--then STAGE ...]."
+            )
+        case "doctor":
+            parser.error(
+                "doctor needs a recipe: prefalign doctor train_preference --config FILE [--rows 64] [--json FILE]."
             )
         case "scenes":
             _scenes(chosen)
@@ -228,12 +287,13 @@ def _dispatch(arguments: list[str]) -> None:
             from prefalign import hub
 
             hub.main(chosen)
+    return None
 
 
 def _guarded(action: Any, *, resumes: bool) -> int:
-    """Run an action; users get one readable message instead of a traceback (`PREFALIGN_TRACEBACK=1` shows it)."""
+    """Run an action, whose status this is; users get one readable message instead of a traceback (`PREFALIGN_TRACEBACK=1`)."""
     try:
-        action()
+        status = action()
     except KeyboardInterrupt:
         again = "; start the same command again to continue where it stopped" if resumes else ""
         print(f"\ninterrupted{again}", file=sys.stderr)
@@ -248,7 +308,7 @@ def _guarded(action: Any, *, resumes: bool) -> int:
         if not isinstance(error, config.ConfigError):
             print("(PREFALIGN_TRACEBACK=1 shows where it came from)", file=sys.stderr)
         return 1
-    return 0
+    return status or 0
 
 
 def _scenes(chosen: argparse.Namespace) -> None:
@@ -270,11 +330,11 @@ def _scenes(chosen: argparse.Namespace) -> None:
 
 def _list() -> None:
     def first_line(path: Path) -> str:
-        text = path.read_text(encoding="utf-8")
-        line = next((line for line in text.splitlines() if line.strip(' #"')), "")
-        return line.strip(' #"')
+        lines = path.read_text(encoding="utf-8").splitlines() if path.suffix != ".json" else []
+        return next((line.strip(' #"') for line in lines if line.strip(' #"') and not line.startswith("#!")), "")
 
-    for title, found in (("stages", bundled.stages()), ("configs", bundled.configs())):
+    known = {"stages": bundled.stages(), "configs": bundled.configs(), "profiles": bundled.profiles()}
+    for title, found in known.items():
         print(f"{title}:")
         width = max(map(len, found), default=0)
         for name, path in found.items():

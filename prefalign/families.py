@@ -144,6 +144,25 @@ def turn_end_id(processor: Any) -> int:
     return next((index for index in closing if _is_special(tokenizer, index)), tokenizer.eos_token_id)
 
 
+def missing_end(processor: Any) -> str:
+    """What an answer in training must be given at its end: nothing where the chat template closes it, else the end of sequence.
+
+    LLaVA-1.5's template on the Hub closes an answer with nothing; trained on such, a model never learns to stop.
+
+    Raises:
+        ValueError: if the tokenizer has no end of sequence either.
+    """
+    _, answer = render_answer(processor, [{"role": "user", "content": [{"type": "text", "text": "?"}]}], "!")
+    tokenizer = processor.tokenizer
+    closes = turn_end_id(processor) in tokenizer(answer, add_special_tokens=False).input_ids
+    if not closes and tokenizer.eos_token is None:
+        raise ValueError(
+            "neither the chat template nor the tokenizer ends an answer, so a model would never learn to stop. Give "
+            "the tokenizer an eos_token."
+        )
+    return "" if closes else tokenizer.eos_token
+
+
 def core(model: Any) -> Any:
     """The transformers model under PEFT and other wrappers."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model

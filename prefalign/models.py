@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,6 +80,7 @@ def load_model(config: ModelConfig) -> Any:
             f"the weights of {source!r} lack {len(missing)} tensor(s) that a {type(model).__name__} has "
             f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); they would be random. Use a complete checkpoint."
         )
+    _forget_unused_renamings(model)
     if dtype == "auto" and device.type == "cpu" and model.dtype == torch.float16:
         logger.info("%s is stored in float16, which a CPU computes badly; loaded in float32.", source)
         model = model.float()
@@ -132,7 +133,8 @@ def fingerprint(model: Any) -> str:
     """Content hash of a model: name, dtype, shape and bytes of every tensor, adapter included.
 
     A tensor counts in the narrowest float type that holds its values exactly, so a float16 checkpoint has one fingerprint
-    whether it is loaded in float16 on a GPU or in float32 on a CPU.
+    whether it is loaded in float16 on a GPU or in float32 on a CPU. Under DeepSpeed ZeRO-3, where a process holds a part of
+    each tensor, all processes have to ask together.
 
     Returns:
         16 hex digits; equal weights give equal digits whatever file or folder they came from.
@@ -142,26 +144,22 @@ def fingerprint(model: Any) -> str:
 
     def digest(item: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = item
+        if hasattr(tensor, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([tensor]):
+                return digest((name, tensor.detach()))
         tensor = _narrowest(tensor.detach())
         raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         head = f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode()
         return hashlib.sha256(head + hashlib.sha256(raw.data).digest()).digest()
 
-    tensors = sorted(model.state_dict(keep_vars=True).items())
-    if any(hasattr(tensor, "ds_id") for _, tensor in tensors):
-        digests = [_gathered(digest, item) for item in tensors]
-    else:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            digests = list(pool.map(digest, tensors))
-    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
-
-
-def _gathered(digest: Callable[[tuple[str, torch.Tensor]], bytes], item: tuple[str, torch.Tensor]) -> bytes:
-    """A digest of a tensor that ZeRO-3 has spread over the processes, which all take part."""
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([item[1]] if hasattr(item[1], "ds_id") else []):
-        return digest(item)
+    tensors = sorted(model.state_dict(keep_vars=True).items(), key=lambda item: item[0])
+    # gathered one by one, in the same order everywhere
+    in_parts = any(hasattr(tensor, "ds_id") for _, tensor in tensors)
+    with ThreadPoolExecutor(1 if in_parts else min(8, os.cpu_count() or 1)) as pool:
+        digests = pool.map(digest, tensors)
+        return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
 
 def parameter_table(model: Any) -> list[dict[str, Any]]:
@@ -173,8 +171,8 @@ def parameter_table(model: Any) -> list[dict[str, Any]]:
     counts = {name: [0, 0] for name in (*families.TOWERS, "total")}
     for name, parameter in model.named_parameters():
         for tower in (families.tower(name), "total"):
-            counts[tower][0] += parameter.numel()
-            counts[tower][1] += parameter.numel() if parameter.requires_grad else 0
+            counts[tower][0] += _size(parameter)
+            counts[tower][1] += _size(parameter) if parameter.requires_grad else 0
     return [{"tower": name, "parameters": both[0], "trainable": both[1]} for name, both in counts.items()]
 
 
@@ -198,11 +196,31 @@ def freeze(model: Any, towers: Sequence[str]) -> int:
     for name, parameter in model.named_parameters():
         if families.tower(name) in frozen:
             parameter.requires_grad_(False)
-            frozen[families.tower(name)] += parameter.numel()
+            frozen[families.tower(name)] += _size(parameter)
     for name, count in frozen.items():
         if not count:
             raise ModelError(f"a {type(families.core(model)).__name__} has no {name} to freeze; leave it out.")
     return sum(frozen.values())
+
+
+def _forget_unused_renamings(model: Any) -> None:
+    """Keep the names under which a checkpoint was read for saving it again, and no others.
+
+    Under DeepSpeed ZeRO-3 transformers 5.23 remembers every renaming that it knows for a family, legacy ones too, and would
+    save `language_model.model.model.layers...`, which no other program reads.
+    """
+    from transformers.core_model_loading import WeightRenaming
+
+    known = getattr(model, "_weight_conversions", None)
+    if known is not None:
+        model._weight_conversions = [
+            entry for entry in known if not isinstance(entry, WeightRenaming) or entry.was_used()
+        ]
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    """Elements of a whole parameter, of which a process holds none itself under DeepSpeed ZeRO-3."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _narrowest(tensor: torch.Tensor) -> torch.Tensor:

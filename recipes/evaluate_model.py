@@ -5,7 +5,8 @@ same questions under the true, a blank, a noised and another picture), on the em
 formats. Three steps, each leaving files: ask -> `predictions.jsonl`, score -> `items.jsonl`, sum up -> `results.json`.
 Saved predictions are scored without a model; a `baseline` (folder of another evaluation) is compared item by item.
 
-Needs: the model's own memory; no network, no judge. An interrupted run continues where it stopped.
+Needs: the model's own memory; no network, no judge. An interrupted run continues where it stopped. Several processes
+(`torchrun --nproc_per_node N recipes/evaluate_model.py ...`) ask a share each and give the same results.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Literal
 from prefalign.evals import Item, Prediction, Scored, asking, attributes, chair, reliance, scoring, summary, yesno
 from prefalign.evals.asking import Asking
 from prefalign.evals.files import FilesData, load_files
+from prefalign.evals.processes import Share, on_own_device, this_share
 from prefalign.evals.reading import read_json
 from prefalign.manifest import write_atomically
 from prefalign.models import ModelConfig
@@ -94,13 +96,16 @@ class Config:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Ask, score, sum up; returns the content of `results.json`."""
+    """Ask, score, sum up; returns the content of `results.json` (nothing in other processes than the first)."""
     check(config)
     items, vocabularies, given = load_items(config)
     variants = plan(items, config)
     if config.baseline is not None:
         check_same_settings(known_settings(config, variants), config.baseline)
-    replies, settings = replies_for(config, variants, given)
+    share = this_share()
+    replies, settings = replies_for(config, variants, given, share)
+    if not share.is_main:
+        return {}
     scored = scoring.score_all(items, variants, replies, vocabularies)
     scoring.write_items(config.output / "items.jsonl", scored)
     results = sum_up(config, items, scored, settings)
@@ -194,7 +199,7 @@ def plan(items: Sequence[Item], config: Config) -> list[reliance.Variant]:
 
 
 def replies_for(
-    config: Config, variants: Sequence[reliance.Variant], given: Sequence[Prediction]
+    config: Config, variants: Sequence[reliance.Variant], given: Sequence[Prediction], share: Share
 ) -> tuple[list[Prediction], dict[str, Any]]:
     """Replies from the model, from saved predictions, or from the benchmarks' answer files; and what decided them."""
     if config.predictions is not None:
@@ -208,8 +213,8 @@ def replies_for(
         raise ValueError("both `model` and answer files are given; replies come from one of them. Leave one out.")
     from prefalign.engines.transformers import load_engine
 
-    engine = load_engine(config.model, batch_size=config.batch_size)
-    replies = asking.ask(engine, variants, config.output, config.asking, seed=config.seed)
+    engine = load_engine(on_own_device(config.model, share), batch_size=config.batch_size)
+    replies = asking.ask(engine, variants, config.output, config.asking, seed=config.seed, share=share)
     return replies, asking.read_settings(config.output)
 
 

@@ -5,14 +5,12 @@ POVID, CHiP and others beside it; `prefalign/losses/` names the paper of each. `
 answers, the control that a preference method has to beat.
 
 Needs: a pairs folder (the output of any stage that makes pairs) and a model. Started again with the same config it goes on from
-its last checkpoint and ends with the weights of an uninterrupted run. Several processes: `torchrun --nproc_per_node N`.
+its last checkpoint and ends with the weights of an uninterrupted run. Several processes: `torchrun --nproc_per_node N`, or
+`accelerate launch` with a profile of configs/accelerate/; several nodes: recipes/slurm/train_preference.sbatch.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +68,7 @@ def main(config: Config) -> None:
     from prefalign.losses import read_losses, views_of
     from prefalign.models import fingerprint, freeze, load_processor, parameter_table
     from prefalign.training.arguments import training_arguments
+    from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
     from prefalign.training.lora import check_trainable
     from prefalign.training.pairs import check_columns, check_negative, check_texts, keep_fitting, load_pairs
     from prefalign.training.preference import PreferenceTrainer, needs_reference
@@ -77,15 +76,16 @@ def main(config: Config) -> None:
     from prefalign.training.runs import (
         base_file,
         claim_run,
-        finish_run,
         full_disk_explained,
         is_finished,
         open_run,
         run_files,
     )
+    from prefalign.training.upkeep import plain_lines_without_a_terminal, train_and_save
 
-    _plain_lines_without_a_terminal()
-    arguments = training_arguments(config.trainer, output=config.output, seed=config.seed)
+    plain_lines_without_a_terminal()
+    prepare_processes(config.trainer)
+    arguments: Any = training_arguments(config.trainer, output=config.output, seed=config.seed)
     losses = read_losses(config.losses, beta=arguments.beta)
     views = views_of(losses)
     folders = [config.pairs, *([config.eval_pairs] if config.eval_pairs else [])]
@@ -112,8 +112,11 @@ def main(config: Config) -> None:
         return
     if config.lora is None:
         freeze(model, config.freeze)
+    # weights that are shared out cannot be copied, so the reference is loaded once more
+    loads_reference = config.reference == "online" and config.lora is None and _in_parts(model)
     trainer = PreferenceTrainer(
         model,
+        ref_model=_load_policy(config, str(arguments.device)) if loads_reference else None,
         args=arguments,
         train_dataset=datasets[0],
         eval_dataset=datasets[1] if config.eval_pairs else None,
@@ -127,6 +130,7 @@ def main(config: Config) -> None:
         reference=config.reference,
         tokens_per_pass=config.tokens_per_pass,
     )
+    running = running_processes(trainer.accelerator, config.trainer)
     check_trainable(trainer.model, config.freeze)
     trainer.train_dataset, fit = keep_fitting(trainer.train_dataset, trainer.data_collator)
     if config.eval_pairs:
@@ -134,7 +138,7 @@ def main(config: Config) -> None:
     if main_process:
         for row in parameter_table(trainer.model):
             print(f"{row['tower']:<15}{row['parameters']:>16,} parameters{row['trainable']:>16,} trainable")
-        print(f"{fit.rows_used} pairs, {fit.summary() or 'all fit'}; {arguments.world_size} process(es)")
+        print(f"{fit.rows_used} pairs, {fit.summary() or 'all fit'}; {running}")
         if config.eval_pairs and eval_fit.summary():
             print(f"{eval_fit.rows_used} held-out pairs, {eval_fit.summary()}")
         if checkpoint:
@@ -143,27 +147,24 @@ def main(config: Config) -> None:
     with full_disk_explained(config.output):
         if main_process:
             claim_run(config.output, files)
+        claim_processes(config.output, running, main_process=main_process)
         if config.reference == "cached" and trainer.needs_reference:
             report = cache_reference(trainer, config.reference_folder or config.output / "reference", reference=base)
             if main_process:
-                print(
-                    f"reference log-probs: {report.found} of {report.rows} rows found, {report.computed} computed; "
-                    f"{report.verified} verified, largest difference {report.largest_difference:.2g}"
-                )
-        metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-        metrics |= {"rows_in": fit.rows_in, "rows_used": fit.rows_used, "rows_prompt_too_long": len(fit.too_long)}
-        if config.eval_pairs:
-            evaluated = trainer.evaluate()
-            evaluated |= {"eval_rows_in": eval_fit.rows_in, "eval_rows_used": eval_fit.rows_used}
-            trainer.save_metrics("eval", evaluated, combined=False)
-            metrics |= evaluated
-        trainer.save_metrics("train", metrics, combined=False)
-        trainer.save_model()
-        trainer.save_state()
-        if main_process:
-            (config.output / "rows.json").write_text(json.dumps(asdict(fit), indent=2), encoding="utf-8")
-            finish_run(config.output, metrics)
-            print(f"saved {config.output}")
+                print(report)
+    counts = {"rows_in": fit.rows_in, "rows_used": fit.rows_used, "rows_prompt_too_long": len(fit.too_long)}
+    train_and_save(
+        trainer,
+        config.output,
+        checkpoint=checkpoint,
+        rows=asdict(fit),
+        counts=counts,
+        eval_counts={"eval_rows_in": eval_fit.rows_in, "eval_rows_used": eval_fit.rows_used}
+        if config.eval_pairs
+        else None,
+    )
+    if main_process:
+        print(f"saved {config.output}")
 
 
 def _load_policy(config: Config, device: str) -> Any:
@@ -182,23 +183,24 @@ def _load_policy(config: Config, device: str) -> Any:
     model = load_model(replace(config.model, device=on_device, dtype=dtype))
     if not is_peft_model(model):
         return model
+    adapter = config.model.adapter or config.model.model_name_or_path
+    merge = f"`prefalign run merge_adapter --adapter {adapter} --output FOLDER`"
     if config.lora is not None:
         raise ConfigError(
-            "lora: the model is an adapter already, and a second one would be saved without the first. Merge and save the model "
-            "first, or leave `lora` out to train all weights of the merged model."
+            "lora: the model is an adapter already, and a second one would be saved without the first. Merge it first "
+            f"({merge}), or leave `lora` out to train all weights of the merged model."
         )
-    return model.merge_and_unload()
+    if _in_parts(model):
+        raise ConfigError(
+            "model: an adapter cannot be merged into weights that are shared out (DeepSpeed ZeRO-3). Merge and save the model "
+            f"first ({merge}), or train it with ZeRO-2 or in one process."
+        )
+    return model.merge_and_unload().requires_grad_(True)
 
 
-def _plain_lines_without_a_terminal() -> None:
-    # TRL 1.16 still calls transformers' older names at every step
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-    if not sys.stderr.isatty():
-        import datasets
-        from transformers.utils import logging
-
-        datasets.disable_progress_bars()
-        logging.disable_progress_bar()
+def _in_parts(model: Any) -> bool:
+    """Whether each process holds a part of every weight (DeepSpeed ZeRO-3), so that the policy cannot be copied."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 if __name__ == "__main__":

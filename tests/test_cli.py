@@ -112,11 +112,12 @@ def test_a_stage_file_started_directly(stage):
     assert done.stdout == "name=direct beta=0.1\n"
 
 
-def test_list_names_stages_and_configs(capsys):
+def test_list_names_stages_configs_and_profiles(capsys):
     assert cli.main(["list"]) == 0
     shown = capsys.readouterr().out
-    for name in (*bundled.stages(), *bundled.configs()):
+    for name in (*bundled.stages(), *bundled.configs(), *bundled.profiles()):
         assert name in shown
+    assert "slurm/train_preference  Train on several nodes with Slurm" in shown
 
 
 def test_path_and_copy(tmp_path, capsys):
@@ -124,6 +125,8 @@ def test_path_and_copy(tmp_path, capsys):
     shown = Path(capsys.readouterr().out.strip())
     assert cli.main(["copy", "datagen/bdhs", str(tmp_path)]) == 0
     assert (tmp_path / "bdhs.yaml").read_bytes() == shown.read_bytes()
+    assert cli.main(["copy", "deepspeed/zero3", str(tmp_path)]) == 0
+    assert (tmp_path / "zero3.json").read_bytes() == bundled.find("configs/deepspeed/zero3.json").read_bytes()
     assert cli.main(["copy", "datagen/bdhs", str(tmp_path)]) == 1
     assert "is there already" in capsys.readouterr().err
 

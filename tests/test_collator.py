@@ -7,16 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from prefalign.families import image_token_ids
-from prefalign.images import ImageError, encode_png, open_image
-from prefalign.losses import TERMS
+from prefalign.images import ImageError, encode_png
 from prefalign.models import ModelConfig, load_processor
-from prefalign.training.collator import PreferenceCollator, PromptTooLong, decode
+from prefalign.training.collator import PreferenceCollator
+from prefalign.training.documents import PromptTooLong, decode
 from prefalign.training.pairs import keep_fitting, load_pairs, pairs_manifest
+from tests.equality import as_row, assert_same_inputs, trl_batch
+from tests.sft_runs import make_example, write_examples
 from tests.tiny_vlms import picture
 from tests.training_runs import make_pair, write_pairs
+
+VISUAL = ("chosen", "chosen_on_rejected_image")
 
 
 @pytest.fixture(params=["tiny_llava", "tiny_idefics3"])
@@ -24,35 +27,13 @@ def processor(request):
     return load_processor(ModelConfig(str(request.getfixturevalue(request.param)), device="cpu"))
 
 
-def as_row(pair) -> dict:
-    """A row as Arrow gives it: image blocks with a null text."""
-    row = pair.to_row()
-    for name in ("prompt", "chosen", "rejected"):
-        row[name] = [
-            {"role": turn["role"], "content": [{"type": b["type"], "text": b.get("text")} for b in turn["content"]]}
-            for turn in row[name]
-        ]
-    return row
-
-
-def trl_batch(processor, rows, side="images", max_length=None):
-    examples = [
-        {**{name: row[name] for name in ("prompt", "chosen", "rejected")}, "images": [open_image(x) for x in row[side]]}
-        for row in copy.deepcopy(rows)
-    ]
-    return dict(DataCollatorForVisionPreference(processor, max_length=max_length)(examples))
-
-
-def assert_equal(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        assert torch.equal(ours[name], theirs[name]), name
-
-
 def test_equals_trl_to_the_bit_and_edits_nothing(processor):
     rows = [as_row(make_pair(0)), as_row(make_pair(1, images=2)), as_row(make_pair(2))]
     before = copy.deepcopy(rows)
-    assert_equal(PreferenceCollator(processor)(rows), trl_batch(processor, rows))
+    ours, theirs = PreferenceCollator(processor)(rows), trl_batch(processor, rows)
+    assert_same_inputs(ours["plain"], theirs)
+    for name in ("input_ids", "attention_mask", "completion_mask"):  # what TRL's loss and metrics read
+        assert torch.equal(ours[name], ours["plain"][name]), name
     assert rows == before
 
 
@@ -61,13 +42,13 @@ def test_equals_trl_when_answers_are_cut(processor):
     longest = max(PreferenceCollator(processor).lengths(row).prompt for row in rows)
     ours = PreferenceCollator(processor, max_length=longest + 2)(rows)
     assert ours["input_ids"].shape[1] == longest + 2
-    assert_equal(ours, trl_batch(processor, rows, max_length=longest + 2))
+    assert_same_inputs(ours["plain"], trl_batch(processor, rows, max_length=longest + 2))
 
 
 def test_each_side_shows_its_own_picture(processor):
     """Halves of the visual term's batch are what TRL makes of `images` and of `rejected_images`, tokens and pixels."""
     rows = [as_row(make_pair(0, rejected_size=(96, 30))), as_row(make_pair(1, rejected_size=(96, 30)))]
-    batch = PreferenceCollator(processor, TERMS["visual"])(rows)
+    batch = PreferenceCollator(processor, VISUAL)(rows)["plain"]
     on_images, on_rejected = trl_batch(processor, rows), trl_batch(processor, rows, side="rejected_images")
     for half, expected in ((slice(0, 2), on_images), (slice(2, 4), on_rejected)):
         for row, wanted in zip(range(*half.indices(4)), range(2), strict=True):
@@ -86,18 +67,18 @@ def test_each_side_shows_its_own_picture(processor):
 
 
 def test_swapping_rejected_images_changes_only_the_second_half(tiny_llava: Path):
-    collate = PreferenceCollator(load_processor(ModelConfig(str(tiny_llava))), TERMS["visual"])
+    collate = PreferenceCollator(load_processor(ModelConfig(str(tiny_llava))), VISUAL)
     row, other = as_row(make_pair(0)), as_row(make_pair(5))
-    one = collate([row])["pixel_values"]
-    two = collate([{**row, "rejected_images": other["rejected_images"]}])["pixel_values"]
+    one = collate([row])["plain"]["pixel_values"]
+    two = collate([{**row, "rejected_images": other["rejected_images"]}])["plain"]["pixel_values"]
     assert torch.equal(one[0], two[0])
     assert not torch.equal(one[1], two[1])
 
 
 def test_rows_without_pictures_mix_with_rows_that_have_them(processor):
     rows = [as_row(make_pair(0)), as_row(make_pair(1, images=0))]
-    batch = PreferenceCollator(processor)(rows)
-    alone = PreferenceCollator(processor)(rows[1:])
+    batch = PreferenceCollator(processor)(rows)["plain"]
+    alone = PreferenceCollator(processor)(rows[1:])["plain"]
     assert "pixel_values" not in alone
     ids = batch["input_ids"][1][batch["attention_mask"][1].bool()]
     assert torch.equal(ids, alone["input_ids"][0][alone["attention_mask"][0].bool()])
@@ -145,8 +126,8 @@ def test_pictures_and_placeholders_must_agree(tiny_llava: Path):
     row = as_row(make_pair(0))
     with pytest.raises(ValueError, match="row pair-0: the prompt has 1 image placeholder.* `images` holds 0 picture"):
         PreferenceCollator(processor)([{**row, "images": []}])
-    with pytest.raises(ValueError, match="`rejected_images` holds 0 .*Term 'visual' needs rejected_images: use pairs"):
-        PreferenceCollator(processor, TERMS["visual"])([{**row, "rejected_images": []}])
+    with pytest.raises(ValueError, match="`rejected_images` holds 0 .*A loss term looks at rejected_images: use pairs"):
+        PreferenceCollator(processor, VISUAL)([{**row, "rejected_images": []}])
 
 
 def test_pictures_are_decoded_in_one_way(tmp_path: Path):
@@ -179,4 +160,11 @@ def test_unfinished_pairs_are_refused(tmp_path: Path):
     folder = write_pairs(tmp_path / "pairs", 2)
     (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match="holds no finished pairs .*start it again with the same config"):
+        load_pairs(folder)
+
+
+def test_rows_that_are_no_pairs_are_refused(tmp_path: Path):
+    folder = write_examples(tmp_path / "examples", [make_example(0)])
+    message = r"are no pairs: they have no .*chosen, rejected \(stage `test` wrote .*messages.*`prefalign run train_sft` trains"
+    with pytest.raises(ValueError, match=message):
         load_pairs(folder)

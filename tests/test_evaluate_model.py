@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,9 @@ import pytest
 from PIL import Image
 
 from prefalign import bundled, config
-from prefalign.evals import Scored, asking, scoring, summary
+from prefalign.engines import Completion
+from prefalign.evals import Item, Scored, asking, reliance, scoring, summary
+from prefalign.records import user_message
 
 DRAWS = ["--draws", "200"]
 
@@ -367,3 +372,48 @@ def test_bundled_configs_resolve(stage):
     assert scenes.asking.temperature == 0
     assert scenes.draws == 200
     assert config.load(stage.Config, bundled.find("recipes/evaluate_files")).files.chair.parser == "robust"
+
+
+def test_two_processes_ask_a_share_each_and_find_what_one_finds(stage, tmp_path):
+    """torchrun: the same files to the byte."""
+    words = ["--model.model_name_or_path", "scenes", "--model.device", "cpu", "--scenes.pictures", "6", *DRAWS,
+             "--asking.block_size", "4", "--asking.pictures", "3"]  # fmt: skip
+    stage.main(config.load(stage.Config, None, [*words, "--output", str(tmp_path / "one")]))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    file = bundled.root() / "recipes" / "evaluate_model.py"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(bundled.root()), os.environ.get("PYTHONPATH", "")]),
+                   "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    subprocess.run([*torchrun, str(file), *words, "--output", str(tmp_path / "two")], check=True, env=environment,
+                   capture_output=True, timeout=240)  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    left = sorted(path.relative_to(two).as_posix() for path in two.rglob("*"))
+    assert left == sorted(path.relative_to(one).as_posix() for path in one.rglob("*"))
+    assert not [name for name in left if "part" in name]
+    for name in ("predictions.jsonl", "items.jsonl", "results.json"):
+        assert (two / name).read_bytes() == (one / name).read_bytes(), name
+    assert len(list((one / "pictures").iterdir())) == 3
+
+
+def test_replies_of_a_process_that_was_killed_are_kept(tmp_path):
+    """What another process left in its own file is joined, and only the rest is asked."""
+    lines = []
+
+    class Counting:
+        fingerprint = "x"
+        capabilities = frozenset()
+
+        def generate(self, requests, sampling):
+            lines.extend(request.id for request in requests)
+            return [Completion(request.id, "yes", finish_reason="stop") for request in requests]
+
+    variants = [reliance.Variant(Item("yesno", str(n), f"{n}", [], [user_message("?")], label="yes")) for n in range(8)]
+    how = asking.Asking(block_size=2)
+    whole = asking.ask(Counting(), variants, tmp_path, how)
+    rows = (tmp_path / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "predictions.jsonl").write_text("".join(rows[:2]))
+    (tmp_path / "predictions.jsonl.part1").write_text("".join(rows[2:4]) + rows[6][:20])
+    lines.clear()
+    assert asking.ask(Counting(), variants, tmp_path, how) == whole
+    assert lines == ["4", "5", "6", "7"]
+    assert not (tmp_path / "predictions.jsonl.part1").exists()
+    assert (tmp_path / "predictions.jsonl").read_text() == "".join(rows)

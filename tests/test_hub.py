@@ -374,8 +374,8 @@ def test_adapter_on_the_shipped_base_can_be_found_again(tmp_path, adapter):
     base = resolve_base(tmp_path, "adapter", {}, None)
     shipped = str(Path(hub.__file__).parent.parent / "scenes" / "base")
     assert without_paths({"base_model_name_or_path": shipped}, base) == {"base_model_name_or_path": "scenes"}
-    card = model_card("me/x", base=base, adapter=True, method="DPO", license=None, datasets=[], config=None, pairs=None,
-                      trainer_state=None, evaluation=None, baseline=None, rows=None,
+    card = model_card("me/x", base=base, adapter=True, method="DPO", license=None, datasets=[], config=None, data=None,
+                      merge=None, trainer_state=None, evaluation=None, baseline=None, rows=None,
                       checked={"picture_effect": 0.5, "adapter_effect": 0.25, "text": "x"})  # fmt: skip
     assert "from_pretrained(base_checkpoint(), " in python_block(card)
     compile(python_block(card), "card", "exec")

@@ -74,7 +74,10 @@ def stage_of(name):
 
 def test_configs_were_found():
     assert len(bundled.configs()) >= 8
-    assert set(bundled.configs().values()) == set((ROOT / "configs").rglob("*.yaml"))
+    profiles = {file for name, file in bundled.profiles().items() if not name.startswith("slurm/")}
+    assert profiles | set(bundled.configs().values()) == {
+        file for file in (ROOT / "configs").rglob("*") if file.is_file()
+    }
 
 
 @pytest.mark.parametrize("name", bundled.configs())

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from prefalign import bundled, config
 from prefalign.corruption import blur, crop, crop_box, difference, mask_pixels
-from prefalign.losses import TERMS
 from prefalign.models import ModelConfig, load_processor
 from prefalign.negatives import Negative, negative_seed, negatives, spoil
 from prefalign.records import Pair
@@ -28,6 +27,7 @@ KINDS = ("crop", "diffusion", "blur", "mask", "blank")
 STAGE = bundled.load_stage("image_contrast")
 RECIPE = bundled.load_stage("train_preference")
 LN2 = math.log(2)
+VISUAL = ("chosen", "chosen_on_rejected_image")
 
 
 def test_crops_cover_one_to_twenty_percent_with_sides_near_each_other():
@@ -212,16 +212,15 @@ def test_made_on_the_fly_is_what_is_stored_to_the_bit(kind, family, request, tmp
     folder = plain_pairs(tmp_path / "pairs", 3, images=2)
     processor = load_processor(ModelConfig(str(request.getfixturevalue(family)), device="cpu"))
     rows = list(load_pairs(folder))
-    collate = PreferenceCollator(processor, TERMS["visual"], negative=Negative(kind=kind), seed=5)
-    ours = collate(rows)
-    theirs = PreferenceCollator(processor, TERMS["visual"])(
-        list(load_pairs(stored(folder, tmp_path / "ic", {"kind": kind}, 5)))
-    )
+    collate = PreferenceCollator(processor, VISUAL, negative=Negative(kind=kind), seed=5)
+    ours = collate(rows)["plain"]
+    from_disk = list(load_pairs(stored(folder, tmp_path / "ic", {"kind": kind}, 5)))
+    theirs = PreferenceCollator(processor, VISUAL)(from_disk)["plain"]
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     half = len(ours["pixel_values"]) // 2
     assert not torch.equal(ours["pixel_values"][:half], ours["pixel_values"][half:])
-    again = pickle.loads(pickle.dumps(collate))(rows[::-1])  # another worker, another order
+    again = pickle.loads(pickle.dumps(collate))(rows[::-1])["plain"]  # another worker, another order
     tiles = ours["pixel_values"][half:]
     assert torch.equal(
         again["pixel_values"][half:], tiles.reshape(3, -1, *tiles.shape[1:]).flip(0).reshape(tiles.shape)
@@ -231,10 +230,9 @@ def test_made_on_the_fly_is_what_is_stored_to_the_bit(kind, family, request, tmp
 def test_pictures_that_a_row_has_are_kept(tiny_llava):
     processor = load_processor(ModelConfig(str(tiny_llava), device="cpu"))
     row = make_pair(0).to_row()
-    with_negative = PreferenceCollator(processor, TERMS["visual"], negative=Negative(), seed=5)([row])
-    assert torch.equal(
-        with_negative["pixel_values"], PreferenceCollator(processor, TERMS["visual"])([row])["pixel_values"]
-    )
+    with_negative = PreferenceCollator(processor, VISUAL, negative=Negative(), seed=5)([row])["plain"]
+    without = PreferenceCollator(processor, VISUAL)([row])["plain"]
+    assert torch.equal(with_negative["pixel_values"], without["pixel_values"])
 
 
 def loss_and_gradients(trainer, rows):
@@ -246,7 +244,7 @@ def loss_and_gradients(trainer, rows):
 
 
 def test_loss_and_gradients_are_those_of_the_stored_pairs_and_the_picture_matters(tiny_llava, pairs, tmp_path):
-    trainer = make_trainer(tiny_llava, pairs, tmp_path / "run", term="visual", per_device_train_batch_size=8)
+    trainer = make_trainer(tiny_llava, pairs, tmp_path / "run", losses=("visual",), per_device_train_batch_size=8)
     trainer.data_collator.negative, trainer.data_collator.seed = Negative(), 5
     trainer.train()
     on_the_fly = list(load_pairs(pairs))[:4]
@@ -274,7 +272,7 @@ def recipe_run(checkpoint: Path, pairs: Path, output: Path, **more) -> dict[str,
         "gradient_checkpointing": False,
     }
     values = {"model": {"model_name_or_path": str(checkpoint), "device": "cpu"}, "pairs": str(pairs), "output": str(output),
-              "term": "visual", "trainer": trainer, "seed": 5, **more}  # fmt: skip
+              "losses": [{"name": "visual"}], "trainer": trainer, "seed": 5, **more}  # fmt: skip
     RECIPE.main(config.build(RECIPE.Config, values))
     return load_file(output / "model.safetensors")
 
@@ -291,10 +289,13 @@ def test_a_run_on_the_fly_ends_with_the_weights_of_one_on_stored_pairs(tiny_llav
     ("settings", "message"),
     [
         ({"negative": {"kind": "swap"}}, "'swap' shows a picture of another row.*prefalign run image_contrast"),
-        ({"negative": {"kind": "crop"}, "term": "text"}, "'crop', and term 'text' never looks at another picture"),
+        (
+            {"negative": {"kind": "crop"}, "losses": [{"name": "text"}]},
+            "'crop', and no loss of this run looks at another picture",
+        ),
         (
             {},
-            "`rejected_images`, which is empty in 8 of the 8 pairs.*`negative.kind: crop` makes the picture on the fly",
+            r"`rejected_images` \(views chosen_on_rejected_image\), which is empty in 8 of the 8 pairs.*`negative.kind: crop`",
         ),
     ],
 )
@@ -307,7 +308,7 @@ def test_negatives_that_cannot_be_made_are_refused_before_anything_is_loaded(set
 def test_a_negative_that_no_row_needs_is_refused(pairs, tmp_path):
     folder = stored(pairs, tmp_path / "ic", {"kind": "mask"}, 0)
     with pytest.raises(
-        ValueError, match="'crop', and all 8 pairs of .* have `rejected_images` already, which are kept"
+        ValueError, match="'crop', and all 8 pairs of .* have `rejected_images` already, .* with `--negative null`"
     ):
         recipe_run(tmp_path / "no-model", folder, tmp_path / "run", negative={"kind": "crop"})
 
@@ -336,22 +337,26 @@ def test_pairs_of_one_text_are_refused_where_texts_are_compared(tiny_llava, tmp_
     for name, content in {"same": same, "some": [*same[:2], *rows[2:]]}.items():
         write_records("test", content, output=OutputConfig(tmp_path / name), record=Pair, settings={"n": name}, seed=0)
     with pytest.raises(
-        ValueError, match="the same text in all 8 pairs of .*same, and term 'text'.*Set term to 'visual'"
+        ValueError, match="the same text in all 8 pairs of .*same, and the losses .*Add {name: visual} to `losses`"
     ):
-        recipe_run(tmp_path / "no-model", tmp_path / "same", tmp_path / "run", term="text")
+        recipe_run(tmp_path / "no-model", tmp_path / "same", tmp_path / "run", losses=[{"name": "text"}])
     with pytest.raises(ValueError, match="the same text in all 8 pairs"):
         recipe_run(
-            tmp_path / "no-model", tmp_path / "some", tmp_path / "run", term="text", eval_pairs=str(tmp_path / "same")
+            tmp_path / "no-model",
+            tmp_path / "some",
+            tmp_path / "run",
+            losses=[{"name": "text"}],
+            eval_pairs=str(tmp_path / "same"),
         )
     recipe_run(tiny_llava, tmp_path / "same", tmp_path / "visual")
     assert "8 pairs, all fit" in capsys.readouterr().out
-    recipe_run(tiny_llava, tmp_path / "some", tmp_path / "text", term="text")
+    recipe_run(tiny_llava, tmp_path / "some", tmp_path / "text", losses=[{"name": "text"}])
     assert "8 pairs, 2 have one text as both answers" in capsys.readouterr().out
     settings = {"loss_type": ["sft"], "max_steps": 1, "gradient_checkpointing": False}
-    recipe_run(tiny_llava, tmp_path / "same", tmp_path / "sft", term="text", trainer=settings)
+    recipe_run(tiny_llava, tmp_path / "same", tmp_path / "sft", losses=[{"name": "text"}], trainer=settings)
 
 
 def test_rows_without_any_picture_have_nothing_to_make_one_of(tmp_path):
     folder = plain_pairs(tmp_path / "pairs", 2, images=0)
-    with pytest.raises(ValueError, match="looks at `images`, which is empty in 2 of the 2 pairs"):
+    with pytest.raises(ValueError, match=r"look at `images` \(views chosen\), which is empty in 2 of the 2 pairs"):
         recipe_run(tmp_path / "no-model", folder, tmp_path / "run", negative={"kind": "crop"})

@@ -204,7 +204,7 @@ def test_a_refused_command_leaves_no_claim_behind(tiny_llava, tmp_path):
     values, run = recipe_values(tiny_llava, pairs, tmp_path / "run"), tmp_path / "run"
     for wrong, message in (
         ({"model": {"model_name_or_path": str(tmp_path / "typo"), "device": "cpu"}}, "there is no folder"),
-        ({"term": "visuel"}, "no preference term called 'visuel'"),
+        ({"losses": [{"name": "visuel"}]}, "no preference term called 'visuel'"),
         ({"freeze": ["tower"]}, "no tower called 'tower' to freeze"),
         ({"trainer": {"max_steps": 1, "max_length": 2}}, "no row fits max_length 2"),
     ):
@@ -219,9 +219,10 @@ def test_a_term_is_refused_on_pairs_without_its_pictures(pairs, tmp_path):
     """Before the model is looked for: the one named here does not exist."""
     rows, with_none = [replace(make_pair(number), rejected_images=[]) for number in range(3)], tmp_path / "pairs"
     write_records("test", rows, output=OutputConfig(with_none), record=Pair, settings={}, seed=0)
-    values = {**recipe_values(tmp_path / "nothing", with_none, tmp_path / "run"), "term": "visual"}
+    values = {**recipe_values(tmp_path / "nothing", with_none, tmp_path / "run"), "losses": [{"name": "visual"}]}
     message = (
-        "term 'visual' looks at `rejected_images`, which is empty in 3 of the 3 pairs of .* stage povid .* term 'text'"
+        r"the losses look at `rejected_images` \(views chosen_on_rejected_image\), which is empty in 3 of the 3 pairs of "
+        r".* stage povid .* losses \[{name: text}\] need none"
     )
     with pytest.raises(ValueError, match=message):
         RECIPE.main(build(RECIPE.Config, values))

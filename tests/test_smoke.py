@@ -5,7 +5,9 @@ import json
 import pytest
 
 from prefalign import bundled, config
+from prefalign.checkpoints import SCENES_BASE
 from prefalign.scenes.export import export
+from tests.merging_cases import perturbed, save_adapter, save_text_llm
 
 MODEL = {"model_name_or_path": "scenes", "dtype": "auto", "device": "cpu"}
 
@@ -29,8 +31,10 @@ def prompts(folder):
 
 @pytest.fixture(scope="module")
 def pairs(folder, prompts):
-    changes = {"data": {"path": prompts}, "output": {"path": folder / "pairs"}, "rejected_images": "noised"}
-    start("datagen/povid_scenes", "povid", changes)
+    """Pairs with another picture (`noised`) and without (`none`)."""
+    for kind in ("noised", "none"):
+        changes = {"data": {"path": prompts}, "output": {"path": folder / "pairs" / kind}, "rejected_images": kind}
+        start("datagen/povid_scenes", "povid", changes)
     return folder / "pairs"
 
 
@@ -55,12 +59,26 @@ def test_pairs_config(name, prompts, tmp_path):
 
 @pytest.mark.parametrize("name", names("train_preference"))
 def test_training_config(name, pairs, tmp_path):
-    changes = {"model": MODEL, "pairs": pairs, "output": tmp_path / "out",
+    made = config.read_yaml(bundled.configs()[name]).get("negative")
+    changes = {"model": MODEL, "pairs": pairs / ("none" if made else "noised"), "output": tmp_path / "out",
                "trainer": {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
                            "bf16": False, "save_steps": 1}}  # fmt: skip
     start(name, "train_preference", changes)
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert history[-1]["step"] == 1
+
+
+@pytest.mark.parametrize("name", names("train_sft"))
+def test_sft_config(name, prompts, pairs, tmp_path):
+    changes = {"model": MODEL, "data": pairs / "none", "output": tmp_path / "out",
+               "trainer": {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
+                           "bf16": False, "save_steps": 1}}  # fmt: skip
+    if "stic" in name:
+        start("datagen/stic_sft_scenes", "stic", {"data": {"path": prompts}, "output": {"path": tmp_path / "data"}})
+        changes["data"] = tmp_path / "data"
+    start(name, "train_sft", changes)
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["rows_in"] == 6 == results["rows_used"]
 
 
 def test_evaluation_of_scenes(tmp_path):
@@ -108,7 +126,7 @@ def test_demo(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", names("image_contrast"))
 def test_image_contrast_config(name, pairs, tmp_path):
-    manifest = start(name, "image_contrast", {"data": {"path": pairs}, "output": {"path": tmp_path / "out"}})
+    manifest = start(name, "image_contrast", {"data": {"path": pairs / "none"}, "output": {"path": tmp_path / "out"}})
     assert manifest.rows_in == 6 == manifest.rows_used + sum(manifest.dropped.values())
     assert manifest.rows_out == 6
 
@@ -179,10 +197,29 @@ def test_mia_dpo_config(name, prompts, tmp_path):
 
 @pytest.mark.parametrize("name", names("filter_pairs"))
 def test_filter_pairs_config(name, pairs, tmp_path):
-    changes = {"model": MODEL, "data": {"path": pairs}, "output": {"path": tmp_path / "out"}, "batch_size": 4,
+    changes = {"model": MODEL, "data": {"path": pairs / "none"}, "output": {"path": tmp_path / "out"}, "batch_size": 4,
                "filters": {"evidence": {"floor": -1000.0}, "reliance": {"ceiling": 1000.0}}}  # fmt: skip
     if name.endswith("scenes"):
         changes["filters"]["claims"] = {"floor": -10.0}
     manifest = start(name, "filter_pairs", changes)
     assert manifest.rows_in == 6 == manifest.rows_used + sum(manifest.dropped.values())
     assert manifest.rows_out >= 2
+
+
+def test_merge_adapter_config(tmp_path):
+    made = save_adapter(SCENES_BASE, tmp_path / "adapter")
+    start("recipes/merge_adapter", "merge_adapter", {"adapter": str(made), "output": tmp_path / "out"})
+    assert {"model.safetensors", "processor_config.json", "chat_template.jinja"} <= {
+        file.name for file in (tmp_path / "out").iterdir()
+    }
+
+
+@pytest.mark.parametrize("name", names("merge_models"))
+def test_merge_models_config(name, tmp_path):
+    policy = perturbed(SCENES_BASE, tmp_path / "policy", noise=0.01, seed=1)
+    changes = {"models": str(policy), "output": tmp_path / "out"}
+    if not name.endswith("scenes"):
+        changes["text_model"] = str(save_text_llm(SCENES_BASE, tmp_path / "text", noise=0.0))
+    made = start(name, "merge_models", changes)
+    assert len(made) >= 4
+    assert all((folder / "model.safetensors").is_file() for folder in made)

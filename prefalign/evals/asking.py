@@ -15,6 +15,7 @@ from typing import Any
 from prefalign.describing import DescribeFirst, describe, with_description
 from prefalign.engines import Completion, Contrast, Engine, Request, Sampling, require
 from prefalign.evals import Prediction
+from prefalign.evals.processes import ALONE, Share
 from prefalign.evals.reading import read_jsonl
 from prefalign.evals.reliance import Variant
 from prefalign.images import ImageError, sha256
@@ -55,12 +56,19 @@ class Asking:
 
 
 def ask(
-    engine: Engine, variants: Sequence[Variant], folder: Path, asking: Asking, *, seed: int = 0
+    engine: Engine,
+    variants: Sequence[Variant],
+    folder: Path,
+    asking: Asking,
+    *,
+    seed: int = 0,
+    share: Share = ALONE,
 ) -> list[Prediction]:
     """Replies to all variants, in order; those already in `folder` under the same settings are not drawn again.
 
     Blocks lie at fixed positions of `variants`, so that a run that was killed and started again makes the same batches, and
-    with them the same rounding. Replies that failed are tried again when the run is started again.
+    with them the same rounding, in one process or several. Replies that failed are tried again when the run is started again.
+    Of several processes, each asks every n-th block, and the first one gets all replies; the others get none.
 
     Raises:
         ValueError: if the folder holds replies made with other settings, or two variants share an id.
@@ -77,23 +85,49 @@ def ask(
         raise ValueError(
             f"id {twice[1]!r} is there twice in {twice[0]}; replies are joined on ids. Make them distinct."
         )
-    identity = settings(engine.fingerprint, variants, asking, seed=seed)
-    _claim(folder, identity)
+    blocks = list(_blocks(variants, asking))
+    if share.is_main:
+        _claim(folder, settings(engine.fingerprint, variants, asking, seed=seed))
+        _join(folder, keys)
+        _keep_pictures(blocks, folder, asking.pictures)
+    share.wait()
     done = {(reply.eval, reply.id): reply for reply in _finished(folder / PREDICTIONS)}
-    _write(folder / PREDICTIONS, [done[key] for key in keys if key in done])
-    with (folder / PREDICTIONS).open("ab") as stream:
-        for block in tqdm(list(_blocks(variants, asking)), desc="ask", unit="block", disable=None):
+    file = folder / (PREDICTIONS if share.is_main else f"{PREDICTIONS}.part{share.index}")
+    own = blocks[share.index :: share.count]
+    with file.open("ab") as stream:
+        for block in tqdm(own, desc="ask", unit="block", disable=None if share.is_main else True):
             waiting = [variant for variant in block if (variant.eval, variant.id) not in done]
             if not waiting:
                 continue
-            replies = list(_ask_block(engine, waiting, folder, asking, seed))
+            replies = list(_ask_block(engine, waiting, asking, seed))
             done |= {(reply.eval, reply.id): reply for reply in replies}
             stream.write(_lines(replies))
             stream.flush()
             os.fsync(stream.fileno())
+    share.wait()
+    if not share.is_main:
+        return []
+    parts = _parts(folder)
+    done |= {(reply.eval, reply.id): reply for file in parts if file.stat().st_size for reply in read_predictions(file)}
     replies = [done[key] for key in keys]
     _write(folder / PREDICTIONS, replies)
+    for file in parts:
+        file.unlink()
     return replies
+
+
+def _parts(folder: Path) -> list[Path]:
+    """What processes other than the first have written and the first has not joined yet."""
+    return sorted(folder.glob(f"{PREDICTIONS}.part*"))
+
+
+def _join(folder: Path, keys: Sequence[tuple[str, str]]) -> None:
+    """Put all finished replies of an interrupted run into one file, in order."""
+    parts = _parts(folder)
+    done = {(reply.eval, reply.id): reply for file in [folder / PREDICTIONS, *parts] for reply in _finished(file)}
+    _write(folder / PREDICTIONS, [done[key] for key in keys if key in done])
+    for file in parts:
+        file.unlink()
 
 
 def settings(fingerprint: str, variants: Sequence[Variant], asking: Asking, *, seed: int) -> dict[str, Any]:
@@ -144,9 +178,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))["settings"] if file.is_file() else {}
 
 
-def _ask_block(
-    engine: Engine, block: Sequence[Variant], folder: Path, asking: Asking, seed: int
-) -> Iterator[Prediction]:
+def _ask_block(engine: Engine, block: Sequence[Variant], asking: Asking, seed: int) -> Iterator[Prediction]:
     asked: dict[int, Request] = {}
     failures: dict[int, str] = {}
     for number, variant in enumerate(block):
@@ -178,7 +210,7 @@ def _ask_block(
             group=variant.item.group,
             prompt=message_text(asked[number].messages if number in asked else variant.item.messages),
             text=said.text,
-            picture=_keep_picture(variant, folder, asking.pictures),
+            picture=_picture(variant),
             condition=variant.condition,
             shown=variant.donor.id if variant.donor else "",
             n_tokens=len(said.token_ids),
@@ -215,15 +247,23 @@ def _describe_first(engine: Engine, asked: Mapping[int, Request], first: Describ
     return failures
 
 
-def _keep_picture(variant: Variant, folder: Path, most: int) -> str:
-    """Name of the copy of the item's first picture; made unless there are `most` already."""
+def _picture(variant: Variant) -> str:
+    """Name of the copy of the item's first picture, of which the first `asking.pictures` are made."""
     if not variant.item.images:
         return ""
     image = variant.item.images[0]
-    name = f"pictures/{sha256(image)[:16]}{Path(image['path'] or 'picture').suffix or '.png'}"
-    if not (folder / name).is_file() and len(list((folder / "pictures").glob("*"))) < most:
-        write_atomically(folder / name, image["bytes"])
-    return name
+    return f"pictures/{sha256(image)[:16]}{Path(image['path'] or 'picture').suffix or '.png'}"
+
+
+def _keep_pictures(blocks: Sequence[Sequence[Variant]], folder: Path, most: int) -> None:
+    there = {f"pictures/{file.name}" for file in (folder / "pictures").glob("*")}
+    for variant in (variant for block in blocks for variant in block):
+        if len(there) >= most:
+            return
+        name = _picture(variant)
+        if name and name not in there:
+            write_atomically(folder / name, variant.item.images[0]["bytes"])
+            there.add(name)
 
 
 def _blocks(variants: Sequence[Variant], asking: Asking) -> Iterator[list[Variant]]:

@@ -14,8 +14,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import prefalign
 from prefalign import bundled
+from prefalign.hub.merges import hub_ids, licences, merge_papers, merge_words
+from prefalign.hub.methods import is_imitation, method_words, papers, settings_table, tags
 from prefalign.hub.staging import Base
 from prefalign.manifest import library_versions
 
@@ -53,11 +57,12 @@ def model_card(
     *,
     base: Base,
     adapter: bool,
-    method: str,
+    method: str | None,
     license: str | None,
     datasets: Sequence[str],
     config: str | None,
-    pairs: Mapping[str, Any] | None,
+    data: Mapping[str, Any] | None,
+    merge: Mapping[str, Any] | None,
     trainer_state: Mapping[str, Any] | None,
     evaluation: Mapping[str, Any] | None,
     baseline: Mapping[str, Any] | None,
@@ -70,29 +75,33 @@ def model_card(
         repo_id: OWNER/NAME on the Hub.
         base: what it was trained from.
         adapter: whether only an adapter is published.
-        method: how it was trained, in words.
+        method: how it was made, in words; None: as its config and the note of its merge say.
         license: Hub licence id, or None if the publisher named none.
         datasets: Hub ids of the training data.
         config: resolved training config as YAML.
-        pairs: manifest of the training pairs.
+        data: manifest of the training pairs or rows.
+        merge: `merge.json` of a merged model.
         trainer_state: the trainer's `trainer_state.json`.
-        rows: the run's `rows.json`: how many pairs fitted.
+        rows: the run's `rows.json`: how many rows were used.
         evaluation: `results.json` of an evaluation of this model, with `test_set`: what it was measured on, in words.
         baseline: `results.json` of the same evaluation of its base.
         checked: report of `release_checks.verify`.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    name = repo_id.split("/")[-1]
-    tags = ["prefalign", "trl", "preference-alignment", *_slugs(method), *([pairs["stage"]] if pairs else [])]
-    data = ModelCardData(
+    name, run = repo_id.split("/")[-1], yaml.safe_load(config) if config else {}
+    mixed = merge is not None and merge["stage"] != "merge_adapter"
+    words = method or (merge_words(merge) if merge and not run else method_words(run))
+    bases = list(dict.fromkeys([*([base.hub_id] if base.hub_id else []), *(hub_ids(merge) if mixed and merge else [])]))
+    labels = ["prefalign", *(["trl"] if run else []), *tags(run), *_slugs(method or ""), *(["merge"] if merge else [])]
+    card = ModelCardData(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="image-text-to-text",
-        base_model=base.hub_id,
-        base_model_relation=("adapter" if adapter else "finetune") if base.hub_id else None,
+        base_model=bases if len(bases) > 1 else base.hub_id,
+        base_model_relation=("merge" if mixed else "adapter" if adapter else "finetune") if bases else None,
         license=license,
         datasets=list(datasets) or None,
-        tags=list(dict.fromkeys(tags)),
+        tags=list(dict.fromkeys([*labels, *([data["stage"]] if data else [])])),
         model_name=name,
         eval_results=_eval_results(evaluation) or None,
     )
@@ -107,24 +116,36 @@ def model_card(
     kind = "LoRA adapter" if adapter else "full weights"
     return str(
         ModelCard.from_template(
-            data,
+            card,
             template_str=template("model_card.md.j2"),
             name=name,
-            what=f"A vision-language model: it takes pictures and text and answers in text. It was aligned with {method} "
-            f"from {base.label}, and is published as {kind}.",
+            what="A vision-language model: it takes pictures and text and answers in text. "
+            + _origin(words, base, run=run, merge=merge if method is None else None, published=kind),
             snippet=(use + USE_BOTH.format(repo_id=repo_id)).strip(),
             evaluation=_evaluation_table(evaluation, baseline) if evaluation else None,
             base=base.label,
-            method=method,
+            method=words,
             published=kind,
-            training=_training_facts(trainer_state, rows),
+            merged=merge_words(merge) if merge and run else None,
+            nothing_trained=merge is not None and not run,
+            training=settings_table(run) | _training_facts(trainer_state, rows),
+            papers=[*papers(run), *(merge_papers(merge) if merge else [])],
             config=config.strip() if config else None,
-            data=data_section(pairs) if pairs else None,
+            data=data_section(data) if data else None,
             checks=_check_lines(checked),
-            limitations=_limitations(evaluation, base, license),
+            limitations=_limitations(evaluation, base, license, run, merge),
             versions={"prefalign": prefalign.__version__, **library_versions()},
         )
     )
+
+
+def _origin(words: str, base: Base, *, run: Mapping[str, Any], merge: Mapping[str, Any] | None, published: str) -> str:
+    """One sentence: how it was made and from what."""
+    if merge and not run:
+        return f"It is {words}, without further training. It starts from {base.label}, and is published as {published}."
+    how = "trained by" if is_imitation(run) else "aligned with"
+    after = f"; then came {merge_words(merge)}" if merge else ""
+    return f"It was {how} {words} from {base.label}{after}. It is published as {published}."
 
 
 def template(name: str) -> str:
@@ -199,9 +220,14 @@ def _asked(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 def _training_facts(state: Mapping[str, Any] | None, rows: Mapping[str, Any] | None) -> dict[str, str]:
     facts = {}
     if rows:
-        facts["pairs trained on"] = (
-            f"{rows['rows_used']:,} of {rows['rows_in']:,} ({len(rows['too_long'])} dropped: prompt longer than max_length)"
-        )
+        imitated = "unanswered" in rows
+        too_long = "longer than max_length" if imitated else "prompt longer than max_length"
+        dropped = {too_long: len(rows["too_long"]), "without a question and an answer": len(rows.get("unanswered", ()))}
+        reasons = "; ".join(f"{count:,} dropped: {reason}" for reason, count in dropped.items() if count)
+        used = f"{rows['rows_used']:,} of {rows['rows_in']:,}"
+        facts["rows trained on" if imitated else "pairs trained on"] = f"{used} ({reasons})" if reasons else used
+        if rows.get("answers_cut"):
+            facts["pairs whose answers were cut to max_length"] = f"{rows['answers_cut']:,}"
     if not state:
         return facts
     facts |= {"updates": str(state.get("global_step")), "epochs": f"{state.get('epoch') or 0:.2f}"}
@@ -251,7 +277,13 @@ def _check_lines(checked: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _limitations(evaluation: Mapping[str, Any] | None, base: Base, license: str | None) -> list[str]:
+def _limitations(
+    evaluation: Mapping[str, Any] | None,
+    base: Base,
+    license: str | None,
+    run: Mapping[str, Any],
+    merge: Mapping[str, Any] | None,
+) -> list[str]:
     limits = []
     if base.is_scenes or (evaluation and evaluation["test_set"].startswith("scenes")):
         limits.append(
@@ -264,9 +296,25 @@ def _limitations(evaluation: Mapping[str, Any] | None, base: Base, license: str 
         limits.append("Whether pictures of the evaluation were also seen in training was not counted.")
     else:
         limits.append("Nothing was measured.")
-    limits.append("Preference training can make answers shorter or lose true details; it does not make a model safe.")
+    if merge and not run:
+        limits.append("A mixture can lose what its parts were good at, and nothing about it makes a model safe.")
+    elif is_imitation(run):
+        limits.append(
+            "Imitation teaches the manner of its answers too, and to state what a picture may not show; it does not make a "
+            "model safe."
+        )
+    else:
+        limits.append(
+            "Preference training can make answers shorter or lose true details; it does not make a model safe."
+        )
     if license is None:
-        limits.append("The publisher named no licence; the base model's licence applies at least.")
+        named = licences(merge) if merge else {}
+        limits.append(
+            f"The publisher named no licence; those of its parts apply at least "
+            f"({', '.join(f'`{part}`: {name}' for part, name in named.items())})."
+            if named
+            else "The publisher named no licence; the base model's licence applies at least."
+        )
     return limits
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from prefalign.hub.dataset_card import dataset_card, read_rows
+from prefalign.hub.merges import read_merge
 from prefalign.hub.model_card import model_card
 from prefalign.hub.release_checks import CheckError, in_fresh_process, refuse, scan_folder
 from prefalign.hub.staging import (
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="where a dry run writes (default: FOLDER-publish)")
     parser.add_argument("--evaluation", type=Path, metavar="FOLDER", help="evaluation of this model, for the card")
     parser.add_argument("--baseline-evaluation", type=Path, metavar="FOLDER", help="the same evaluation of its base")
-    parser.add_argument("--pairs", type=Path, metavar="FOLDER", help="the pairs it was trained on")
+    parser.add_argument("--pairs", type=Path, metavar="FOLDER", help="the pairs or rows it was trained on")
     parser.add_argument(
         "--base-model", metavar="OWNER/NAME", help="the base on the Hub, if the config names a local one"
     )
@@ -102,7 +103,7 @@ def publish_model(
         private: make the repository private; an existing public one is refused.
         evaluation: folder with the `results.json` of this model.
         baseline_evaluation: folder with the `results.json` of its base.
-        pairs: folder of the training pairs; its first picture is the sample picture.
+        pairs: folder of the pairs or rows it was trained on; its first picture is the sample picture.
         base_model: the base's Hub id, if the config names a local folder.
         license: Hub licence id.
         method: how it was trained, in words; from the config if None.
@@ -123,7 +124,8 @@ def publish_model(
     measured, before = _read_results(evaluation), _read_results(baseline_evaluation)
     if before and not measured:
         raise PublishError("--baseline-evaluation without --evaluation shows a model that is not published. Give both.")
-    manifest = _pairs_manifest(folder, pairs)
+    manifest = _data_manifest(folder, pairs)
+    merge = read_merge(folder) if kind == "full" else None
 
     def describe(staged: Path) -> str:
         with tempfile.TemporaryDirectory() as scratch:
@@ -138,11 +140,12 @@ def publish_model(
             repo_id,
             base=base,
             adapter=kind == "adapter",
-            method=method or _method(config),
+            method=method,
             license=license,
             datasets=datasets,
             config=(staged / "prefalign_config.yaml").read_text(encoding="utf-8") if config else None,
-            pairs=without_paths(manifest, base) if manifest else None,
+            data=without_paths(manifest, base) if manifest else None,
+            merge=without_paths(merge, base) if merge else None,
             trainer_state=_read_json(folder / "trainer_state.json"),
             rows=_read_json(folder / "rows.json"),
             evaluation=measured,
@@ -263,31 +266,15 @@ def _parent(target: Path) -> Path:
     return target.parent
 
 
-def _method(config: Mapping[str, Any]) -> str:
-    """Words for the training method from a run's config (`losses` and TRL's `trainer.loss_type`)."""
-    if not config:
-        return "a method that was not recorded"
-    types = (config.get("trainer") or {}).get("loss_type", ["sigmoid"])
-    types = [types] if isinstance(types, str) else list(types)
-    entries = config.get("losses") or [{"name": "text"}]
-    names = [entry["name"] for entry in entries]
-    if names == ["text"] and types == ["sft"]:
-        return "SFT on the chosen answers"
-    words = [
-        f"{entry['name']} x {entry['weight']:g}" if entry.get("weight", 1) != 1 else entry["name"] for entry in entries
-    ]
-    kind = f"; loss_type {', '.join(types)}" if "text" in names else ""
-    return f"DPO (losses {', '.join(words)}{kind})"
-
-
-def _pairs_manifest(folder: Path, pairs: Path | None) -> dict[str, Any] | None:
-    recorded, given = folder / "pairs_manifest.json", pairs / "manifest.json" if pairs else None
+def _data_manifest(folder: Path, pairs: Path | None) -> dict[str, Any] | None:
+    recorded = folder / ("data_manifest.json" if (folder / "data_manifest.json").is_file() else "pairs_manifest.json")
+    given = pairs / "manifest.json" if pairs else None
     if given and not given.is_file():
         raise PublishError(f"--pairs {pairs} has no manifest.json; give the output folder of a finished stage.")
     manifests = [json.loads(file.read_text(encoding="utf-8")) for file in (recorded, given) if file and file.is_file()]
     if len(manifests) == 2 and manifests[0] != manifests[1]:
         raise PublishError(
-            f"--pairs {pairs} is not what this model was trained on: its manifest differs from pairs_manifest.json in "
+            f"--pairs {pairs} is not what this model was trained on: its manifest differs from {recorded.name} in "
             f"{folder}. A card must not describe other data; give the right folder, or none."
         )
     return manifests[0] if manifests else None

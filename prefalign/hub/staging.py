@@ -14,6 +14,8 @@ from typing import Any, Literal
 import yaml
 
 from prefalign.checkpoints import SCENES, SCENES_BASE
+from prefalign.hub.merges import read_merge, start_of
+from prefalign.merged_folders import LICENCES, MERGE_FILE
 
 MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
@@ -21,13 +23,13 @@ MODEL_FILES = (
     "video_preprocessor_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "prefalign_config.yaml",
-    "pairs_manifest.json",
+    "pairs_manifest.json", "data_manifest.json", MERGE_FILE, *LICENCES,
 )  # fmt: skip
 DATASET_FILES = ("data/*.parquet", "manifest.json", "config.json")
 WITHOUT_PATHS = ("config.json", "generation_config.json", "adapter_config.json", "processor_config.json",
                  "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer_config.json",
-                 "pairs_manifest.json", "manifest.json", "prefalign_config.yaml")  # fmt: skip
-BASE_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path", "model_name_or_path")
+                 "pairs_manifest.json", "data_manifest.json", "manifest.json", MERGE_FILE, "prefalign_config.yaml")  # fmt: skip
+BASE_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path", "model_name_or_path", "base", "name")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ABSOLUTE = re.compile(r"(?:~?/[^/\n]+/|[A-Za-z]:\\)[^\n]*")
 Kind = Literal["full", "adapter", "dataset"]
@@ -85,7 +87,7 @@ def kind_of(folder: Path) -> Kind:
 
 
 def resolve_base(folder: Path, kind: Kind, config: Mapping[str, Any], base_model: str | None) -> Base:
-    """Find out what was trained from: `--base-model`, else the adapter's or the run's config.
+    """Find out what was trained from: `--base-model`, else the merge's note, the adapter's or the run's config.
 
     Raises:
         PublishError: an adapter's base is not on the Hub, so no one could load the adapter; or a base that is neither a folder
@@ -96,6 +98,9 @@ def resolve_base(folder: Path, kind: Kind, config: Mapping[str, Any], base_model
     recorded = (
         (config.get("model") or {}).get("model_name_or_path") if isinstance(config.get("model"), Mapping) else None
     )
+    merge = read_merge(folder) if kind == "full" else None
+    if merge is not None:  # an adapter that was merged may have gone on from another one, which its run names
+        recorded = start_of(merge)["name"]
     if kind == "adapter":
         recorded = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] or recorded
     if not recorded:
@@ -105,6 +110,8 @@ def resolve_base(folder: Path, kind: Kind, config: Mapping[str, Any], base_model
         label = base_model or "the scenes base that ships with prefalign (`prefalign.scenes.base_checkpoint()`)"
         return Base(label, hub_id=base_model, local=SCENES_BASE, is_scenes=True)
     local = _local_base(recorded, folder)
+    if merge is not None:  # a revision is noted for models of the Hub only
+        local = (local or path) if start_of(merge)["revision"] is None else None
     if local is None:
         if base_model is None and not HUB_ID.fullmatch(recorded):
             raise PublishError(
@@ -115,7 +122,8 @@ def resolve_base(folder: Path, kind: Kind, config: Mapping[str, Any], base_model
     if base_model is None and kind == "adapter":
         raise PublishError(
             f"the adapter's base is a folder of this machine ({local.name}), so no one else could load the adapter. Name "
-            "the base on the Hub with --base-model OWNER/NAME, or merge the adapter and publish full weights."
+            "the base on the Hub with --base-model OWNER/NAME, or publish full weights: "
+            f"`prefalign run merge_adapter --adapter {folder} --output FOLDER`."
         )
     label = base_model or f"a local checkpoint called `{local.name}`, which is not on the Hub"
     return Base(label, hub_id=base_model, local=local, recorded=recorded)
@@ -149,7 +157,9 @@ def stage(folder: Path, staged: Path, patterns: Sequence[str], base: Base) -> li
     left_out = set()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder).as_posix()
-        if not any(fnmatch.fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns):
+        if not any(
+            fnmatch.fnmatch(name.lower(), pattern) and name.count("/") == pattern.count("/") for pattern in patterns
+        ):
             left_out.add(name if "/" not in name else name.split("/")[0] + "/")
             continue
         destination = staged / name

@@ -1,13 +1,14 @@
 """Preference terms: losses over views of a pair, in one literal table, and the weighted list that a run trains on.
 
 A view is one (picture side, answer side) combination of a `Pair`. `text` is TRL's own loss on the two answers; all others are
-pure functions of the views' log-probs (or logits), one file each. The total loss of a run is the weighted sum of the means
-over rows of its terms.
+pure functions of the views' log-probs (or logits), one file each; `bco` keeps a running mean besides. The total loss of a run
+is the weighted sum of the means over rows of its terms.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,39 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from prefalign.config import ConfigError, nearest
+from prefalign.losses.anchor import Anchor
+from prefalign.losses.bco import BCO
+from prefalign.losses.cdpo import CDPO
+from prefalign.losses.chip import CHiP
+from prefalign.losses.ddpo import DDPO
+from prefalign.losses.opa_dpo import OPADPO
+from prefalign.losses.orpo import ORPO
+from prefalign.losses.povid_noise import PovidNoise
+from prefalign.losses.s_vco import SVCO
+from prefalign.losses.simpo import SimPO
+from prefalign.losses.stic import STIC
 from prefalign.losses.term import VIEWS, Scores, Term, View
 from prefalign.losses.text import Text
+from prefalign.losses.tpo import TPO
+from prefalign.losses.v_dpo import VDPO
 from prefalign.losses.visual import Visual
 
 TERMS: dict[str, type] = {
     "text": Text,
     "visual": Visual,
+    "anchor": Anchor,
+    "s_vco": SVCO,
+    "povid_noise": PovidNoise,
+    "ddpo": DDPO,
+    "chip": CHiP,
+    "v_dpo": VDPO,
+    "opa_dpo": OPADPO,
+    "tpo": TPO,
+    "cdpo": CDPO,
+    "bco": BCO,
+    "stic": STIC,
+    "simpo": SimPO,
+    "orpo": ORPO,
 }
 
 __all__ = ["TERMS", "VIEWS", "Scores", "Term", "View", "Weighted", "read_losses", "views_of"]
@@ -47,7 +74,7 @@ def read_losses(entries: Sequence[Mapping[str, Any]], *, beta: float) -> list[We
 
     Args:
         entries: mappings with `name`, optional `weight`, and the term's own settings.
-        beta: what a term's `beta` is where its entry gives none (`trainer.beta`).
+        beta: `trainer.beta`, for terms whose entry gives no `beta` and that have no default of their own.
 
     Raises:
         ConfigError: an empty list, an unknown name or setting (with the nearest known one), a bad value, a name twice.
@@ -71,7 +98,8 @@ def read_losses(entries: Sequence[Mapping[str, Any]], *, beta: float) -> list[We
                 f"{place}.weight: {weight!r} is no positive number; leave the entry out to train without it."
             )
             continue
-        known = [field.name for field in dataclasses.fields(TERMS[name])]
+        defaults = {field.name: field.default for field in dataclasses.fields(TERMS[name])}
+        known = list(defaults)
         unknown = [key for key in settings if key not in known]
         problems += [
             f"{place}.{key}: unknown key (value {settings[key]!r}); {nearest(key, [*known, 'weight'])}"
@@ -79,14 +107,21 @@ def read_losses(entries: Sequence[Mapping[str, Any]], *, beta: float) -> list[We
         ]
         if unknown:
             continue
-        if "beta" in known and settings.get("beta") is None:
+        if defaults.get("beta", 0) is None and settings.get("beta") is None:
             settings["beta"] = beta
         try:
             term: Any = TypeAdapter(TERMS[name]).validate_python(settings)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join([place, *map(str, first["loc"])])
-            problems.append(f"{where}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r}).")
+            got = f" (got {first['input']!r})" if first["loc"] else ""
+            problems.append(f"{where}: {first['msg'].removeprefix('Value error, ')}{got}.")
+            continue
+        if not 0 < getattr(term, "beta", 1.0) < math.inf:
+            problems.append(
+                f"{place}.beta: {term.beta} is no scale of a reward: at 0 nothing has a gradient, and below it the rejected side "
+                "is preferred. Give a positive number; 0.1 is usual."
+            )
             continue
         found.append(Weighted(name, term, float(weight)))
     names = [entry.name for entry in found]

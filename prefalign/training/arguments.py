@@ -1,4 +1,4 @@
-"""The `trainer:` mapping of a config to TRL's `DPOConfig`: names checked, numbers read, defaults that suit a VLM."""
+"""The `trainer:` mapping of a config to TRL's `DPOConfig` or `SFTConfig`: names checked, defaults that suit a VLM."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import dataclasses
 import os
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from trl import DPOConfig
+from transformers import TrainingArguments
+from trl import DPOConfig, SFTConfig
 
+from prefalign import bundled
 from prefalign.config import ConfigError, nearest
 
 OWNED = {
@@ -21,6 +23,24 @@ OWNED = {
     "seed": "set `seed`",
     "resume_from_checkpoint": "set `resume`",
 }
+SFT_WITHOUT_EFFECT = {
+    "completion_only_loss": "the loss is always on the answers only",
+    "assistant_only_loss": "the loss is always on the answers only",
+    "packing": "TRL packs text only",
+    "eval_packing": "TRL packs text only",
+    "padding_free": "TRL does it for text only",
+    "pad_to_multiple_of": "TRL does it for text only",
+    "truncation_mode": "nothing is cut: rows longer than max_length are dropped",
+    "shuffle_dataset": "rows are drawn in a random order anyway, by `seed`",
+    "dataset_text_field": "rows are conversations",
+    "dataset_kwargs": "rows are prepared batch by batch",
+    "dataset_num_proc": "rows are prepared batch by batch",
+    "model_init_kwargs": "`model` says how the model is loaded",
+    "pad_token": "the processor has one",
+}
+"""Fields of `SFTConfig` that say nothing about conversations with pictures, and why."""
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
 def defaults() -> dict[str, Any]:
@@ -41,26 +61,36 @@ def defaults() -> dict[str, Any]:
     }
 
 
-def training_arguments(settings: Mapping[str, Any], *, output: Path, seed: int) -> DPOConfig:
+def training_arguments(
+    settings: Mapping[str, Any],
+    *,
+    output: Path,
+    seed: int,
+    kind: type[Arguments] = DPOConfig,
+) -> Arguments:
     """Build TRL's arguments from a config's `trainer:` mapping.
 
     Args:
-        settings: names and values of `trl.DPOConfig` fields.
+        settings: names and values of the fields of `kind`.
         output: folder of the run.
         seed: seed of the run; order of rows and LoRA start follow from it.
+        kind: `trl.DPOConfig` or `trl.SFTConfig`.
 
     Raises:
-        ConfigError: one line per unknown name (with the nearest known one), wrong type, or field that the recipe sets;
-            processes that do not see each other.
+        ConfigError: one line per unknown name (with the nearest known one), wrong type, field that the recipe sets or that
+            would have no effect; processes that do not see each other.
     """
-    known = [entry.name for entry in dataclasses.fields(DPOConfig) if entry.init]
-    hints = typing.get_type_hints(DPOConfig)
+    known = [entry.name for entry in dataclasses.fields(kind) if entry.init]
+    hints = typing.get_type_hints(kind)
+    without_effect = SFT_WITHOUT_EFFECT if issubclass(kind, SFTConfig) else {}
     problems, values = [], {}
     for name, value in settings.items():
         if name in OWNED:
             problems.append(f"trainer.{name}: the recipe sets this field; {OWNED[name]} instead.")
+        elif name in without_effect:
+            problems.append(f"trainer.{name}: has no effect here ({without_effect[name]}); leave it out.")
         elif name not in known:
-            problems.append(f"trainer.{name}: unknown key (value {value!r}); {nearest(name, known)}")
+            problems.append(f"trainer.{name}: unknown key (value {value!r}); {_hint(name, known, kind)}")
         else:
             try:
                 values[name] = TypeAdapter(hints[name]).validate_python(value)
@@ -68,7 +98,9 @@ def training_arguments(settings: Mapping[str, Any], *, output: Path, seed: int) 
                 problems.append(f"trainer.{name}: {error.errors()[0]['msg']} (got {value!r}).")
     if problems:
         raise ConfigError("\n  ".join(problems))
-    arguments = DPOConfig(**{**defaults(), **values, "output_dir": str(output), "seed": seed})
+    if isinstance(values.get("deepspeed"), str):
+        values["deepspeed"] = str(bundled.find(values["deepspeed"]))
+    arguments = kind(**{**defaults(), **values, "output_dir": str(output), "seed": seed})
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.world_size != started:
         raise ConfigError(
@@ -76,3 +108,11 @@ def training_arguments(settings: Mapping[str, Any], *, output: Path, seed: int) 
             "overwrite the others'. On a CPU start them with torchrun and leave trainer.use_cpu alone."
         )
     return arguments
+
+
+def _hint(name: str, known: Sequence[str], kind: type) -> str:
+    other = next((one for one in (DPOConfig, SFTConfig) if name in one.__dataclass_fields__), None)
+    if other is not None:
+        return f"it is a field of {other.__name__}, and this recipe trains with {kind.__name__}. Leave it out."
+    hint = nearest(name, known)
+    return hint if hint.startswith("did you mean") else f"{kind.__name__} of TRL lists the fields there are."

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from prefalign.families import rewrites_prompt
+from prefalign.families import missing_end, rewrites_prompt
 from prefalign.losses import VIEWS
 from prefalign.negatives import Negative
 from prefalign.training.documents import Document, Documents, Reader, name, stack_vision
@@ -70,6 +71,15 @@ class PreferenceCollator:
     cache: ReferenceCache | None = None
     tokens_per_pass: int | None = None
 
+    @cached_property
+    def _end(self) -> str:
+        return missing_end(self.processor)
+
+    @property
+    def reader(self) -> Reader:
+        """What prepares the rows."""
+        return Reader(self.processor, self.views, self._end, self.negative, self.seed)
+
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Build a batch.
 
@@ -86,7 +96,7 @@ class PreferenceCollator:
         Raises:
             ValueError: placeholders and pictures of a side disagree, or a prompt leaves no room (`PromptTooLong`).
         """
-        read = self._reader().read(rows, self.max_length)
+        read = self.reader.read(rows, self.max_length)
         if self.tokens_per_pass is None:
             return self._batch(rows, read)
         groups = read.passes(self.tokens_per_pass)
@@ -125,12 +135,9 @@ class PreferenceCollator:
 
     def lengths(self, row: Mapping[str, Any]) -> Lengths:
         """Tokens that one row needs."""
-        documents = self._reader().read([row]).documents
+        documents = self.reader.read([row]).documents
         prompt = max(len(document.prompt) for document in documents)
         return Lengths(prompt, prompt + max(len(answer) for document in documents for answer in document.answers))
-
-    def _reader(self) -> Reader:
-        return Reader(self.processor, self.views, self.negative, self.seed)
 
     def _padding(self) -> int:
         tokenizer = self.processor.tokenizer
@@ -262,4 +269,4 @@ def blank_vision(processor: ProcessorMixin) -> dict[str, torch.Tensor]:
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
     answer = [{"role": "assistant", "content": [{"type": "text", "text": "."}]}]
     row = {"id": "dummy", "images": [Image.new("RGB", (64, 64), (127, 127, 127))], "prompt": [message]}
-    return Reader(processor, ["chosen"]).read([{**row, "chosen": answer, "rejected": answer}]).documents[0].vision
+    return Reader(processor, ["chosen"], "").read([{**row, "chosen": answer, "rejected": answer}]).documents[0].vision

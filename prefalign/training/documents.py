@@ -126,12 +126,14 @@ class Reader:
     Attributes:
         processor: the model's processor.
         views: names of `VIEWS` that are looked at.
+        end: what every answer is given at its end (`families.missing_end`).
         negative: how `rejected_images` are made for rows that have none.
         seed: seed of the negatives.
     """
 
     processor: ProcessorMixin
     views: Sequence[str]
+    end: str
     negative: Negative | None = None
     seed: int = 0
 
@@ -173,10 +175,10 @@ class Reader:
         return Documents(documents, places)
 
     def _texts(self, row: Mapping[str, Any], messages: list[Message]) -> tuple[str, str, str]:
-        """Prompt, chosen and rejected as text, split where TRL splits them."""
+        """Prompt, chosen and rejected as text, split where TRL splits them; answers always end with an end of turn."""
         sides = {side: normalise_messages(row[side]) for side in ("chosen", "rejected")}
         texts = apply_chat_template({"prompt": messages, **sides}, self.processor)
-        return texts["prompt"], texts["chosen"], texts["rejected"]
+        return texts["prompt"], texts["chosen"] + self.end, texts["rejected"] + self.end
 
     def _document(self, text: str, pictures: list[Image.Image], digest: str) -> Document:
         if not pictures and rewrites_prompt(self.processor):

@@ -8,6 +8,7 @@ metrics and gradients come out of TRL's kernels either way.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import types
@@ -43,6 +44,16 @@ def share(model: PreTrainedModel, layout: str) -> None:
     elif layout != "plain":
         base.model.register_forward_hook(_keep_label_rows, with_kwargs=True)
     original = base.forward
+    waiting: dict[str, Any] = {}
+
+    def add_nothing(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if not waiting:
+            return None
+        nothing = waiting["nothing"] if "nothing" in waiting else _nothing(base.model, waiting["dummy"])
+        waiting.clear()
+        return args, {**kwargs, "inputs_embeds": kwargs["inputs_embeds"] + nothing.to(kwargs["inputs_embeds"].dtype)}
+
+    base.get_decoder().register_forward_pre_hook(add_nothing, with_kwargs=True)
 
     @functools.wraps(original)
     def forward(
@@ -59,12 +70,12 @@ def share(model: PreTrainedModel, layout: str) -> None:
             if not full_logits:
                 layout = kwargs["prefix_layout"]
                 kwargs |= {"shift_labels": layout.labels[None], "fused_lm_head": True}
-        outputs = original(*args, **kwargs)
-        if dummy is not None:
-            nothing = 0.0 * sum(piece.sum() for piece in _pieces(_encode(self.model, dummy).pooler_output))
-            key = "logits" if outputs.get("log_probs") is None else "log_probs"
-            outputs[key] = outputs[key] + nothing
-        return outputs
+        waiting.clear()
+        if dummy is not None and packed is not None:
+            waiting["nothing"] = _nothing(self.model, dummy)
+        elif dummy is not None:
+            waiting["dummy"] = dummy  # a family's own forward embeds the text first, and then runs the tower
+        return original(*args, **kwargs)
 
     base.forward = types.MethodType(forward, base)
 
@@ -127,13 +138,24 @@ def _encode(backbone: Any, vision: Mapping[str, torch.Tensor]) -> Any:
     """The family's own picture features; without a graph where neither tower nor projector trains."""
     known = inspect.signature(type(backbone).get_image_features).parameters
     given = {key: value for key, value in vision.items() if key in known}
+    parts = [(f"{name}.", part.parameters()) for name, part in backbone.named_children()]
+    parts += [(name, [parameter]) for name, parameter in backbone.named_parameters(recurse=False)]
     trains = any(
         parameter.requires_grad
-        for name, parameter in backbone.named_parameters()
+        for name, parameters in parts
         if families.tower(name) != "language_model"
+        for parameter in parameters
     )
     with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
         return backbone.get_image_features(**given, return_dict=True)
+
+
+def _nothing(backbone: Any, vision: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Zero, made of everything that a picture gives the language model, so that each weight behind it gets a gradient."""
+    features = _encode(backbone, vision)
+    deep = getattr(features, "deepstack_features", None) or []
+    pieces = [piece for layer in (features.pooler_output, *deep) for piece in _pieces(layer)]
+    return torch.stack([(0.0 * piece).sum() for piece in pieces]).sum()
 
 
 def _in_order(features: Any, ranges: list[tuple[int, int]] | None) -> Any:
@@ -210,12 +232,14 @@ class FrozenTower:
         module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.last is not None and _equal(self.last[0], args) and _equal(self.last[1], kwargs):
-            return self.last[2]
+        # transformers tells the policy's tower alone that it has no cache, which no tower has
+        asked = {key: value for key, value in kwargs.items() if key != "use_cache"}
+        if self.last is not None and _equal(self.last[0], args) and _equal(self.last[1], asked):
+            return copy.copy(self.last[2])
         with torch.no_grad():
             output = self.original(*args, **kwargs)
         if self.keep:
-            self.last = (args, kwargs, output)
+            self.last = (args, asked, copy.copy(output))  # Qwen's models write into what they get
         return output
 
     def forget(self) -> None:

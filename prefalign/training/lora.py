@@ -25,8 +25,8 @@ class LoraSettings:
     Attributes:
         r: rank; higher learns more and takes more memory.
         alpha: scale; updates are multiplied by alpha / r.
-        dropout: on the adapter's input while training; no effect unless `trainer.disable_dropout: false`, since TRL turns all
-            dropout off by default, so that policy and reference agree at the start.
+        dropout: on the adapter's input while training; no effect in preference training unless `trainer.disable_dropout:
+            false`, since TRL turns all dropout off there by default, so that policy and reference agree at the start.
         target_modules: regular expression over full module names; the default is every linear layer of the language
             model's blocks in all families, never the vision tower or the projector.
     """

@@ -6,12 +6,13 @@ Both figures are the same on every run and every machine of one device type, so 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -71,18 +72,39 @@ class LiveTensors(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-def count_flops(step: Callable[[], object]) -> int:
+def count_flops(step: Callable[[], object], *, compute: bool = True) -> int:
     """Floating point operations of the matrix products, convolutions and attention that a call runs, backward included.
 
     Counted by torch's `FlopCounterMode`, to which the CPU's attention kernel is added. Attention counts whole, also where a
-    causal kernel skips the half that it masks.
+    causal kernel skips the half that it masks. Not to be combined with `LiveTensors`: with gradient checkpointing, torch's
+    counter keeps activations alive that would have been freed.
 
     Args:
         step: called once.
+        compute: False gives zeros for what would be counted, which is several times faster; the count depends on shapes only,
+            unless the call decides by values.
     """
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    with nullcontext() if compute else _Zeros(counter.flop_registry), counter:
         step()
     return counter.get_total_flops()
+
+
+class _Zeros(TorchDispatchMode):
+    """Zeros of the right shape in place of some operators' results; those that write into given tensors run as they are."""
+
+    def __init__(self, operators: Collection[Any]):
+        super().__init__()
+        self.operators = operators
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._overloadpacket not in self.operators or func._schema.is_mutable:
+            return func(*args, **kwargs)
+        device = next(value.device for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor))
+        shapes = func(*tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), args),
+                      **tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), kwargs))  # fmt: skip
+        return tree_map_only(torch.Tensor, lambda shape: torch.zeros_like(shape, device=device), shapes)
 
 
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *rest: object, **more: object) -> int:

@@ -43,8 +43,10 @@ def pairs_manifest(folder: Path) -> Manifest:
     """The manifest of a finished pairs folder.
 
     Raises:
-        ValueError: there is none, or the folder holds no pairs.
+        ValueError: there is none, or the folder holds no pairs, or rows of another kind.
     """
+    import pyarrow.parquet as pq
+
     manifest = read_manifest(folder)
     if manifest is None or not manifest.complete:
         raise ValueError(
@@ -53,6 +55,13 @@ def pairs_manifest(folder: Path) -> Manifest:
         )
     if manifest.rows_out == 0:
         raise ValueError(f"{folder} holds 0 pairs; there is nothing to train on.")
+    present = pq.read_schema(min(folder.glob("data/*.parquet"))).names
+    if lacking := [name for name in COLUMNS if name not in present]:
+        raise ValueError(
+            f"the rows of {folder} are no pairs: they have no {', '.join(lacking)} (stage `{manifest.stage}` wrote "
+            f"{', '.join(present)}). Give the output of a stage that makes pairs; on prompts and examples "
+            "`prefalign run train_sft` trains."
+        )
     return manifest
 
 
@@ -75,7 +84,8 @@ def check_negative(dataset: Dataset, views: Sequence[str], folder: Path, negativ
     if not _empty(dataset, "rejected_images"):
         raise ValueError(
             f"negative.kind is {negative.kind!r}, and all {len(dataset)} pairs of {folder} have `rejected_images` already, "
-            "which are kept, so nothing would be made. Leave `negative` out, or replace them: `prefalign run image_contrast`."
+            "which are kept, so nothing would be made. Take these with `--negative null`, or store others: `prefalign run "
+            "image_contrast`."
         )
 
 

@@ -28,19 +28,17 @@ from trl.trainer.utils import FusedCausalLMOutput, use_adapter
 
 from prefalign import families
 from prefalign.config import ConfigError
-from prefalign.families import tower
-from prefalign.losses import VIEWS, Scores, Weighted, read_losses, views_of
+from prefalign.losses import Scores, Weighted, read_losses, views_of
 from prefalign.losses.text import COUPLED, REFERENCE_FREE
 from prefalign.manifest import write_atomically
-from prefalign.training.checkpoints import restore_weights
 from prefalign.training.collator import PreferenceCollator, blank_vision
 from prefalign.training.forward import FrozenTower, frozen_tower, share
 from prefalign.training.pairs import COLUMNS
 from prefalign.training.routes import find_route
+from prefalign.training.scoring import FIELDS, has_pictures, run, view_scores
+from prefalign.training.upkeep import Upkeep
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from datasets import Dataset
     from peft import PeftConfig
     from transformers import PreTrainedModel, ProcessorMixin
@@ -51,20 +49,14 @@ logger = logging.getLogger(__name__)
 
 PRIVATE = (
     "_compute_loss",
-    "_load_best_model",
-    "_load_from_checkpoint",
-    "_save",
     "_set_signature_columns_if_needed",
 )
 
 TERMS_FILE = "terms.json"
 """State of loss terms that keep one, beside every saved model."""
 
-FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
-"""Per-token outputs of TRL's fused head that its loss and metrics read."""
 
-
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(Upkeep, DPOTrainer):
     """Train a vision-language model on pairs with a weighted list of preference terms.
 
     Args:
@@ -112,11 +104,9 @@ class PreferenceTrainer(DPOTrainer):
     ):
         self.losses = list(losses) if losses is not None else read_losses([{"name": "text"}], beta=args.beta)
         self.views = views_of(self.losses)
-        self.full_logits = any(entry.term.logits for entry in self.losses)
+        self.full_logits = {view for entry in self.losses for view in entry.term.logits}
         self.needs_reference = needs_reference(self.losses, args.loss_type)
         self.reference = reference
-        self.files = dict(files or {})
-        self.saw_pictures = False
         self._check(args, tokens_per_pass)
         self.route = find_route(model, fast_path)
         if self.route.layout == "plain" and fast_path == "auto":
@@ -137,8 +127,9 @@ class PreferenceTrainer(DPOTrainer):
         if not online:
             ref_model = _NoReference(model.config)
         elif ref_model is None and not adapts and not is_deepspeed_zero3_enabled():
-            # a frozen tower is the same in both, so both may use the one
-            ref_model = copy.deepcopy(model, {id(still): still} if still is not None else {})
+            # a frozen tower is the same in both, so both may use the one, unless the reference is written to
+            shares = still is not None and not args.sync_ref_model
+            ref_model = copy.deepcopy(model, {id(still): still} if shares else {})
             ref_model.requires_grad_(False).eval()
         super().__init__(
             model=model,
@@ -149,6 +140,7 @@ class PreferenceTrainer(DPOTrainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             peft_config=peft_config,
+            files=files,
         )
         self.precompute_ref_logps = True  # TRL is handed the reference's log-probs, wherever they come from
         if not online:
@@ -156,12 +148,13 @@ class PreferenceTrainer(DPOTrainer):
         share(self.model, self.route.layout)
         if self.ref_model is not None:
             share(self.accelerator.unwrap_model(self.ref_model), self.route.layout)
+        still = frozen_tower(self.model)  # an adapter has frozen what it does not reach
         self.frozen = FrozenTower(still, keep=online) if still is not None else None
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             collator.dummy = blank_vision(processing_class)
-        self.add_callback(_NoInputHooks(self))
-        self.add_callback(_LogBeforeSave(self))
-        self.add_callback(_GradientAudit(self))
+        no_hooks = _NoInputHooks(self)
+        no_hooks.on_train_begin(self.args, self.state, self.control)  # TRL's own hooks, under those that `train` adds
+        self.add_callback(no_hooks)
 
     def _check(self, args: DPOConfig, tokens_per_pass: int | None) -> None:
         together = coupled(self.losses, args.loss_type)
@@ -222,12 +215,10 @@ class PreferenceTrainer(DPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         self.saw_pictures = self.saw_pictures or has_pictures(inputs)
         reference = self._reference(inputs)
-        if self.frozen is not None and reference is None:
-            self.frozen.forget()
-        policy = self.run(model, inputs)
+        policy = run(model, inputs, full_logits=bool(self.full_logits))
         if self.frozen is not None:
             self.frozen.forget()
-        scores = self._scores(inputs, policy, reference)
+        scores = view_scores(inputs, self.views, policy, reference, logits=self.full_logits)
         text = next((entry for entry in self.losses if entry.name == "text"), None)
         with nullcontext() if text is not None else torch.no_grad():
             loss = self._trl_loss(inputs, policy, scores)
@@ -244,23 +235,6 @@ class PreferenceTrainer(DPOTrainer):
         total = total * inputs.get("weight", 1.0)
         return (total, policy) if return_outputs else total
 
-    def run(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """One forward pass over all views: the head's fields, (N,) each, and with terms that read them `logits` (N, V)."""
-        extra = {"dummy": inputs["dummy"]} if "dummy" in inputs else {}
-        if "packed" in inputs:
-            outputs = model(packed=inputs["packed"], full_logits=self.full_logits, **extra)
-            if not self.full_logits:
-                return {name: outputs[name][0] for name in FIELDS if outputs.get(name) is not None}
-            return _from_logits(outputs.logits[0], inputs["packed"]["layout"].labels)
-        plain = {key: value for key, value in inputs["plain"].items() if key != "completion_mask"}
-        mask = inputs["plain"]["completion_mask"][:, 1:].bool()
-        if self.full_logits:
-            logits = model(**plain, use_cache=False, **extra).logits[:, :-1]
-            return _from_logits(logits[mask], plain["input_ids"][:, 1:][mask])
-        labels = plain["input_ids"].masked_fill(inputs["plain"]["completion_mask"] == 0, -100)
-        outputs = model(**plain, labels=labels, use_cache=False, fused_lm_head=True, **extra)
-        return {name: outputs[name][mask] for name in FIELDS if outputs.get(name) is not None}
-
     def _reference(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
         """The same under the reference, without gradient; None where it is not needed or comes with the rows."""
         if not self.needs_reference or "reference" in inputs:
@@ -271,7 +245,7 @@ class PreferenceTrainer(DPOTrainer):
                 "training, or set reference to 'online'."
             )
         with torch.no_grad(), self.as_reference() as model:
-            return self.run(model, inputs)
+            return run(model, inputs, full_logits=bool(self.full_logits))
 
     @contextmanager
     def as_reference(self, policy: Any = None) -> Iterator[Any]:
@@ -294,33 +268,6 @@ class PreferenceTrainer(DPOTrainer):
         finally:
             policy.train(training)
 
-    def _scores(
-        self,
-        inputs: Mapping[str, Any],
-        policy: Mapping[str, torch.Tensor],
-        reference: Mapping[str, torch.Tensor] | None,
-    ) -> dict[str, Scores]:
-        scores = {}
-        for view in self.views:
-            answers, index = inputs["answers"][VIEWS[view].answer], inputs["index"][view]
-            mask = answers["mask"]
-
-            def spread(values: torch.Tensor, mask: torch.Tensor = mask, index: torch.Tensor = index) -> torch.Tensor:
-                empty = values.new_zeros((*mask.shape, *values.shape[1:]))
-                where = mask if values.ndim == 1 else mask[..., None].expand_as(empty)
-                return empty.masked_scatter(where, values[index])
-
-            entry = Scores(spread(policy["log_probs"]), mask, answers["ids"])
-            if "reference" in inputs and self.needs_reference:
-                entry.ref_logps = inputs["reference"][view]
-            elif reference is not None:
-                entry.ref_logps = spread(reference["log_probs"])
-            if any(view in term.term.logits for term in self.losses):
-                entry.logits = spread(policy["logits"])
-                entry.ref_logits = None if reference is None else spread(reference["logits"])
-            scores[view] = entry
-        return scores
-
     def _trl_loss(
         self, inputs: Mapping[str, Any], policy: Mapping[str, torch.Tensor], scores: Mapping[str, Scores]
     ) -> torch.Tensor:
@@ -330,21 +277,26 @@ class PreferenceTrainer(DPOTrainer):
         batch = {key: inputs[key] for key in ("input_ids", "attention_mask", "completion_mask")}
         mask = batch["completion_mask"][:, 1:].bool()
 
-        def spread(values: torch.Tensor) -> torch.Tensor:
-            return values.new_zeros(mask.shape).masked_scatter(mask, values[index])
+        def spread_out(values: torch.Tensor) -> torch.Tensor:
+            return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
-        outputs = FusedCausalLMOutput(**{name: spread(value) for name, value in policy.items() if name in FIELDS})
+        outputs = FusedCausalLMOutput(
+            **{name: spread_out(value[index]) for name, value in policy.items() if name in FIELDS}
+        )
         references = [scores[view].ref_logps for view in (first, second)]
         if references[0] is None:
             sums = [torch.zeros(len(mask) // 2, device=mask.device)] * 2
-        elif self.ld_alpha is None:
-            sums = [logps.sum(dim=1) for logps in references if logps is not None]
         else:
             flat = torch.cat(
                 [logps[scores[view].mask] for view, logps in zip((first, second), references, strict=True)]  # type: ignore[index]
             )
-            per_token = FusedCausalLMOutput(log_probs=flat.new_zeros(mask.shape).masked_scatter(mask, flat))
-            sums = list(self.compute_ref_log_probs(lambda **_: per_token, batch))
+            per_token = spread_out(flat)
+            if self.ld_alpha is None:
+                sums = list(
+                    per_token.sum(dim=1).chunk(2)
+                )  # as TRL's policy sums: equal log-probs give margins of exactly 0
+            else:
+                sums = list(self.compute_ref_log_probs(lambda **_: FusedCausalLMOutput(log_probs=per_token), batch))
         batch |= {"ref_chosen_logps": sums[0], "ref_rejected_logps": sums[1]}
         loss = super()._compute_loss(lambda **_: outputs, batch, False)
         if references[0] is None:
@@ -361,43 +313,19 @@ class PreferenceTrainer(DPOTrainer):
         for name, value in zip(logged, means, strict=True):
             metrics[name].append(value)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as TRL does, with `train_loss` over the whole run and not only over what followed a resume."""
-        logged = [(entry["step"], entry["loss"]) for entry in self.state.log_history if "loss" in entry]
-        if "train_loss" in logs and logged and logged[-1][0] == self.state.global_step:
-            starts = [0, *(step for step, _ in logged[:-1])]
-            total = sum(loss * (step - start) for (step, loss), start in zip(logged, starts, strict=True))
-            logs["train_loss"] = total / self.state.global_step
-        super().log(logs, start_time)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         states = Path(resume_from_checkpoint) / TERMS_FILE
         if states.is_file():
             kept = json.loads(states.read_text(encoding="utf-8"))
             for entry in self._stateful():
                 entry.term.load_state_dict(kept[entry.name])
-        if self._restores_itself():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            restore_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        if self._restores_itself():
-            super()._load_best_model()
-        else:
-            restore_weights(self.accelerator.unwrap_model(self.model), Path(self.state.best_model_checkpoint))
-
-    def _restores_itself(self) -> bool:
-        """DeepSpeed and FSDP keep state files of their own, and adapters are saved under the names they are loaded by."""
-        return self.is_deepspeed_enabled or self.is_fsdp_enabled or is_peft_model(self.model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            for name, text in self.files.items():
-                write_atomically(Path(output_dir or self.args.output_dir) / name, text.encode())
-            if states := {entry.name: entry.term.state_dict() for entry in self._stateful()}:
-                write_atomically(Path(output_dir or self.args.output_dir) / TERMS_FILE, json.dumps(states).encode())
+        states = {entry.name: entry.term.state_dict() for entry in self._stateful()}
+        if self.args.should_save and states:
+            write_atomically(Path(output_dir or self.args.output_dir) / TERMS_FILE, json.dumps(states).encode())
 
     def _stateful(self) -> list[Weighted]:
         return [entry for entry in self.losses if hasattr(entry.term, "state_dict")]
@@ -434,25 +362,6 @@ def coupled(losses: Sequence[Weighted], loss_types: Sequence[str]) -> list[str]:
     ]
 
 
-def has_pictures(batch: Mapping[str, Any]) -> bool:
-    """Whether a collated batch holds any picture."""
-    return bool(batch["packed"]["vision"]) if "packed" in batch else "pixel_values" in batch["plain"]
-
-
-def _from_logits(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The head's fields from full logits (N, V), as `ChunkedLogProbFunction` defines them."""
-    logits = logits.float()
-    all_logps = logits.log_softmax(dim=-1)
-    with torch.no_grad():
-        rest = {
-            "entropy": -(all_logps.exp() * all_logps).sum(dim=-1),
-            "mean_logits": logits.mean(dim=-1),
-            "is_top1": logits.argmax(dim=-1) == labels,
-            "log_sum_sq_probs": (2 * all_logps).logsumexp(dim=-1),
-        }
-    return {"log_probs": all_logps.gather(1, labels[:, None])[:, 0], **rest, "logits": logits}
-
-
 class _NoInputHooks(TrainerCallback):
     """Take off the hooks that ask for gradients at every embedding, a frozen tower's included.
 
@@ -466,65 +375,3 @@ class _NoInputHooks(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             families.core(self.trainer.accelerator.unwrap_model(self.trainer.model)).disable_input_require_grads()
-
-
-class _LogBeforeSave(TrainerCallback):
-    """Log at every checkpoint and carry the token count over, so that a resumed run logs what an uninterrupted one does."""
-
-    def __init__(self, trainer: PreferenceTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_log = control.should_log or control.should_save
-
-    on_epoch_end = on_step_end
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        counts = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
-        if counts:
-            self.trainer._total_train_tokens = counts[-1]
-
-
-class _GradientAudit(TrainerCallback):
-    """After the first backward pass, name trainable tensors that got no gradient."""
-
-    def __init__(self, trainer: PreferenceTrainer):
-        self.trainer = trainer
-        self.done = False
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        if self.done or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            return
-        self.done = True
-        audit_gradients(trainer.model.named_parameters(), saw_pictures=trainer.saw_pictures)
-
-
-def audit_gradients(parameters: Iterable[tuple[str, torch.nn.Parameter]], *, saw_pictures: bool = True) -> list[str]:
-    """Names of trainable tensors without a gradient, logged as a warning.
-
-    Args:
-        parameters: names and parameters after a backward pass.
-        saw_pictures: whether the pass held a picture; without one a vision tower rightly gets nothing.
-
-    Raises:
-        ValueError: nothing in a whole tower that is meant to train got a gradient.
-    """
-    trainable = [(name, parameter.grad is not None) for name, parameter in parameters if parameter.requires_grad]
-    without = [name for name, has_gradient in trainable if not has_gradient]
-    for part in sorted({tower(name) for name in without}):
-        if any(has_gradient for name, has_gradient in trainable if tower(name) == part):
-            continue
-        if part == "language_model" or saw_pictures:
-            names = [name for name in without if tower(name) == part]
-            raise ValueError(
-                f"none of the {len(names)} trainable tensors of the {part} tower got a gradient in the first step "
-                f"({names[0]}, ...): they would never change. Freeze that tower, or turn off reentrant gradient "
-                "checkpointing (trainer.gradient_checkpointing_kwargs: {use_reentrant: false})."
-            )
-    if without:
-        logger.warning(
-            "%d of %d trainable tensors got no gradient in the first step and will not change: %s%s",
-            len(without), len(trainable), ", ".join(without[:4]), " ..." if len(without) > 4 else "",
-        )  # fmt: skip
-    return without

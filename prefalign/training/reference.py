@@ -26,6 +26,7 @@ import torch
 from prefalign.losses import VIEWS
 from prefalign.manifest import differences, write_atomically
 from prefalign.training.documents import digest_of, picture_bytes
+from prefalign.training.scoring import run
 
 if TYPE_CHECKING:
     from prefalign.training.preference import PreferenceTrainer
@@ -60,6 +61,12 @@ class CacheReport:
     computed: int = 0
     verified: int = 0
     largest_difference: float = 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"reference log-probs: {self.found} of {self.rows} rows found, {self.computed} computed; {self.verified} verified, "
+            f"largest difference {self.largest_difference:.2g}"
+        )
 
 
 @dataclass
@@ -277,7 +284,7 @@ def _live(trainer: PreferenceTrainer, model: Any, rows: Sequence[Mapping[str, An
     finally:
         collator.cache = cache
     with torch.no_grad(), trainer.accelerator.autocast(), trainer.as_reference(model) as reference:
-        flat = trainer.run(reference, batch)["log_probs"].float().cpu()
+        flat = run(reference, batch)["log_probs"].float().cpu()
     values: list[dict[str, torch.Tensor]] = [{} for _ in rows]
     for view in trainer.views:
         lengths = batch["answers"][VIEWS[view].answer]["mask"].sum(dim=1).tolist()

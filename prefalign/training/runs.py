@@ -15,8 +15,7 @@ from prefalign.manifest import differences, write_atomically
 from prefalign.training.checkpoints import last_checkpoint
 
 CONFIG_FILE = "prefalign_config.yaml"
-PAIRS_FILE = "pairs_manifest.json"
-EVAL_PAIRS_FILE = "eval_pairs_manifest.json"
+MANIFEST = "_manifest.json"
 BASE_FILE = "base.json"
 RESULTS_FILE = "all_results.json"
 FREE = ("output", "resume", "model.device", "reference_folder")
@@ -40,10 +39,19 @@ def is_finished(folder: Path) -> bool:
     return (folder / RESULTS_FILE).is_file()
 
 
-def run_files(config: Mapping[str, Any], pairs_manifest: str, eval_pairs_manifest: str | None = None) -> dict[str, str]:
-    """What says where a model came from, by file name; it lies beside every saved model of the run."""
-    files = {CONFIG_FILE: yaml.safe_dump(dict(config), sort_keys=False), PAIRS_FILE: pairs_manifest}
-    return files if eval_pairs_manifest is None else {**files, EVAL_PAIRS_FILE: eval_pairs_manifest}
+def run_files(
+    config: Mapping[str, Any], manifest: str, eval_manifest: str | None = None, *, data: str = "pairs"
+) -> dict[str, str]:
+    """What says where a model came from, by file name; it lies beside every saved model of the run.
+
+    Args:
+        config: the run's config.
+        manifest: text of the manifest of what is trained on.
+        eval_manifest: the same of held-out rows; None: there are none.
+        data: the setting that names the folder, `pairs` or `data`: the files are `pairs_manifest.json` and so on.
+    """
+    files = {CONFIG_FILE: yaml.safe_dump(dict(config), sort_keys=False), f"{data}{MANIFEST}": manifest}
+    return files if eval_manifest is None else {**files, f"eval_{data}{MANIFEST}": eval_manifest}
 
 
 def base_file(model_name_or_path: str, fingerprint: str) -> dict[str, str]:
@@ -78,10 +86,10 @@ def open_run(
     if file.is_file():
         before, now = yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(files[CONFIG_FILE])
         changed = [line for line in differences(before, now) if line.split(":")[0] not in FREE]
-        for name, what in ((PAIRS_FILE, "pairs"), (EVAL_PAIRS_FILE, "eval_pairs")):
+        for name in (name for name in files if name.endswith(MANIFEST)):
             known = folder / name
-            if name in files and known.is_file() and known.read_text(encoding="utf-8") != files[name]:
-                changed.append(f"{what}: their manifest is another one now")
+            if known.is_file() and known.read_text(encoding="utf-8") != files[name]:
+                changed.append(f"{name.removesuffix(MANIFEST)}: their manifest is another one now")
         known = folder / BASE_FILE
         if BASE_FILE in files and known.is_file():
             was, is_now = (

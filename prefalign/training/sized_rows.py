@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from prefalign.families import missing_end
 from prefalign.images import encode_png
 from prefalign.losses import VIEWS
 from prefalign.records import assistant_message, user_message
@@ -84,7 +85,7 @@ def sized_rows(
         number: how many.
         image_token: id of a piece of a picture.
     """
-    reader = Reader(processor, views)
+    reader = Reader(processor, views, missing_end(processor))
 
     def row(place: int, prompt: int, answer: int) -> dict[str, Any]:
         def pictures(shade: int) -> list[Any]:

@@ -1,5 +1,6 @@
 """Training with the families that need torchvision: Qwen2.5-VL against stock TRL and resumed; all of them restored."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,13 +8,12 @@ import torch
 from datasets import load_dataset
 from safetensors.torch import load_file
 from trl import DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from prefalign.images import open_image
 from prefalign.models import ModelConfig, load_model, load_processor
 from prefalign.training.checkpoints import restore_weights
 from prefalign.training.collator import PreferenceCollator
 from prefalign.training.lora import LoraSettings
+from tests.equality import as_row, assert_same_inputs, trl_batch
 from tests.tiny_vlms import WITH_VIDEO, save_tiny
 from tests.training_runs import largest_difference, losses, make_pair, make_trainer, weights, write_pairs
 
@@ -35,24 +35,15 @@ def pairs(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("family", WITH_VIDEO)
 def test_collator_equals_trl_to_the_bit(family, checkpoints):
     processor = load_processor(ModelConfig(str(checkpoints[family])))
-    rows = [make_pair(0).to_row(), make_pair(1, images=2).to_row()]
-    ours = PreferenceCollator(processor)(rows)
-    examples = [
-        {
-            **{name: row[name] for name in ("prompt", "chosen", "rejected")},
-            "images": [open_image(x) for x in row["images"]],
-        }
-        for row in rows
-    ]
-    theirs = DataCollatorForVisionPreference(processor)(examples)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    rows = [as_row(make_pair(0)), as_row(make_pair(1, images=2))]
+    assert_same_inputs(PreferenceCollator(processor)(rows)["plain"], trl_batch(processor, rows))
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_same_losses_as_stock_trl(lora, checkpoints, pairs, tmp_path):
     config = ModelConfig(str(checkpoints["qwen2_5_vl"]), device="cpu")
-    ours = make_trainer(checkpoints["qwen2_5_vl"], pairs, tmp_path / "a", lora=lora, frozen=(), max_steps=2)
+    settings = {"lora": lora, "frozen": (), "fast_path": "off", "max_steps": 2}
+    ours = make_trainer(checkpoints["qwen2_5_vl"], pairs, tmp_path / "a", **settings)
     stock = DPOTrainer(
         load_model(config),
         args=ours.args,
@@ -82,9 +73,9 @@ def test_resume_equals_the_uninterrupted_run(lora, checkpoints, pairs, tmp_path)
 
 
 def test_visual_term_sees_pictures_of_different_token_counts(checkpoints, pairs, tmp_path):
-    trainer = make_trainer(checkpoints["qwen2_5_vl"], pairs, tmp_path, term="visual", max_steps=8)
-    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
-    tokens = batch["mm_token_type_ids"].sum(dim=1).tolist()
+    trainer = make_trainer(checkpoints["qwen2_5_vl"], pairs, tmp_path, losses=("visual",), max_steps=8)
+    collate = replace(trainer.data_collator, layout="plain")
+    tokens = collate(list(trainer.train_dataset.select(range(2))))["plain"]["mm_token_type_ids"].sum(dim=1).tolist()
     assert tokens[0] == tokens[1] != tokens[2] == tokens[3]
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(0.693147, abs=1e-5)
