@@ -187,7 +187,7 @@ class _Step:
     def _run(self, trainer: PreferenceTrainer, rows: Sequence[Mapping[str, Any]]) -> Counted:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         policy, reference = trainer.model, trainer.ref_model
-        made: dict[int, torch.Tensor] = {}
+        made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for module in (policy, reference):
             if module is not None:
                 _make_fake(module if self.cast is None else module.to(self.cast), fake, made)
@@ -215,7 +215,9 @@ class _Step:
         return counted
 
 
-def _make_fake(module: torch.nn.Module, fake: FakeTensorMode, made: dict[int, torch.Tensor]) -> None:
+def _make_fake(
+    module: torch.nn.Module, fake: FakeTensorMode, made: dict[int, tuple[torch.Tensor, torch.Tensor]]
+) -> None:
     """Replace what is on the meta device by fake tensors of the CPU; what two names or models share stays shared."""
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
@@ -226,8 +228,8 @@ def _make_fake(module: torch.nn.Module, fake: FakeTensorMode, made: dict[int, to
                     twin: torch.Tensor = FakeTensor(fake, tensor.detach(), torch.device("cpu"))
                     if isinstance(tensor, torch.nn.Parameter):
                         twin = torch.nn.Parameter(twin, requires_grad=tensor.requires_grad)
-                    made[id(tensor)] = twin
-                tensors[name] = made[id(tensor)]  # type: ignore[assignment]
+                    made[id(tensor)] = tensor, twin  # the first is kept, so that its id stays its own
+                tensors[name] = made[id(tensor)][1]  # type: ignore[assignment]
 
 
 def _weights(policy: Any, reference: Any) -> tuple[Counted, list[torch.Tensor]]:

@@ -230,7 +230,8 @@ class Planner:
     def tokens(self, row: Mapping[str, Any]) -> RowTokens:
         """Tokens of a row as the trainer runs it."""
         if row["id"] not in self.measured:
-            reader = Reader(self.processor, self.views, self.config.negative, self.config.seed)
+            end = families.missing_end(self.processor)
+            reader = Reader(self.processor, self.views, end, self.config.negative, self.config.seed)
             self.measured[row["id"]] = measure(reader, row, self.image_token, self.args.max_length)
         return self.measured[row["id"]]
 
