@@ -238,8 +238,8 @@ def _computing_dtype(source: str, config: ModelConfig, device: torch.device) -> 
     name = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)
     if name is None:
         raise ModelError(
-            f"config.json of {source!r} does not say its dtype, and what is stored in 4 bits is computed in another. Set `dtype`, "
-            "such as bfloat16."
+            f"config.json of {source!r} does not say its dtype, and what is stored in 4 bits is computed in another. Set "
+            "`dtype`, such as bfloat16."
         )
     if name == "float16" and device.type == "cpu":
         logger.info("%s is stored in float16, which a CPU computes badly; it computes in float32.", source)

@@ -62,14 +62,14 @@ def check_quantised(model: ModelConfig, lora: LoraSettings | None, arguments: Tr
         return
     if lora is None:
         raise ConfigError(
-            "model.load_in_4bit: weights of 4 bits cannot be trained, and without `lora` all weights would be. Set `lora` to train "
-            "an adapter on them (QLoRA), or load_in_4bit to false."
+            "model.load_in_4bit: weights of 4 bits cannot be trained, and without `lora` all weights would be. Set `lora` to "
+            "train an adapter on them (QLoRA), or load_in_4bit to false."
         )
     zero_stage = arguments.deepspeed_plugin.zero_stage if arguments.deepspeed_plugin is not None else None
     if zero_stage == 3 or arguments.fsdp_plugin_args:
         raise ConfigError(
-            "model.load_in_4bit: DeepSpeed ZeRO-3 and FSDP share out the weights, and those of 4 bits stay whole in every process "
-            "here. Use DDP or ZeRO-2, or load_in_4bit false."
+            "model.load_in_4bit: DeepSpeed ZeRO-3 and FSDP share out the weights, and those of 4 bits stay whole in every "
+            "process here. Use DDP or ZeRO-2, or set load_in_4bit to false."
         )
 
 

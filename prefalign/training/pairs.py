@@ -43,8 +43,10 @@ def pairs_manifest(folder: Path) -> Manifest:
     """The manifest of a finished pairs folder.
 
     Raises:
-        ValueError: there is none, or the folder holds no pairs.
+        ValueError: there is none, or the folder holds no pairs, or rows of another kind.
     """
+    import pyarrow.parquet as pq
+
     manifest = read_manifest(folder)
     if manifest is None or not manifest.complete:
         raise ValueError(
@@ -53,6 +55,13 @@ def pairs_manifest(folder: Path) -> Manifest:
         )
     if manifest.rows_out == 0:
         raise ValueError(f"{folder} holds 0 pairs; there is nothing to train on.")
+    columns = pq.read_schema(min(folder.glob("data/*.parquet"))).names
+    if not set(COLUMNS) <= set(columns):
+        raise ValueError(
+            f"{folder} holds no pairs: the stage {manifest.stage!r} wrote rows of {', '.join(columns)}, and a pair has "
+            f"{', '.join(COLUMNS)}. Give the output folder of a stage that makes pairs, such as one that took these rows as its "
+            "input."
+        )
     return manifest
 
 
