@@ -213,8 +213,10 @@ def _check_trained_on(adapter: Source, base: Source, found: str, dtype: str) -> 
     if not note.is_file() or not config.is_file():
         return
     noted = json.loads(note.read_text(encoding="utf-8"))
-    trained = (yaml.safe_load(config.read_text(encoding="utf-8")).get("model") or {}).get("dtype", "auto")
-    if trained == dtype and noted["fingerprint"] != found:
+    model = yaml.safe_load(config.read_text(encoding="utf-8")).get("model") or {}
+    if model.get("load_in_4bit"):
+        return  # the fingerprint is that of the rounded weights
+    if model.get("dtype", "auto") == dtype and noted["fingerprint"] != found:
         raise ModelError(
             f"adapter {adapter.name!r} was trained on {noted['name']!r} with other weights than {base.name!r} has (fingerprint "
             f"{noted['fingerprint']}, here {found}). Merged they would be a model that nobody trained. Name the right `base`."

@@ -281,6 +281,11 @@ def tower(name: str) -> str:
     return "vision" if _VISION.search(name) else "language_model"
 
 
+def vision_side() -> str:
+    """Regular expression for the full names of the modules of vision tower and projector, and of what is in them."""
+    return rf".*(?:{_VISION.pattern}|{_PROJECTOR.pattern})\w*"
+
+
 def context_length(config: Any) -> int | None:
     """Number of positions of the language model, or None where it has no limit."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -69,7 +69,7 @@ def main(config: Config) -> None:
     from prefalign.models import fingerprint, freeze, load_processor, parameter_table
     from prefalign.training.arguments import training_arguments
     from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
-    from prefalign.training.lora import check_trainable
+    from prefalign.training.lora import check_quantised, check_trainable
     from prefalign.training.pairs import check_columns, check_negative, check_texts, keep_fitting, load_pairs
     from prefalign.training.preference import PreferenceTrainer, needs_reference
     from prefalign.training.reference import cache_reference
@@ -86,6 +86,7 @@ def main(config: Config) -> None:
     plain_lines_without_a_terminal()
     prepare_processes(config.trainer)
     arguments: Any = training_arguments(config.trainer, output=config.output, seed=config.seed)
+    check_quantised(config.model, config.lora, arguments)
     losses = read_losses(config.losses, beta=arguments.beta)
     views = views_of(losses)
     folders = [config.pairs, *([config.eval_pairs] if config.eval_pairs else [])]

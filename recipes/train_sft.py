@@ -57,13 +57,14 @@ def main(config: Config) -> None:
     from prefalign.models import fingerprint, freeze, load_processor, parameter_table
     from prefalign.training.arguments import training_arguments
     from prefalign.training.examples import AnswerCollator, keep_usable, load_examples
-    from prefalign.training.lora import check_trainable
+    from prefalign.training.lora import check_quantised, check_trainable
     from prefalign.training.runs import base_file, is_finished, open_run, run_files
     from prefalign.training.sft import SupervisedTrainer, load_policy
     from prefalign.training.upkeep import plain_lines_without_a_terminal, train_and_save
 
     plain_lines_without_a_terminal()
     arguments = training_arguments(config.trainer, output=config.output, seed=config.seed, kind=SFTConfig)
+    check_quantised(config.model, config.lora, arguments)
     folders = [config.data, *([config.eval_data] if config.eval_data else [])]
     datasets = [load_examples(folder, config.answer) for folder in folders]
     manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]

@@ -121,3 +121,8 @@ def test_inputs_are_not_edited():
     base = {"a": {"b": 1}}
     assert config.merge(base, {"a": {"c": 2}}) == {"a": {"b": 1, "c": 2}}
     assert base == {"a": {"b": 1}}
+
+
+def test_only_true_and_false_are_booleans(tmp_path):
+    (tmp_path / "a.yaml").write_text("fast_path: off\nanswer: yes\nflag: true\n")
+    assert config.read_yaml(tmp_path / "a.yaml") == {"fast_path": "off", "answer": "yes", "flag": True}

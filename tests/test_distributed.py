@@ -8,12 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers.integrations import HfDeepSpeedConfig
 
 from prefalign import bundled
-from prefalign.config import build
+from prefalign.config import ConfigError, build
+from prefalign.models import ModelConfig, load_model, load_processor
 from prefalign.records import Pair
 from prefalign.store import OutputConfig, write_records
+from prefalign.training.arguments import training_arguments
 from prefalign.training.distributed import Processes, claim_processes
+from prefalign.training.pairs import load_pairs
+from prefalign.training.preference import PreferenceTrainer
 from prefalign.training.runs import RunError
 from tests.distributed_run import claimed
 from tests.launching import BIN, CLOCK, ROOT, assert_same_run, history, needs_deepspeed, saved, start, without
@@ -179,6 +184,19 @@ def test_an_adapter_is_not_merged_into_shared_weights(launched):
     assert re.match(
         "model: an adapter cannot be merged .* ZeRO-3.* Merge and save the model first", seen[-1]["refused"]
     )
+
+
+@needs_deepspeed
+def test_shared_weights_are_no_reference_of_their_own(folder, tiny_llava, tmp_path):
+    """TRL would load the model's path instead, whatever the policy is."""
+    config = ModelConfig(str(tiny_llava), device="cpu")
+    model, processor = load_model(config), load_processor(config)
+    arguments, rows = training_arguments({}, output=tmp_path, seed=0), load_pairs(folder / "pairs")
+    enabled = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    message = "reference is 'online' and all weights train under DeepSpeed ZeRO-3.*Set reference to 'cached', or give"
+    with pytest.raises(ConfigError, match=message):
+        PreferenceTrainer(model, args=arguments, train_dataset=rows, processing_class=processor)
+    del enabled
 
 
 @modes

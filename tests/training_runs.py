@@ -51,6 +51,7 @@ def make_trainer(
     fast_path: str = "auto",
     reference: str = "online",
     negative: Any = None,
+    tokens_per_pass: int | None = None,
     **settings: Any,
 ) -> PreferenceTrainer:
     """A trainer of a tiny model: batches of 2, four steps, a checkpoint after the second."""
@@ -72,6 +73,7 @@ def make_trainer(
         fast_path=fast_path,
         reference=reference,
         negative=negative,
+        tokens_per_pass=tokens_per_pass,
         peft_config=LoraSettings(r=4, alpha=8).to_peft() if lora else None,
     )
 

@@ -11,6 +11,9 @@ from prefalign.config import ConfigError
 if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
+    from transformers import TrainingArguments
+
+    from prefalign.models import ModelConfig
 
 LANGUAGE_LINEAR = (
     r"(?!.*(vision|visual|projector|connector|merger|aligner))"
@@ -46,6 +49,27 @@ class LoraSettings:
             lora_dropout=self.dropout,
             target_modules=self.target_modules,
             task_type="CAUSAL_LM",
+        )
+
+
+def check_quantised(model: ModelConfig, lora: LoraSettings | None, arguments: TrainingArguments) -> None:
+    """Check that a model that is to be loaded in 4 bits can be trained as a run asks for.
+
+    Raises:
+        ConfigError: all weights would train, or be shared out.
+    """
+    if not model.load_in_4bit:
+        return
+    if lora is None:
+        raise ConfigError(
+            "model.load_in_4bit: weights of 4 bits cannot be trained, and without `lora` all weights would be. Set `lora` to "
+            "train an adapter on them (QLoRA), or load_in_4bit to false."
+        )
+    zero_stage = arguments.deepspeed_plugin.zero_stage if arguments.deepspeed_plugin is not None else None
+    if zero_stage == 3 or arguments.fsdp_plugin_args:
+        raise ConfigError(
+            "model.load_in_4bit: DeepSpeed ZeRO-3 and FSDP share out the weights, and those of 4 bits stay whole in every "
+            "process here. Use DDP or ZeRO-2, or set load_in_4bit to false."
         )
 
 

@@ -67,7 +67,8 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         losses: weighted terms; by default TRL's losses on the two answers.
         eval_dataset: held-out rows.
         ref_model: reference. By default the policy without its adapter, or a frozen copy of the policy as it is now (TRL
-            loads the model's path again, at whatever revision is the default there).
+            loads the model's path again, at whatever revision is the default there). Weights that ZeRO-3 shares out cannot be
+            copied.
         peft_config: wrap `model` in an adapter.
         files: text files by name, written beside every saved model.
         negative: how `rejected_images` are made for rows without them (see `PreferenceCollator`).
@@ -126,7 +127,13 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         still = frozen_tower(model)
         if not online:
             ref_model = _NoReference(model.config)
-        elif ref_model is None and not adapts and not is_deepspeed_zero3_enabled():
+        elif ref_model is None and not adapts:
+            if is_deepspeed_zero3_enabled():
+                raise ConfigError(
+                    "reference is 'online' and all weights train under DeepSpeed ZeRO-3, which shares them out, so the policy "
+                    "cannot be copied, and TRL would load its path once more, at whatever revision is the default there. Set "
+                    "reference to 'cached', or give `ref_model`, loaded as the policy was."
+                )
             # a frozen tower is the same in both, so both may use the one, unless the reference is written to
             shares = still is not None and not args.sync_ref_model
             ref_model = copy.deepcopy(model, {id(still): still} if shares else {})

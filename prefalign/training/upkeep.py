@@ -49,6 +49,11 @@ class Upkeep(Trainer):
         self.files = dict(files or {})
         self.saw_pictures = False
         super().__init__(*args, **kwargs)
+        if getattr(self.model, "is_loaded_in_4bit", False):
+            # TRL rounds such a model's adapter to bfloat16, in which a weight of 0.02 does not move by steps of 1e-5
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
         self.add_callback(_LogBeforeSave(self))
         self.add_callback(_GradientAudit(self))
 
