@@ -36,6 +36,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from preference_cases import (
@@ -313,6 +314,7 @@ def main() -> None:
         )
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
     warnings.filterwarnings("ignore")
     cases = {name: CASES[name] for name in chosen.cases.split(",")}
     if on_cuda:
