@@ -11,8 +11,6 @@ from PIL import Image
 from prefalign.families import image_token_ids
 from prefalign.images import ImageError, encode_png
 from prefalign.models import ModelConfig, load_processor
-from prefalign.records import Prompt, user_message
-from prefalign.store import OutputConfig, write_records
 from prefalign.training.collator import PreferenceCollator
 from prefalign.training.documents import PromptTooLong, decode
 from prefalign.training.pairs import keep_fitting, load_pairs, pairs_manifest
@@ -156,14 +154,6 @@ def test_pairs_folder_is_memory_mapped_and_stays_encoded(tmp_path: Path):
     assert dataset.cache_files
     assert dataset[6]["images"][0]["bytes"] == make_pair(6).images[0]["bytes"]
     assert pairs_manifest(tmp_path / "pairs").rows_out == 7
-
-
-def test_rows_of_another_kind_are_refused(tmp_path: Path):
-    prompts = [Prompt(id="a", images=[encode_png(picture(1))], messages=[user_message("What is this?", 1)])]
-    write_records("ask", prompts, output=OutputConfig(tmp_path / "prompts"), record=Prompt, settings={}, seed=0)
-    message = r"prompts holds no pairs: the stage 'ask' wrote rows of id, images, messages, .* and a pair has .*chosen, rejected"
-    with pytest.raises(ValueError, match=message):
-        load_pairs(tmp_path / "prompts")
 
 
 def test_unfinished_pairs_are_refused(tmp_path: Path):

@@ -112,7 +112,7 @@ def test_a_part_that_cannot_be_read_is_computed_again(damage, bench, tmp_path, c
     part.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "garbage": bytes(len(whole))}[damage])
     with caplog.at_level(logging.WARNING, logger="prefalign.training.reference"):
         report = fill(make(bench, rows_of(3)), tmp_path)
-    assert "cannot be read" in caplog.text
+    assert "is damaged" in caplog.text
     assert "its rows are computed again" in caplog.text
     assert (report.found, report.computed) == (0, 3)
     assert part.read_bytes() == whole
@@ -215,11 +215,14 @@ def test_numbers_that_are_not_the_references_are_refused(bench, tmp_path):
     """One token of one view of one row is off by 0.1: all rows are verified here, random ones in a run."""
     fill(make(bench, rows_of(3)), tmp_path)
     (part,) = tmp_path.glob("part-*.arrow")
-    batch = pa.ipc.open_file(pa.BufferReader(part.read_bytes())).get_batch(0)
-    columns = batch.to_pydict()
+    columns = pa.ipc.open_file(pa.BufferReader(part.read_bytes())).get_batch(0).to_pydict()
+    part.unlink()
     columns["rejected"][1][0] += 0.1
-    with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
-        writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=batch.schema))
+    views = [view for view in columns if view != "key"]
+    entries = [
+        (key, {view: torch.tensor(columns[view][row]) for view in views}) for row, key in enumerate(columns["key"])
+    ]
+    ReferenceCache(tmp_path, tuple(views)).write(entries)
     message = (
         "in 3 random rows a token differs by up to 0.1, where rounding explains 0.002.*Delete the folder and start"
     )

@@ -101,16 +101,14 @@ class ReferenceCache:
         self.__init__(**state)  # type: ignore[misc]
 
     def reload(self) -> None:
-        """Read which entries there are; a part that cannot be read is passed over, and its rows count as missing."""
+        """Read which entries there are; a damaged part is passed over, and its rows count as missing."""
         self._places, self._parts = {}, []
         for file in sorted(self.folder.glob("part-*.arrow")):
-            try:
-                with pa.memory_map(str(file)) as mapped:
-                    batch = pa.ipc.open_file(mapped).get_batch(0)
-                    batch.validate()
-            except (pa.ArrowInvalid, OSError) as error:
-                logger.warning("%s cannot be read (%s); its rows are computed again.", file, error)
+            if file.name != _part_name(file.read_bytes()):
+                logger.warning("%s is damaged; its rows are computed again.", file)
                 continue
+            with pa.memory_map(str(file)) as mapped:
+                batch = pa.ipc.open_file(mapped).get_batch(0)
             if not set(self.views) <= set(batch.schema.names):
                 continue
             for row, key in enumerate(batch.column("key").to_pylist()):
@@ -118,7 +116,7 @@ class ReferenceCache:
             self._parts.append(batch)
 
     def write(self, entries: Sequence[tuple[str, Mapping[str, torch.Tensor]]]) -> None:
-        """Add a part, under a name made of its keys; it appears whole or not at all."""
+        """Add a part, under a name made of its bytes; it appears whole or not at all."""
         if not entries:
             return
         columns = {"key": pa.array([key for key, _ in entries])}
@@ -128,8 +126,12 @@ class ReferenceCache:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
-        name = hashlib.sha256("".join([*self.views, *(key for key, _ in entries)]).encode()).hexdigest()[:16]
-        write_atomically(self.folder / f"part-{name}.arrow", sink.getvalue().to_pybytes())
+        data = sink.getvalue().to_pybytes()
+        write_atomically(self.folder / _part_name(data), data)
+
+
+def _part_name(data: bytes) -> str:
+    return f"part-{hashlib.sha256(data).hexdigest()[:16]}.arrow"
 
 
 def row_key(row: Mapping[str, Any]) -> str:
