@@ -285,7 +285,10 @@ def test_processes_that_do_not_see_each_other_are_refused(tmp_path, monkeypatch)
 def test_private_names_that_we_lean_on_exist():
     for name in PRIVATE:
         assert callable(getattr(DPOTrainer, name)), name
+    from trl.trainer import utils
     from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+    assert isinstance(utils._CHUNKED_LOGPROB_CHUNK_SIZE, int)
 
     assert callable(DataCollatorForVisionPreference.torch_call)
     source = Path(sys.modules["trl.trainer.dpo_trainer"].__file__).read_text()

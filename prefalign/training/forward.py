@@ -12,10 +12,12 @@ import copy
 import functools
 import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from trl.trainer import utils as trl_utils
 
 from prefalign import families
 from prefalign.training.attention import SPLIT, dense_masks
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 PLAIN_LAYERS = frozenset({"llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text"})
 """Text models whose layer is attention and MLP, each after a norm and added to its input, and nothing else."""
+
+HEAD_CHUNK = 4096
+"""Entries of the vocabulary that TRL's head projects at a time on a CPU (`_small_head_chunks`)."""
 
 
 def share(model: PreTrainedModel, layout: str) -> None:
@@ -78,6 +83,22 @@ def share(model: PreTrainedModel, layout: str) -> None:
         return original(*args, **kwargs)
 
     base.forward = types.MethodType(forward, base)
+
+
+@contextmanager
+def _small_head_chunks(wanted: bool) -> Iterator[None]:
+    """On a CPU, let TRL's head project `HEAD_CHUNK` entries of the vocabulary at a time instead of 32,768.
+
+    With prompts shared, the scratch of the head is what a step's memory peaks at; on a GPU it is small beside the rest, and
+    more chunks are more launches.
+    """
+    before = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    if wanted:
+        trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = HEAD_CHUNK
+    try:
+        yield
+    finally:
+        trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = before
 
 
 def _document_inputs(base: Any, packed: Mapping[str, Any]) -> dict[str, Any]:
