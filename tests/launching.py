@@ -18,7 +18,7 @@ BIN = Path(sys.executable).parent
 CLOCK = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
 CLOCK |= {f"eval_{name}" for name in ("runtime", "samples_per_second", "steps_per_second")}
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs prefalign[deepspeed]")
-TIMEOUT = 150  # seconds; what hangs, fails: a mode takes 40, on a machine that does nothing else 15
+TIMEOUT = 150  # seconds, so that what hangs fails; ZeRO-3, the longest, took 70 to 90 on two cores that others used too
 ENVIRONMENT = {
     **os.environ,
     "CUDA_VISIBLE_DEVICES": "",
