@@ -146,7 +146,7 @@ class Case:
         if budget is None:
             return rows
         read = self.collator.reader.read(rows, self.collator.max_length)
-        most = max(read.passes(budget), key=lambda group: len(list(group)))
+        most = max(read.passes(budget, self.collator.layout), key=lambda group: len(list(group)))
         return [rows[number] for number in sorted(most)]
 
     @cached_property

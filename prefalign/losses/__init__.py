@@ -96,7 +96,7 @@ def read_losses(entries: Sequence[Mapping[str, Any]], *, beta: float) -> list[We
                 "such as mDPO, are lists: see configs/recipes/train_preference_*.yaml."
             )
             continue
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight <= 0:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
             problems.append(
                 f"{place}.weight: {weight!r} is no positive number; leave the entry out to train without it."
             )

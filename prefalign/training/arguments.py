@@ -23,6 +23,17 @@ OWNED = {
     "seed": "set `seed`",
     "resume_from_checkpoint": "set `resume`",
 }
+DPO_WITHOUT_EFFECT = {
+    "padding_free": "rows are packed without padding anyway, where a family allows it",
+    "pad_to_multiple_of": "TRL does it for text only",
+    "truncation_mode": "answers are cut at their end, prompts never",
+    "dataset_num_proc": "rows are prepared batch by batch",
+    "precompute_ref_batch_size": "the reference's pass takes the batches of training",
+    "model_init_kwargs": "`model` says how the model is loaded",
+    "pad_token": "the processor has one",
+}
+"""Fields of `DPOConfig` that say nothing about pairs with pictures, and why."""
+
 SFT_WITHOUT_EFFECT = {
     "completion_only_loss": "the loss is always on the answers only",
     "assistant_only_loss": "the loss is always on the answers only",
@@ -82,7 +93,7 @@ def training_arguments(
     """
     known = [entry.name for entry in dataclasses.fields(kind) if entry.init]
     hints = typing.get_type_hints(kind)
-    without_effect = SFT_WITHOUT_EFFECT if issubclass(kind, SFTConfig) else {}
+    without_effect = SFT_WITHOUT_EFFECT if issubclass(kind, SFTConfig) else DPO_WITHOUT_EFFECT
     problems, values = [], {}
     for name, value in settings.items():
         if name in OWNED:

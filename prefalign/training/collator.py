@@ -87,7 +87,7 @@ class PreferenceCollator:
             `input_ids`, `attention_mask`, `completion_mask` (2B, L): TRL's layout of the first two views;
             `answers`: per side `ids` (B, A) and `mask` (B, A) bool;
             `index`: per view the positions of its rows' labels among all N, in row order;
-            `plain`: model inputs of all V x B rows and their `completion_mask`, or `packed`: see `forward.SharedForward`;
+            `plain`: model inputs of all V x B rows and their `completion_mask`, or `packed`: see `forward.share`;
             `dummy`: vision inputs, only where no row holds a picture;
             `reference`: per view (B, A) cached reference log-probs, with a `cache`;
             `ids`: the rows' ids.
@@ -99,7 +99,7 @@ class PreferenceCollator:
         read = self.reader.read(rows, self.max_length)
         if self.tokens_per_pass is None:
             return self._batch(rows, read)
-        groups = read.passes(self.tokens_per_pass)
+        groups = read.passes(self.tokens_per_pass, self.layout)
         parts = [self._batch([rows[row] for row in group], read.part(group)) for group in groups]
         for part, group in zip(parts, groups, strict=True):
             part |= {"rows": group, "weight": len(group) / len(rows)}

@@ -82,8 +82,8 @@ class Documents:
         }  # fmt: skip
         return Documents(list(kept.values()), renumbered)
 
-    def passes(self, budget: int) -> list[list[int]]:
-        """Rows put together so that each group takes at most `budget` tokens, or is one row.
+    def passes(self, budget: int, layout: str) -> list[list[int]]:
+        """Rows put together so that each group takes at most `budget` tokens in a layout, or is one row.
 
         Rows on the same document stay together as far as they fit, since its prompt is then run once; groups are filled largest
         first. Each row is in one group.
@@ -96,27 +96,28 @@ class Documents:
         for together in alike.values():
             piece: list[int] = []
             for row in together:
-                if piece and self.part([*piece, row]).tokens() > budget:
+                if piece and self.part([*piece, row]).tokens(layout) > budget:
                     pieces.append(piece)
                     piece = []
                 piece.append(row)
             pieces.append(piece)
         groups: list[list[int]] = []
-        room: list[int] = []
-        for piece in sorted(pieces, key=lambda piece: -self.part(piece).tokens()):
-            size = self.part(piece).tokens()
-            fits = next((number for number, left in enumerate(room) if size <= left), None)
+        for piece in sorted(pieces, key=lambda piece: -self.part(piece).tokens(layout)):
+            fits = next((group for group in groups if self.part([*group, *piece]).tokens(layout) <= budget), None)
             if fits is None:
                 groups.append(list(piece))
-                room.append(budget - size)
             else:
-                groups[fits] += piece
-                room[fits] -= size
+                fits += piece
         return groups
 
-    def tokens(self) -> int:
-        """Tokens of all documents as the shared path runs them."""
-        return sum(len(document.prompt) + sum(len(a) - 1 for a in document.answers) for document in self.documents)
+    def tokens(self, layout: str) -> int:
+        """Tokens of a forward pass over all documents in a layout (`Route.layout`), padding included."""
+        if layout == "plain":
+            rows = [self.documents[number] for places in self.places.values() for number, _ in places]
+            answers = [self.documents[n].answers[branch] for places in self.places.values() for n, branch in places]
+            return len(rows) * max(len(row.prompt) + len(a) for row, a in zip(rows, answers, strict=True))
+        lengths = [len(document.prompt) + sum(len(a) - 1 for a in document.answers) for document in self.documents]
+        return sum(lengths) if layout == "split" else len(lengths) * max(lengths)
 
 
 @dataclass
@@ -259,7 +260,7 @@ def picture_bytes(picture: EncodedImage | Image.Image) -> bytes:
     """What tells one picture from another: its encoded bytes, its path, or its pixels."""
     if isinstance(picture, Mapping):
         return picture["bytes"] if picture["bytes"] is not None else str(picture["path"]).encode()
-    return f"{picture.mode} {picture.size} ".encode() + picture.tobytes()
+    return f"{picture.size} ".encode() + decode(picture).tobytes()
 
 
 def digest_of(pieces: Sequence[bytes]) -> str:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 from trl.trainer import utils as trl_utils
 
 from prefalign import families
@@ -26,6 +27,8 @@ from prefalign.training.layout import Layout, fill
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
+_UNDO = "_prefalign_undo"
 
 PLAIN_LAYERS = frozenset({"llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text"})
 """Text models whose layer is attention and MLP, each after a norm and added to its input, and nothing else."""
@@ -44,10 +47,12 @@ def share(model: PreTrainedModel, layout: str) -> None:
     base = families.core(model)
     if layout == "split":
         base.config.get_text_config()._attn_implementation = SPLIT
+    undo: list[Any] = base.__dict__.setdefault(_UNDO, [])
     if layout == "split" and (last := _last_layer(base)) is not None:
         last.forward = types.MethodType(_label_rows_only, last)
+        undo.append(lambda: last.__dict__.pop("forward", None))
     elif layout != "plain":
-        base.model.register_forward_hook(_keep_label_rows, with_kwargs=True)
+        undo.append(base.model.register_forward_hook(_keep_label_rows, with_kwargs=True).remove)
     original = base.forward
     waiting: dict[str, Any] = {}
 
@@ -58,9 +63,9 @@ def share(model: PreTrainedModel, layout: str) -> None:
         waiting.clear()
         return args, {**kwargs, "inputs_embeds": kwargs["inputs_embeds"] + nothing.to(kwargs["inputs_embeds"].dtype)}
 
-    base.get_decoder().register_forward_pre_hook(add_nothing, with_kwargs=True)
+    undo.append(base.get_decoder().register_forward_pre_hook(add_nothing, with_kwargs=True).remove)
 
-    @functools.wraps(original)
+    @functools.wraps(type(base).forward)
     def forward(
         self: Any,
         *args: Any,
@@ -80,9 +85,21 @@ def share(model: PreTrainedModel, layout: str) -> None:
             waiting["nothing"] = _nothing(self.model, dummy)
         elif dummy is not None:
             waiting["dummy"] = dummy  # a family's own forward embeds the text first, and then runs the tower
-        return original(*args, **kwargs)
+        with _small_head_chunks(packed is not None and packed["tokens"]["input_ids"].device.type == "cpu"):
+            return original(*args, **kwargs)
 
     base.forward = types.MethodType(forward, base)
+    undo.append(lambda: base.__dict__.pop("forward", None))
+
+
+def unshare(model: PreTrainedModel) -> None:
+    """Take off what `share` and TRL's head put on a model, before it is trained once more in the same process."""
+    base = families.core(model)
+    for take_off in base.__dict__.pop(_UNDO, []):
+        take_off()
+    for module in base.model.children():
+        if isinstance(module.__dict__.get("forward"), FrozenTower):
+            del module.__dict__["forward"]
 
 
 @contextmanager
@@ -248,19 +265,25 @@ class FrozenTower:
     def __init__(self, module: torch.nn.Module, *, keep: bool):
         self.original = module.forward
         self.keep = keep
-        self.last: tuple[tuple[Any, ...], dict[str, Any], Any] | None = None
+        self.last: tuple[tuple[Any, ...], dict[str, Any], Any, list[int]] | None = None
         functools.update_wrapper(self, self.original)
         module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # transformers tells the policy's tower alone that it has no cache, which no tower has
         asked = {key: value for key, value in kwargs.items() if key != "use_cache"}
-        if self.last is not None and _equal(self.last[0], args) and _equal(self.last[1], asked):
+        state = _versions((args, asked))
+        if (
+            self.last is not None
+            and self.last[3] == state
+            and _equal(self.last[0], args)
+            and _equal(self.last[1], asked)
+        ):
             return copy.copy(self.last[2])
         with torch.no_grad():
             output = self.original(*args, **kwargs)
         if self.keep:
-            self.last = (args, asked, copy.copy(output))  # Qwen's models write into what they get
+            self.last = (args, asked, copy.copy(output), state)  # Qwen's models write into what they get
         return output
 
     def forget(self) -> None:
@@ -275,6 +298,11 @@ def frozen_tower(model: PreTrainedModel) -> torch.nn.Module | None:
         if families.tower(f"{name}.") == "vision" and parameters and not any(p.requires_grad for p in parameters):
             return module
     return None
+
+
+def _versions(values: Any) -> list[int]:
+    """How often each tensor has been written into, so that one changed in place is not taken for what it was."""
+    return [leaf._version for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def _equal(one: Any, two: Any) -> bool:

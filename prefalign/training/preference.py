@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -23,6 +24,7 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput, use_adapter
 
@@ -32,7 +34,7 @@ from prefalign.losses import Scores, Weighted, read_losses, views_of
 from prefalign.losses.text import COUPLED, LOSS_TYPES, REFERENCE_FREE
 from prefalign.manifest import write_atomically
 from prefalign.training.collator import PreferenceCollator, blank_vision
-from prefalign.training.forward import FrozenTower, frozen_tower, share
+from prefalign.training.forward import FrozenTower, frozen_tower, share, unshare
 from prefalign.training.pairs import COLUMNS
 from prefalign.training.routes import find_route
 from prefalign.training.scoring import FIELDS, has_pictures, run, view_scores
@@ -84,6 +86,7 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
     """
 
     data_collator: PreferenceCollator
+    aux_loss_enabled: bool
 
     def __init__(
         self,
@@ -107,8 +110,15 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         self.views = views_of(self.losses)
         self.full_logits = {view for entry in self.losses for view in entry.term.logits}
         self.needs_reference = needs_reference(self.losses, args.loss_type)
+        self.starts_from_adapter = is_peft_model(model)
         self.reference = reference
         self._check(args, tokens_per_pass)
+        if ref_model is not None and reference == "cached":
+            raise ConfigError(
+                "reference is 'cached' and a `ref_model` is given: the cache is filled by the policy as it starts, so "
+                "that model would never be asked. Set reference to 'online', or leave ref_model out."
+            )
+        unshare(model)
         self.route = find_route(model, fast_path)
         if self.route.layout == "plain" and fast_path == "auto":
             logger.warning("The fast path is off: prompts cannot be shared exactly, because %s.", self.route.reason)
@@ -135,7 +145,7 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
                     "reference to 'cached', or give `ref_model`, loaded as the policy was."
                 )
             # a frozen tower is the same in both, so both may use the one, unless the reference is written to
-            shares = still is not None and not args.sync_ref_model
+            shares = still is not None and not args.sync_ref_model and not args.fsdp_plugin_args
             ref_model = copy.deepcopy(model, {id(still): still} if shares else {})
             ref_model.requires_grad_(False).eval()
         super().__init__(
@@ -152,6 +162,9 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         self.precompute_ref_logps = True  # TRL is handed the reference's log-probs, wherever they come from
         if not online:
             self.ref_model = None
+        if self.aux_loss_enabled:
+            logger.warning("The load-balancing loss of this mixture of experts is left out of the total.")
+            self.aux_loss_enabled = False
         share(self.model, self.route.layout)
         if self.ref_model is not None:
             share(self.accelerator.unwrap_model(self.ref_model), self.route.layout)
@@ -164,6 +177,18 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         self.add_callback(no_hooks)
 
     def _check(self, args: DPOConfig, tokens_per_pass: int | None) -> None:
+        if args.router_aux_loss_coef:
+            raise ConfigError(
+                f"trainer.router_aux_loss_coef is {args.router_aux_loss_coef}, and the load-balancing loss is not "
+                "defined for shared prompts. Leave it out."
+            )
+        if tokens_per_pass is not None and tokens_per_pass < 1:
+            raise ConfigError(f"tokens_per_pass is {tokens_per_pass}; give the most tokens of one pass, such as 8192.")
+        if tokens_per_pass is not None and args.world_size > 1:
+            raise ConfigError(
+                f"tokens_per_pass: TRL's metrics are exchanged with every pass, and {args.world_size} processes would "
+                "make different numbers of passes. Leave it out and lower trainer.per_device_train_batch_size."
+            )
         for kind in args.loss_type:
             if kind not in LOSS_TYPES:
                 raise ConfigError(f"trainer.loss_type: TRL has no loss {kind!r}; {nearest(kind, list(LOSS_TYPES))}")
@@ -198,6 +223,26 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(COLUMNS)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train as TRL does; losses that keep a state go on with the checkpoint's."""
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(str(self.args.output_dir))
+        states = Path(folder) / TERMS_FILE if folder else None
+        if states is not None and states.is_file():
+            kept = json.loads(states.read_text(encoding="utf-8"))
+            for entry in self._stateful():
+                entry.term.load_state_dict(kept[entry.name])
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As transformers does, but DeepSpeed's 16 bits are not for the reference's log-probs: their sums would be rounded."""
+        prepared = super()._prepare_inputs(inputs)
+        if "reference" in inputs:
+            device = self.args.device
+            prepared["reference"] = {view: logps.to(device) for view, logps in inputs["reference"].items()}
+        return prepared
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Held-out batches are run whole."""
         collator = self.data_collator
@@ -208,18 +253,21 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
             self.data_collator = collator
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """A step on a batch, or on its parts one after the other: gradients add up and are exchanged with the last."""
+        """A step on a batch, or on its parts one after the other: gradients add up, metrics are means over the batch's rows."""
         if "parts" not in inputs:
             return super().training_step(model, inputs, *args, **kwargs)
-        parts = inputs["parts"]
-        counts = self.accelerator.gather(torch.tensor([len(parts)], device=self.accelerator.device))
-        rounds = int(counts.max())
-        # processes with fewer parts repeat one that counts nothing, since losses and metrics are exchanged in every round
-        parts = [*parts, *({**parts[-1], "weight": 0.0} for _ in range(rounds - len(parts)))]
+        before = self._metrics["train"]
+        means: dict[str, float] = defaultdict(float)
         total = torch.zeros((), device=self.accelerator.device)
-        for number, part in enumerate(parts):
-            with nullcontext() if number == rounds - 1 else self.accelerator.no_sync(model):
-                total = total + super().training_step(model, part, *args, **kwargs)
+        for part in inputs["parts"]:
+            self._metrics["train"] = defaultdict(list)
+            total = total + super().training_step(model, part, *args, **kwargs)
+            for name, values in self._metrics["train"].items():
+                means[name] += part["weight"] * values[-1]
+        self._metrics["train"] = before
+        for name, value in means.items():
+            before[name].append(value)
+        before["num_tokens"] = [self._total_train_tokens]
         return total
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -272,8 +320,10 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         training = policy.training
         policy.eval()
         adapter = "ref" if "ref" in getattr(unwrapped, "peft_config", {}) else None
+        # a run that starts from an adapter and keeps no copy of it asks before training, while the adapter is the reference
+        as_it_is = not is_peft_model(unwrapped) or (self.starts_from_adapter and adapter is None)
         try:
-            with use_adapter(unwrapped, adapter_name=adapter) if is_peft_model(unwrapped) else nullcontext():
+            with nullcontext() if as_it_is else use_adapter(unwrapped, adapter_name=adapter):
                 yield policy
         finally:
             policy.train(training)
@@ -305,10 +355,14 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
             sums = list(_sums(per_token, mask, self.ld_alpha).chunk(2))
         batch |= {"ref_chosen_logps": sums[0], "ref_rejected_logps": sums[1]}
         loss = super()._compute_loss(lambda **_: outputs, batch, False)
+        metrics = self._metrics["train" if self.model.training else "eval"]
         if references[0] is None:
-            metrics = self._metrics["train" if self.model.training else "eval"]
             for name in [name for name in metrics if name.startswith("rewards/")]:
                 del metrics[name]
+        if len(self.views) == 1:
+            for name in [name for name in metrics if name.endswith(("/rejected", "/margins", "/accuracies"))]:
+                if name.startswith(("rewards/", "logps/", "logits/")):
+                    del metrics[name]
         return loss
 
     def _log_terms(self, logged: Mapping[str, torch.Tensor]) -> None:
@@ -318,14 +372,6 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, value in zip(logged, means, strict=True):
             metrics[name].append(value)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        states = Path(resume_from_checkpoint) / TERMS_FILE
-        if states.is_file():
-            kept = json.loads(states.read_text(encoding="utf-8"))
-            for entry in self._stateful():
-                entry.term.load_state_dict(kept[entry.name])
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
+from accelerate.utils import broadcast_object_list
 
 from prefalign.losses import VIEWS
 from prefalign.manifest import differences, write_atomically
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 SETTINGS_FILE = "settings.json"
 ROWS_PER_PART = 256
+_NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version", "dtype", "quantization_config"}
 TOLERANCE = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.5}
 """Largest difference of one token's log-prob between the cache and a live pass that rounding explains."""
 
@@ -161,9 +164,11 @@ def cache_settings(trainer: PreferenceTrainer, reference: str) -> dict[str, Any]
     }
     model = trainer.accelerator.unwrap_model(trainer.model)
     quantised = getattr(model.config, "quantization_config", None)
+    shape = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_OF_THE_MODEL}
     return {
         "format": FORMAT,
         "reference": reference,
+        "config": hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16],
         "dtype": str(model.dtype).removeprefix("torch."),
         "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 else "none",
         "quantisation": json.loads(json.dumps(_plain(quantised), default=str)),
@@ -205,6 +210,7 @@ def cache_reference(
     for dataset in datasets:
         keys = [row_key(row) for row in dataset]
         missing = list({key: number for number, key in enumerate(keys) if key not in cache}.values())
+        missing = broadcast_object_list([missing])[0]  # another run may be writing into the folder at this moment
         report.rows += len(keys)
         report.found += len(keys) - len(missing)
         report.computed += len(missing)
@@ -218,8 +224,8 @@ def cache_reference(
         row = rows[number]
         live = _live(trainer, model, [row])[0]
         for view, kept in cache[row_key(row)].items():
-            apart = float("inf") if len(kept) != len(live[view]) else (kept - live[view]).abs().max().item()
-            report.largest_difference = max(report.largest_difference, apart)
+            apart = math.inf if len(kept) != len(live[view]) else (kept - live[view]).abs().max().item()
+            report.largest_difference = max(report.largest_difference, math.inf if math.isnan(apart) else apart)
     allowed = TOLERANCE[settings["dtype"] if settings["autocast"] == "none" else settings["autocast"]]
     if report.largest_difference > allowed:
         raise StaleReference(

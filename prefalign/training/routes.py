@@ -11,9 +11,6 @@ from prefalign import families
 BOTH_WAYS = frozenset({"gemma3", "paligemma"})
 """Families that read pictures (Gemma 3) or the whole prompt (PaliGemma) in both directions."""
 
-SHARING = (*families.TESTED, "mistral3", "glm4v")
-"""Families whose shared path is tested, here or in the measurements behind it."""
-
 
 @dataclass(frozen=True)
 class Route:
@@ -51,16 +48,13 @@ def find_route(model: Any, fast_path: Literal["auto", "off"] = "auto") -> Route:
         return Route("plain", "its pictures reach the language model beside the prompt")
     if "mm_encoder_outputs" not in inspect.signature(type(base.model).forward).parameters:
         return Route("plain", "its forward takes no encoded pictures (mm_encoder_outputs)")
-    if config.model_type not in SHARING:
+    if config.model_type not in families.TESTED:
         return Route("plain", f"the family {config.model_type!r} is not among those whose shared path is tested")
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    if getattr(text, "_attn_implementation", "sdpa") not in ("sdpa", "prefalign_split"):
+        return Route("plain", f"it runs with attention {text._attn_implementation!r}, and sharing needs 'sdpa'")
     if config.model_type in BOTH_WAYS:
         return Route("mask")
     if window is not None or "sliding_attention" in kinds:
         return Route("plain", f"its attention looks back {window} positions only, counted in the row")
-    if getattr(text, "_attn_implementation", "sdpa") not in ("sdpa", "prefalign_split"):
-        return Route(
-            "plain",
-            f"it runs with attention {text._attn_implementation!r}, and sharing needs 'sdpa'",
-        )
     return Route("split")

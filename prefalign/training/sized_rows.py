@@ -67,7 +67,7 @@ def measure(reader: Reader, row: Mapping[str, Any], image_token: int, max_length
     answers = [len(answer) for document in read.documents for answer in document.answers]
     scored = [len(read.documents[number].answers[branch]) for ((number, branch),) in read.places.values()]
     longest = len(prompt) + max(answers)
-    return RowTokens(read.tokens(), longest, pictures, len(prompt) - pictures, max(answers), sum(scored))
+    return RowTokens(read.tokens("split"), longest, pictures, len(prompt) - pictures, max(answers), sum(scored))
 
 
 def sized_rows(
