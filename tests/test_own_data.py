@@ -87,9 +87,11 @@ def test_readme_commands_from_pairs_to_publish(tiny_llava, photographs, tmp_path
                  for n, name in enumerate(PHOTOGRAPHS)]  # fmt: skip
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     monkeypatch.chdir(tmp_path)
+    training = "--trainer.max_steps 2 --trainer.per_device_train_batch_size 1 --trainer.bf16 false "
+    training += "--trainer.gradient_accumulation_steps 1"
     extra = {
-        "train_preference": "--trainer.max_steps 2 --trainer.per_device_train_batch_size 1 --trainer.bf16 false "
-        "--trainer.gradient_accumulation_steps 1",
+        "doctor": training,
+        "train_preference": training,
         "evaluate_model": "--asking.short_answer_tokens 4",
         "publish": "--base-model llava-hf/llava-1.5-7b-hf --output runs/staged",
     }
@@ -102,7 +104,7 @@ def test_readme_commands_from_pairs_to_publish(tiny_llava, photographs, tmp_path
         words = [known.get(word, word) for word in words]
         assert cli.main([*words, *shlex.split(extra.get(name, ""))]) == 0, capsys.readouterr().err
         ran.append(name)
-    assert ran == ["inspect", "train_preference", "evaluate_model", "publish"]
+    assert ran == ["inspect", "doctor", "train_preference", "evaluate_model", "publish"]
     assert (tmp_path / "runs/pairs/report.html").stat().st_size > 10_000
     assert (tmp_path / "runs/policy/adapter_model.safetensors").is_file()
     assert (tmp_path / "runs/policy/preprocessor_config.json").is_file() or (

@@ -32,6 +32,10 @@ def test_parts_are_one_pass(lora, reference, tiny_llava, pairs, tmp_path):
     batch = parts.data_collator([parts.train_dataset[number] for number in range(6)])
     assert len(batch["parts"]) > 1
     assert losses(parts) == pytest.approx(losses(whole), abs=2e-6)
+    for one, two in zip(parts.state.log_history[:2], whole.state.log_history[:2], strict=True):
+        assert one.keys() == two.keys()
+        for name in ("rewards/chosen", "rewards/margins", "visual/margins", "num_tokens"):
+            assert one[name] == pytest.approx(two[name], abs=1e-5), name
     assert largest_difference(weights(parts.model), weights(whole.model)) < 2e-5
 
 
@@ -59,6 +63,22 @@ def test_pairs_of_one_prompt_share_a_part(tiny_llava, tmp_path):
     trainer = make_trainer(tiny_llava, tmp_path / "pairs", tmp_path / "run", tokens_per_pass=60)
     batch = trainer.data_collator([trainer.train_dataset[number] for number in range(5)])
     assert [0, 2, 4] in [sorted(part["rows"]) for part in batch["parts"]]
+
+
+@pytest.mark.parametrize(("layout", "most"), [("plain", 260), ("mask", 120)])
+def test_a_budget_counts_the_padding_of_its_layout(layout, most, tiny_llava, pairs, tmp_path):
+    trainer = make_trainer(tiny_llava, pairs, tmp_path, tokens_per_pass=most)
+    trainer.data_collator.layout = layout
+    batch = trainer.data_collator([trainer.train_dataset[number] for number in range(6)])
+    for part in batch["parts"]:
+        tokens = part["plain"]["input_ids"] if layout == "plain" else part["packed"]["tokens"]["input_ids"]
+        assert tokens.numel() <= most
+    assert 1 < len(batch["parts"]) < 6
+
+
+def test_budgets_that_make_no_sense(tiny_llava, pairs, tmp_path):
+    with pytest.raises(ConfigError, match="tokens_per_pass is -5; give the most tokens of one pass"):
+        make_trainer(tiny_llava, pairs, tmp_path, tokens_per_pass=-5)
 
 
 def test_losses_that_couple_rows_are_refused(tiny_llava, pairs, tmp_path):
