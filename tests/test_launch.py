@@ -26,6 +26,7 @@ from tests.launching import CLOCK, ENVIRONMENT, ROOT, assert_same_run, history, 
 from tests.training_runs import largest_difference, write_pairs
 
 RECIPE = bundled.load_stage("train_preference")
+SFT = bundled.load_stage("train_sft")
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +40,20 @@ def recipe_values(model, pairs, output, **trainer):
             "trainer": settings | trainer}  # fmt: skip
 
 
-def test_fsdp_on_a_cpu_is_refused(pairs, monkeypatch, tmp_path):
+@pytest.mark.parametrize("recipe", [RECIPE, SFT], ids=["preference", "sft"])
+def test_fsdp_on_a_cpu_is_refused(recipe, pairs, monkeypatch, tmp_path):
     """accelerate would train DDP (MULTI_CPU) and end well; a run of ours stops before it loads anything."""
     values = recipe_values("no/model", pairs, tmp_path / "run")
+    values["data" if recipe is SFT else "pairs"] = values.pop("pairs")
     message = (
         "FSDP is asked for by {} and this run is on a CPU: .* would train plain DDP .* configs/deepspeed/zero3.json"
     )
     with pytest.raises(ConfigError, match=message.format("`trainer.fsdp`")):
-        RECIPE.main(build(RECIPE.Config, values | {"trainer": {"fsdp": True, "use_cpu": True}}))
+        recipe.main(build(recipe.Config, values | {"trainer": {"fsdp": True, "use_cpu": True}}))
     arguments, _, _ = launch_arguments("fsdp2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", prepare_multi_gpu_env(arguments)["ACCELERATE_USE_FSDP"])
     with pytest.raises(ConfigError, match=message.format("the profile of `accelerate launch`")):
-        RECIPE.main(build(RECIPE.Config, values))
+        recipe.main(build(recipe.Config, values))
     assert not (tmp_path / "run").exists()
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from prefalign.manifest import differences, write_atomically
-from prefalign.training.checkpoints import last_checkpoint
+from prefalign.training.checkpoints import last_checkpoint, random_states
 
 CONFIG_FILE = "prefalign_config.yaml"
 MANIFEST = "_manifest.json"
@@ -80,7 +80,8 @@ def open_run(
         The checkpoint to go on from, or None to start at the beginning.
 
     Raises:
-        RunError: the folder belongs to another config, base or other pairs, holds something else, or `resume` cannot be met.
+        RunError: the folder belongs to another config, base, other pairs or another number of processes, holds something
+            else, or `resume` cannot be met.
     """
     file = folder / CONFIG_FILE
     if file.is_file():
@@ -105,6 +106,13 @@ def open_run(
     elif folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise RunError(f"{folder} is not empty and holds no run of prefalign. Give another `output`.")
     checkpoint = last_checkpoint(folder, processes=processes) if folder.is_dir() else None
+    of_others = last_checkpoint(folder) if folder.is_dir() and checkpoint is None else None
+    if of_others is not None:
+        raise RunError(
+            f"{folder} holds {of_others.name} of a run on {_count(random_states(of_others))}, and this is {_count(processes)}: "
+            "its optimizer and random states could not be restored, and starting anew would overwrite it. Start it as before, "
+            "give another `output`, or delete the folder."
+        )
     if resume is True and checkpoint is None:
         raise RunError(f"resume is true and {folder} holds no whole checkpoint. Set resume to auto to start anew.")
     if resume is False and checkpoint is not None:
@@ -113,6 +121,10 @@ def open_run(
             "another `output`, or set resume to auto to go on."
         )
     return checkpoint
+
+
+def _count(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"
 
 
 def claim_run(folder: Path, files: Mapping[str, str]) -> None:
