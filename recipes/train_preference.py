@@ -106,7 +106,7 @@ def main(config: Config) -> None:
     processor = load_processor(config.model)
     model = load_policy(config.model, config.lora, device=str(arguments.device))
     base = fingerprint(model)
-    files |= base_file(config.model.model_name_or_path, base)
+    files |= base_file(config.model.model_name_or_path, base, changed=bool(getattr(model, "is_quantized", False)))
     checkpoint = open_run(config.output, files, resume=config.resume, processes=processes)
     if is_finished(config.output):
         if main_process:

@@ -79,7 +79,8 @@ def main(config: Config) -> None:
     collator = AnswerCollator(processor, arguments.max_length)
     model = load_policy(config.model, config.lora, device=str(arguments.device), continues=True)
     goes_on = is_peft_model(model)
-    files |= base_file(config.model.model_name_or_path, fingerprint(model))
+    changed = goes_on or bool(getattr(model, "is_quantized", False))
+    files |= base_file(config.model.model_name_or_path, fingerprint(model), changed=changed)
     checkpoint = open_run(config.output, files, resume=config.resume, processes=processes)
     if is_finished(config.output):
         if main_process:

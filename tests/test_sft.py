@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from prefalign import bundled, families
+from prefalign.adapters import merge_adapters
 from prefalign.config import ConfigError, build, load
 from prefalign.models import ModelConfig, load_model, load_processor
 from prefalign.records import Prompt, assistant_message, user_message
@@ -320,6 +321,8 @@ def test_the_adapter_of_the_first_stage_goes_on(tiny_llava, examples, tmp_path, 
     assert (
         largest_difference(together, weights(load_model(ModelConfig(str(tmp_path / "two"))).merge_and_unload())) == 0.0
     )
+    full = load_file(merge_adapters([str(tmp_path / "two")], tmp_path / "full") / "model.safetensors")
+    assert largest_difference(full, load_file(tiny_llava / "model.safetensors")) > 1e-4
     merged = load_policy(ModelConfig(str(tmp_path / "one"), device="cpu"), None, device="cpu")
     assert all(parameter.requires_grad for parameter in merged.parameters())
     assert not any("lora" in name for name, _ in merged.named_parameters())

@@ -54,11 +54,18 @@ def run_files(
     return files if eval_manifest is None else {**files, f"eval_{data}{MANIFEST}": eval_manifest}
 
 
-def base_file(model_name_or_path: str, fingerprint: str) -> dict[str, str]:
-    """One more of these files: the weights that the run starts from, and the folder they were in (None: the Hub's)."""
+def base_file(model_name_or_path: str, fingerprint: str, *, changed: bool = False) -> dict[str, str]:
+    """One more of these files: the weights that the run starts from, and the folder they were in (None: the Hub's).
+
+    Args:
+        model_name_or_path: of the run's config.
+        fingerprint: of the policy before training.
+        changed: the policy is not the base as it is stored: it brings an adapter, or is quantised.
+    """
     folder = Path(model_name_or_path).expanduser()
     local = str(folder.resolve()) if folder.is_dir() else None
-    return {BASE_FILE: json.dumps({"name": model_name_or_path, "local": local, "fingerprint": fingerprint}, indent=2)}
+    note = {"name": model_name_or_path, "local": local, "fingerprint": fingerprint, "changed": changed}
+    return {BASE_FILE: json.dumps(note, indent=2)}
 
 
 def open_run(
