@@ -237,6 +237,8 @@ def test_a_full_disk_is_explained(tiny_llava, tuned, tmp_path, monkeypatch):
     message = "Error while serializing: I/O error: No space left on device (os error 28)"  # safetensors' words
     with pytest.raises(ModelError, match="became full before"), whole_folder(out, {}, 0):
         raise RuntimeError(message)
+    with pytest.raises(ModelError, match="became full before"), whole_folder(out, {}, 0):
+        raise RuntimeError("the weights could not be written") from RuntimeError(message)
 
 
 def test_licences_go_with_the_weights_and_the_card_does_not(tiny_llava, tuned, tmp_path):

@@ -277,6 +277,8 @@ def test_a_full_disk_as_safetensors_tells_it_and_other_errors(tmp_path):
     full = "Error while serializing: I/O error: No space left on device (os error 28)"
     with pytest.raises(RunError, match="is full.* it goes on from the beginning"), full_disk_explained(tmp_path):
         raise SafetensorError(full)
+    with pytest.raises(RunError, match="is full"), full_disk_explained(tmp_path):
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/1")
     with pytest.raises(ValueError, match="another thing"), full_disk_explained(tmp_path):
         raise ValueError("another thing")
 

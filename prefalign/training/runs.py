@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from prefalign.manifest import differences, write_atomically
+from prefalign.manifest import differences, is_full_disk, write_atomically
 from prefalign.training.checkpoints import last_checkpoint, random_states
 
 CONFIG_FILE = "prefalign_config.yaml"
@@ -20,14 +19,6 @@ BASE_FILE = "base.json"
 RESULTS_FILE = "all_results.json"
 FREE = ("output", "resume", "model.device", "reference_folder")
 """Settings that may differ between the runs that share a folder."""
-_FULL_DISK = (
-    "No space left on device",
-    "Disk quota exceeded",
-    "PytorchStreamWriter failed writing",
-    "iostream error",
-    "unexpected pos",
-)
-"""How safetensors and torch tell of a write that failed, without an errno."""
 
 
 class RunError(RuntimeError):
@@ -151,7 +142,7 @@ def full_disk_explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_full_disk(error):
+        if not is_full_disk(error):
             raise
         kept = last_checkpoint(folder)
         raise RunError(
@@ -159,16 +150,6 @@ def full_disk_explained(folder: Path) -> Iterator[None]:
             f"start the same command again: it goes on from {kept.name if kept else 'the beginning'}. `trainer.save_total_limit: "
             "1` keeps one checkpoint only, and a LoRA adapter takes far less than all weights."
         ) from error
-
-
-def _is_full_disk(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(sign in str(error) for sign in _FULL_DISK):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def finish_run(folder: Path, results: Mapping[str, Any]) -> None:
