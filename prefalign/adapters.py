@@ -7,7 +7,7 @@ model's own weights, that is Aya Vision's interpolation (arXiv 2505.08751) witho
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -120,10 +120,14 @@ def merge_adapters(
     }
     if is_made(output, made):
         return output
+    others = {trained[1] for source in found if (trained := _trained_on(source))} - {dtype}
+    prints = {
+        other: fingerprint(load_model(ModelConfig(str(start.folder), dtype=other, device=device))) for other in others
+    }
     model = load_model(ModelConfig(str(start.folder), dtype=dtype, device=device))
-    start_print = fingerprint(model)
+    prints[dtype] = start_print = fingerprint(model)
     for source in found:
-        _check_trained_on(source, start, start_print, dtype)
+        _check_trained_on(source, start, prints)
     stored = getattr(model.config, "dtype", None) if dtype == "auto" else None
     size = sum(parameter.numel() for parameter in model.parameters()) * (stored or model.dtype).itemsize
     peft_model = _with_adapters(model, found, settings, start)
@@ -205,21 +209,37 @@ def _find_base(
         raise ModelError(f"{error} (It is what adapter {adapters[0].name!r} names; `base` names another.)") from error
 
 
-def _check_trained_on(adapter: Source, base: Source, found: str, dtype: str) -> None:
-    """A run of prefalign noted the fingerprint of its base; another one is another model."""
+def _trained_on(adapter: Source) -> tuple[dict[str, Any], str] | None:
+    """What a run of prefalign noted of its base, and the dtype it had there; None where the base's own weights are not noted."""
     import yaml
 
     note, config = adapter.folder / "base.json", adapter.folder / "prefalign_config.yaml"
     if not note.is_file() or not config.is_file():
-        return
+        return None
     noted = json.loads(note.read_text(encoding="utf-8"))
     model = yaml.safe_load(config.read_text(encoding="utf-8")).get("model") or {}
-    if model.get("load_in_4bit"):
-        return  # the fingerprint is that of the rounded weights
-    if model.get("dtype", "auto") == dtype and noted["fingerprint"] != found:
+    if model.get("load_in_4bit") or noted.get("changed"):
+        return None
+    return noted, model.get("dtype", "auto")
+
+
+def _check_trained_on(adapter: Source, base: Source, found: Mapping[str, str]) -> None:
+    """Check that the base is the one that a run started from.
+
+    Args:
+        adapter: the run's adapter.
+        base: the base.
+        found: dtype to the base's fingerprint when loaded in it.
+    """
+    trained = _trained_on(adapter)
+    if trained is None:
+        return
+    noted, dtype = trained
+    if noted["fingerprint"] != found[dtype]:
         raise ModelError(
             f"adapter {adapter.name!r} was trained on {noted['name']!r} with other weights than {base.name!r} has (fingerprint "
-            f"{noted['fingerprint']}, here {found}). Merged they would be a model that nobody trained. Name the right `base`."
+            f"{noted['fingerprint']}, here {found[dtype]}). Merged they would be a model that nobody trained. Name the right "
+            "`base`."
         )
 
 

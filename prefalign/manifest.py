@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -12,6 +13,15 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = ("torch", "transformers", "datasets", "pyarrow", "pillow", "trl", "peft", "accelerate")
+
+_FULL_DISK = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "PytorchStreamWriter failed writing",
+    "iostream error",
+    "unexpected pos",
+)
+"""How safetensors and torch tell of a write that failed, without an errno."""
 
 
 @dataclass
@@ -53,6 +63,17 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that a disk is full: Python by errno, safetensors and torch in words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(sign in str(error) for sign in _FULL_DISK):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def library_versions() -> dict[str, str]:

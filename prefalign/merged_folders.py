@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prefalign.checkpoints import ModelError, check_weights, resolve
-from prefalign.manifest import library_versions, write_atomically
+from prefalign.manifest import is_full_disk, library_versions, write_atomically
 from prefalign.models import ModelConfig
 
 MERGE_FILE = "merge.json"
@@ -172,7 +172,7 @@ def whole_folder(output: Path, made: Mapping[str, Any], size: int) -> Iterator[P
         os.replace(partial, output)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if _is_full_disk(error):
+        if is_full_disk(error):
             raise ModelError(
                 f"the disk that holds {output} became full before the merged model was written whole; nothing was left there. "
                 "Free some space and start the same command again, or give an `output` on another disk."
@@ -190,12 +190,6 @@ def _sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _is_full_disk(error: Exception) -> bool:
-    # safetensors tells of a failed write in words, without an errno
-    told = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return told or "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
 
 
 def _any_case(patterns: Sequence[str]) -> list[str]:

@@ -78,7 +78,13 @@ class Arithmetic:
         return [1.0 if self.method.endswith("ties") else 1 / count] * count
 
     def combine(
-        self, start: torch.Tensor, tuned: Sequence[torch.Tensor], weights: Sequence[float], name: str
+        self,
+        start: torch.Tensor,
+        tuned: Sequence[torch.Tensor],
+        weights: Sequence[float],
+        name: str,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """One merged tensor, computed in float32.
 
@@ -87,18 +93,22 @@ class Arithmetic:
             tuned: the same tensor of each model.
             weights: factor of each task vector.
             name: the tensor's name, for DARE's draw.
+            dtype: of the result; None: that of the first of `tuned`.
 
         Returns:
-            A tensor of the shape and dtype of the first of `tuned`; that very tensor where all are equal or nothing is mixed in.
+            A tensor of that shape and dtype; the first of `tuned` where all are equal or nothing is mixed in.
         """
         import torch
         from peft.utils import merge_utils
 
         first = tuned[0]
+        dtype = dtype or first.dtype
         if all(tensor.dtype == start.dtype and torch.equal(start, tensor) for tensor in tuned):
-            return first
+            return first.to(dtype)
         if self.method == "linear" and len(tuned) == 1:
-            return first if weights[0] == 1 else torch.lerp(start.float(), first.float(), weights[0]).to(first.dtype)
+            return (
+                first.to(dtype) if weights[0] == 1 else torch.lerp(start.float(), first.float(), weights[0]).to(dtype)
+            )
         vectors = [tensor.float() - start.float() for tensor in tuned]
         factors = torch.tensor(weights, dtype=torch.float32)
         if self.method == "linear":
@@ -108,7 +118,7 @@ class Arithmetic:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int(hashlib.sha256(f"{self.seed}|{name}".encode()).hexdigest()[:15], 16))
                 change = getattr(merge_utils, self.method)(vectors, factors, self.density)
-        return (start.float() + change).to(first.dtype)
+        return (start.float() + change).to(dtype)
 
 
 def merge_llm(
@@ -258,9 +268,9 @@ def _write(
                 drawn = ours.ending(EMBEDDING) if name == head else name
                 assert drawn is not None
                 shard[name] = (
-                    how.combine(own, tuned, weights, drawn)
+                    how.combine(own, tuned, weights, drawn, dtype=own.dtype)
                     if start is None
-                    else how.combine(start.read(name, own), [own, *tuned], weights, drawn)
+                    else how.combine(start.read(name, own), [own, *tuned], weights, drawn, dtype=own.dtype)
                 )
             save_file(shard, partial / file, metadata={"format": "pt"})
         copy_files(folder, partial, (*CONFIGS, *PROCESSOR, *LICENCES, *CODE, "*.safetensors.index.json"))

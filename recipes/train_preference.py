@@ -11,7 +11,7 @@ its last checkpoint and ends with the weights of an uninterrupted run. Several p
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +71,7 @@ def main(config: Config) -> None:
     from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
     from prefalign.training.lora import check_quantised, check_trainable
     from prefalign.training.pairs import check_columns, check_negative, check_texts, keep_fitting, load_pairs
+    from prefalign.training.policy import in_parts, load_policy
     from prefalign.training.preference import PreferenceTrainer, needs_reference
     from prefalign.training.reference import cache_reference
     from prefalign.training.runs import (
@@ -103,9 +104,9 @@ def main(config: Config) -> None:
     open_run(config.output, files, resume=config.resume, processes=processes)
 
     processor = load_processor(config.model)
-    model = _load_policy(config, str(arguments.device))
+    model = load_policy(config.model, config.lora, device=str(arguments.device))
     base = fingerprint(model)
-    files |= base_file(config.model.model_name_or_path, base)
+    files |= base_file(config.model.model_name_or_path, base, changed=bool(getattr(model, "is_quantized", False)))
     checkpoint = open_run(config.output, files, resume=config.resume, processes=processes)
     if is_finished(config.output):
         if main_process:
@@ -114,10 +115,10 @@ def main(config: Config) -> None:
     if config.lora is None:
         freeze(model, config.freeze)
     # weights that are shared out cannot be copied, so the reference is loaded once more
-    loads_reference = config.reference == "online" and config.lora is None and _in_parts(model)
+    loads_reference = config.reference == "online" and config.lora is None and in_parts(model)
     trainer = PreferenceTrainer(
         model,
-        ref_model=_load_policy(config, str(arguments.device)) if loads_reference else None,
+        ref_model=load_policy(config.model, None, device=str(arguments.device)) if loads_reference else None,
         args=arguments,
         train_dataset=datasets[0],
         eval_dataset=datasets[1] if config.eval_pairs else None,
@@ -166,42 +167,6 @@ def main(config: Config) -> None:
     )
     if main_process:
         print(f"saved {config.output}")
-
-
-def _load_policy(config: Config, device: str) -> Any:
-    """The policy on this process's device.
-
-    For full training an adapter is merged first, and `dtype: auto` is float32 (as in TRL): steps of 1e-6 are lost in a
-    checkpoint's 16 bits.
-    """
-    from accelerate.utils import is_peft_model
-
-    from prefalign.config import ConfigError
-    from prefalign.models import load_model
-
-    on_device = device if config.model.device == "auto" else config.model.device
-    dtype = "float32" if config.lora is None and config.model.dtype == "auto" else config.model.dtype
-    model = load_model(replace(config.model, device=on_device, dtype=dtype))
-    if not is_peft_model(model):
-        return model
-    adapter = config.model.adapter or config.model.model_name_or_path
-    merge = f"`prefalign run merge_adapter --adapter {adapter} --output FOLDER`"
-    if config.lora is not None:
-        raise ConfigError(
-            "lora: the model is an adapter already, and a second one would be saved without the first. Merge it first "
-            f"({merge}), or leave `lora` out to train all weights of the merged model."
-        )
-    if _in_parts(model):
-        raise ConfigError(
-            "model: an adapter cannot be merged into weights that are shared out (DeepSpeed ZeRO-3). Merge and save the model "
-            f"first ({merge}), or train it with ZeRO-2 or in one process."
-        )
-    return model.merge_and_unload().requires_grad_(True)
-
-
-def _in_parts(model: Any) -> bool:
-    """Whether each process holds a part of every weight (DeepSpeed ZeRO-3), so that the policy cannot be copied."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ of the picture), and for the control that a preference method has to beat (the c
 
 Needs: a folder of examples (`stic` with `produce: sft`), of pairs, or of prompts with reference answers; and a model. Started
 again with the same config it goes on from its last checkpoint and ends with the weights of an uninterrupted run. Several
-processes: `torchrun --nproc_per_node N`.
+processes: `torchrun --nproc_per_node N`, or `accelerate launch` with a profile of configs/accelerate/.
 """
 
 from __future__ import annotations
@@ -56,13 +56,16 @@ def main(config: Config) -> None:
     from prefalign.config import to_mapping
     from prefalign.models import fingerprint, freeze, load_processor, parameter_table
     from prefalign.training.arguments import training_arguments
+    from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
     from prefalign.training.examples import AnswerCollator, keep_usable, load_examples
     from prefalign.training.lora import check_quantised, check_trainable
-    from prefalign.training.runs import base_file, is_finished, open_run, run_files
-    from prefalign.training.sft import SupervisedTrainer, load_policy
+    from prefalign.training.policy import load_policy
+    from prefalign.training.runs import base_file, claim_run, full_disk_explained, is_finished, open_run, run_files
+    from prefalign.training.sft import SupervisedTrainer
     from prefalign.training.upkeep import plain_lines_without_a_terminal, train_and_save
 
     plain_lines_without_a_terminal()
+    prepare_processes(config.trainer)
     arguments = training_arguments(config.trainer, output=config.output, seed=config.seed, kind=SFTConfig)
     check_quantised(config.model, config.lora, arguments)
     folders = [config.data, *([config.eval_data] if config.eval_data else [])]
@@ -74,9 +77,10 @@ def main(config: Config) -> None:
 
     processor = load_processor(config.model)
     collator = AnswerCollator(processor, arguments.max_length)
-    model = load_policy(config.model, config.lora, device=str(arguments.device))
+    model = load_policy(config.model, config.lora, device=str(arguments.device), continues=True)
     goes_on = is_peft_model(model)
-    files |= base_file(config.model.model_name_or_path, fingerprint(model))
+    changed = goes_on or bool(getattr(model, "is_quantized", False))
+    files |= base_file(config.model.model_name_or_path, fingerprint(model), changed=changed)
     checkpoint = open_run(config.output, files, resume=config.resume, processes=processes)
     if is_finished(config.output):
         if main_process:
@@ -95,17 +99,22 @@ def main(config: Config) -> None:
         peft_config=config.lora.to_peft() if config.lora and not goes_on else None,
         files=files,
     )
+    running = running_processes(trainer.accelerator, config.trainer)
     check_trainable(trainer.model, config.freeze)
     if main_process:
         for row in parameter_table(trainer.model):
             print(f"{row['tower']:<15}{row['parameters']:>16,} parameters{row['trainable']:>16,} trainable")
-        print(f"{kept.rows_used} rows, {kept.summary() or 'all used'}; {processes} process(es)")
+        print(f"{kept.rows_used} rows, {kept.summary() or 'all used'}; {running}")
         if config.eval_data and used[1][1].summary():
             print(f"{used[1][1].rows_used} held-out rows, {used[1][1].summary()}")
         if goes_on:
             print(f"training goes on with the adapter of {config.model.adapter or config.model.model_name_or_path}")
         if checkpoint:
             print(f"going on from {checkpoint.name}")
+    with full_disk_explained(config.output):
+        if main_process:
+            claim_run(config.output, files)
+        claim_processes(config.output, running, main_process=main_process)
     eval_counts = {f"eval_{name}": count for name, count in used[1][1].counts().items()} if config.eval_data else None
     train_and_save(trainer, config.output, checkpoint=checkpoint, rows=asdict(kept), counts=kept.counts(),
                    eval_counts=eval_counts)  # fmt: skip

@@ -224,9 +224,13 @@ def test_a_run_keeps_its_processes(launched, folder, tmp_path):
     launched("ddp")
     values = runs(folder, "ddp")[0] | {"output": str(tmp_path / "run")}
     claimed(folder / "ddp" / "full", tmp_path / "run")
-    message = "holds checkpoints of a run on 2 processes, DDP .MULTI_CPU., and this is 1 process: .* Start it as before"
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(
+        RunError, match="holds checkpoint-2 of a run on 2 processes, and this is 1 process: .* Start it as"
+    ):
         RECIPE.main(build(RECIPE.Config, values))
+    message = "holds checkpoints of a run on 2 processes, DDP .MULTI_CPU., and this is 2 processes, DeepSpeed ZeRO-2: "
+    with pytest.raises(RunError, match=message):
+        claim_processes(tmp_path / "run", Processes("DEEPSPEED", 2, 2), main_process=True)
     shutil.rmtree(tmp_path / "run" / "checkpoint-2")
     claim_processes(tmp_path / "run", Processes("NO", 1), main_process=True)
     claim_processes(tmp_path / "run", Processes("NO", 1), main_process=False)

@@ -26,6 +26,7 @@ from tests.launching import CLOCK, ENVIRONMENT, ROOT, assert_same_run, history, 
 from tests.training_runs import largest_difference, write_pairs
 
 RECIPE = bundled.load_stage("train_preference")
+SFT = bundled.load_stage("train_sft")
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +40,59 @@ def recipe_values(model, pairs, output, **trainer):
             "trainer": settings | trainer}  # fmt: skip
 
 
-def test_fsdp_on_a_cpu_is_refused(pairs, monkeypatch, tmp_path):
+@pytest.mark.parametrize("recipe", [RECIPE, SFT], ids=["preference", "sft"])
+def test_fsdp_on_a_cpu_is_refused(recipe, pairs, monkeypatch, tmp_path):
     """accelerate would train DDP (MULTI_CPU) and end well; a run of ours stops before it loads anything."""
     values = recipe_values("no/model", pairs, tmp_path / "run")
+    values["data" if recipe is SFT else "pairs"] = values.pop("pairs")
     message = (
         "FSDP is asked for by {} and this run is on a CPU: .* would train plain DDP .* configs/deepspeed/zero3.json"
     )
     with pytest.raises(ConfigError, match=message.format("`trainer.fsdp`")):
-        RECIPE.main(build(RECIPE.Config, values | {"trainer": {"fsdp": True, "use_cpu": True}}))
+        recipe.main(build(recipe.Config, values | {"trainer": {"fsdp": True, "use_cpu": True}}))
     arguments, _, _ = launch_arguments("fsdp2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", prepare_multi_gpu_env(arguments)["ACCELERATE_USE_FSDP"])
     with pytest.raises(ConfigError, match=message.format("the profile of `accelerate launch`")):
-        RECIPE.main(build(RECIPE.Config, values))
+        recipe.main(build(recipe.Config, values))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, SFT], ids=["preference", "sft"])
+def test_both_recipes_keep_a_run_to_its_processes(recipe, pairs, tiny_llava, tmp_path):
+    """The states tell how many there were, `processes.json` of what kind."""
+    run = tmp_path / "run"
+    values = recipe_values(tiny_llava, pairs, run, max_steps=1, save_steps=1)
+    values["data" if recipe is SFT else "pairs"] = values.pop("pairs")
+    recipe.main(build(recipe.Config, values))
+    assert json.loads((run / "processes.json").read_text()) == {
+        "distributed_type": "NO",
+        "num_processes": 1,
+        "zero_stage": None,
+    }
+    (run / "all_results.json").unlink()
+    (run / "processes.json").write_text('{"distributed_type": "DEEPSPEED", "num_processes": 1, "zero_stage": 2}')
+    message = "holds checkpoints of a run on 1 process, DeepSpeed ZeRO-2, and this is 1 process: .* Start it as before"
+    with pytest.raises(RunError, match=message):
+        recipe.main(build(recipe.Config, values))
+    for rank in (0, 1):
+        (run / "checkpoint-1" / f"rng_state_{rank}.pth").touch()
+    (run / "checkpoint-1" / "rng_state.pth").unlink()
+    weights = (run / "checkpoint-1" / "model.safetensors").read_bytes()
+    with pytest.raises(
+        RunError, match="holds checkpoint-1 of a run on 2 processes, and this is 1 process: .* overwrite it"
+    ):
+        recipe.main(build(recipe.Config, values))
+    assert (run / "checkpoint-1" / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, SFT], ids=["preference", "sft"])
+def test_both_recipes_prepare_their_processes(recipe, pairs, tmp_path, monkeypatch):
+    """Before the model is looked for: the one named here does not exist."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    values = recipe_values("no/model", pairs, tmp_path / "run", deepspeed="deepspeed/zero3", fsdp=True)
+    values["data" if recipe is SFT else "pairs"] = values.pop("pairs")
+    with pytest.raises(ConfigError, match="two ways .*: DeepSpeed by `trainer.deepspeed` and FSDP by `trainer.fsdp`"):
+        recipe.main(build(recipe.Config, values))
 
 
 def test_what_cannot_be_prepared_is_refused(monkeypatch):

@@ -15,7 +15,8 @@ from prefalign import bundled, config, families
 from prefalign.adapters import merge_adapters, scaled_lora
 from prefalign.checkpoints import SCENES_BASE, ModelError
 from prefalign.models import ModelConfig, fingerprint, load_model, load_processor
-from tests.merging_cases import VISION_TOO, answer, logits, question, save_adapter, save_text_llm, stored
+from prefalign.training.runs import base_file
+from tests.merging_cases import VISION_TOO, answer, logits, perturbed, question, save_adapter, save_text_llm, stored
 from tests.stand_in_hub import Repository, StandInHub
 
 CPU = {"device": "cpu"}
@@ -205,6 +206,40 @@ def test_a_base_trained_on_since_is_noticed(adapter, tiny_llava, tmp_path):
     assert (out / "prefalign_config.yaml").is_file()  # a model card is written from it
     assert (out / "chat_template.jinja").read_text() == (run / "chat_template.jinja").read_text()
     assert (out / "chat_template.jinja").read_text() != (tiny_llava / "chat_template.jinja").read_text()
+
+
+def test_another_base_is_noticed_whatever_the_dtypes(adapter, tiny_llava, tmp_path):
+    """Trained in bfloat16 and merged as stored, as the bundled configs do."""
+    run, other = (
+        shutil.copytree(adapter, tmp_path / "run"),
+        perturbed(tiny_llava, tmp_path / "other", noise=0.1, seed=3),
+    )
+    (run / "prefalign_config.yaml").write_text(yaml.safe_dump({"model": {"dtype": "bfloat16"}}))
+    noted = {"name": "x", "local": None, "fingerprint": fingerprint(load(tiny_llava, dtype="bfloat16"))}
+    (run / "base.json").write_text(json.dumps(noted))
+    for dtype in ("auto", "float32", "bfloat16"):
+        assert merge_adapters([str(run)], tmp_path / dtype, dtype=dtype).is_dir()
+        with pytest.raises(ModelError, match=f"was trained on 'x' with other weights .*{noted['fingerprint']}, here"):
+            merge_adapters([str(run)], tmp_path / "out", base=str(other), dtype=dtype)
+    (run / "base.json").write_text(json.dumps({**noted, "fingerprint": "0" * 16, "changed": True}))
+    assert merge_adapters([str(run)], tmp_path / "changed").is_dir()  # of a rounded base: no base is known by it
+
+
+def test_an_adapter_of_quantised_weights_goes_onto_their_original(adapter, tiny_llava, tmp_path):
+    """What the refusal and the config's header advise."""
+    run, rounded = shutil.copytree(adapter, tmp_path / "run"), shutil.copytree(tiny_llava, tmp_path / "base-4bit")
+    settings = json.loads((rounded / "config.json").read_text())
+    (rounded / "config.json").write_text(json.dumps({**settings, "quantization_config": {"quant_method": "awq"}}))
+    named = json.loads((run / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(rounded)}
+    (run / "adapter_config.json").write_text(json.dumps(named))
+    (run / "prefalign_config.yaml").write_text(yaml.safe_dump({"model": {"model_name_or_path": str(rounded)}}))
+    for name, text in base_file(str(rounded), "0" * 16, changed=True).items():
+        (run / name).write_text(text)
+    with pytest.raises(ModelError, match=r"base-4bit' holds quantised weights \(awq\).*Merge into the 16-bit model"):
+        merge_adapters([str(run)], tmp_path / "out")
+    out, wanted = (merge_adapters([str(run)], tmp_path / "out", base=str(tiny_llava)),
+                   merge_adapters([str(adapter)], tmp_path / "plain"))  # fmt: skip
+    assert all(torch.equal(tensor, stored(wanted)[name]) for name, tensor in stored(out).items())
 
 
 def test_what_is_not_an_adapter(tiny_llava, adapter, tmp_path):

@@ -74,6 +74,20 @@ def test_seeds_are_averaged(tiny_llava, tuned, other, tmp_path):
         torch.testing.assert_close(weighted[name], 0.5 * one + 0.2 * two + 0.3 * three, atol=1e-6, rtol=1e-5)
 
 
+def test_a_mean_has_the_dtype_of_the_first_model(tiny_llava, tuned, tmp_path):
+    """Whichever of the two is the narrow one, and whether a tensor is mixed or the same in both."""
+    load_model(ModelConfig(str(tuned), device="cpu", dtype="float16")).save_pretrained(tmp_path / "half")
+    load_processor(ModelConfig(str(tuned))).save_pretrained(tmp_path / "half")
+    for first, second, dtype in ((tiny_llava, "half", torch.float32), (tmp_path / "half", tiny_llava, torch.float16)):
+        for weights in ([0.5, 0.5], [0.0, 1.0]):
+            out = merge_vlms([str(first), str(tmp_path / second)], tmp_path / f"{dtype}{weights[0]}", weights=weights)
+            assert {tensor.dtype for tensor in stored(out).values()} == {dtype}
+            assert json.loads((out / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    start, end, mean = stored(tiny_llava), stored(tmp_path / "half"), stored(tmp_path / "torch.float320.5")
+    for name in start:
+        torch.testing.assert_close(mean[name], (start[name] + end[name].float()) / 2, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_linear", "dare_ties"])
 def test_several_tunings_of_one_start(method, tiny_llava, tuned, other, tmp_path):
     how = Arithmetic(method, None if method == "linear" else 0.5, seed=3)
@@ -223,6 +237,8 @@ def test_a_full_disk_is_explained(tiny_llava, tuned, tmp_path, monkeypatch):
     message = "Error while serializing: I/O error: No space left on device (os error 28)"  # safetensors' words
     with pytest.raises(ModelError, match="became full before"), whole_folder(out, {}, 0):
         raise RuntimeError(message)
+    with pytest.raises(ModelError, match="became full before"), whole_folder(out, {}, 0):
+        raise RuntimeError("the weights could not be written") from RuntimeError(message)
 
 
 def test_licences_go_with_the_weights_and_the_card_does_not(tiny_llava, tuned, tmp_path):

@@ -128,7 +128,8 @@ def test_half_written_checkpoints_are_passed_over(tmp_path):
     assert last_checkpoint(tmp_path).name == "checkpoint-100"
     assert last_checkpoint(tmp_path, processes=2) is None
     whole(tmp_path / "checkpoint-120", processes=2)
-    assert last_checkpoint(tmp_path, processes=2).name == "checkpoint-120"
+    assert last_checkpoint(tmp_path, processes=2).name == "checkpoint-120" == last_checkpoint(tmp_path).name
+    assert last_checkpoint(tmp_path, processes=1).name == "checkpoint-100"
 
 
 def test_a_folder_belongs_to_one_run(tmp_path):
@@ -156,6 +157,15 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     assert open_run(run, run_files(config, "{}")) == run / "checkpoint-5"
     with pytest.raises(RunError, match="resume is false and .* holds checkpoint-5"):
         open_run(run, run_files(config, "{}"), resume=False)
+    with pytest.raises(
+        RunError, match="holds checkpoint-5 of a run on 1 process, and this is 2 processes: .* overwrite it"
+    ):
+        open_run(run, run_files(config, "{}"), processes=2)
+    (run / "checkpoint-5" / "rng_state.pth").rename(run / "checkpoint-5" / "rng_state_0.pth")
+    assert open_run(run, run_files(config, "{}"), processes=2) is None  # the other process was killed before it wrote
+    (run / "checkpoint-5" / "rng_state_1.pth").touch()
+    with pytest.raises(RunError, match="holds checkpoint-5 of a run on 2 processes, and this is 4 processes: "):
+        open_run(run, run_files(config, "{}"), processes=4)
     assert not is_finished(run)
     finish_run(run, {"train_loss": 0.5})
     assert is_finished(run)
@@ -267,6 +277,8 @@ def test_a_full_disk_as_safetensors_tells_it_and_other_errors(tmp_path):
     full = "Error while serializing: I/O error: No space left on device (os error 28)"
     with pytest.raises(RunError, match="is full.* it goes on from the beginning"), full_disk_explained(tmp_path):
         raise SafetensorError(full)
+    with pytest.raises(RunError, match="is full"), full_disk_explained(tmp_path):
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/1")
     with pytest.raises(ValueError, match="another thing"), full_disk_explained(tmp_path):
         raise ValueError("another thing")
 

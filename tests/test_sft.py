@@ -18,14 +18,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from prefalign import bundled, families
-from prefalign.config import ConfigError, build
+from prefalign.adapters import merge_adapters
+from prefalign.config import ConfigError, build, load
 from prefalign.models import ModelConfig, load_model, load_processor
 from prefalign.records import Prompt, assistant_message, user_message
 from prefalign.store import OutputConfig, write_records
 from prefalign.training.arguments import training_arguments
 from prefalign.training.examples import AnswerCollator, keep_usable, load_examples, question_and_answer
 from prefalign.training.lora import LoraSettings
-from prefalign.training.sft import load_policy
+from prefalign.training.policy import load_policy
+from prefalign.training.runs import RunError
 from prefalign.training.upkeep import PRIVATE
 from tests.sft_runs import make_example, make_sft_trainer, write_examples
 from tests.tiny_vlms import PLAIN, save_tiny
@@ -304,7 +306,7 @@ def test_the_adapter_of_the_first_stage_goes_on(tiny_llava, examples, tmp_path, 
     lora = {"r": 4, "alpha": 8}
     RECIPE.main(recipe_config(tiny_llava, examples, tmp_path / "one", lora=lora))
     first = load_file(tmp_path / "one" / "adapter_model.safetensors")
-    model = load_policy(ModelConfig(str(tmp_path / "one")), LoraSettings(**lora), device="cpu")
+    model = load_policy(ModelConfig(str(tmp_path / "one")), LoraSettings(**lora), device="cpu", continues=True)
     free = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(free) == len(first) == 2 * 2 * 7  # A and B, layers, projections
     RECIPE.main(recipe_config(tmp_path / "one", examples, tmp_path / "two", lora=lora))
@@ -319,18 +321,26 @@ def test_the_adapter_of_the_first_stage_goes_on(tiny_llava, examples, tmp_path, 
     assert (
         largest_difference(together, weights(load_model(ModelConfig(str(tmp_path / "two"))).merge_and_unload())) == 0.0
     )
+    full = load_file(merge_adapters([str(tmp_path / "two")], tmp_path / "full") / "model.safetensors")
+    assert largest_difference(full, load_file(tiny_llava / "model.safetensors")) > 1e-4
     merged = load_policy(ModelConfig(str(tmp_path / "one"), device="cpu"), None, device="cpu")
     assert all(parameter.requires_grad for parameter in merged.parameters())
     assert not any("lora" in name for name, _ in merged.named_parameters())
     with pytest.raises(
         ConfigError, match="lora.r is 8 and the adapter's 4; lora.dropout is 0.1 and the adapter's 0.05"
     ):
-        load_policy(ModelConfig(str(tmp_path / "one")), LoraSettings(r=8, alpha=8, dropout=0.1), device="cpu")
+        load_policy(
+            ModelConfig(str(tmp_path / "one")), LoraSettings(r=8, alpha=8, dropout=0.1), device="cpu", continues=True
+        )
     only_q = LoraSettings(**lora, target_modules=r".*language_model.*q_proj")
     with pytest.raises(
         ConfigError, match="lora.target_modules matches 2 modules and the adapter is on 14 .they differ in"
     ):
-        load_policy(ModelConfig(str(tmp_path / "one")), only_q, device="cpu")
+        load_policy(ModelConfig(str(tmp_path / "one")), only_q, device="cpu", continues=True)
+    with pytest.raises(
+        ConfigError, match="lora: the model is an adapter already, and a second one would be saved without"
+    ):
+        load_policy(ModelConfig(str(tmp_path / "one")), LoraSettings(**lora), device="cpu")
 
 
 def test_two_processes_are_one(tiny_llava, tmp_path):
@@ -350,7 +360,7 @@ def test_two_processes_are_one(tiny_llava, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=240,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "8 rows, all used; 2 process(es)" in done.stdout
+    assert "8 rows, all used; 2 processes, DDP (MULTI_CPU)" in done.stdout
     logs = [json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("one", "two")]
     in_one, in_two = ([entry["loss"] for entry in log if "loss" in entry] for log in logs)
     assert in_two == pytest.approx(in_one, abs=2e-6)
@@ -361,6 +371,12 @@ def test_two_processes_are_one(tiny_llava, tmp_path):
         del model["vision_tower.vision_model.encoder.layers.0.self_attn.k_proj.bias"]
     assert largest_difference(*models) < 1e-5
     start = load_file(tiny_llava / "model.safetensors")
+    (tmp_path / "two" / "all_results.json").unlink()
+    again = load(RECIPE.Config, tmp_path / "two" / "prefalign_config.yaml")
+    with pytest.raises(
+        RunError, match="holds checkpoint-4 of a run on 2 processes, and this is 1 process: .* Start it as"
+    ):
+        RECIPE.main(again)
     assert any((models[1][name] - start[name]).abs().max() > 1e-4 for name in models[1] if "vision" in name)
 
 

@@ -23,6 +23,7 @@ from prefalign.losses import TERMS, VIEWS, Weighted, read_losses, views_of
 from prefalign.models import ModelConfig, load_model, load_processor
 from prefalign.training.arguments import training_arguments
 from prefalign.training.lora import LoraSettings, check_trainable
+from prefalign.training.policy import load_policy
 from prefalign.training.preference import PRIVATE, PreferenceTrainer, needs_reference
 from prefalign.training.upkeep import audit_gradients
 from tests.training_runs import largest_difference, losses, make_trainer, weights, write_pairs
@@ -381,9 +382,9 @@ def test_full_training_of_a_16_bit_checkpoint_is_in_32_bits(tiny_llava, pairs, t
     load_processor(config).save_pretrained(tmp_path / "half")
     assert load_model(ModelConfig(str(tmp_path / "half"), device="cpu")).dtype == torch.bfloat16
     full = recipe_config(tmp_path / "half", pairs, tmp_path / "run")
-    assert RECIPE._load_policy(full, "cpu").dtype == torch.float32
+    assert load_policy(full.model, full.lora, device="cpu").dtype == torch.float32
     adapter = recipe_config(tmp_path / "half", pairs, tmp_path / "run", lora={"r": 4})
-    assert RECIPE._load_policy(adapter, "cpu").dtype == torch.bfloat16
+    assert load_policy(adapter.model, adapter.lora, device="cpu").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["train_preference", "train_preference_scenes"])

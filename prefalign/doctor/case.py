@@ -26,6 +26,7 @@ from prefalign.models import fingerprint, freeze, load_processor
 from prefalign.training.arguments import training_arguments
 from prefalign.training.documents import Documents, digest_of, picture_bytes
 from prefalign.training.pairs import check_columns, check_negative, check_texts, load_pairs
+from prefalign.training.policy import load_policy
 from prefalign.training.preference import PreferenceTrainer, needs_reference
 from prefalign.training.runs import base_file, run_files
 from prefalign.training.scoring import run
@@ -242,7 +243,7 @@ def prepare(stage: ModuleType, config: Any, *, rows: int, scratch: Path) -> Case
             check_texts(dataset, views, folder)
     manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]
     processor = load_processor(config.model)
-    model = stage._load_policy(config, str(arguments.device))
+    model = load_policy(config.model, config.lora, device=str(arguments.device))
     base = fingerprint(model)
     files = run_files(to_mapping(config), *manifests) | base_file(config.model.model_name_or_path, base)
     if config.lora is None:

@@ -11,28 +11,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def last_checkpoint(folder: Path, *, processes: int = 1) -> Path | None:
+def last_checkpoint(folder: Path, *, processes: int | None = None) -> Path | None:
     """The newest whole checkpoint of a run, or None.
 
     A checkpoint is whole if its `trainer_state.json` (written last) can be read and each process left its random state, so
     one that a kill cut short is passed over for the one before.
+
+    Args:
+        folder: folder of the run.
+        processes: world size that it has to be of; None: any.
     """
     numbered = [
         (int(match[1]), path)
         for path in folder.glob("checkpoint-*")
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     ]
-    whole = [path for _, path in sorted(numbered) if _is_whole(path, processes)]
+    counted = [(path, random_states(path)) for _, path in sorted(numbered) if _has_state(path)]
+    whole = [path for path, count in counted if count and processes in (None, count)]
     return whole[-1] if whole else None
 
 
-def _is_whole(checkpoint: Path, processes: int) -> bool:
+def random_states(checkpoint: Path) -> int:
+    """How many processes left their random state in a checkpoint: the world size of the run that saved it; 0: not all did."""
+    each = sum(1 for _ in checkpoint.glob("rng_state_*.pth"))
+    return each if each > 1 else int((checkpoint / "rng_state.pth").is_file())
+
+
+def _has_state(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return False
-    names = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
-    return all((checkpoint / name).is_file() for name in names)
+    return True
 
 
 def restore_weights(model: PreTrainedModel, checkpoint: Path) -> None:

@@ -102,7 +102,7 @@ def _prepare_deepspeed(by: str, *, on_cpu: bool) -> None:
     if "WORLD_SIZE" not in os.environ:
         raise ConfigError(
             f"DeepSpeed is asked for by {by} and nothing says which of the processes this is. Start the recipe's file with "
-            "torchrun or `accelerate launch`, for one process too: `torchrun --nproc_per_node 1 recipes/train_preference.py`."
+            "torchrun or `accelerate launch`, for one process too: `torchrun --nproc_per_node 1 recipes/STAGE.py`."
         )
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if file is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,8 +10,8 @@ from typing import Any, Literal
 
 import yaml
 
-from prefalign.manifest import differences, write_atomically
-from prefalign.training.checkpoints import last_checkpoint
+from prefalign.manifest import differences, is_full_disk, write_atomically
+from prefalign.training.checkpoints import last_checkpoint, random_states
 
 CONFIG_FILE = "prefalign_config.yaml"
 MANIFEST = "_manifest.json"
@@ -20,14 +19,6 @@ BASE_FILE = "base.json"
 RESULTS_FILE = "all_results.json"
 FREE = ("output", "resume", "model.device", "reference_folder")
 """Settings that may differ between the runs that share a folder."""
-_FULL_DISK = (
-    "No space left on device",
-    "Disk quota exceeded",
-    "PytorchStreamWriter failed writing",
-    "iostream error",
-    "unexpected pos",
-)
-"""How safetensors and torch tell of a write that failed, without an errno."""
 
 
 class RunError(RuntimeError):
@@ -54,11 +45,18 @@ def run_files(
     return files if eval_manifest is None else {**files, f"eval_{data}{MANIFEST}": eval_manifest}
 
 
-def base_file(model_name_or_path: str, fingerprint: str) -> dict[str, str]:
-    """One more of these files: the weights that the run starts from, and the folder they were in (None: the Hub's)."""
+def base_file(model_name_or_path: str, fingerprint: str, *, changed: bool = False) -> dict[str, str]:
+    """One more of these files: the weights that the run starts from, and the folder they were in (None: the Hub's).
+
+    Args:
+        model_name_or_path: of the run's config.
+        fingerprint: of the policy before training.
+        changed: the policy is not the base as it is stored: it brings an adapter, or is quantised.
+    """
     folder = Path(model_name_or_path).expanduser()
     local = str(folder.resolve()) if folder.is_dir() else None
-    return {BASE_FILE: json.dumps({"name": model_name_or_path, "local": local, "fingerprint": fingerprint}, indent=2)}
+    note = {"name": model_name_or_path, "local": local, "fingerprint": fingerprint, "changed": changed}
+    return {BASE_FILE: json.dumps(note, indent=2)}
 
 
 def open_run(
@@ -80,7 +78,8 @@ def open_run(
         The checkpoint to go on from, or None to start at the beginning.
 
     Raises:
-        RunError: the folder belongs to another config, base or other pairs, holds something else, or `resume` cannot be met.
+        RunError: the folder belongs to another config, base, other pairs or another number of processes, holds something
+            else, or `resume` cannot be met.
     """
     file = folder / CONFIG_FILE
     if file.is_file():
@@ -105,6 +104,13 @@ def open_run(
     elif folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise RunError(f"{folder} is not empty and holds no run of prefalign. Give another `output`.")
     checkpoint = last_checkpoint(folder, processes=processes) if folder.is_dir() else None
+    of_others = last_checkpoint(folder) if folder.is_dir() and checkpoint is None else None
+    if of_others is not None:
+        raise RunError(
+            f"{folder} holds {of_others.name} of a run on {_count(random_states(of_others))}, and this is {_count(processes)}: "
+            "its optimizer and random states could not be restored, and starting anew would overwrite it. Start it as before, "
+            "give another `output`, or delete the folder."
+        )
     if resume is True and checkpoint is None:
         raise RunError(f"resume is true and {folder} holds no whole checkpoint. Set resume to auto to start anew.")
     if resume is False and checkpoint is not None:
@@ -113,6 +119,10 @@ def open_run(
             "another `output`, or set resume to auto to go on."
         )
     return checkpoint
+
+
+def _count(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"
 
 
 def claim_run(folder: Path, files: Mapping[str, str]) -> None:
@@ -132,7 +142,7 @@ def full_disk_explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_full_disk(error):
+        if not is_full_disk(error):
             raise
         kept = last_checkpoint(folder)
         raise RunError(
@@ -140,16 +150,6 @@ def full_disk_explained(folder: Path) -> Iterator[None]:
             f"start the same command again: it goes on from {kept.name if kept else 'the beginning'}. `trainer.save_total_limit: "
             "1` keeps one checkpoint only, and a LoRA adapter takes far less than all weights."
         ) from error
-
-
-def _is_full_disk(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(sign in str(error) for sign in _FULL_DISK):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def finish_run(folder: Path, results: Mapping[str, Any]) -> None:
