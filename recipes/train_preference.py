@@ -67,7 +67,7 @@ def main(config: Config) -> None:
     from prefalign.config import to_mapping
     from prefalign.losses import read_losses, views_of
     from prefalign.models import fingerprint, freeze, load_processor, parameter_table
-    from prefalign.training.arguments import training_arguments
+    from prefalign.training.arguments import check_precision, training_arguments
     from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
     from prefalign.training.lora import check_quantised, check_trainable
     from prefalign.training.pairs import check_columns, check_negative, check_texts, keep_fitting, load_pairs
@@ -104,6 +104,7 @@ def main(config: Config) -> None:
 
     processor = load_processor(config.model)
     model = _load_policy(config, str(arguments.device))
+    check_precision(model.dtype, arguments)
     base = fingerprint(model)
     files |= base_file(config.model.model_name_or_path, base)
     checkpoint = open_run(config.output, files, resume=config.resume, processes=processes)

@@ -23,7 +23,7 @@ from prefalign.config import ConfigError, to_mapping
 from prefalign.doctor.findings import NotExaminedError
 from prefalign.losses import VIEWS, read_losses, views_of
 from prefalign.models import fingerprint, freeze, load_processor
-from prefalign.training.arguments import training_arguments
+from prefalign.training.arguments import check_precision, training_arguments
 from prefalign.training.documents import Documents, digest_of, picture_bytes
 from prefalign.training.pairs import check_columns, check_negative, check_texts, load_pairs
 from prefalign.training.preference import PreferenceTrainer, needs_reference
@@ -243,6 +243,7 @@ def prepare(stage: ModuleType, config: Any, *, rows: int, scratch: Path) -> Case
     manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]
     processor = load_processor(config.model)
     model = stage._load_policy(config, str(arguments.device))
+    check_precision(model.dtype, arguments)
     base = fingerprint(model)
     files = run_files(to_mapping(config), *manifests) | base_file(config.model.model_name_or_path, base)
     if config.lora is None:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from prefalign.training.dry_run import Counted, Moment
 
 Profile = Literal["one", "ddp", "zero2", "zero3", "fsdp2"]
-PROFILES: tuple[Profile, ...] = ("one", "ddp", "zero2", "zero3", "fsdp2")
 CASTING = ("zero2", "zero3", "fsdp2")
 """Profiles that compute in 16 bits by turning weights into them; the others do by autocast."""
 
@@ -111,10 +110,11 @@ def share_out(
         target: `cuda` adds what a GPU takes for itself.
     """
     weights = counted.trainable + counted.frozen
-    dequantised = 0.0
+    saved = dequantised = 0.0
     if quantised:
-        weights -= counted.linear_parameters * (width - FOUR_BITS)
+        saved = counted.linear_parameters * (width - FOUR_BITS)
         dequantised = counted.matrix_parameters * 2
+    weights -= saved
     trained = counted.trainable_parameters
     if profile in ("one", "ddp"):
         need = _of(counted.peak)
@@ -126,10 +126,10 @@ def share_out(
         if profile == "fsdp2":
             need.optimizer = trained * optimizer / devices
             need.gradients = trained * 4 / devices
-            need.weights = (trained * 4 + counted.frozen) / devices
+            need.weights = (trained * 4 + weights - counted.trainable) / devices
             root = max(0.0, (trained + counted.frozen_parameters) - counted.layers * counted.block_parameters)
-            need.gathered = (root + 2 * counted.block_parameters) * width
-            need.exchange = counted.block_parameters * width * counted.gradients / max(1.0, weights)
+            need.gathered = (root + 2 * counted.block_parameters) * width - 2 * saved / max(1.0, counted.layers)
+            need.exchange = counted.block_parameters * width * counted.gradients / max(1.0, weights + saved)
             need.reference = counted.reference / devices
         else:
             # with 16 bits, and also without: DeepSpeed keeps a 32-bit copy of what trains
