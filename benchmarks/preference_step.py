@@ -354,10 +354,10 @@ def main() -> None:
                 if chosen.json:
                     chosen.json.write_text(json.dumps(rows, indent=2) + "\n")
     print("\n".join([HEADER, *lines]))
-    found = missed(rows)
-    for line in found:
+    short = missed(rows)
+    for line in short:
         print(line, file=sys.stderr)
-    sys.exit(1 if found else 0)
+    sys.exit(1 if short else 0)
 
 
 if __name__ == "__main__":
