@@ -94,6 +94,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _check_some(rows: Sequence[dict[str, Any]]) -> None:
+    """End with an error where there is nothing to judge: no difference among no comparisons shows nothing."""
+    if not rows:
+        sys.exit(
+            "nothing was compared: no case was run, or the files hold none, so no equality is shown. Check --families."
+        )
+
+
 def main() -> None:
     sys.path.insert(0, str(ROOT))
     import torch
@@ -112,6 +120,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.table:
         rows = [row for file in chosen.table for row in json.loads(file.read_text(encoding="utf-8"))]
+        _check_some(rows)
         RESULTS.write_text(table(rows), encoding="utf-8")
         print(f"{len(rows)} comparisons in {RESULTS}")
     else:
@@ -120,6 +129,7 @@ def main() -> None:
         torch.set_num_threads(1)
         names = {"plain": PLAIN, "with_video": WITH_VIDEO}.get(chosen.families, chosen.families.split(","))
         rows = measure(names, chosen.every)
+        _check_some(rows)
         print(table(rows))
         if chosen.json:
             chosen.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -155,6 +155,7 @@ def plan_stages(arguments: Sequence[str]) -> None:
             )
         rest = rest[end + 1 :]
         module = bundled.load_stage(name)
+        _check_planned(name, module)
         chosen, overrides = _config_file(options)
         resolved = config.load(module.Config, bundled.find(chosen) if chosen else None, overrides)
         stages.append(planner.Stage(Path(name).stem, module, resolved))
@@ -163,6 +164,21 @@ def plan_stages(arguments: Sequence[str]) -> None:
         print(json.dumps([dataclasses.asdict(made) for made in plans], indent=2))
     else:
         print(planner.table(plans))
+
+
+def _check_planned(name: str, stage: ModuleType) -> None:
+    """Refuse recipes of which plan knows nothing."""
+    from prefalign.sources import DataConfig
+
+    if Path(name).stem == "train_preference":
+        raise config.ConfigError(
+            "train_preference is planned by itself, without --then: `prefalign plan train_preference`."
+        )
+    if typing.get_type_hints(stage.Config).get("data") is not DataConfig:
+        raise config.ConfigError(
+            f"plan tells what train_preference and stages that make pairs (`prefalign list`: those in datagen/) will need, and "
+            f"was given {name!r}."
+        )
 
 
 def _plan_training(name: str, arguments: Sequence[str]) -> None:

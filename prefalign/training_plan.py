@@ -84,7 +84,7 @@ def plan(planner: Planner) -> TrainingPlan:
     of_step = planner.batch * args.gradient_accumulation_steps * options.devices
     steps = args.max_steps
     if steps <= 0:
-        steps = math.ceil(args.num_train_epochs * math.ceil(planner.total / of_step))
+        steps = math.ceil(args.num_train_epochs * planner.steps_of_epoch)
     flops = planner.count(setup, [typical]).flops
     total = flops * (steps * of_step if args.max_steps > 0 else planner.total * args.num_train_epochs)
     if planner.compares and setup.reference == "cached":
@@ -123,7 +123,7 @@ SHARING = {"one": "one device", "ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-
 
 
 def table(made: TrainingPlan) -> str:
-    """A plan as text, at most 100 columns wide."""
+    """A plan as text, at most 120 columns wide, unless the name of the model is longer."""
     blocks = [_head(made), _memory(made), _run(made)]
     blocks += [_others(made)] if made.others else []
     return "\n\n".join("\n".join(block) for block in [*blocks, _notes(made)] if block)
@@ -143,7 +143,8 @@ def _head(made: TrainingPlan) -> list[str]:
     if made.image_tokens:
         batch = f"{number(made.image_tokens)} of pictures; {batch}"
     return [
-        f"{made.model}: {', '.join(how)}",
+        made.model,
+        ", ".join(how),
         f"{number(everything)} parameters, {number(trained)} of them train",
         f"{number(made.rows)} pairs, {number(longest)} tokens in the longest, {number(mean)} in the mean; {batch}",
     ]
@@ -221,6 +222,10 @@ def _notes(made: TrainingPlan) -> list[str]:
             notes.append("Nothing here fits: take a smaller model, more devices, shorter rows or a smaller batch.")
     if setup.reference == "online" and made.need.reference:
         notes.append(f"`reference: cached` needs no second model: {size(made.need.reference)} less.")
+    if setup.method != "qlora" and any(other.method == "qlora" for other in made.others):
+        notes.append(
+            "LoRA on 4 bits: `--model.load_in_4bit true`" + (" with `lora`." if setup.method == "full" else ".")
+        )
     if made.reason:
         notes.append(f"Prompts are not shared, because {made.reason}.")
     if made.options.device == "cuda":

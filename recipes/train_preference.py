@@ -67,12 +67,13 @@ def main(config: Config) -> None:
     from prefalign.config import to_mapping
     from prefalign.losses import read_losses, views_of
     from prefalign.models import fingerprint, freeze, load_processor, parameter_table
-    from prefalign.training.arguments import training_arguments
+    from prefalign.training.arguments import check_precision, training_arguments
+    from prefalign.training.checks import needs_reference
     from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
     from prefalign.training.lora import check_quantised, check_trainable
     from prefalign.training.pairs import check_columns, check_negative, check_texts, keep_fitting, load_pairs
     from prefalign.training.policy import in_parts, load_policy
-    from prefalign.training.preference import PreferenceTrainer, needs_reference
+    from prefalign.training.preference import PreferenceTrainer
     from prefalign.training.reference import cache_reference
     from prefalign.training.runs import (
         base_file,
@@ -105,6 +106,7 @@ def main(config: Config) -> None:
 
     processor = load_processor(config.model)
     model = load_policy(config.model, config.lora, device=str(arguments.device))
+    check_precision(model.dtype, arguments)
     base = fingerprint(model)
     files |= base_file(config.model.model_name_or_path, base, changed=bool(getattr(model, "is_quantized", False)))
     checkpoint = open_run(config.output, files, resume=config.resume, processes=processes)

@@ -55,7 +55,7 @@ def main(config: Config) -> None:
 
     from prefalign.config import to_mapping
     from prefalign.models import fingerprint, freeze, load_processor, parameter_table
-    from prefalign.training.arguments import training_arguments
+    from prefalign.training.arguments import check_precision, training_arguments
     from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
     from prefalign.training.examples import AnswerCollator, keep_usable, load_examples
     from prefalign.training.lora import check_quantised, check_trainable
@@ -78,6 +78,7 @@ def main(config: Config) -> None:
     processor = load_processor(config.model)
     collator = AnswerCollator(processor, arguments.max_length)
     model = load_policy(config.model, config.lora, device=str(arguments.device), continues=True)
+    check_precision(model.dtype, arguments)
     goes_on = is_peft_model(model)
     changed = goes_on or bool(getattr(model, "is_quantized", False))
     files |= base_file(config.model.model_name_or_path, fingerprint(model), changed=changed)

@@ -10,6 +10,8 @@ from prefalign import cli, config, doctor, families
 from prefalign.doctor import model, world
 from prefalign.doctor.checks import CHECKS, run_checks
 from prefalign.models import ModelConfig, load_processor
+from prefalign.training.distributed import Processes, claim_processes
+from prefalign.training.runs import claim_run
 from tests.doctor_runs import (
     LORA,
     STAGE,
@@ -102,6 +104,30 @@ def test_nothing_changes(case):
 def test_weights_in_float16(case):
     found = only(world.check_device(case(model={"dtype": "float16"})))
     assert (found.verdict, found.seen) == ("warn", "cpu, weights float16, no autocast, 1 process")
+
+
+def test_weights_in_float16_under_bfloat16(tiny_llava, pairs, tmp_path, capsys):
+    """One sentence, the recipe's own, instead of a table of checks that all break."""
+    given = arguments(tiny_llava, pairs, tmp_path / "run", "--model.dtype", "float16", "--trainer.bf16", "true")
+    for verb in ("doctor", "run"):
+        assert cli.main([verb, *given[1:]]) == 1
+        shown = capsys.readouterr()
+        assert shown.err.count("Set model.dtype to bfloat16, or trainer.bf16 to false.") == 1
+        assert "device" not in shown.out
+
+
+def test_the_folder_of_a_run_in_two_processes(case, tmp_path):
+    made = case()
+    saved = tmp_path / "run" / "checkpoint-2"
+    saved.mkdir(parents=True)
+    claim_run(tmp_path / "run", made.files)
+    claim_processes(tmp_path / "run", Processes("MULTI_CPU", 2), main_process=True)
+    (saved / "trainer_state.json").write_text("{}")
+    for rank in range(2):
+        (saved / f"rng_state_{rank}.pth").touch()
+    found = only(world.check_output(made))
+    assert found.verdict == "pass"
+    assert "goes on from checkpoint-2 of a run on 2 processes, DDP (MULTI_CPU)" in found.seen
 
 
 def test_sharding_is_left_out(case):

@@ -55,7 +55,8 @@ def test_rows_are_named_as_the_contract_says(benchmark, tmp_path, monkeypatch, c
     file = tmp_path / "step.json"
     arguments = ["--json", str(file), "--cases", "64", "--modes", "lora", "--checkpointing", "nockpt", "--rounds", "2"]
     monkeypatch.setattr(sys, "argv", ["preference_step.py", *arguments])
-    benchmark.main()
+    with pytest.raises(SystemExit) as left:
+        benchmark.main()
     rows = {row["name"]: row for row in json.loads(file.read_text())}
     assert set(rows) == {
         f"step/lora/64/nockpt/{ours}/{theirs}/{what}"
@@ -65,7 +66,36 @@ def test_rows_are_named_as_the_contract_says(benchmark, tmp_path, monkeypatch, c
     }
     assert rows["step/lora/64/nockpt/cached/vs_trlc/time"]["goal"] == 2.1
     assert all(row.keys() == {"name", "value", "unit", "baseline", "goal"} for row in rows.values())
-    assert "| lora/64/nockpt/cached/vs_trl |" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "| lora/64/nockpt/cached/vs_trl |" in shown.out
+    assert left.value.code == (1 if "its floor" in shown.err or "its ceiling" in shown.err else 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "goal", "expected"),
+    [
+        ("step/a/time", 2.0, 2.1, ["below its floor: step/a/time 2.000, floor 2.1"]),
+        ("step/a/time", 2.1, 2.1, []),
+        ("step/a/time", 0.5, None, []),
+        ("step/a/memory", 0.7, 0.65, ["above its ceiling: step/a/memory 0.700, ceiling 0.65"]),
+        ("step/a/memory", 0.6, 0.65, []),
+        ("step/a/memory", 2.0, None, []),
+    ],
+)
+def test_goals_that_are_missed(benchmark, name, value, goal, expected):
+    assert benchmark.missed([{"name": name, "value": value, "goal": goal}]) == expected
+
+
+def test_no_comparison_proves_nothing(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import prove
+
+    monkeypatch.setattr(prove, "RESULTS", tmp_path / "prove.md")
+    (tmp_path / "none.json").write_text("[]")
+    monkeypatch.setattr(sys, "argv", ["prove.py", "--table", str(tmp_path / "none.json")])
+    with pytest.raises(SystemExit, match="nothing was compared"):
+        prove.main()
+    assert not (tmp_path / "prove.md").exists()
 
 
 def test_ratios_say_who_is_better(benchmark):

@@ -22,9 +22,10 @@ from prefalign.families import tower
 from prefalign.losses import TERMS, VIEWS, Weighted, read_losses, views_of
 from prefalign.models import ModelConfig, load_model, load_processor
 from prefalign.training.arguments import training_arguments
+from prefalign.training.checks import needs_reference
 from prefalign.training.lora import LoraSettings, check_trainable
 from prefalign.training.policy import load_policy
-from prefalign.training.preference import PRIVATE, PreferenceTrainer, needs_reference
+from prefalign.training.preference import PRIVATE, PreferenceTrainer
 from prefalign.training.upkeep import audit_gradients
 from tests.training_runs import largest_difference, losses, make_trainer, weights, write_pairs
 

@@ -1,16 +1,12 @@
 """`prefalign plan train_preference`: what it says a step holds is what a real step holds, and what it says fits, fits."""
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig
 
-from prefalign import bundled, cli, config
-from prefalign.checkpoints import ModelError
 from prefalign.models import ModelConfig, fingerprint, load_processor
 from prefalign.training import memory
 from prefalign.training.arguments import training_arguments
@@ -22,46 +18,18 @@ from prefalign.training.metering import LiveTensors
 from prefalign.training.planner import Options, Planner
 from prefalign.training.reference import cache_reference
 from prefalign.training.sized_rows import RowSize, sized_rows
-from prefalign.training_plan import plan, table
 from tests import tiny_vlms
+from tests.planned_runs import run_config, save_llava, save_toy
 from tests.training_runs import make_trainer, write_pairs
 
-RECIPE = bundled.load_stage("train_preference")
-GIB = 1 << 30
-TOY = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 8, "num_key_value_heads": 8}
 LLAVA_7B = {"vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
             "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096}  # fmt: skip
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 
 
-def save_llava(folder, text, vision, weights=True):
-    """A LLaVA of other sizes with pictures of 576 tokens; for a large one, without weights."""
-    processor, model_class, made = tiny_vlms.BUILDERS["llava"]()
-    processor.image_processor.size = {"shortest_edge": 336}
-    processor.image_processor.crop_size = {"height": 336, "width": 336}
-    made.vision_config.update({**vision, "image_size": 336})
-    made.text_config = LlamaConfig(**{**made.text_config.to_dict(), "max_position_embeddings": 2048, **text})
-    made.image_seq_length = 576
-    made.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    if weights:
-        torch.manual_seed(0)
-        model_class(made).save_pretrained(folder)
-    return Path(folder)
-
-
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """3 layers of width 256, 576 tokens a picture."""
-    text = {**TOY, "num_hidden_layers": 3, "vocab_size": 4096, "head_dim": 32}
-    vision = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
-    return save_llava(tmp_path_factory.mktemp("models") / "toy", text, vision)
-
-
-@pytest.fixture(scope="module")
-def llava_7b(tmp_path_factory):
-    """LLaVA-1.5-7B by its dimensions."""
-    return save_llava(tmp_path_factory.mktemp("models") / "llava-1.5-7b", {**LLAVA_7B, "head_dim": 128}, CLIP_L, False)
+    return save_toy(tmp_path_factory.mktemp("models") / "toy")
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +37,10 @@ def pairs(tmp_path_factory):
     return write_pairs(tmp_path_factory.mktemp("pairs") / "two", 2)
 
 
-def run_config(model, pairs, output="unused", *, lora=False, reference="cached", **trainer):
-    values = {
-        "model": {"model_name_or_path": str(model)},
-        "pairs": str(pairs),
-        "output": str(output),
-        "reference": reference,
-    }
-    values["trainer"] = {"per_device_train_batch_size": 2, "optim": "adamw_torch", **trainer}
-    values |= {"lora": {"r": 4, "alpha": 8}} if lora else {}
-    return config.build(RECIPE.Config, values)
+@pytest.fixture(scope="module")
+def llava_7b(tmp_path_factory):
+    """LLaVA-1.5-7B by its dimensions."""
+    return save_llava(tmp_path_factory.mktemp("models") / "llava-1.5-7b", {**LLAVA_7B, "head_dim": 128}, CLIP_L, False)
 
 
 def measured(model, pairs, output, *, lora, reference, **trainer):
@@ -205,6 +167,11 @@ def test_fsdp2_gathers_two_blocks_and_what_is_in_none():
     need = shared("fsdp2")
     assert need.gathered == (2 * 50 + 400 - 6 * 50) * 2
     assert need.weights == (100 * 4 + 600) / 4
+    quantised = shared("fsdp2", quantised=True)
+    saved = 2 - 4.127 / 8  # bytes of each of 200 numbers, a sixth of them in a block
+    assert need.weights - quantised.weights == pytest.approx(200 * saved / 4)
+    assert need.gathered - quantised.gathered == pytest.approx(2 * 200 / 6 * saved)
+    assert need.exchange == quantised.exchange
 
 
 def test_four_bits_hold_frozen_linear_layers():
@@ -220,11 +187,18 @@ def test_a_gpu_takes_more_than_its_tensors():
 
 
 @pytest.mark.parametrize(
-    ("optim", "expected"), [("adamw_torch", 8), ("sgd", 0), ("adafactor", 0.125), ("adamw_bnb_8bit", 2)]
+    ("optim", "expected"), [("adamw_torch", 8), ("sgd", 0), ("adafactor", 0.008), ("adamw_bnb_8bit", 2.02)]
 )
 def test_state_of_the_optimizer_that_is_asked_for(tmp_path, optim, expected):
     arguments = training_arguments({"optim": optim}, output=tmp_path, seed=0)
-    assert memory.optimizer_bytes(arguments, torch.float32) == pytest.approx(expected, abs=0.01)
+    assert memory.optimizer_bytes(arguments, torch.float32) == pytest.approx(
+        expected, abs=0.021
+    )  # in 8 bits 2.03 with bitsandbytes, 2 without it
+
+
+def test_state_in_8_bits_is_the_same_on_a_32_bit_copy():
+    assert memory.optimizer_in_32(2.03, 2) == 2.03
+    assert memory.optimizer_in_32(4.0, 2) == 8.0
 
 
 @pytest.mark.parametrize("limit", [5, 99, 100, 101, 257, 1000, 10**9])
@@ -267,94 +241,3 @@ def test_rows_have_the_sizes_asked_for(planner):
     row = planner.tokens(planner.rows[-1])
     assert (row.pictures, row.prompt, row.answer) == (576, 40, 40)
     assert row.run == 576 + 40 + 2 * 39
-
-
-def test_disk_counts_what_is_kept_at_once(toy, pairs):
-    """Two kept checkpoints and a third before the oldest goes, each with 8 bytes of state per trained number."""
-    settings = {"max_steps": 10, "save_steps": 2, "save_total_limit": 2}
-    planner = Planner(run_config(toy, pairs, lora=True, **settings), Options(device="cpu"))
-    made = plan(planner)
-    trained = made.parameters[1]
-    assert made.steps == 10
-    assert made.disk["final model"] == trained * 4
-    assert made.disk["checkpoints"] == pytest.approx(3 * trained * (4 + 8), rel=1e-3)
-
-
-def command(toy, tmp_path, *more):
-    return ["plan", "train_preference", "--model.model_name_or_path", str(toy), "--pairs", str(tmp_path / "none"),
-            "--output", "unused", "--rows", "1000", "--device", "cpu", "--prompt_tokens", "40", "--answer_tokens", "40",
-            *more]  # fmt: skip
-
-
-def test_the_command_prints_a_table(toy, tmp_path, capsys):
-    assert (
-        cli.main(
-            command(toy, tmp_path, "--memory", "0.12", "--price", "2.5", "--trainer.per_device_train_batch_size", "1")
-        )
-        == 0
-    )
-    text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 120
-    for piece in ("memory of one device", "of 0.12 GiB: ", "cost", "LoRA on 4 bits", "largest batch in 0.12 GiB", "*"):
-        assert piece in text, piece
-    assert not (tmp_path / "none").exists()
-
-
-def test_json_and_table_say_the_same(toy, tmp_path, capsys):
-    assert (
-        cli.main(
-            command(toy, tmp_path, "--devices", "4", "--profile", "zero3", "--trainer.loss_type", "[sft]", "--json")
-        )
-        == 0
-    )
-    made = json.loads(capsys.readouterr().out)
-    parts = made["need"]
-    assert parts.pop("total") == pytest.approx(sum(parts.values()))
-    assert {other["profile"] for other in made["others"]} == {"ddp", "zero2", "zero3", "fsdp2"}
-    same = {"method": "full", "profile": "zero3", "reference": "cached", "checkpointing": True}
-    [asked] = [other["bytes"] for other in made["others"] if same.items() <= other.items()]
-    assert asked == pytest.approx(sum(parts.values()))
-
-
-def test_notes_say_what_would_fit(toy, pairs):
-    planner = Planner(run_config(toy, pairs, reference="online"), Options(device="cpu", memory=0.1))
-    made = plan(planner)
-    made.others = planner.alternatives()
-    text = table(made)
-    assert "does not fit, " in text
-    assert "What fits: LoRA, one device" in text
-    assert "`reference: cached` needs no second model: " in text
-
-
-def test_pairs_that_are_missing(toy, tmp_path):
-    with pytest.raises(
-        config.ConfigError, match="there are no pairs at .*none, so nothing says how long rows are.*--rows"
-    ):
-        Planner(run_config(toy, tmp_path / "none"), Options())
-
-
-def test_a_model_that_is_not_there(tmp_path, pairs):
-    with pytest.raises(ModelError, match="no folder '.*nowhere'"):
-        Planner(run_config(tmp_path / "nowhere", pairs), Options())
-
-
-def test_memory_that_is_no_number(toy, tmp_path, capsys):
-    assert cli.main(command(toy, tmp_path, "--memory", "lots")) == 1
-    assert "memory: Input should be a valid number" in capsys.readouterr().err
-    with pytest.raises(config.ConfigError, match="--memory -3: a plan needs a number above 0"):
-        Options(memory=-3)
-
-
-def test_one_device_is_not_four():
-    with pytest.raises(config.ConfigError, match="--profile one runs on one device, and --devices says 4"):
-        Options(devices=4, profile="one")
-
-
-def test_what_fits_needs_the_memory(toy, pairs):
-    with pytest.raises(config.ConfigError, match="--memory is needed to say what fits"):
-        largest_batch(Planner(run_config(toy, pairs), Options(device="cpu")))
-
-
-def test_prompts_that_do_not_fit(toy, pairs):
-    with pytest.raises(ValueError, match="no prompt of the 2 rows looked at fits max_length 100"):
-        Planner(run_config(toy, pairs, max_length=100), Options(device="cpu"))

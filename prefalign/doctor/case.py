@@ -23,11 +23,12 @@ from prefalign.config import ConfigError, to_mapping
 from prefalign.doctor.findings import NotExaminedError
 from prefalign.losses import VIEWS, read_losses, views_of
 from prefalign.models import fingerprint, freeze, load_processor
-from prefalign.training.arguments import training_arguments
+from prefalign.training.arguments import check_precision, training_arguments
+from prefalign.training.checks import needs_reference
 from prefalign.training.documents import Documents, digest_of, picture_bytes
 from prefalign.training.pairs import check_columns, check_negative, check_texts, load_pairs
 from prefalign.training.policy import load_policy
-from prefalign.training.preference import PreferenceTrainer, needs_reference
+from prefalign.training.preference import PreferenceTrainer
 from prefalign.training.runs import base_file, run_files
 from prefalign.training.scoring import run
 from prefalign.training.upkeep import plain_lines_without_a_terminal
@@ -244,6 +245,7 @@ def prepare(stage: ModuleType, config: Any, *, rows: int, scratch: Path) -> Case
     manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]
     processor = load_processor(config.model)
     model = load_policy(config.model, config.lora, device=str(arguments.device))
+    check_precision(model.dtype, arguments)
     base = fingerprint(model)
     files = run_files(to_mapping(config), *manifests) | base_file(config.model.model_name_or_path, base)
     if config.lora is None:

@@ -9,7 +9,8 @@ import torch
 
 from prefalign.doctor.case import SHARDING, Case
 from prefalign.doctor.findings import Finding, judge
-from prefalign.training.distributed import running_processes
+from prefalign.training.checkpoints import most_checkpoints
+from prefalign.training.distributed import processes_of, running_processes
 from prefalign.training.runs import RunError, is_finished, open_run
 
 
@@ -44,14 +45,10 @@ def check_disk(case: Case) -> list[Finding]:
     saved = trainable if case.config.lora else list(model.parameters())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in saved)
     optimizer = sum(2 * parameter.numel() * parameter.element_size() for parameter in trainable)
-    steps = args.max_steps
-    if steps <= 0:
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        steps = math.ceil(math.ceil(len(case.trainer.train_dataset) / rows) * args.num_train_epochs)
-    every = args.save_steps if args.save_steps >= 1 else max(1, round(args.save_steps * steps))
-    kept = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy.value, math.ceil(steps / every))
-    if args.save_total_limit:
-        kept = min(kept, args.save_total_limit + 1)
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    of_epoch = math.ceil(len(case.trainer.train_dataset) / rows)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(of_epoch * args.num_train_epochs)
+    kept = most_checkpoints(args, steps, steps / of_epoch)
     needed = kept * (weights + optimizer * (not args.save_only_model)) + weights
     folder = case.config.output.absolute()
     while not folder.exists():
@@ -67,8 +64,10 @@ def check_disk(case: Case) -> list[Finding]:
 def check_output(case: Case) -> list[Finding]:
     """Whether the run may use its folder."""
     folder = case.config.output
+    before = processes_of(folder)
+    number = before.num_processes if before is not None else 1
     try:
-        checkpoint = open_run(folder, case.files, resume=case.config.resume)
+        checkpoint = open_run(folder, case.files, resume=case.config.resume, processes=number)
     except RunError as error:
         return [judge("output", str(folder), fail=str(error))]
     if is_finished(folder):
@@ -77,7 +76,10 @@ def check_output(case: Case) -> list[Finding]:
                 "output", f"{folder} is finished", warn="The run would do nothing. Give another output to train again."
             )
         ]
-    return [judge("output", f"{folder}, goes on from {checkpoint.name}" if checkpoint else f"{folder} is free")]
+    seen = f"{folder}, goes on from {checkpoint.name}" if checkpoint else f"{folder} is free"
+    if checkpoint and number > 1:
+        seen += f" of a run on {before}, which is how it has to be started again"
+    return [judge("output", seen)]
 
 
 def _size(count: float) -> str:

@@ -121,6 +121,26 @@ def training_arguments(
     return arguments
 
 
+def check_precision(dtype: torch.dtype, arguments: TrainingArguments) -> None:
+    """Check that weights and autocast can meet: with weights of the other 16 bits torch stops at the first operation on both.
+
+    Args:
+        dtype: of the loaded weights.
+        arguments: `bf16` and `fp16` count.
+
+    Raises:
+        ConfigError: float16 weights under bfloat16 autocast, or the reverse.
+    """
+    pairs = ((arguments.bf16, "bf16", torch.float16, "bfloat16"), (arguments.fp16, "fp16", torch.bfloat16, "float32"))
+    for asked, name, other, better in pairs:
+        if asked and dtype == other:
+            stored = str(other).removeprefix("torch.")
+            raise ConfigError(
+                f"model.dtype: the weights are {stored} and trainer.{name} is true (a GPU with bfloat16 makes it so by itself): "
+                f"torch's autocast refuses to mix the two. Set model.dtype to {better}, or trainer.{name} to false."
+            )
+
+
 def _hint(name: str, known: Sequence[str], kind: type) -> str:
     other = next((one for one in (DPOConfig, SFTConfig) if name in one.__dataclass_fields__), None)
     if other is not None:

@@ -1,14 +1,29 @@
-"""Find and restore checkpoints so that a resumed run equals one that was never stopped."""
+"""Find and restore checkpoints so that a resumed run equals one that was never stopped, and count them beforehand."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainingArguments
+
+
+def most_checkpoints(args: TrainingArguments, steps: int, epochs: float) -> int:
+    """How many checkpoints a run's folder holds at the most; a new one is there before the oldest is deleted.
+
+    Args:
+        args: `save_strategy`, `save_steps` and `save_total_limit` count.
+        steps: optimizer steps of the run; with `save_strategy: steps` the last one is saved whatever `save_steps` is.
+        epochs: passes over the data, the last one perhaps in part; it is saved too with `save_strategy: epoch`.
+    """
+    every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
+    strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
+    saves = {"no": 0, "epoch": math.ceil(epochs)}.get(strategy, math.ceil(steps / max(1, every)))
+    return min(saves, args.save_total_limit + 1) if args.save_total_limit else saves
 
 
 def last_checkpoint(folder: Path, *, processes: int | None = None) -> Path | None:

@@ -139,6 +139,12 @@ def running_processes(accelerator: Accelerator, settings: Mapping[str, Any]) -> 
     return running
 
 
+def processes_of(folder: Path) -> Processes | None:
+    """What the run in a folder is spread over; None: no run has begun there."""
+    file = folder / PROCESSES_FILE
+    return Processes(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
 def claim_processes(folder: Path, running: Processes, *, main_process: bool) -> None:
     """Keep a run on the processes it began with: optimizer and random states are saved per process, in a form of their own.
 
@@ -150,8 +156,7 @@ def claim_processes(folder: Path, running: Processes, *, main_process: bool) -> 
     Raises:
         RunError: the folder holds checkpoints of a run on other processes.
     """
-    file = folder / PROCESSES_FILE
-    before = Processes(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else running
+    before = processes_of(folder) or running
     if before != running and any(folder.glob("checkpoint-*")):
         raise RunError(
             f"{folder} holds checkpoints of a run on {before}, and this is {running}: the optimizer's state and the random "
@@ -159,4 +164,4 @@ def claim_processes(folder: Path, running: Processes, *, main_process: bool) -> 
             "delete the folder."
         )
     if main_process:
-        write_atomically(file, json.dumps(asdict(running), indent=2).encode())
+        write_atomically(folder / PROCESSES_FILE, json.dumps(asdict(running), indent=2).encode())

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from prefalign.training.dry_run import Counted, Moment
 
 Profile = Literal["one", "ddp", "zero2", "zero3", "fsdp2"]
-PROFILES: tuple[Profile, ...] = ("one", "ddp", "zero2", "zero3", "fsdp2")
 CASTING = ("zero2", "zero3", "fsdp2")
 """Profiles that compute in 16 bits by turning weights into them; the others do by autocast."""
 
@@ -26,6 +25,8 @@ GATHERED = 1_000_000_000
 """Most numbers that ZeRO-3 keeps gathered (`stage3_max_live_parameters`), as the shipped profiles leave it."""
 FOUR_BITS = 4.127 / 8
 """Bytes of a number in NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3)."""
+EIGHT_BIT_STATE = 2.04
+"""Bytes of Adam's two states in 8 bits with their scales, one of 4 bytes for each 256 numbers (bitsandbytes)."""
 CONTEXT = 1 << 30
 """Taken on a GPU before the first tensor: CUDA's context, workspaces of its libraries. Assumed, not measured."""
 FRAGMENTATION = 1.1
@@ -67,7 +68,7 @@ class Need:
 
 
 def optimizer_bytes(args: Any, dtype: torch.dtype) -> float:
-    """Bytes that the optimizer of TRL's arguments keeps per trained number, found by a step on a small parameter.
+    """Bytes that the optimizer of TRL's arguments keeps per trained number, found by a step on one parameter.
 
     Args:
         args: TRL's arguments (`optim`, `optim_args`).
@@ -77,7 +78,7 @@ def optimizer_bytes(args: Any, dtype: torch.dtype) -> float:
 
     try:
         cls, settings = Trainer.get_optimizer_cls_and_kwargs(args)
-        parameter = torch.nn.Parameter(torch.zeros(64, 64, dtype=dtype))
+        parameter = torch.nn.Parameter(torch.zeros(1024, 1024, dtype=dtype))
         parameter.grad = torch.zeros_like(parameter)
         optimizer = cls([parameter], **settings)
         optimizer.step()
@@ -111,10 +112,11 @@ def share_out(
         target: `cuda` adds what a GPU takes for itself.
     """
     weights = counted.trainable + counted.frozen
-    dequantised = 0.0
+    saved = dequantised = 0.0
     if quantised:
-        weights -= counted.linear_parameters * (width - FOUR_BITS)
+        saved = counted.linear_parameters * (width - FOUR_BITS)
         dequantised = counted.matrix_parameters * 2
+    weights -= saved
     trained = counted.trainable_parameters
     if profile in ("one", "ddp"):
         need = _of(counted.peak)
@@ -126,10 +128,10 @@ def share_out(
         if profile == "fsdp2":
             need.optimizer = trained * optimizer / devices
             need.gradients = trained * 4 / devices
-            need.weights = (trained * 4 + counted.frozen) / devices
+            need.weights = (trained * 4 + weights - counted.trainable) / devices
             root = max(0.0, (trained + counted.frozen_parameters) - counted.layers * counted.block_parameters)
-            need.gathered = (root + 2 * counted.block_parameters) * width
-            need.exchange = counted.block_parameters * width * counted.gradients / max(1.0, weights)
+            need.gathered = (root + 2 * counted.block_parameters) * width - 2 * saved / max(1.0, counted.layers)
+            need.exchange = counted.block_parameters * width * counted.gradients / max(1.0, weights + saved)
             need.reference = counted.reference / devices
         else:
             # with 16 bits, and also without: DeepSpeed keeps a 32-bit copy of what trains
@@ -149,7 +151,7 @@ def share_out(
 
 def optimizer_in_32(optimizer: float, width: int) -> float:
     """Bytes of optimizer state per number on a 32-bit copy, from those on weights of `width` bytes."""
-    return optimizer * 4 / width if optimizer > 2 else optimizer
+    return optimizer * 4 / width if optimizer > EIGHT_BIT_STATE else optimizer
 
 
 def _of(moment: Moment) -> Need:

@@ -15,19 +15,24 @@ from prefalign.checkpoints import check_family, resolve
 from prefalign.config import ConfigError
 from prefalign.losses import read_losses, views_of
 from prefalign.models import load_processor
-from prefalign.training.arguments import training_arguments
+from prefalign.training.arguments import check_precision, training_arguments
+from prefalign.training.checkpoints import most_checkpoints
+from prefalign.training.checks import needs_reference
 from prefalign.training.documents import PromptTooLong, Reader
 from prefalign.training.dry_run import Counted, count_step
-from prefalign.training.lora import LoraSettings
+from prefalign.training.lora import LoraSettings, check_quantised
 from prefalign.training.memory import CASTING, Need, Profile, optimizer_bytes, share_out
 from prefalign.training.pairs import check_columns, load_pairs
-from prefalign.training.preference import needs_reference
 from prefalign.training.routes import Route, find_route
 from prefalign.training.sized_rows import RowSize, RowTokens, measure, sized_rows
 
 Reference = Literal["cached", "online"]
 Method = Literal["full", "lora", "qlora"]
 GIB = 1 << 30
+SIZES = {"pictures": 1, "picture_side": 672, "prompt_tokens": 60, "answer_tokens": 150}
+"""Of rows that are not there yet, where nothing else is said."""
+SHARED_OUT = ("zero3", "fsdp2")
+"""Profiles in which a device holds a part of the weights; the trainer does not do that with weights of 4 bits."""
 
 
 @dataclass
@@ -43,11 +48,11 @@ class Options:
         utilisation: share of the peak that is reached.
         price: of one device for an hour.
         sample: rows of the pairs that are looked at, evenly spread.
-        rows: number of pairs, where there is no folder yet.
-        pictures: pictures in a prompt, where there is no folder yet.
-        picture_side: width and height of a picture in pixels, likewise.
-        prompt_tokens: tokens of a prompt without its pictures, likewise.
-        answer_tokens: tokens of an answer, likewise.
+        rows: number of pairs, where there is no folder yet; this and what follows cannot be said of pairs that are there.
+        pictures: pictures in a prompt; by default 1.
+        picture_side: width and height of a picture in pixels; by default 672.
+        prompt_tokens: tokens of a prompt without its pictures; by default 60.
+        answer_tokens: tokens of an answer; by default 150.
     """
 
     devices: int = 1
@@ -59,10 +64,10 @@ class Options:
     price: float | None = None
     sample: int = 32
     rows: int | None = None
-    pictures: int = 1
-    picture_side: int = 672
-    prompt_tokens: int = 60
-    answer_tokens: int = 150
+    pictures: int | None = None
+    picture_side: int | None = None
+    prompt_tokens: int | None = None
+    answer_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("devices", "memory", "tflops", "utilisation", "sample", "rows", "picture_side", "answer_tokens"):
@@ -120,6 +125,7 @@ class Planner:
         self.model_config = AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=config.model.trust_remote_code
         )
+        self.quantised = self._quantised()
         self.processor = load_processor(config.model)
         self.sixteen = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         self.image_token = families.image_token_ids(self.model_config)[0]
@@ -135,7 +141,7 @@ class Planner:
     @property
     def setup(self) -> Setup:
         """The way of training that the config asks for."""
-        method: Method = "full" if self.config.lora is None else "lora"
+        method: Method = "full" if self.config.lora is None else "qlora" if self.quantised else "lora"
         reference: Reference = self.config.reference if self.compares else "cached"
         assert self.options.profile is not None
         return Setup(method, self.options.profile, reference, bool(self.args.gradient_checkpointing))
@@ -144,6 +150,11 @@ class Planner:
     def batch(self) -> int:
         """Pairs in a batch of one device."""
         return int(self.args.per_device_train_batch_size)
+
+    @property
+    def steps_of_epoch(self) -> int:
+        """Optimizer steps of a pass over the pairs."""
+        return math.ceil(self.total / (self.batch * self.args.gradient_accumulation_steps * self.options.devices))
 
     def longest(self, number: int) -> list[dict[str, Any]]:
         """As many rows as are asked for, the longest; repeated under other names if there are not so many."""
@@ -218,10 +229,13 @@ class Planner:
         profiles: tuple[Profile, ...] = ("one",) if self.options.devices == 1 else ("ddp", "zero2", "zero3", "fsdp2")
         references: tuple[Reference, ...] = ("cached", "online") if self.compares else ("cached",)
         methods: tuple[Method, ...] = ("full", "lora", "qlora")
+        if self._stored_in_4_bits():
+            methods = ("qlora",)
         setups = [
             Setup(method, profile, reference, checkpointing)
             for method in methods
             for profile in profiles
+            if method != "qlora" or profile not in SHARED_OUT
             for reference in references
             for checkpointing in (True, False)
         ]
@@ -259,8 +273,15 @@ class Planner:
                     f"there are no pairs at {folder}, so nothing says how long rows are. Make them first, or say what they will "
                     "be: --rows 10000, and if need be --pictures 1 --picture_side 672 --prompt_tokens 60 --answer_tokens 150."
                 )
-            size = RowSize(options.prompt_tokens, options.answer_tokens, options.pictures, options.picture_side)
+            given = {name: getattr(options, name) for name in SIZES}
+            sizes = SIZES | {name: value for name, value in given.items() if value is not None}
+            size = RowSize(sizes["prompt_tokens"], sizes["answer_tokens"], sizes["pictures"], sizes["picture_side"])
             return self.sized(size, 1), options.rows
+        if said := [f"--{name}" for name in ("rows", *SIZES) if getattr(options, name) is not None]:
+            raise ConfigError(
+                f"{', '.join(said)} would say what the rows will be, and {folder} is there and holds them. Leave out what the "
+                "folder says itself, or name a folder that is not there yet."
+            )
         dataset = load_pairs(folder)
         check_columns(dataset, self.views, folder, self.config.negative)
         number = min(options.sample, len(dataset))
@@ -291,28 +312,50 @@ class Planner:
         }
         return training_arguments({**self.settings, **here, **changes}, output=folder, seed=self.config.seed)
 
+    def _stored_in_4_bits(self) -> bool:
+        stored = getattr(self.model_config, "quantization_config", None)
+        if stored is None:
+            return False
+        if not (stored.get("load_in_4bit") or stored.get("bits") == 4):
+            raise ConfigError(
+                f"{self.config.model.model_name_or_path} is quantised ({stored.get('quant_method', 'unknown method')}), and not "
+                "to 4 bits: a plan knows weights of 4, 16 and 32 bits only. Plan for the model that it was made from."
+            )
+        return True
+
+    def _quantised(self) -> bool:
+        """Whether the language model's weights are in 4 bits, as stored or because the config says so."""
+        if not (self._stored_in_4_bits() or self.config.model.load_in_4bit):
+            return False
+        check_quantised(replace(self.config.model, load_in_4bit=True), self.config.lora, self.args)
+        if self.options.profile in SHARED_OUT:
+            raise ConfigError(
+                f"--profile {self.options.profile} shares out the weights, and those of 4 bits stay whole in every process here. "
+                "Plan with --profile ddp or zero2, or set model.load_in_4bit to false."
+            )
+        return True
+
     def _dtype(self, adapts: bool) -> torch.dtype:
         """Of the weights as the recipe loads them."""
         name = self.config.model.dtype
         if name != "auto":
-            return getattr(torch, name)
+            dtype: torch.dtype = getattr(torch, name)
+            check_precision(dtype, self.args)
+            return dtype
         stored = getattr(self.model_config, "dtype", None) or self.model_config.get_text_config().dtype
         if not adapts or stored is None or (self.options.device == "cpu" and stored == torch.float16):
             return torch.float32
-        return stored
+        # a run would not begin with the other 16 bits (`arguments.check_precision`)
+        return self.sixteen or stored if stored in (torch.float16, torch.bfloat16) else stored
 
     def disk(self, counted: Counted, steps: int) -> dict[str, float]:
         """Bytes of what a run keeps: an adapter is saved alone."""
         adapts = self.config.lora is not None
         model = counted.trainable if adapts else counted.trainable + counted.frozen
         kept = optimizer_bytes(self.args, torch.float32) * counted.trainable_parameters
-        every = {"steps": self.args.save_steps, "epoch": steps / max(1.0, self.args.num_train_epochs)}
-        strategy = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))
-        saves = math.floor(steps / every[strategy]) if strategy in every and every[strategy] >= 1 else 0
-        # a new checkpoint is there before the oldest is deleted
-        saves = min(saves, self.args.save_total_limit + 1) if self.args.save_total_limit else saves
         disk = {
-            "checkpoints": saves * (model + (0 if self.args.save_only_model else kept)),
+            "checkpoints": most_checkpoints(self.args, steps, steps / self.steps_of_epoch)
+            * (model + (0 if self.args.save_only_model else kept)),
             "final model": model,
         }
         if self.setup.reference == "cached" and self.compares:

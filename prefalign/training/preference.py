@@ -29,10 +29,10 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput, use_adapter
 
 from prefalign import families
-from prefalign.config import ConfigError, nearest
+from prefalign.config import ConfigError
 from prefalign.losses import Scores, Weighted, read_losses, views_of
-from prefalign.losses.text import COUPLED, LOSS_TYPES, REFERENCE_FREE
 from prefalign.manifest import write_atomically
+from prefalign.training.checks import check_settings, needs_reference
 from prefalign.training.collator import PreferenceCollator, blank_vision
 from prefalign.training.forward import FrozenTower, frozen_tower, share, unshare
 from prefalign.training.pairs import COLUMNS
@@ -112,12 +112,13 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         self.needs_reference = needs_reference(self.losses, args.loss_type)
         self.starts_from_adapter = is_peft_model(model)
         self.reference = reference
-        self._check(args, tokens_per_pass)
-        if ref_model is not None and reference == "cached":
-            raise ConfigError(
-                "reference is 'cached' and a `ref_model` is given: the cache is filled by the policy as it starts, so "
-                "that model would never be asked. Set reference to 'online', or leave ref_model out."
-            )
+        check_settings(
+            self.losses,
+            args,
+            reference=reference,
+            tokens_per_pass=tokens_per_pass,
+            brings_reference=ref_model is not None,
+        )
         unshare(model)
         self.route = find_route(model, fast_path)
         if self.route.layout == "plain" and fast_path == "auto":
@@ -175,50 +176,6 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         no_hooks = _NoInputHooks(self)
         no_hooks.on_train_begin(self.args, self.state, self.control)  # TRL's own hooks, under those that `train` adds
         self.add_callback(no_hooks)
-
-    def _check(self, args: DPOConfig, tokens_per_pass: int | None) -> None:
-        if args.router_aux_loss_coef:
-            raise ConfigError(
-                f"trainer.router_aux_loss_coef is {args.router_aux_loss_coef}, and the load-balancing loss is not "
-                "defined for shared prompts. Leave it out."
-            )
-        if tokens_per_pass is not None and tokens_per_pass < 1:
-            raise ConfigError(f"tokens_per_pass is {tokens_per_pass}; give the most tokens of one pass, such as 8192.")
-        if tokens_per_pass is not None and args.world_size > 1:
-            raise ConfigError(
-                f"tokens_per_pass: TRL's metrics are exchanged with every pass, and {args.world_size} processes would "
-                "make different numbers of passes. Leave it out and lower trainer.per_device_train_batch_size."
-            )
-        for kind in args.loss_type:
-            if kind not in LOSS_TYPES:
-                raise ConfigError(f"trainer.loss_type: TRL has no loss {kind!r}; {nearest(kind, list(LOSS_TYPES))}")
-        together = coupled(self.losses, args.loss_type)
-        if tokens_per_pass is not None and together:
-            raise ConfigError(
-                f"tokens_per_pass: in loss {', '.join(together)} the rows of a batch depend on each other, so a batch cannot be "
-                "run in parts. Leave tokens_per_pass out and lower trainer.per_device_train_batch_size."
-            )
-        if tokens_per_pass is not None and (args.deepspeed_plugin is not None or args.fsdp_plugin_args):
-            raise ConfigError(
-                "tokens_per_pass: DeepSpeed and FSDP count one backward pass per batch, and parts would be several. "
-                "Leave it out and lower trainer.per_device_train_batch_size."
-            )
-        if args.precompute_ref_log_probs:
-            raise ConfigError(
-                "trainer.precompute_ref_log_probs: TRL's own cache is refused for pictures and misses what its numbers "
-                "depend on. Set `reference: cached` instead."
-            )
-        if args.sync_ref_model and self.reference == "cached":
-            raise ConfigError(
-                "reference is 'cached' and trainer.sync_ref_model is true: the reference moves with the policy, so a "
-                "cache of it would be wrong from the first sync on. Set reference to 'online', or sync_ref_model to false."
-            )
-        reading = [entry.name for entry in self.losses if entry.term.logits]
-        if reading and self.reference == "cached":
-            raise ConfigError(
-                f"reference is 'cached' and {', '.join(reading)} reads the reference's logits over the whole vocabulary, which "
-                "are not stored. Set reference to 'online'."
-            )
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(COLUMNS)
@@ -405,25 +362,6 @@ class _NoReference(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise AssertionError("this run has no reference model")
-
-
-def needs_reference(losses: Sequence[Weighted], loss_types: Sequence[str]) -> bool:
-    """Whether any term of a run reads reference log-probs."""
-    return any(
-        not set(loss_types) <= REFERENCE_FREE if entry.name == "text" else entry.term.needs_reference
-        for entry in losses
-    )
-
-
-def coupled(losses: Sequence[Weighted], loss_types: Sequence[str]) -> list[str]:
-    """Names of the losses in which rows of a batch depend on each other."""
-    return [
-        name
-        for entry in losses
-        for name in (
-            sorted(set(loss_types) & COUPLED) if entry.name == "text" else [entry.name] * (not entry.term.per_row)
-        )
-    ]
 
 
 class _NoInputHooks(TrainerCallback):
