@@ -57,7 +57,7 @@ def main(config: Config) -> None:
     from prefalign.models import fingerprint, freeze, load_processor, parameter_table
     from prefalign.training.arguments import check_precision, training_arguments
     from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
-    from prefalign.training.examples import AnswerCollator, keep_usable, load_examples
+    from prefalign.training.examples import AnswerCollator, check_pictures, keep_usable, load_examples
     from prefalign.training.lora import check_quantised, check_trainable
     from prefalign.training.policy import load_policy
     from prefalign.training.runs import base_file, claim_run, full_disk_explained, is_finished, open_run, run_files
@@ -70,6 +70,8 @@ def main(config: Config) -> None:
     check_quantised(config.model, config.lora, arguments)
     folders = [config.data, *([config.eval_data] if config.eval_data else [])]
     datasets = [load_examples(folder, config.answer) for folder in folders]
+    shares = arguments.fsdp_plugin_args or getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3
+    check_pictures(datasets, folders, processes=arguments.world_size, in_parts=bool(shares))
     manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]
     files = run_files(to_mapping(config), *manifests, data="data")
     main_process, processes = arguments.process_index == 0, arguments.world_size

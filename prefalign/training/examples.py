@@ -24,6 +24,7 @@ from prefalign.records import (
     placeholder_count,
 )
 from prefalign.training.documents import decode
+from prefalign.training.pairs import rows_without
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -112,6 +113,26 @@ def question_and_answer(row: Mapping[str, Any]) -> tuple[list[Message], list[Mes
     asked = bool(given) and given[-1]["role"] == "user"
     said = bool(told) and all(turn["role"] == "assistant" for turn in told) and bool(message_text(told).strip())
     return given, told if asked and said else []
+
+
+def check_pictures(datasets: Sequence[Dataset], folders: Sequence[Path], *, processes: int, in_parts: bool) -> None:
+    """Refuse rows with and without pictures together where weights are shared out over processes (ZeRO-3, FSDP).
+
+    A process whose batch holds no picture would not ask for the vision tower's weights while the others wait for it.
+
+    Raises:
+        ConfigError: names the folder and how many rows have no picture.
+    """
+    if processes == 1 or not in_parts:
+        return
+    for dataset, folder in zip(datasets, folders, strict=True):
+        lacking = rows_without(dataset, "images")
+        if 0 < lacking < len(dataset):
+            raise ConfigError(
+                f"{lacking} of the {len(dataset)} rows of {folder} have no picture, and the weights are shared out "
+                f"over {processes} processes: one whose batch holds no picture would leave the others waiting for the "
+                "vision tower. Train these rows with ZeRO-2 or DDP, or rows with and without pictures one after the other."
+            )
 
 
 @dataclass

@@ -81,7 +81,7 @@ def check_negative(dataset: Dataset, views: Sequence[str], folder: Path, negativ
             "negative.kind 'swap' shows a picture of another row, and a batch knows its own rows only. Store such pairs first "
             "(`prefalign run image_contrast --negative.kind swap`), or take crop, diffusion, blur, mask or blank."
         )
-    if not _empty(dataset, "rejected_images"):
+    if not rows_without(dataset, "rejected_images"):
         raise ValueError(
             f"negative.kind is {negative.kind!r}, and all {len(dataset)} pairs of {folder} have `rejected_images` already, "
             "which are kept, so nothing would be made. Take these with `--negative null`, or store others: `prefalign run "
@@ -105,7 +105,7 @@ def check_columns(dataset: Dataset, views: Sequence[str], folder: Path, negative
     if None in pictures:
         needed.add("images")
     for column in sorted(needed):
-        if empty := _empty(dataset, column):
+        if empty := rows_without(dataset, column):
             looking = ", ".join(view for view in views if column in (VIEWS[view].images, VIEWS[view].answer))
             hint = (
                 "Pairs with another picture come from the stages image_contrast and re_align, and from the stage povid with "
@@ -142,7 +142,7 @@ def _same_texts(dataset: Dataset, views: Sequence[str]) -> Iterator[bool]:
             yield one_picture and same_answer(*(message_text(row[side]) for side in ("chosen", "rejected")))
 
 
-def _empty(dataset: Dataset, column: str) -> int:
+def rows_without(dataset: Dataset, column: str) -> int:
     """Rows whose list in a column is empty or null."""
     import pyarrow.compute as pc
 
@@ -230,5 +230,5 @@ def keep_fitting(dataset: Dataset, collator: PreferenceCollator) -> tuple[Datase
 def _counted(dataset: Dataset, collator: PreferenceCollator, fit: Fit) -> Fit:
     fit.same_texts = sum(_same_texts(dataset, collator.views))
     if collator.negative is not None:
-        fit.stored_pictures = len(dataset) - _empty(dataset, "rejected_images")
+        fit.stored_pictures = len(dataset) - rows_without(dataset, "rejected_images")
     return fit
