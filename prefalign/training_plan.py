@@ -18,7 +18,7 @@ from typing import Any
 
 from prefalign import config
 from prefalign.planner import duration, number, size
-from prefalign.training.largest import Fit, largest_batch, largest_picture
+from prefalign.training.largest import COUNTED, Fit, largest_batch, largest_picture
 from prefalign.training.memory import CONTEXT, FRAGMENTATION, Need
 from prefalign.training.planner import GIB, Options, Planner, Setup
 
@@ -246,7 +246,7 @@ def _fit(made: TrainingPlan, fit: Fit) -> str:
     if fit.size == 0:
         return f"largest {named} in {memory}: none, the smallest takes {size(fit.need)}"
     sizes = {
-        "batch": f"{fit.size} pairs a device",
+        "batch": f"{'about ' if fit.size > 2 * COUNTED else ''}{fit.size} pairs a device",
         "picture": f"{fit.size} x {fit.size} pixels ({number(fit.tokens)} tokens a row)",
         "pictures": f"{fit.size} in a prompt ({number(fit.tokens)} tokens)",
     }

@@ -328,7 +328,12 @@ def test_a_run_notes_where_its_base_was(tiny_llava):
     from prefalign.training.runs import base_file
 
     (text,) = base_file(str(tiny_llava), "abc").values()
-    assert json.loads(text) == {"name": str(tiny_llava), "local": str(tiny_llava.resolve()), "fingerprint": "abc"}
+    assert json.loads(text) == {
+        "name": str(tiny_llava),
+        "local": str(tiny_llava.resolve()),
+        "fingerprint": "abc",
+        "changed": False,
+    }
     (text,) = base_file("owner/name", "abc").values()
     assert json.loads(text)["local"] is None
 

@@ -187,7 +187,7 @@ def test_a_resumed_run_is_the_straight_one(module, tiny_llava, pairs, tmp_path):
         claimed(tmp_path / "straight", tmp_path / "resumed")
     else:
         shutil.copytree(tmp_path / "straight" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
-        for file in ("prefalign_config.yaml", "pairs_manifest.json", "base.json"):
+        for file in ("prefalign_config.yaml", "data_manifest.json", "base.json", "processes.json"):
             shutil.copy(tmp_path / "straight" / file, tmp_path / "resumed" / file)
     module.main(recipe(module, tiny_llava, pairs, tmp_path / "resumed", resume=True))
     straight, again = tmp_path / "straight", tmp_path / "resumed"
