@@ -8,6 +8,8 @@ from typing import Any
 
 from trl import SFTConfig
 
+from prefalign import bundled
+from prefalign.config import build
 from prefalign.images import encode_png
 from prefalign.models import ModelConfig, freeze, load_model, load_processor
 from prefalign.records import Example, assistant_message, user_message
@@ -17,6 +19,8 @@ from prefalign.training.examples import load_examples
 from prefalign.training.lora import LoraSettings
 from prefalign.training.sft import SupervisedTrainer
 from tests.tiny_vlms import picture
+
+RECIPE = bundled.load_stage("train_sft")
 
 
 def make_example(number: int, images: int = 1) -> Example:
@@ -64,3 +68,16 @@ def make_sft_trainer(
         eval_dataset=load_examples(data) if evaluates else None,
         peft_config=LoraSettings(r=4, alpha=8).to_peft() if lora else None,
     )
+
+
+def recipe_config(checkpoint: Path, data: Path, output: Path, **more: Any) -> Any:
+    """The recipe's config: four steps on batches of 4, a checkpoint after the second."""
+    values = {
+        "model": {"model_name_or_path": str(checkpoint), "device": "cpu"},
+        "data": str(data),
+        "output": str(output),
+        "trainer": {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 4,
+                    "learning_rate": 1e-3, "lr_scheduler_type": "constant"},
+        **more,
+    }  # fmt: skip
+    return build(RECIPE.Config, values)

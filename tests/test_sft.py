@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 from trl import SFTConfig, SFTTrainer
 
-from prefalign import bundled, families
+from prefalign import families
 from prefalign.adapters import merge_adapters
-from prefalign.config import ConfigError, build, load
+from prefalign.config import ConfigError
 from prefalign.models import ModelConfig, load_model, load_processor
 from prefalign.records import Prompt, assistant_message, user_message
 from prefalign.store import OutputConfig, write_records
@@ -27,13 +25,11 @@ from prefalign.training.arguments import training_arguments
 from prefalign.training.examples import AnswerCollator, keep_usable, load_examples, question_and_answer
 from prefalign.training.lora import LoraSettings
 from prefalign.training.policy import load_policy
-from prefalign.training.runs import RunError
 from prefalign.training.upkeep import PRIVATE
-from tests.sft_runs import make_example, make_sft_trainer, write_examples
+from tests.sft_runs import RECIPE, make_example, make_sft_trainer, recipe_config, write_examples
 from tests.tiny_vlms import PLAIN, save_tiny
 from tests.training_runs import largest_difference, losses, weights, write_pairs
 
-RECIPE = bundled.load_stage("train_sft")
 CLOCK = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
 BOTH = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 
@@ -254,18 +250,6 @@ def test_paligemma_needs_a_picture_in_every_row(tmp_path):
         AnswerCollator(processor)([make_example(0, images=0).to_row()])
 
 
-def recipe_config(checkpoint: Path, data: Path, output: Path, **more):
-    values = {
-        "model": {"model_name_or_path": str(checkpoint), "device": "cpu"},
-        "data": str(data),
-        "output": str(output),
-        "trainer": {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 4,
-                    "learning_rate": 1e-3, "lr_scheduler_type": "constant"},
-        **more,
-    }  # fmt: skip
-    return build(RECIPE.Config, values)
-
-
 def test_recipe_saves_everything_goes_on_and_starts_no_second_time(tiny_llava, mixed, tmp_path, capsys):
     """A kill while checkpoint-4 was written leaves checkpoint-2; the same command ends with the same files."""
     collator = AnswerCollator(load_processor(ModelConfig(str(tiny_llava))))
@@ -341,43 +325,6 @@ def test_the_adapter_of_the_first_stage_goes_on(tiny_llava, examples, tmp_path, 
         ConfigError, match="lora: the model is an adapter already, and a second one would be saved without"
     ):
         load_policy(ModelConfig(str(tmp_path / "one")), LoraSettings(**lora), device="cpu")
-
-
-def test_two_processes_are_one(tiny_llava, tmp_path):
-    """torchrun, vision tower training: once an epoch one process has a picture and the other none, else none has one."""
-    data = write_examples(tmp_path / "data", [make_example(number, images=int(number == 5)) for number in range(8)])
-    RECIPE.main(recipe_config(tiny_llava, data, tmp_path / "one", freeze=[]))
-    values = {"freeze": "[]", "trainer.per_device_train_batch_size": "2", "trainer.max_steps": "4", "trainer.save_steps": "2",
-              "trainer.logging_steps": "1", "trainer.learning_rate": "1e-3", "trainer.lr_scheduler_type": "constant",
-              "model.model_name_or_path": str(tiny_llava), "model.device": "cpu", "data": str(data),
-              "output": str(tmp_path / "two")}  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += [
-        str(bundled.stages()["train_sft"]),
-        *(part for name, value in values.items() for part in (f"--{name}", value)),
-    ]
-    path = os.pathsep.join(filter(None, [str(bundled.root()), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "8 rows, all used; 2 processes, DDP (MULTI_CPU)" in done.stdout
-    logs = [json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("one", "two")]
-    in_one, in_two = ([entry["loss"] for entry in log if "loss" in entry] for log in logs)
-    assert in_two == pytest.approx(in_one, abs=2e-6)
-    models = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
-    for (
-        model
-    ) in models:  # a key's bias cancels in the softmax: its gradient is rounding alone, which Adam makes a step of
-        del model["vision_tower.vision_model.encoder.layers.0.self_attn.k_proj.bias"]
-    assert largest_difference(*models) < 1e-5
-    start = load_file(tiny_llava / "model.safetensors")
-    (tmp_path / "two" / "all_results.json").unlink()
-    again = load(RECIPE.Config, tmp_path / "two" / "prefalign_config.yaml")
-    with pytest.raises(
-        RunError, match="holds checkpoint-4 of a run on 2 processes, and this is 1 process: .* Start it as"
-    ):
-        RECIPE.main(again)
-    assert any((models[1][name] - start[name]).abs().max() > 1e-4 for name in models[1] if "vision" in name)
 
 
 def test_trainer_mapping_is_checked_against_sft_config(tmp_path):

@@ -70,9 +70,6 @@ def check_template(case: Case) -> list[Finding]:
 def check_end_of_turn(case: Case) -> list[Finding]:
     """Each answer's end of turn is in its loss, and generation stops at it."""
     tokenizer, end = case.processor.tokenizer, families.turn_end_id(case.processor)
-    if end is None:
-        advice = "The model forgets to stop. Give the tokenizer an eos_token, and close assistant turns with it in the template."
-        return [judge("end of turn", "neither the chat template nor the tokenizer has one", fail=advice)]
     mark, added = tokenizer.convert_ids_to_tokens(end), case.collator.reader.end
     answers = [(reading.row["id"], ids) for reading in sampled(case) for ids in reading.answers().values()]
     endless = [str(name) for name, ids in answers if end not in ids.tolist()]

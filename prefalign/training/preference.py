@@ -133,7 +133,7 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
             image_token_id=families.image_token_ids(model.config)[0],
             tokens_per_pass=tokens_per_pass,
         )
-        adapts = peft_config is not None or is_peft_model(model)
+        adapts = peft_config is not None or self.starts_from_adapter
         online = self.needs_reference and reference == "online"
         still = frozen_tower(model)
         if not online:
