@@ -92,6 +92,20 @@ def share(model: PreTrainedModel, layout: str) -> None:
     undo.append(lambda: base.__dict__.pop("forward", None))
 
 
+def hidden_states(model: PreTrainedModel, packed: Mapping[str, Any]) -> torch.Tensor:
+    """Hidden states that predict the labels of documents, for a head of one's own (reward, value).
+
+    Args:
+        model: a model that `share` wrapped with the layout `split` or `mask`, with or without an adapter.
+        packed: as `PreferenceCollator` makes them; `layout.label_rows` says which states are kept.
+
+    Returns:
+        (N, width), after the last norm, in the model's dtype, in the order of `layout.label_rows`.
+    """
+    base = families.core(model)
+    return base.model(**_document_inputs(base, packed)).last_hidden_state[0]
+
+
 def unshare(model: PreTrainedModel) -> None:
     """Take off what `share` and TRL's head put on a model, before it is trained once more in the same process."""
     base = families.core(model)

@@ -1,0 +1,222 @@
+"""Rewards: scalar reward models, judges, rules and functions behind one interface, in one literal table.
+
+A run names them in a weighted list, as it names its losses. Every term is logged by itself; a response with a missing term has
+no total (NaN), and who uses the total counts and drops it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from prefalign.config import ConfigError, build, nearest
+from prefalign.rewards.reward import Comparator, Response, Reward, Verdict
+
+if TYPE_CHECKING:
+    import torch
+
+REWARDS: dict[str, str] = {
+    "reward_model": "prefalign.rewards.learned:LearnedReward",
+    "judge": "prefalign.rewards.judged:JudgedAttributes",
+    "objects": "prefalign.rewards.objects:Objects",
+    "symbolic": "prefalign.rewards.symbolic:Symbolic",
+    "missing_eos": "prefalign.rewards.shaping:MissingEos",
+    "length": "prefalign.rewards.shaping:Length",
+    "multiple_choice": "prefalign.rewards.shaping:MultipleChoice",
+    "yes_no": "prefalign.rewards.shaping:YesNo",
+    "function": "prefalign.rewards.function:Function",
+}
+"""Name in a config to `module:class`; a class is imported when a run names it."""
+
+COMPARATORS: dict[str, str] = {
+    "judge": "prefalign.rewards.judged:PairwiseJudge",
+    "rewards": "prefalign.rewards.comparing:ByReward",
+}
+"""Pairwise judges, likewise."""
+
+__all__ = [
+    "COMPARATORS",
+    "REWARDS",
+    "Combined",
+    "Comparator",
+    "Response",
+    "Reward",
+    "Verdict",
+    "Weighted",
+    "as_trl_functions",
+    "read_comparator",
+    "read_rewards",
+]
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """One entry of a run's list of rewards.
+
+    Attributes:
+        name: name of the entry: the prefix of its terms.
+        reward: the reward with its settings.
+        weight: what each of its terms is multiplied by in the total, or a mapping by term (others count 0).
+    """
+
+    name: str
+    reward: Reward
+    weight: float | Mapping[str, float] = 1.0
+
+    def weight_of(self, term: str) -> float:
+        """The weight of one of its terms."""
+        return self.weight if isinstance(self.weight, (int, float)) else self.weight.get(term, 0.0)
+
+
+@dataclass
+class Combined:
+    """A weighted sum of rewards, itself a reward.
+
+    Attributes:
+        entries: what is added up.
+    """
+
+    entries: Sequence[Weighted]
+
+    def score(self, responses: Sequence[Response]) -> dict[str, torch.Tensor]:
+        """Score responses.
+
+        Returns:
+            `<entry>/<term>` for every term as its reward gives it, and `total`, (N,) float32 each. `total` is NaN where a term
+            with a weight is.
+
+        Raises:
+            ValueError: an entry gives no term that has a weight.
+        """
+        import torch
+
+        found: dict[str, torch.Tensor] = {}
+        total = torch.zeros(len(responses))
+        for entry in self.entries:
+            terms = entry.reward.score(responses)
+            weights = {term: entry.weight_of(term) for term in terms}
+            if not any(weights.values()) and responses:
+                raise ValueError(
+                    f"reward {entry.name!r} gives {', '.join(terms)}, and its weight {entry.weight!r} counts none of them, so it "
+                    "would be computed for nothing. Name one of these terms in `weight`, or leave the entry out."
+                )
+            for term, values in terms.items():
+                values = values.float().cpu()
+                found[f"{entry.name}/{term}"] = values
+                if weights[term]:
+                    total = total + weights[term] * values
+        return {**found, "total": total}
+
+
+def read_rewards(entries: Sequence[Mapping[str, Any]]) -> Combined:
+    """The weighted rewards of a config's `rewards` list.
+
+    Args:
+        entries: mappings with `name` (a key of `REWARDS`), optional `weight` (a number, or a mapping by term), optional `label`
+            (the entry's name in logs, for one reward that is listed twice), and the reward's own settings.
+
+    Raises:
+        ConfigError: an empty list, an unknown name or setting (with the nearest known one), a bad value, a label twice.
+    """
+    if not entries:
+        raise ConfigError(
+            "rewards: the list is empty, so no response is better than another. Name one, such as {name: objects}."
+        )
+    problems, found = [], []
+    for number, entry in enumerate(entries):
+        place = f"rewards.{number}"
+        settings = dict(entry)
+        name, weight = settings.pop("name", None), settings.pop("weight", 1.0)
+        label = str(settings.pop("label", name))
+        if name not in REWARDS:
+            problems.append(f"{place}.name: no reward called {name!r}; {nearest(str(name), list(REWARDS))}")
+            continue
+        numbers = list(weight.values()) if isinstance(weight, Mapping) else [weight]
+        bad = [w for w in numbers if isinstance(w, bool) or not isinstance(w, (int, float)) or not math.isfinite(w)]
+        if bad or not any(numbers):
+            problems.append(
+                f"{place}.weight: {weight!r} is no weight; give a number other than 0, or a mapping of term to number."
+            )
+            continue
+        module, _, cls = REWARDS[name].partition(":")
+        reward_class = getattr(importlib.import_module(module), cls)
+        try:
+            reward = build(reward_class, settings, source=place)
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        found.append(Weighted(label, reward, weight))
+    labels = [entry.name for entry in found]
+    problems += [
+        f"rewards: {label!r} stands in the list {labels.count(label)} times; give each its own `label`."
+        for label in sorted(set(labels))
+        if labels.count(label) > 1
+    ]
+    if problems:
+        raise ConfigError("\n  ".join(problems))
+    return Combined(found)
+
+
+def read_comparator(entry: Mapping[str, Any]) -> Comparator:
+    """The pairwise judge of a config's `annotator`.
+
+    Args:
+        entry: a mapping with `name` (a key of `COMPARATORS`) and the judge's own settings.
+
+    Raises:
+        ConfigError: an unknown name or setting, or a bad value.
+    """
+    settings = dict(entry)
+    name = settings.pop("name", None)
+    if name not in COMPARATORS:
+        raise ConfigError(f"annotator.name: no annotator called {name!r}; {nearest(str(name), list(COMPARATORS))}")
+    module, _, cls = COMPARATORS[name].partition(":")
+    comparator: Comparator = build(getattr(importlib.import_module(module), cls), settings, source="annotator")
+    return comparator
+
+
+def as_trl_functions(rewards: Combined) -> list[Any]:
+    """The rewards as one function for TRL's GRPO, RLOO and online trainers (`reward_funcs`).
+
+    TRL hands over `prompts`, `completions` and the data set's columns as lists of equal length; columns `image` or `images`,
+    `answer` and `facts` (JSON text) are used where they are there. The function is called `total` in TRL's logs, and every term
+    goes to its `log_metric` where the version of TRL gives one. A missing score is None, which TRL leaves out.
+
+    Args:
+        rewards: from `read_rewards`.
+    """
+    import json
+
+    from prefalign.records import message_text, normalise_messages
+
+    def total(prompts: list[Any], completions: list[Any], log_metric: Any = None, **columns: Any) -> list[float | None]:
+        count = len(prompts)
+        images = columns.get("images") or [[image] for image in columns.get("image") or []] or [[]] * count
+        facts = columns.get("facts") or ["{}"] * count
+        answers = columns.get("answer") or [None] * count
+        ids = columns.get("id") or [str(number) for number in range(count)]
+        lengths = (
+            [len(tokens) for tokens in columns["completion_ids"]] if "completion_ids" in columns else [None] * count
+        )
+        responses = [
+            Response(
+                id=ids[row],
+                images=list(images[row]),
+                messages=normalise_messages(prompts[row]),
+                text=message_text(normalise_messages(completions[row])),
+                answer=answers[row],
+                facts=json.loads(facts[row]) if isinstance(facts[row], str) else dict(facts[row] or {}),
+                tokens=lengths[row],
+            )
+            for row in range(count)
+        ]
+        scores = rewards.score(responses)
+        if log_metric is not None:
+            for name, values in scores.items():
+                log_metric(name, float(values.nanmean()))
+        return [None if math.isnan(value) else value for value in scores["total"].tolist()]
+
+    return [total]

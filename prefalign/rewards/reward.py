@@ -1,0 +1,88 @@
+"""What a reward is given and what it gives back: responses with their pictures and facts in, named scores out.
+
+One interface serves scoring of stored candidates, best-of-n, online DPO, PPO and TRL's online trainers. A pairwise judge is a
+`Comparator` beside it.
+
+Legend of shapes: `N` responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from prefalign.images import EncodedImage
+    from prefalign.records import Message
+
+
+@dataclass
+class Response:
+    """A response to a prompt, with everything that a reward may look at.
+
+    Attributes:
+        id: names it in logs and errors; not unique.
+        images: pictures in the order of their placeholders, encoded or decoded.
+        messages: conversation up to and including the user turn that was answered; earlier assistant turns are in it.
+        text: the response, without special tokens.
+        answer: reference answer, if there is one.
+        facts: what is known of the pictures (`Prompt.facts`).
+        finished: the generator ended the response itself; False: it ran into the length limit.
+        tokens: tokens generated, end of turn included; None: not known.
+    """
+
+    id: str
+    images: list[EncodedImage] | list[Image.Image]
+    messages: list[Message]
+    text: str
+    answer: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    finished: bool = True
+    tokens: int | None = None
+
+
+class Reward(Protocol):
+    """Scores of responses. A dataclass whose fields are its settings, listed in `prefalign.rewards.REWARDS`."""
+
+    def score(self, responses: Sequence[Response]) -> Mapping[str, torch.Tensor]:
+        """Score responses.
+
+        Returns:
+            By name of the term, (N,) float32. NaN where a response has no score (a judge's reply that cannot be parsed, facts
+            that a term needs and a row lacks): never a default.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which of two responses is better.
+
+    Attributes:
+        winner: `first`, `second` or `tie`; None: no verdict (unparsable, or the two orders disagree).
+        confidence: in [0, 1]; None: not known.
+        reason: the judge's own words, or why there is no verdict.
+        votes: what was said in the given order and in the swapped one, both in terms of the given order.
+    """
+
+    winner: Literal["first", "second", "tie"] | None
+    confidence: float | None = None
+    reason: str = ""
+    votes: tuple[str | None, ...] = ()
+
+
+class Comparator(Protocol):
+    """A judge of two responses to one prompt."""
+
+    @property
+    def version(self) -> str:
+        """Model and prompt version, stored with every pair."""
+        ...
+
+    def compare(self, pairs: Sequence[tuple[Response, Response]]) -> list[Verdict]:
+        """One verdict for each pair, in order."""
+        ...
