@@ -64,76 +64,28 @@ class Config:
 
 def main(config: Config) -> None:
     """Train, or go on training, and save everything that an evaluation and a model card need."""
-    from prefalign.config import to_mapping
-    from prefalign.losses import read_losses, views_of
-    from prefalign.models import fingerprint, freeze, load_processor, parameter_table
-    from prefalign.training.arguments import check_precision, training_arguments
-    from prefalign.training.checks import needs_reference
+    from prefalign.models import parameter_table
     from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
-    from prefalign.training.lora import check_quantised, check_trainable
-    from prefalign.training.pairs import check_columns, check_negative, check_texts, keep_fitting, load_pairs
-    from prefalign.training.policy import in_parts, load_policy
-    from prefalign.training.preference import PreferenceTrainer
+    from prefalign.training.lora import check_trainable
+    from prefalign.training.pairs import keep_fitting
+    from prefalign.training.preference_run import build_trainer, load_start, read_inputs
     from prefalign.training.reference import cache_reference
-    from prefalign.training.runs import (
-        base_file,
-        claim_run,
-        full_disk_explained,
-        is_finished,
-        open_run,
-        run_files,
-    )
+    from prefalign.training.runs import claim_run, full_disk_explained, is_finished, open_run
     from prefalign.training.upkeep import plain_lines_without_a_terminal, train_and_save
 
     plain_lines_without_a_terminal()
     prepare_processes(config.trainer)
-    arguments: Any = training_arguments(config.trainer, output=config.output, seed=config.seed)
-    check_quantised(config.model, config.lora, arguments)
-    losses = read_losses(config.losses, beta=arguments.beta)
-    views = views_of(losses)
-    folders = [config.pairs, *([config.eval_pairs] if config.eval_pairs else [])]
-    datasets = [load_pairs(folder) for folder in folders]
-    if config.negative is not None:
-        check_negative(datasets[0], views, config.pairs, config.negative)
-    for folder, dataset in zip(folders, datasets, strict=True):
-        check_columns(dataset, views, folder, config.negative)
-        if needs_reference(losses, arguments.loss_type):
-            check_texts(dataset, views, folder)
-    manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]
-    files = run_files(to_mapping(config), *manifests)
-    main_process, processes = arguments.process_index == 0, arguments.world_size
-    open_run(config.output, files, resume=config.resume, processes=processes)
+    inputs = read_inputs(config, output=config.output, trainer=config.trainer)
+    main_process, processes = inputs.arguments.process_index == 0, inputs.arguments.world_size
+    open_run(config.output, inputs.files, resume=config.resume, processes=processes)
 
-    processor = load_processor(config.model)
-    model = load_policy(config.model, config.lora, device=str(arguments.device))
-    check_precision(model.dtype, arguments)
-    base = fingerprint(model)
-    files |= base_file(config.model.model_name_or_path, base, changed=bool(getattr(model, "is_quantized", False)))
-    checkpoint = open_run(config.output, files, resume=config.resume, processes=processes)
+    start = load_start(config, inputs)
+    checkpoint = open_run(config.output, start.files, resume=config.resume, processes=processes)
     if is_finished(config.output):
         if main_process:
             print(f"{config.output} is finished; nothing to do.")
         return
-    if config.lora is None:
-        freeze(model, config.freeze)
-    # weights that are shared out cannot be copied, so the reference is loaded once more
-    loads_reference = config.reference == "online" and config.lora is None and in_parts(model)
-    trainer = PreferenceTrainer(
-        model,
-        ref_model=load_policy(config.model, None, device=str(arguments.device)) if loads_reference else None,
-        args=arguments,
-        train_dataset=datasets[0],
-        eval_dataset=datasets[1] if config.eval_pairs else None,
-        processing_class=processor,
-        losses=losses,
-        peft_config=config.lora.to_peft() if config.lora else None,
-        files=files,
-        negative=config.negative,
-        negative_seed=config.seed,
-        fast_path=config.fast_path,
-        reference=config.reference,
-        tokens_per_pass=config.tokens_per_pass,
-    )
+    trainer = build_trainer(config, inputs, start)
     running = running_processes(trainer.accelerator, config.trainer)
     check_trainable(trainer.model, config.freeze)
     trainer.train_dataset, fit = keep_fitting(trainer.train_dataset, trainer.data_collator)
@@ -150,10 +102,11 @@ def main(config: Config) -> None:
 
     with full_disk_explained(config.output):
         if main_process:
-            claim_run(config.output, files)
+            claim_run(config.output, start.files)
         claim_processes(config.output, running, main_process=main_process)
         if config.reference == "cached" and trainer.needs_reference:
-            report = cache_reference(trainer, config.reference_folder or config.output / "reference", reference=base)
+            kept = config.reference_folder or config.output / "reference"
+            report = cache_reference(trainer, kept, reference=start.fingerprint)
             if main_process:
                 print(report)
     counts = {"rows_in": fit.rows_in, "rows_used": fit.rows_used, "rows_prompt_too_long": len(fit.too_long)}

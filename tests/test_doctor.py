@@ -226,6 +226,13 @@ def test_what_doctor_does_not_examine(capsys):
     assert "The exit status is 0 if nothing failed, else 1." in capsys.readouterr().out
 
 
+def test_what_the_recipe_refuses_is_refused(case):
+    with pytest.raises(
+        config.ConfigError, match="weights of 4 bits cannot be trained, and without `lora` all weights would be"
+    ):
+        case(model={"load_in_4bit": True})
+
+
 def test_several_processes_are_refused(tiny_llava, pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(

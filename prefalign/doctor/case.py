@@ -19,22 +19,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prefalign import families
-from prefalign.config import ConfigError, to_mapping
+from prefalign.config import ConfigError
 from prefalign.doctor.findings import NotExaminedError
-from prefalign.losses import VIEWS, read_losses, views_of
-from prefalign.models import fingerprint, freeze, load_processor
-from prefalign.training.arguments import check_precision, training_arguments
-from prefalign.training.checks import needs_reference
+from prefalign.losses import VIEWS
 from prefalign.training.documents import Documents, digest_of, picture_bytes
-from prefalign.training.pairs import check_columns, check_negative, check_texts, load_pairs
-from prefalign.training.policy import load_policy
-from prefalign.training.preference import PreferenceTrainer
-from prefalign.training.runs import base_file, run_files
+from prefalign.training.preference_run import build_trainer, load_start, read_inputs
 from prefalign.training.scoring import run
 from prefalign.training.upkeep import plain_lines_without_a_terminal
 
 if TYPE_CHECKING:
     from prefalign.training.collator import PreferenceCollator
+    from prefalign.training.preference import PreferenceTrainer
 
 
 SHARDING = ("deepspeed", "fsdp", "fsdp_config")
@@ -212,7 +207,7 @@ class Case:
 
 
 def prepare(stage: ModuleType, config: Any, *, rows: int, scratch: Path) -> Case:
-    """Set a run up as `recipes/train_preference.py` does, with a scratch folder in place of its output.
+    """Set a run up as the recipe does, with a scratch folder in place of its output.
 
     Args:
         stage: the recipe.
@@ -231,41 +226,11 @@ def prepare(stage: ModuleType, config: Any, *, rows: int, scratch: Path) -> Case
         )
     plain_lines_without_a_terminal()
     alone = {name: value for name, value in config.trainer.items() if name not in SHARDING}
-    arguments: Any = training_arguments(alone, output=scratch, seed=config.seed)
-    losses = read_losses(config.losses, beta=arguments.beta)
-    views = views_of(losses)
-    folders = [config.pairs, *([config.eval_pairs] if config.eval_pairs else [])]
-    datasets = [load_pairs(folder) for folder in folders]
-    if config.negative is not None:
-        check_negative(datasets[0], views, config.pairs, config.negative)
-    for folder, dataset in zip(folders, datasets, strict=True):
-        check_columns(dataset, views, folder, config.negative)
-        if needs_reference(losses, arguments.loss_type):
-            check_texts(dataset, views, folder)
-    manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]
-    processor = load_processor(config.model)
-    model = load_policy(config.model, config.lora, device=str(arguments.device))
-    check_precision(model.dtype, arguments)
-    base = fingerprint(model)
-    files = run_files(to_mapping(config), *manifests) | base_file(config.model.model_name_or_path, base)
-    if config.lora is None:
-        freeze(model, config.freeze)
-    trainer = PreferenceTrainer(
-        model,
-        args=arguments,
-        train_dataset=datasets[0],
-        eval_dataset=datasets[1] if config.eval_pairs else None,
-        processing_class=processor,
-        losses=losses,
-        peft_config=config.lora.to_peft() if config.lora else None,
-        negative=config.negative,
-        negative_seed=config.seed,
-        fast_path=config.fast_path,
-        reference=config.reference,
-        tokens_per_pass=config.tokens_per_pass,
-    )
+    inputs = read_inputs(config, output=scratch, trainer=alone)
+    start = load_start(config, inputs)
+    trainer = build_trainer(config, inputs, start)
     checkpoint_activations(trainer)
-    case = Case(config, trainer, files, base)
+    case = Case(config, trainer, start.files, start.fingerprint)
     read_sample(case, rows)
     return case
 

@@ -23,6 +23,7 @@ from prefalign.training.dry_run import Counted, count_step
 from prefalign.training.lora import LoraSettings, check_quantised
 from prefalign.training.memory import CASTING, Need, Profile, optimizer_bytes, share_out
 from prefalign.training.pairs import check_columns, load_pairs
+from prefalign.training.preference_run import trainer_settings
 from prefalign.training.routes import Route, find_route
 from prefalign.training.sized_rows import RowSize, RowTokens, measure, sized_rows
 
@@ -185,12 +186,12 @@ class Planner:
                 target=self.options.device,
                 attention=self.config.model.attn_implementation,
                 losses=self.losses,
-                peft_config=lora.to_peft() if lora else None,
-                negative=self.config.negative,
-                negative_seed=self.config.seed,
-                fast_path=self.config.fast_path,
-                reference=setup.reference,
-                tokens_per_pass=None if setup.profile in CASTING else self.config.tokens_per_pass,
+                **{
+                    **trainer_settings(self.config),
+                    "peft_config": lora.to_peft() if lora else None,
+                    "reference": setup.reference,
+                    "tokens_per_pass": None if setup.profile in CASTING else self.config.tokens_per_pass,
+                },
             )
         return self.counts[key]
 

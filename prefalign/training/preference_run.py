@@ -1,0 +1,141 @@
+"""A preference run put together as its config says, for all that sets one up: the recipe, `prefalign doctor`, `prefalign plan`.
+
+`config` is always the config of `recipes/train_preference.py`. Nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefalign.config import to_mapping
+from prefalign.losses import Weighted, read_losses, views_of
+from prefalign.models import fingerprint, freeze, load_processor
+from prefalign.training.arguments import check_precision, training_arguments
+from prefalign.training.checks import needs_reference
+from prefalign.training.lora import check_quantised
+from prefalign.training.pairs import check_columns, check_negative, check_texts, load_pairs
+from prefalign.training.policy import in_parts, load_policy
+from prefalign.training.preference import PreferenceTrainer
+from prefalign.training.runs import base_file, run_files
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass
+class Inputs:
+    """What a run is told and trains on.
+
+    Attributes:
+        arguments: TRL's `DPOConfig`.
+        losses: weighted terms.
+        pairs: rows to train on.
+        eval_pairs: held-out rows, if there are any.
+        files: `runs.run_files` of the run.
+    """
+
+    arguments: Any
+    losses: list[Weighted]
+    pairs: Dataset
+    eval_pairs: Dataset | None
+    files: dict[str, str]
+
+
+@dataclass
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        model: the policy before training, towers frozen.
+        processor: its processor.
+        fingerprint: of its weights.
+        files: those of `Inputs` and `runs.base_file`.
+    """
+
+    model: Any
+    processor: Any
+    fingerprint: str
+    files: dict[str, str]
+
+
+def read_inputs(config: Any, *, output: Path, trainer: Mapping[str, Any]) -> Inputs:
+    """Settings and pairs, checked against each other.
+
+    Args:
+        config: the recipe's config.
+        output: folder of the run.
+        trainer: fields of `DPOConfig`.
+
+    Raises:
+        ConfigError: settings that contradict each other, or a `negative` that makes nothing.
+        ValueError: pairs that are not whole, or lack what a loss reads.
+    """
+    arguments: Any = training_arguments(trainer, output=output, seed=config.seed)
+    check_quantised(config.model, config.lora, arguments)
+    losses = read_losses(config.losses, beta=arguments.beta)
+    views = views_of(losses)
+    folders = [config.pairs, *([config.eval_pairs] if config.eval_pairs else [])]
+    datasets = [load_pairs(folder) for folder in folders]
+    if config.negative is not None:
+        check_negative(datasets[0], views, config.pairs, config.negative)
+    for folder, dataset in zip(folders, datasets, strict=True):
+        check_columns(dataset, views, folder, config.negative)
+        if needs_reference(losses, arguments.loss_type):
+            check_texts(dataset, views, folder)
+    manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]
+    files = run_files(to_mapping(config), *manifests)
+    return Inputs(arguments, losses, datasets[0], datasets[1] if config.eval_pairs else None, files)
+
+
+def load_start(config: Any, inputs: Inputs) -> Start:
+    """Weights and processor.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be loaded.
+        ConfigError: its weights cannot be trained as the settings say.
+    """
+    processor = load_processor(config.model)
+    model = load_policy(config.model, config.lora, device=str(inputs.arguments.device))
+    check_precision(model.dtype, inputs.arguments)
+    base = fingerprint(model)
+    changed = bool(getattr(model, "is_quantized", False))
+    files = inputs.files | base_file(config.model.model_name_or_path, base, changed=changed)
+    if config.lora is None:
+        freeze(model, config.freeze)
+    return Start(model, processor, base, files)
+
+
+def build_trainer(config: Any, inputs: Inputs, start: Start) -> PreferenceTrainer:
+    """The trainer of the run, on all its rows.
+
+    Raises:
+        ConfigError: settings that contradict each other.
+    """
+    # weights that are shared out cannot be copied, so the reference is loaded once more
+    loads_reference = config.reference == "online" and config.lora is None and in_parts(start.model)
+    return PreferenceTrainer(
+        start.model,
+        ref_model=load_policy(config.model, None, device=str(inputs.arguments.device)) if loads_reference else None,
+        args=inputs.arguments,
+        train_dataset=inputs.pairs,
+        eval_dataset=inputs.eval_pairs,
+        processing_class=start.processor,
+        files=start.files,
+        losses=inputs.losses,
+        **trainer_settings(config),
+    )
+
+
+def trainer_settings(config: Any) -> dict[str, Any]:
+    """Arguments of `PreferenceTrainer` that come from the config as they are."""
+    return {
+        "peft_config": config.lora.to_peft() if config.lora else None,
+        "negative": config.negative,
+        "negative_seed": config.seed,
+        "fast_path": config.fast_path,
+        "reference": config.reference,
+        "tokens_per_pass": config.tokens_per_pass,
+    }
