@@ -246,7 +246,7 @@ def _fit(made: TrainingPlan, fit: Fit) -> str:
     if fit.size == 0:
         return f"largest {named} in {memory}: none, the smallest takes {size(fit.need)}"
     sizes = {
-        "batch": f"{'about ' if fit.size > 2 * COUNTED else ''}{fit.size} pairs a device",
+        "batch": f"{'about ' if fit.size > 3 * COUNTED else ''}{fit.size} pairs a device",
         "picture": f"{fit.size} x {fit.size} pixels ({number(fit.tokens)} tokens a row)",
         "pictures": f"{fit.size} in a prompt ({number(fit.tokens)} tokens)",
     }

@@ -1,7 +1,9 @@
 """Shared by all tests: no network, one thread, tiny checkpoints."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -24,3 +26,34 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_idefics3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoint folder of a random Idefics3. Do not write into it."""
     return save_tiny("idefics3", tmp_path_factory.mktemp("tiny") / "idefics3")
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint folder of a random Gemma3. Do not write into it."""
+    return save_tiny("gemma3", tmp_path_factory.mktemp("tiny") / "gemma3")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoints(tiny_llava: Path, tiny_idefics3: Path, tiny_gemma3: Path) -> dict[str, Path]:
+    """The three above by the name of their family."""
+    return {"llava": tiny_llava, "idefics3": tiny_idefics3, "gemma3": tiny_gemma3}
+
+
+@pytest.fixture(scope="session")
+def healthy_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 8 pairs with which `prefalign doctor` finds nothing wrong. Do not write into it."""
+    from tests.doctor_runs import pair, write
+
+    return write(tmp_path_factory.mktemp("doctor") / "pairs", [pair(number) for number in range(8)])
+
+
+@pytest.fixture
+def doctor_case(tiny_llava: Path, healthy_pairs: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Set a run up for `prefalign doctor`; by default the tiny LLaVA on the healthy pairs."""
+    from tests.doctor_runs import prepare
+
+    def make(checkpoint: Path = tiny_llava, folder: Path = healthy_pairs, **changes: Any) -> Any:
+        return prepare(checkpoint, folder, tmp_path, **changes)
+
+    return make

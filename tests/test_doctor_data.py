@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -21,54 +20,38 @@ from tests.doctor_runs import (
     edited,
     only,
     pair,
-    prepare,
     template_of,
     write,
 )
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory) -> Path:
-    return write(tmp_path_factory.mktemp("pairs") / "pairs", [pair(number) for number in range(8)])
-
-
-@pytest.fixture
-def case(tiny_llava, pairs, tmp_path):
-    """Set a run up; by default the tiny LLaVA on the healthy pairs."""
-
-    def make(checkpoint=tiny_llava, folder=pairs, **changes):
-        return prepare(checkpoint, folder, tmp_path, **changes)
-
-    return make
-
-
-def test_a_row_that_cannot_be_read(case, tmp_path):
+def test_a_row_that_cannot_be_read(doctor_case, tmp_path):
     broken = pair(1)
     broken.images[0]["bytes"] = broken.images[0]["bytes"][:200]
-    found = only(data.check_rows(case(folder=write(tmp_path / "pairs", [pair(0), broken]))))
+    found = only(data.check_rows(doctor_case(folder=write(tmp_path / "pairs", [pair(0), broken]))))
     assert (found.verdict, found.seen) == ("fail", "1 of a sample of 2 read (2 in the folder), 1 run as a batch")
     assert "The run stops at such a row. pair-1" in found.advice
 
 
-def test_a_shard_that_is_lost(case, pairs, tmp_path):
-    made = shutil.copytree(pairs, tmp_path / "pairs")
+def test_a_shard_that_is_lost(doctor_case, healthy_pairs, tmp_path):
+    made = shutil.copytree(healthy_pairs, tmp_path / "pairs")
     max((made / "data").glob("*.parquet")).unlink()
-    found = only(data.check_manifest(case(folder=made)))
+    found = only(data.check_manifest(doctor_case(folder=made)))
     assert found.verdict == "fail"
     assert "holds 5 rows and its manifest says 8: shards were added or lost" in found.advice
 
 
-def test_a_context_that_is_too_short(case, tiny_llava, tmp_path):
+def test_a_context_that_is_too_short(doctor_case, tiny_llava, tmp_path):
     text = json.loads((tiny_llava / "config.json").read_text())["text_config"]
     short = edited(tiny_llava, tmp_path / "short", config={"text_config": {**text, "max_position_embeddings": 16}})
-    found = only(data.check_visual_tokens(case(short)))
+    found = only(data.check_visual_tokens(doctor_case(short)))
     assert found.verdict == "fail"
     assert "the model has 16. Set trainer.max_length to 16." in found.advice
 
 
-def test_pictures_that_the_template_leaves_out(case, tiny_llava, tmp_path):
+def test_pictures_that_the_template_leaves_out(doctor_case, tiny_llava, tmp_path):
     blind = edited(tiny_llava, tmp_path / "blind", template=template_of(tiny_llava).replace("<image>", ""))
-    made = case(blind)
+    made = doctor_case(blind)
     found = only(data.check_rows(made))
     assert (found.verdict, found.seen) == ("fail", "0 of a sample of 8 read (8 in the folder)")
     assert "Found total 0 <image> tokens and 1 images" in found.advice
@@ -76,18 +59,18 @@ def test_pictures_that_the_template_leaves_out(case, tiny_llava, tmp_path):
     assert (skipped.verdict, skipped.seen) == ("skip", "no row of the sample could be read")
 
 
-def test_rows_without_pictures(case, tmp_path):
+def test_rows_without_pictures(doctor_case, tmp_path):
     texts = [replace(pair(n), images=[], rejected_images=[], prompt=[user_message("what ?")]) for n in range(4)]
-    made = case(folder=write(tmp_path / "pairs", texts))
+    made = doctor_case(folder=write(tmp_path / "pairs", texts))
     found = only(data.check_visual_tokens(made))
     assert (found.verdict, found.seen) == ("warn", "no row of the sample holds a picture")
     assert {f.check for f in run_checks(made) if f.verdict == "skip"} >= {"pictures", "picture counts"}
 
 
-def test_max_length_that_drops_and_cuts(case):
-    whole = [reading.total for reading in case().readings]
-    prompts_ = sorted(reading.prompt for reading in case().readings)
-    found = only(data.check_max_length(case(trainer={"max_length": prompts_[-1]})))
+def test_max_length_that_drops_and_cuts(doctor_case):
+    whole = [reading.total for reading in doctor_case().readings]
+    prompts_ = sorted(reading.prompt for reading in doctor_case().readings)
+    found = only(data.check_max_length(doctor_case(trainer={"max_length": prompts_[-1]})))
     assert found.verdict == "warn"
     assert f"{sum(length == prompts_[-1] for length in prompts_)} of 8 rows" not in found.seen
     assert "Dropped, since prompt and image tokens fill it: pair-" in found.advice
@@ -96,38 +79,38 @@ def test_max_length_that_drops_and_cuts(case):
     assert f"trainer.max_length {max(whole)} keeps all of the sample whole." in found.advice
 
 
-def test_max_length_that_leaves_nothing(case):
-    findings = {found.check: found for found in run_checks(case(trainer={"max_length": 5}))}
+def test_max_length_that_leaves_nothing(doctor_case):
+    findings = {found.check: found for found in run_checks(doctor_case(trainer={"max_length": 5}))}
     assert findings["max_length"].verdict == "fail"
     assert findings["max_length"].seen == "5: 0 of 8 rows kept, 0 lose the end of an answer"
     assert (findings["gradients"].verdict, findings["gradients"].seen) == ("skip", "no row of the sample can be run")
 
 
-def test_pictures_of_one_colour(case, tmp_path):
+def test_pictures_of_one_colour(doctor_case, tmp_path):
     grey = [pair(n, images=[encode_png(Image.new("RGB", (40, 48), (99, 99, 99)))]) for n in range(4)]
-    made = case(folder=write(tmp_path / "grey", grey))
+    made = doctor_case(folder=write(tmp_path / "grey", grey))
     found = only(data.check_pictures(made))
     assert (found.verdict, found.advice[:33]) == ("fail", "All pictures are of one colour: t")
     found = only(model.check_picture(made))
     assert found.verdict == "fail"
     assert "nats with blank picture; no row of the sample has other pictures to swap with" in found.seen
-    one = case(folder=write(tmp_path / "one", [grey[0], *(pair(n) for n in range(1, 4))]))
+    one = doctor_case(folder=write(tmp_path / "one", [grey[0], *(pair(n) for n in range(1, 4))]))
     found = only(data.check_pictures(one))
     assert (found.verdict, found.seen) == ("warn", "4 different in 4 rows, 40x48 pixels, 1 of one colour")
     assert "Nothing is to be seen in the pictures of pair-0." in found.advice
 
 
-def test_one_picture_everywhere(case, tmp_path):
+def test_one_picture_everywhere(doctor_case, tmp_path):
     same = [pair(n, images=[encode_png(picture(5))]) for n in range(4)]
-    found = only(data.check_pictures(case(folder=write(tmp_path / "pairs", same))))
+    found = only(data.check_pictures(doctor_case(folder=write(tmp_path / "pairs", same))))
     assert (found.verdict, found.advice) == (
         "warn", "All rows of the sample show the same picture, so answers need not look at it."
     )  # fmt: skip
 
 
-def test_another_picture_that_is_the_same(case, tmp_path):
+def test_another_picture_that_is_the_same(doctor_case, tmp_path):
     same = [pair(n, rejected_images=[encode_png(picture(n))]) for n in range(4)]
-    made = case(folder=write(tmp_path / "pairs", same), losses=[{"name": "visual"}])
+    made = doctor_case(folder=write(tmp_path / "pairs", same), losses=[{"name": "visual"}])
     found = only(data.check_other_picture(made))
     assert (found.verdict, found.seen[:24]) == ("fail", "differs in 0 of 4 rows, ")
     assert "such a loss stays where it starts" in found.advice
@@ -135,12 +118,12 @@ def test_another_picture_that_is_the_same(case, tmp_path):
     assert (found.verdict, found.advice[:22]) == ("fail", "All gradients are zero")
 
 
-def test_answers_of_other_lengths_equal_answers_and_copies(case, tmp_path):
+def test_answers_of_other_lengths_equal_answers_and_copies(doctor_case, tmp_path):
     rows = [pair(0), pair(1, rejected=pair(1).chosen), replace(pair(0), id="again")]
     rows += [
         pair(n, chosen=[assistant_message("a large red square at the top left of the picture")]) for n in range(2, 6)
     ]
-    lengths, differ, copies = data.check_pairs(case(folder=write(tmp_path / "pairs", rows)))
+    lengths, differ, copies = data.check_pairs(doctor_case(folder=write(tmp_path / "pairs", rows)))
     assert [found.verdict for found in (lengths, differ, copies)] == ["warn"] * 3
     assert "the policy may learn longer ones" in lengths.advice
     assert (differ.seen, differ.advice) == (
@@ -150,41 +133,41 @@ def test_answers_of_other_lengths_equal_answers_and_copies(case, tmp_path):
     assert copies.seen == "1 of 7 rows are copies of another"
 
 
-def test_rejected_answers_that_are_always_longer(case, tmp_path):
+def test_rejected_answers_that_are_always_longer(doctor_case, tmp_path):
     """By little, but always."""
     longer = [assistant_message("a red circle and a blue square and then a green circle now")]
     shorter = [assistant_message("a red circle and a blue square and then a green circle")]
     rows = [pair(n, chosen=shorter, rejected=longer) for n in range(20)]
-    found = data.check_pairs(case(folder=write(tmp_path / "pairs", rows)))[0]
+    found = data.check_pairs(doctor_case(folder=write(tmp_path / "pairs", rows)))[0]
     assert found.verdict == "warn"
     assert found.seen.endswith("chosen longer in 0, rejected in 20 of 20 rows")
     assert "the policy may learn shorter ones" in found.advice
     mixed = [*rows, *(pair(n, chosen=longer, rejected=shorter) for n in range(20, 24))]
-    assert data.check_pairs(case(folder=write(tmp_path / "mixed", mixed)))[0].verdict == "pass"
+    assert data.check_pairs(doctor_case(folder=write(tmp_path / "mixed", mixed)))[0].verdict == "pass"
 
 
-def test_a_begin_mark_that_is_doubled(case, tiny_llava, tmp_path):
+def test_a_begin_mark_that_is_doubled(doctor_case, tiny_llava, tmp_path):
     twice = edited(tiny_llava, tmp_path / "twice", template="{{ bos_token }}{{ bos_token }}" + template_of(tiny_llava))
-    found = by_name(prompts.check_template(case(twice)))["one begin mark"]
+    found = by_name(prompts.check_template(doctor_case(twice)))["one begin mark"]
     assert (found.verdict, found.seen) == ("fail", "8 of 8 rows begin with two <bos>")
 
 
-def test_a_generation_prompt_that_training_never_shows(case, tiny_llava, tmp_path):
+def test_a_generation_prompt_that_training_never_shows(doctor_case, tiny_llava, tmp_path):
     asks = template_of(tiny_llava).replace("{{ 'ASSISTANT:' }}", "{{ 'ASSISTANT: Well' }}")
-    found = by_name(prompts.check_template(case(edited(tiny_llava, tmp_path / "asks", template=asks))))
+    found = by_name(prompts.check_template(doctor_case(edited(tiny_llava, tmp_path / "asks", template=asks))))
     assert found["generation prompt"].verdict == "fail"
     assert found["generation prompt"].seen == "equal to the prompt of training in 0 of 8 rows"
     assert "what is trained is not what is asked later" in found["generation prompt"].advice
 
 
-def test_a_loss_that_covers_the_role(case, tiny_llava, tmp_path):
+def test_a_loss_that_covers_the_role(doctor_case, tiny_llava, tmp_path):
     start = template_of(tiny_llava).index("{% if add_generation_prompt")
     deaf = edited(tiny_llava, tmp_path / "deaf", template=template_of(tiny_llava)[:start])
-    found = by_name(prompts.check_template(case(deaf)))["template round trip"]
+    found = by_name(prompts.check_template(doctor_case(deaf)))["template round trip"]
     assert (found.verdict, found.seen) == ("warn", "answers begin with 'ASSISTANT: ' in 8 of 8 rows")
 
 
-def test_tokens_that_merge_at_the_seam(case, tiny_llava, tmp_path):
+def test_tokens_that_merge_at_the_seam(doctor_case, tiny_llava, tmp_path):
     """A prompt that ends inside a word: `is` and `There is` are other tokens apart than together."""
     merged = template_of(tiny_llava).replace("{{ 'ASSISTANT: ' }}", "{{ 'ASSISTANT:' }}")
     merged = merged.replace("ASSISTANT:' }}", "ASSISTANT: Th' }}")
@@ -192,29 +175,29 @@ def test_tokens_that_merge_at_the_seam(case, tiny_llava, tmp_path):
         pair(n, chosen=[assistant_message("ere is a square")], rejected=[assistant_message("ere is a dog")])
         for n in (0, 1)
     ]
-    made = case(edited(tiny_llava, tmp_path / "merged", template=merged), write(tmp_path / "pairs", rows))
+    made = doctor_case(edited(tiny_llava, tmp_path / "merged", template=merged), write(tmp_path / "pairs", rows))
     found = by_name(prompts.check_template(made))["template round trip"]
     assert (found.verdict, found.seen) == ("warn", "prompt + answer, tokenised as one text, in 0 of 2 rows")
 
 
-def test_a_template_that_ends_no_turn(case, tiny_llava, tmp_path):
+def test_a_template_that_ends_no_turn(doctor_case, tiny_llava, tmp_path):
     open_end = template_of(tiny_llava).replace("{{ eos_token }}", "")
-    made = case(edited(tiny_llava, tmp_path / "open", template=open_end))
+    made = doctor_case(edited(tiny_llava, tmp_path / "open", template=open_end))
     found = only(prompts.check_end_of_turn(made))
     assert (found.verdict, found.seen) == ("warn", "<eos> ends 16 of 16 answers")
     assert found.advice.startswith("The chat template closes an answer with nothing. Training here adds <eos>;")
     assert {found.verdict for found in prompts.check_template(made)} == {"pass"}
 
 
-def test_a_tokenizer_without_an_end(case, tiny_llava, tmp_path):
+def test_a_tokenizer_without_an_end(doctor_case, tiny_llava, tmp_path):
     open_end = template_of(tiny_llava).replace("{{ eos_token }}", "")
     endless = edited(tiny_llava, tmp_path / "endless", template=open_end, tokenizer_config={"eos_token": None})
     with pytest.raises(ValueError, match="neither the chat template nor the tokenizer ends an answer.*an eos_token"):
-        case(endless)
+        doctor_case(endless)
 
 
-def test_a_turn_that_generation_does_not_stop_at(case, tiny_idefics3):
-    found = only(prompts.check_end_of_turn(case(tiny_idefics3)))
+def test_a_turn_that_generation_does_not_stop_at(doctor_case, tiny_idefics3):
+    found = only(prompts.check_end_of_turn(doctor_case(tiny_idefics3)))
     assert (found.verdict, found.seen) == ("warn", "<end_of_utterance> ends 16 of 16 answers")
     assert "`generate` does not stop at <end_of_utterance>. Add its id" in found.advice
 
@@ -228,8 +211,8 @@ class MasksById(PreferenceCollator):
         return {**batch, "completion_mask": batch["completion_mask"].masked_fill(ends, 0)}
 
 
-def test_an_end_outside_the_loss(case):
-    made = case()
+def test_an_end_outside_the_loss(doctor_case):
+    made = doctor_case()
     made.collator = MasksById(**{f.name: getattr(made.collator, f.name) for f in fields(made.collator) if f.init})
     found = only(prompts.check_end_of_turn(made))
     assert (found.verdict, found.seen) == ("fail", "<eos> ends 12 of 16 answers")
@@ -238,27 +221,27 @@ def test_an_end_outside_the_loss(case):
     assert (found.verdict, found.advice) == ("fail", "Padding is in the loss, or answers are not.")
 
 
-def test_padding_that_is_the_end_mark(case, tiny_llava, tmp_path):
+def test_padding_that_is_the_end_mark(doctor_case, tiny_llava, tmp_path):
     same = edited(tiny_llava, tmp_path / "same", tokenizer_config={"pad_token": "<eos>"})
-    found = only(prompts.check_padding(case(same)))
+    found = only(prompts.check_padding(doctor_case(same)))
     assert found.verdict == "warn"
     assert "<eos> is padding and an end mark. Here masks come from lengths" in found.advice
 
 
-def test_marks_in_answers(case, tmp_path):
+def test_marks_in_answers(doctor_case, tmp_path):
     ends = [pair(0), pair(1, chosen=[assistant_message("a <eos> square")])]
-    found = only(prompts.check_marks_in_answers(case(folder=write(tmp_path / "ends", ends))))
+    found = only(prompts.check_marks_in_answers(doctor_case(folder=write(tmp_path / "ends", ends))))
     assert (found.verdict, found.seen) == ("warn", "1 of 2 rows have some inside an answer")
     assert "<eos> in the text of an answer is read as a mark, not as text (pair-1)" in found.advice
     shows = [pair(0), pair(1, rejected=[assistant_message("an <image> of a dog")])]
-    found = only(prompts.check_marks_in_answers(case(folder=write(tmp_path / "shows", shows))))
+    found = only(prompts.check_marks_in_answers(doctor_case(folder=write(tmp_path / "shows", shows))))
     assert found.verdict == "fail"
     assert "<image> in an answer is read as a place for a picture that is not there (pair-1)" in found.advice
 
 
-def test_an_error_is_a_finding_and_the_other_checks_go_on(case, tmp_path):
+def test_an_error_is_a_finding_and_the_other_checks_go_on(doctor_case, tmp_path):
     shows = [pair(n, rejected=[assistant_message("an <image> of a dog")]) for n in range(2)]
-    findings = by_name(run_checks(case(folder=write(tmp_path / "shows", shows), fast_path="off")))
+    findings = by_name(run_checks(doctor_case(folder=write(tmp_path / "shows", shows), fast_path="off")))
     assert findings["gradients"].verdict == "fail"
     assert "Image features and image tokens do not match" in findings["gradients"].seen
     assert findings["gradients"].advice.startswith("The run would most likely stop with this error.")
@@ -269,8 +252,8 @@ class Mirrored(LlavaProcessor):
     """A processor of somebody's own, which a checkpoint does not hold."""
 
 
-def test_a_processor_that_is_lost_when_saved(case):
-    made = case()
+def test_a_processor_that_is_lost_when_saved(doctor_case):
+    made = doctor_case()
     made.processor.__class__ = Mirrored
     found = only(prompts.check_processor_saved(made))
     assert found.verdict == "fail"
@@ -291,8 +274,8 @@ class Inverting(LlavaProcessor):
 Inverting.__name__ = "LlavaProcessor"
 
 
-def test_a_processor_that_is_saved_as_another(case):
-    made = case()
+def test_a_processor_that_is_saved_as_another(doctor_case):
+    made = doctor_case()
     made.processor.__class__ = Inverting
     made.readings.clear()
     read_sample(made, 4)

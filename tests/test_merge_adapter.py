@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from tiny_vlms import save_tiny
 
 from prefalign import bundled, config, families
 from prefalign.adapters import merge_adapters, scaled_lora
@@ -28,11 +27,6 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def vlms(tiny_llava, tiny_idefics3, folder):
-    return {"llava": tiny_llava, "idefics3": tiny_idefics3, "gemma3": save_tiny("gemma3", folder / "gemma")}
-
-
-@pytest.fixture(scope="module")
 def adapter(tiny_llava, folder):
     return save_adapter(tiny_llava, folder / "adapter")
 
@@ -47,8 +41,8 @@ def load(name, **more):
 
 
 @pytest.mark.parametrize("family", ["llava", "idefics3", "gemma3"])
-def test_the_merged_model_is_the_adapted_model(family, vlms, tmp_path):
-    base = vlms[family]
+def test_the_merged_model_is_the_adapted_model(family, tiny_checkpoints, tmp_path):
+    base = tiny_checkpoints[family]
     made = save_adapter(base, tmp_path / "adapter", targets=VISION_TOO)
     out = merge_adapters([str(made)], tmp_path / "out")
     adapted, merged = load(made), load(out)
@@ -285,11 +279,11 @@ def test_adapters_that_replace_weights(tiny_llava, tmp_path):
     torch.testing.assert_close(logits(load(out), batch), logits(load(dora), batch), atol=2e-3, rtol=1e-4)
 
 
-def test_a_tied_head_cannot_take_an_adapter(vlms, tmp_path):
+def test_a_tied_head_cannot_take_an_adapter(tiny_checkpoints, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT says that this can lead to complications
         for number, more in enumerate(({"targets": r".*lm_head"}, {"modules_to_save": ["lm_head"]})):
-            made = save_adapter(vlms["gemma3"], tmp_path / f"adapter{number}", **more)
+            made = save_adapter(tiny_checkpoints["gemma3"], tmp_path / f"adapter{number}", **more)
             with pytest.raises(ModelError, match="one matrix for both: merged, a change of one would change the other"):
                 merge_adapters([str(made)], tmp_path / "out")
 

@@ -9,7 +9,6 @@ import torch
 import transformers
 from peft.utils import merge_utils
 from safetensors.torch import save_file
-from tiny_vlms import save_tiny
 
 from prefalign import families
 from prefalign.adapters import merge_adapters
@@ -29,23 +28,9 @@ CPU = {"device": "cpu"}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("merging")
-
-
-@pytest.fixture(scope="module")
-def gemma(folder):
-    return save_tiny("gemma3", folder / "gemma")
-
-
-@pytest.fixture(scope="module")
-def vlms(tiny_llava, tiny_idefics3, gemma):
-    return {"llava": tiny_llava, "idefics3": tiny_idefics3, "gemma3": gemma}
-
-
-@pytest.fixture(scope="module")
-def texts(vlms, folder):
-    return {name: save_text_llm(vlm, folder / f"text_{name}", noise=0.05) for name, vlm in vlms.items()}
+def texts(tiny_checkpoints, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    return {name: save_text_llm(vlm, folder / f"text_{name}", noise=0.05) for name, vlm in tiny_checkpoints.items()}
 
 
 # arithmetic
@@ -129,32 +114,32 @@ def test_settings_of_the_arithmetic_are_checked():
 
 
 @pytest.mark.parametrize("family", ["llava", "idefics3", "gemma3"])
-def test_alpha_one_is_the_vlm_to_the_bit(family, vlms, texts, tmp_path):
-    merged = merge_llm(str(vlms[family]), str(texts[family]), tmp_path / "out", 1.0)
-    before, after = stored(vlms[family]), stored(merged)
+def test_alpha_one_is_the_vlm_to_the_bit(family, tiny_checkpoints, texts, tmp_path):
+    merged = merge_llm(str(tiny_checkpoints[family]), str(texts[family]), tmp_path / "out", 1.0)
+    before, after = stored(tiny_checkpoints[family]), stored(merged)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     ours = {file.name for file in merged.iterdir()} - {"merge.json"}
-    assert ours == {file.name for file in vlms[family].iterdir()}
+    assert ours == {file.name for file in tiny_checkpoints[family].iterdir()}
     for name in ours - {"model.safetensors"}:
-        assert (merged / name).read_bytes() == (vlms[family] / name).read_bytes()
+        assert (merged / name).read_bytes() == (tiny_checkpoints[family] / name).read_bytes()
 
 
 @pytest.mark.parametrize("family", ["llava", "idefics3", "gemma3"])
-def test_alpha_zero_answers_text_as_the_text_model(family, vlms, texts, tmp_path):
-    merged = merge_llm(str(vlms[family]), str(texts[family]), tmp_path / "out", 0.0)
+def test_alpha_zero_answers_text_as_the_text_model(family, tiny_checkpoints, texts, tmp_path):
+    merged = merge_llm(str(tiny_checkpoints[family]), str(texts[family]), tmp_path / "out", 0.0)
     model = load_model(ModelConfig(str(merged), **CPU))
     text = transformers.AutoModelForCausalLM.from_pretrained(texts[family]).eval()
-    vlm = load_model(ModelConfig(str(vlms[family]), **CPU))
+    vlm = load_model(ModelConfig(str(tiny_checkpoints[family]), **CPU))
     batch = load_processor(ModelConfig(str(merged))).tokenizer("What is in the image?", return_tensors="pt")
     assert torch.equal(logits(model, batch), logits(text, batch))
     assert not torch.allclose(logits(model, batch), logits(vlm, batch), atol=0.1)
 
 
 @pytest.mark.parametrize("family", ["llava", "idefics3", "gemma3"])
-def test_between_only_the_language_model_moves(family, vlms, texts, tmp_path):
-    merged = merge_llm(str(vlms[family]), str(texts[family]), tmp_path / "out", 0.4)
-    before, after, text = stored(vlms[family]), stored(merged), stored(texts[family])
+def test_between_only_the_language_model_moves(family, tiny_checkpoints, texts, tmp_path):
+    merged = merge_llm(str(tiny_checkpoints[family]), str(texts[family]), tmp_path / "out", 0.4)
+    before, after, text = stored(tiny_checkpoints[family]), stored(merged), stored(texts[family])
     language = {name for name in before if families.tower(name) == "language_model"}
     assert 0 < len(language) < len(before)
     for name in before:
@@ -170,7 +155,7 @@ def test_between_only_the_language_model_moves(family, vlms, texts, tmp_path):
     assert not torch.allclose(one, two, atol=1e-3)
 
 
-def test_half_of_a_model_and_itself_is_the_model(tiny_llava, folder, tmp_path):
+def test_half_of_a_model_and_itself_is_the_model(tiny_llava, tmp_path):
     same = save_text_llm(tiny_llava, tmp_path / "same", noise=0.0)
     before = stored(tiny_llava)
     for merged in (
@@ -221,8 +206,8 @@ def rename_token(text, old, new):
 
 
 @pytest.mark.parametrize("family", ["llava", "gemma3"])
-def test_rows_of_image_tokens_stay_the_vlms(family, vlms, texts, tmp_path):
-    vlm = add_image_tokens(vlms[family], tmp_path / "vlm")
+def test_rows_of_image_tokens_stay_the_vlms(family, tiny_checkpoints, texts, tmp_path):
+    vlm = add_image_tokens(tiny_checkpoints[family], tmp_path / "vlm")
     text = shutil.copytree(texts[family], tmp_path / "text")
     image = {"llava": "<image>", "gemma3": "<image_soft_token>"}[family]
     rename_token(text, image, "<reserved>")
@@ -242,8 +227,8 @@ def test_rows_of_image_tokens_stay_the_vlms(family, vlms, texts, tmp_path):
         assert not torch.equal(after[name][shared], before[name][shared])
 
 
-def test_tied_heads_are_interpolated_once_even_where_they_are_stored_twice(gemma, texts, tmp_path):
-    vlm, text = shutil.copytree(gemma, tmp_path / "vlm"), shutil.copytree(texts["gemma3"], tmp_path / "text")
+def test_tied_heads_are_interpolated_once_even_where_they_are_stored_twice(tiny_gemma3, texts, tmp_path):
+    vlm, text = shutil.copytree(tiny_gemma3, tmp_path / "vlm"), shutil.copytree(texts["gemma3"], tmp_path / "text")
     for copy in (vlm, text):
         tensors = stored(copy)
         (embedding,) = (name for name in tensors if name.endswith("embed_tokens.weight"))
@@ -251,7 +236,7 @@ def test_tied_heads_are_interpolated_once_even_where_they_are_stored_twice(gemma
         save_file(
             {**tensors, "lm_head.weight": tensors[embedding].clone()}, copy / "model.safetensors", {"format": "pt"}
         )
-    for number, first in enumerate((vlm, gemma)):
+    for number, first in enumerate((vlm, tiny_gemma3)):
         for second in (text, texts["gemma3"]):
             how = Arithmetic("dare_linear", 0.5)
             out = tmp_path / f"out{number}{second.name}"
@@ -274,7 +259,7 @@ def test_a_text_model_with_tied_head_gives_its_embedding_to_both(tiny_llava, tex
     assert all(torch.equal(head, tensors["model.embed_tokens.weight"]) for head in heads)
 
 
-def test_what_does_not_belong_together_is_refused(tiny_llava, gemma, texts, tmp_path):
+def test_what_does_not_belong_together_is_refused(tiny_llava, tiny_gemma3, texts, tmp_path):
     vlm, text = str(tiny_llava), texts["llava"]
 
     def changed(name, **values):
@@ -300,7 +285,7 @@ def test_what_does_not_belong_together_is_refused(tiny_llava, gemma, texts, tmp_
     refused(changed("rope", rope_parameters=rope), r"do not compute alike \(rope.rope_theta: 10000.0 -> 500000.0\)")
     refused(changed("layers", num_hidden_layers=3), r"do not compute alike \(num_hidden_layers: 2 -> 3\)")
     refused(texts["gemma3"], r"do not compute alike \(.*hidden_act: silu -> None")
-    refused(gemma, r"reads pictures itself \(gemma3\). Give it as `base`")
+    refused(tiny_gemma3, r"reads pictures itself \(gemma3\). Give it as `base`")
 
     nameless = shutil.copytree(text, tmp_path / "nameless")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -329,7 +314,7 @@ def test_what_does_not_belong_together_is_refused(tiny_llava, gemma, texts, tmp_
     with pytest.raises(
         ModelError, match="first uses its input embedding as its output head, and the second has a head"
     ):
-        merge_llm(str(gemma), str(untied), tmp_path / "out", 0.5)
+        merge_llm(str(tiny_gemma3), str(untied), tmp_path / "out", 0.5)
     for alpha in (-0.1, 1.1):
         with pytest.raises(ValueError, match=rf"alpha {alpha} is not from 0 .* to 1"):
             merge_llm(vlm, str(text), tmp_path / "out", alpha)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_vlms import save_tiny
 
 from prefalign import merged_folders
 from prefalign.checkpoints import ModelError
@@ -29,23 +28,13 @@ CPU = {"device": "cpu"}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("merging")
+def tuned(tiny_llava, tmp_path_factory):
+    return perturbed(tiny_llava, tmp_path_factory.mktemp("merging") / "tuned", noise=0.05, seed=1)
 
 
 @pytest.fixture(scope="module")
-def gemma(folder):
-    return save_tiny("gemma3", folder / "gemma")
-
-
-@pytest.fixture(scope="module")
-def tuned(tiny_llava, folder):
-    return perturbed(tiny_llava, folder / "tuned", noise=0.05, seed=1)
-
-
-@pytest.fixture(scope="module")
-def other(tiny_llava, folder):
-    return perturbed(tiny_llava, folder / "other", noise=0.05, seed=2)
+def other(tiny_llava, tmp_path_factory):
+    return perturbed(tiny_llava, tmp_path_factory.mktemp("merging") / "other", noise=0.05, seed=2)
 
 
 # weights
@@ -161,7 +150,7 @@ def test_only_one_tensor_is_in_hand_at_a_time(tiny_llava, tuned, other, tmp_path
     assert max(most) <= 3
 
 
-def test_weights_alpha_and_base_must_fit(tiny_llava, tuned, gemma, tmp_path):
+def test_weights_alpha_and_base_must_fit(tiny_llava, tuned, tiny_gemma3, tmp_path):
     out, models = tmp_path / "out", [str(tiny_llava), str(tuned)]
     with pytest.raises(ValueError, match="3 weights for 2 models"):
         merge_vlms(models, out, weights=[1.0, 1.0, 1.0])
@@ -174,7 +163,7 @@ def test_weights_alpha_and_base_must_fit(tiny_llava, tuned, gemma, tmp_path):
     with pytest.raises(ValueError, match=r"method 'linear' with alpha 0.5 needs task vectors"):
         merge_vlms(models, out, alpha=0.5)
     with pytest.raises(ModelError, match="do not compute alike|are not of one architecture|different vocabularies"):
-        merge_vlms([models[0], str(gemma)], out)
+        merge_vlms([models[0], str(tiny_gemma3)], out)
     assert not out.exists()
 
 

@@ -15,7 +15,7 @@ from prefalign.training.fake_meter import Moment
 from prefalign.training.largest import largest, largest_batch, largest_picture
 from prefalign.training.lora import LoraSettings
 from prefalign.training.metering import LiveTensors
-from prefalign.training.planner import Options, Planner
+from prefalign.training.planner import GIB, Options, Planner
 from prefalign.training.reference import cache_reference
 from prefalign.training.sized_rows import RowSize, sized_rows
 from tests import tiny_vlms
@@ -235,6 +235,34 @@ def test_most_pictures_of_a_family_with_one_size(planner):
     planner.options.memory = 4
     found = largest_picture(planner)
     assert (found.what, found.size, found.tokens, found.limit) == ("pictures", 3, 3 * 576, "context")
+
+
+def test_a_batch_on_the_line_is_the_one_that_fits(tiny_llava, tmp_path, monkeypatch):
+    """Beyond what is counted: the size that fits to the byte is found, though the first rows cost more than the later ones."""
+    monkeypatch.setattr("prefalign.training.largest.COUNTED", 4)
+    options = Options(device="cpu", rows=1000, prompt_tokens=10, answer_tokens=600, memory=1)
+    planner = Planner(run_config(tiny_llava, tmp_path / "none", gradient_checkpointing=False), options)
+    one, two, most = (planner.need(planner.setup, planner.longest(rows)).total for rows in (1, 2, 20))
+    assert most < 0.9 * (one + 19 * (two - one))
+    options.memory = (most + 1) / GIB
+    planner.counts.clear()
+    assert largest_batch(planner).size == 20
+    assert max(len(rows) for *_, rows in planner.counts) == 3 * 4
+
+
+def test_many_small_pictures_are_found_with_few_steps(tiny_llava, tmp_path):
+    """4 tokens a picture in 1,024 positions: what does not fit them is never counted, nor a picture read at full size."""
+    options = Options(device="cpu", rows=1000, prompt_tokens=40, answer_tokens=40, memory=1)
+    planner = Planner(run_config(tiny_llava, tmp_path / "none", gradient_checkpointing=False), options)
+    found = largest_picture(planner)
+    size = RowSize(40, 40, found.size, 28)
+    fits, more = (
+        planner.tokens(planner.sized(dataclasses.replace(size, pictures=found.size + extra), 1)[0]) for extra in (0, 1)
+    )
+    assert (found.what, found.limit, found.tokens) == ("pictures", "context", 4 * found.size)
+    assert fits.longest <= 1024 < more.longest
+    assert len(planner.counts) <= 3
+    assert {row.split("side=")[1] for *_, rows in planner.counts for row in rows} == {"28)-0", "28)-1"}
 
 
 def test_rows_have_the_sizes_asked_for(planner):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 from prefalign import families
+from prefalign.training.documents import PromptTooLong
 from prefalign.training.sized_rows import RowSize
 
 if TYPE_CHECKING:
@@ -15,9 +17,12 @@ if TYPE_CHECKING:
 
 STEP, LARGEST = 28, 8192
 """Steps in which pictures are tried, and the largest, in pixels."""
-COUNTED = 8
-"""Batches of up to twice this are counted; what a larger one takes is taken to lie on the line through the two, which is rough:
-176 was said of a tiny model where a search that counted every size found 198."""
+SIDE = 672
+"""Width and height, in pixels, of pictures that are tried for their number."""
+COUNTED = 32
+"""Batches of up to three times this are counted. What a larger one takes is taken to lie on the line through twice and three
+times it: by then the head works in chunks of full length, unless answers are shorter than this, and a row costs less than one of
+the first."""
 MOST = 1024
 """Most pairs in a batch, and most pictures in a prompt, that are tried."""
 
@@ -52,9 +57,9 @@ def largest_batch(planner: Planner) -> Fit:
         return needs[number]
 
     def need(number: int) -> float:
-        if number > 2 * COUNTED:
-            more = (number - 2 * COUNTED) / COUNTED
-            needs[number] = counted(2 * COUNTED) + more * (counted(2 * COUNTED) - counted(COUNTED))
+        if number > 3 * COUNTED:
+            one, two = counted(2 * COUNTED), counted(3 * COUNTED)
+            needs[number] = two + (two - one) * (number - 3 * COUNTED) / COUNTED
         return counted(number)
 
     size, limit = largest(need, planner.memory, MOST)
@@ -70,17 +75,24 @@ def largest_picture(planner: Planner) -> Fit:
     longest = planner.tokens(row)
     text = RowSize(longest.prompt, longest.answer, max(1, len(row["images"])), STEP)
 
-    def tokens(steps: int) -> int:
-        return planner.tokens(planner.sized(replace(text, side=steps * STEP), 1)[0]).pictures
+    @cache
+    def tokens(steps: int) -> float:
+        try:
+            return planner.tokens(planner.sized(replace(text, side=steps * STEP), 1)[0]).pictures
+        except PromptTooLong:
+            return math.inf
 
     most = 1
     while 2 * most * STEP <= LARGEST and tokens(2 * most) > tokens(most):
         most *= 2
     if most == 1:
-        return _search(planner, "pictures", lambda number: replace(text, pictures=number, side=672), MOST)
-    ends = 2 * most * STEP <= LARGEST
-    while ends and tokens(most - 1) == tokens(most):
-        most -= 1
+        # small ones are read fast; a picture of no more tokens is the same to the model
+        side = STEP if tokens(SIDE // STEP) == tokens(1) else SIDE
+        return _search(planner, "pictures", lambda number: replace(text, pictures=number, side=side), MOST)
+    ends = 2 * most * STEP <= LARGEST and math.isfinite(tokens(most))
+    if ends:  # the smallest that makes as many tokens
+        smaller, _ = largest(tokens, tokens(most) - 1, most - 1)
+        most = smaller + 1
     found = _search(planner, "picture", lambda steps: replace(text, side=steps * STEP), most)
     found.size *= STEP
     if ends and found.limit == "search":
@@ -92,14 +104,24 @@ def _search(planner: Planner, what: Literal["picture", "pictures"], sized: Calla
     context = families.context_length(planner.model_config) or math.inf
     seen: dict[int, tuple[int, float]] = {}
 
+    @cache
+    def length(number: int) -> float:
+        try:
+            return planner.tokens(planner.sized(sized(number), 1)[0]).longest
+        except PromptTooLong:
+            return math.inf
+
+    # a length is measured faster than a need is counted
+    room, _ = largest(length, context, most)
+
     def need(number: int) -> float:
         rows = planner.sized(sized(number), planner.batch)
-        tokens = planner.tokens(rows[0])
-        needed = planner.need(planner.setup, rows).total if tokens.longest <= context else math.inf
-        seen[number] = tokens.pictures, needed
-        return needed
+        seen[number] = planner.tokens(rows[0]).pictures, planner.need(planner.setup, rows).total
+        return seen[number][1]
 
-    size, limit = largest(need, planner.memory, most)
+    size, limit = largest(need, planner.memory, max(room, 1))
+    if room < most and size >= room:
+        size, limit = room, "context"
     return Fit(what, size, *seen[max(size, 1)], limit)
 
 

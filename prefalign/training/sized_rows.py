@@ -90,7 +90,7 @@ def sized_rows(
     def row(place: int, prompt: int, answer: int) -> dict[str, Any]:
         def pictures(shade: int) -> list[Any]:
             colours = [(shade, place % 256, (place // 256 + piece) % 256) for piece in range(size.pictures)]
-            return [encode_png(Image.new("RGB", (size.side, size.side), colour)) for colour in colours]
+            return [encode_png(_plain(size.side, colour)) for colour in colours]
 
         other = any(VIEWS[view].images == "rejected_images" for view in views)
         return {
@@ -106,3 +106,10 @@ def sized_rows(
     prompt = 1 + max(0, round((size.prompt - short.prompt) * 100 / (long.prompt - short.prompt)))
     answer = 1 + max(0, round((size.answer - short.answer) * 100 / (long.answer - short.answer)))
     return [row(place, prompt, answer) for place in range(number)]
+
+
+def _plain(side: int, colour: tuple[int, int, int]) -> Image.Image:
+    """A picture of one colour as a palette of one entry: a bit a pixel, which encodes many times faster than RGB."""
+    picture = Image.new("P", (side, side), 0)
+    picture.putpalette(colour)
+    return picture
