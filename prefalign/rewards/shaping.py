@@ -70,7 +70,9 @@ class Length:
     def __post_init__(self) -> None:
         _check_penalty(self.penalty)
         if self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens}; the penalty is spread over that many tokens: at least 1.")
+            raise ValueError(
+                f"max_tokens is {self.max_tokens}; the penalty is spread over that many tokens: at least 1."
+            )
 
     def score(self, responses: Sequence[Response]) -> dict[str, torch.Tensor]:
         """`penalty` (N,): `-penalty * m * n / max_tokens`.
@@ -101,8 +103,8 @@ class MultipleChoice:
 
     Attributes:
         options: the letters that are options.
-        parser: `robust` takes the option that a reply names at its start or as its answer, and none if these differ; `released` looks
-            for "B." at the start and for "correct option is B." anywhere.
+        parser: `robust` takes the option that a reply names at its start or as its answer, and none if these differ; `released`
+            looks for "B." at the start and for "correct option is B." anywhere.
     """
 
     options: str = "ABCD"
@@ -144,8 +146,8 @@ class MultipleChoice:
 class YesNo:
     """Fact-RLHF's c of yes/no questions, which pays for a true "no" only.
 
-    Truth "no": 0.5 for a no, -0.5 for a yes. Truth "yes": always 0, on purpose: models say yes too often, and a reward for it would
-    feed that. The truth is `facts["label"]`, or a reference answer that begins with yes or no; other rows score 0.
+    Truth "no": 0.5 for a no, -0.5 for a yes. Truth "yes": always 0, on purpose: models say yes too often, and a reward for it
+    would feed that. The truth is `facts["label"]`, or a reference answer that begins with yes or no; other rows score 0.
 
     Attributes:
         parser: `robust` reads replies as `evals.yesno` does; `released` goes by the letters that a reply begins with.
@@ -186,13 +188,13 @@ def read_choice(text: str, options: str) -> str | None:
     text = text.replace("*", "")
     letter = rf"\(?([{options}])(?![\w'-])\)?"
     closing = rf"(?=\s*(?:[.:;)\n]|,(?!\s*(?:and |or )?\(?[{options}]\b)|$|because\b|since\b|not\b|as\b))"
-    leading = re.match(rf"\W*(?:(?:option|answer|choice)[:\s]+)?(?:\(([{options}])\)|([{options}])\)|{letter}{closing})", text)
+    leading = re.match(
+        rf"\W*(?:(?:option|answer|choice)[:\s]+)?(?:\(([{options}])\)|([{options}])\)|{letter}{closing})", text
+    )
+    answer = r"\b(?i:answer|option|choice)\b(?:\s+(?i:is|would be|should be))?[:\s]+(?i:option\s+)?\W{0,2}"
     named = [
         found[1]
-        for found in re.finditer(
-            rf"\b(?i:answer|option|choice)\b(?:\s+(?i:is|would be|should be))?[:\s]+(?i:option\s+)?\W{{0,2}}{letter}(?:{closing}|(?<=\)))",
-            text,
-        )
+        for found in re.finditer(rf"{answer}{letter}(?:{closing}|(?<=\)))", text)
         if not re.search(r"\b(?i:not|wrong|incorrect)\s+(?:\w+\s+)?$", text[: found.start()])
     ]
     said = {*named, *(group for group in (leading.groups() if leading else ()) if group)}
