@@ -142,7 +142,8 @@ SENTENCES = [
     ("analysis", "Many nucleated cells make this region ideal.", "adequate", None),
     ("analysis", "The region is optimal, being close to the particles.", "adequate", "adequate"),
     ("analysis", "There is neither blood nor a clot; it is adequate.", "adequate", "blood"),
-    ("analysis", "Clotting with dense particles makes it unsuitable.", "clot", None),  # "suitable" in "unsuitable", not near
+    ("analysis", "Clotting with dense particles makes it unsuitable.", "clot", "clot"),
+    ("analysis", "The region is near a clot.", "clot", None),
     ("analysis", "It shows blood and a clot.", None, "blood"),
     ("abnormality", "Yes, the image shows signs of cancer.", "abnormal", "abnormal"),
     ("abnormality", "It is free of cancer and healthy.", "normal", "abnormal"),
@@ -217,7 +218,8 @@ def test_general_rule_sets(rules, says, parsed, fits):
 
 def test_a_rule_set_of_a_config():
     weather = {
-        "variables": {"sky": {"clear": ["clear", "cloudless"], "grey": ["gr[ae]y", "clouds?"]}, "rain": {"dry": ["dry"], "wet": ["rain(?:s|ing)?"]}},
+        "variables": {"sky": {"clear": ["clear", "cloudless"], "grey": ["gr[ae]y", "clouds?"]},
+                      "rain": {"dry": ["dry"], "wet": ["rain(?:s|ing)?"]}},
         "rows": [{"sky": "clear", "rain": "dry"}, {"sky": "grey", "rain": "dry"}, {"sky": "grey", "rain": "wet"}],
     }  # fmt: skip
     rewards = read_rewards([{"name": "symbolic", "rule_sets": {"weather": weather}}])
