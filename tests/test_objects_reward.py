@@ -221,27 +221,25 @@ def test_reads_random_captions_as_chair_does(tmp_path):
         "the",
         "two",
         "of",
-        "running",
         "wooden",
         "table's",
         "with",
         ",",
-        ".",
         ";",
         "-",
         "blue",
         "dogs",
         "men",
         "buses",
-        "glasses",
         "knives",
         "no",
     ]
     draw = random.Random(0)
+
+    def drawn():
+        word = draw.choice(names if draw.random() < 0.6 else others)
+        return word + "s" if draw.random() < 0.2 else word.replace(" ", "-") if draw.random() < 0.1 else word
+
     for _ in range(2000):
-        drawn = [draw.choice(names if draw.random() < 0.6 else others) for _ in range(draw.randint(1, 6))]
-        text = " ".join(
-            word + "s" if draw.random() < 0.2 else word.replace(" ", "-") if draw.random() < 0.1 else word
-            for word in drawn
-        )
+        text = " ".join(drawn() for _ in range(draw.randint(1, 6)))
         assert [mention.kind for mention in reader.mentions(text)] == chair.mentions(text, words), text

@@ -3,9 +3,12 @@
 import dataclasses
 import importlib
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from prefalign.config import ConfigError
 from prefalign.images import encode_png
@@ -283,3 +286,27 @@ def test_encoded_pictures_reach_a_reward_as_they_are(file):
     encoded = encode_png(picture(0))
     found = Function(f"{file}:terms").score([Response("a", [encoded, encoded], [], "x")])
     assert found["pictures"].item() == 2
+
+
+DOCUMENT = (Path(__file__).parent.parent / "docs/reward_models/rewards.md").read_text()
+SNIPPETS = [part for text in re.findall(r"```yaml\n(.*?)```", DOCUMENT, re.DOTALL) for part in text.split("---\n")]
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_every_snippet_of_the_document_can_be_read(snippet):
+    settings = yaml.safe_load(snippet)
+    if "annotator" in settings:
+        read_comparator(settings["annotator"])
+    else:
+        read_rewards(settings["rewards"])
+
+
+@pytest.mark.parametrize(("name", "place"), [*REWARDS.items(), *COMPARATORS.items()])
+def test_every_setting_stands_in_the_document(name, place):
+    if name == "reward_model":
+        pytest.skip("has a page of its own")
+    module, _, cls = place.partition(":")
+    settings = {field.name for field in dataclasses.fields(getattr(importlib.import_module(module), cls))} - {"engine"}
+    sections = [part for part in DOCUMENT.split("\n## ")[1:] if f"name: {name}" in part]
+    assert sections
+    assert not {setting for setting in settings if not any(setting in section for section in sections)}

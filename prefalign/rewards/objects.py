@@ -152,8 +152,8 @@ class Reader:
                 self._kinds.setdefault(plural, kind)
         words = _any_of(self.groups)
         self._attributes = rf"(?:(?:{words})(?:,| and|,? but)? )*"
-        begin, name = zip(*(place.split(" the ", 1) for place in places), strict=True) if places else ((), ())
-        self._places = rf"(?:{_any_of(begin)}) the (?:{_any_of(name)})"
+        cut = [place.split(" the ", 1) for place in places]
+        self._places = rf"(?:{_any_of(before for before, _ in cut)}) the (?:{_any_of(name for _, name in cut)})"
         self._phrase = self._pattern(self._kinds)
         self._after = re.compile(rf"(?: is| are)? ({self._places})(?! of)\b", re.IGNORECASE)
         self._before = re.compile(rf"({self._places}) there (?:is|are) (?:an? |the )?$", re.IGNORECASE)
