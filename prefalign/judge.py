@@ -260,7 +260,7 @@ class Judge:
         content = {
             "judge": self.version,
             "text": text,
-            "images": [_picture_hash(image) for image in question.images],
+            "images": [picture_hash(image) for image in question.images],
             "sampling": dataclasses.asdict(sampling),
             "attempt": attempt,
         }
@@ -298,6 +298,13 @@ class Judge:
 def wording_version(name: str, *texts: str) -> str:
     """Version of a wording: its name and a hash, so that a changed word is another version."""
     return f"{name}-{hashlib.sha256(''.join(texts).encode()).hexdigest()[:8]}"
+
+
+def picture_hash(image: EncodedImage | Image.Image) -> str:
+    """Hex SHA-256 of a picture's content: the encoded bytes, or mode, size and pixels of a decoded one."""
+    if isinstance(image, dict):
+        return sha256(image)
+    return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
 
 
 _SIDES = {"a": "A", "b": "B", "tie": "tie"}
@@ -343,9 +350,3 @@ def _thing_line(thing: Any) -> str:
     named = " ".join(word for word in words if isinstance(word, str))
     place = thing.get("place")
     return f"{named} ({place})" if isinstance(place, str) else named
-
-
-def _picture_hash(image: EncodedImage | Image.Image) -> str:
-    if isinstance(image, dict):
-        return sha256(image)
-    return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()

@@ -54,6 +54,9 @@ def test_a_response_that_names_nothing_invents_nothing_and_recalls_nothing():
         ("There is no car.", 1),
         ("There are no green cars.", 0),
         ("I cannot see any dogs.", 1),
+        ("I don't see a dog.", 1),
+        ("There are no visible cars.", 1),
+        ("No, there is a car.", 0),
         ("There isn't a cat.", 0),
         ("A large dog.", 0),  # the facts do not say how large it is
     ],

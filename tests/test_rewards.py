@@ -293,12 +293,17 @@ SNIPPETS = [part for text in re.findall(r"```yaml\n(.*?)```", DOCUMENT, re.DOTAL
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
-def test_every_snippet_of_the_document_can_be_read(snippet):
+def test_every_snippet_of_the_document_can_be_read(snippet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
+    Path("my_rewards.py").write_text(code)
     settings = yaml.safe_load(snippet)
     if "annotator" in settings:
         read_comparator(settings["annotator"])
     else:
-        read_rewards(settings["rewards"])
+        rewards = read_rewards(settings["rewards"])
+        if "function" in snippet:
+            assert rewards.score(responses("Perhaps a dog; it might sleep."))["total"].item() == -2
 
 
 @pytest.mark.parametrize(("name", "place"), [*REWARDS.items(), *COMPARATORS.items()])

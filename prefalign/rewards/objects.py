@@ -36,7 +36,7 @@ _IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "chil
               "foot": "feet", "tooth": "teeth", "leaf": "leaves", "loaf": "loaves", "knife": "knives", "wife": "wives",
               "shelf": "shelves", "scarf": "scarves", "calf": "calves", "ox": "oxen", "wolf": "wolves"}  # fmt: skip
 _NO = (
-    r"no|zero|without(?: any| an?)?|nor an?|not an?|"
+    r"no(?: (?:visible|obvious|clear|signs? of)(?: any| an?)?)?|zero|without(?: any| an?)?|nor an?|not an?|"
     r"(?:is|are|was|were|do|does|can|could)(?: not|n't|not)(?: (?:see|show|have|any|an?))*"
 )
 
