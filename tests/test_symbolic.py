@@ -11,6 +11,8 @@ from prefalign.records import assistant_message, user_message
 from prefalign.rewards import Response, read_rewards
 from prefalign.rewards.rule_sets import RULE_SETS, read_as_released
 from prefalign.rewards.symbolic import Symbolic
+from prefalign.scenes import world
+from prefalign.scenes.linked import linked
 
 ORDER = ("quality", "analysis", "abnormality", "cells", "diagnosis")
 AML = {"quality": "good", "analysis": "adequate", "abnormality": "abnormal", "cells": "myeloblasts", "diagnosis": "AML"}
@@ -268,3 +270,36 @@ def test_facts_that_cannot_be(change, settings, message):
     response.facts["rules"] |= change
     with pytest.raises(ValueError, match=message):
         Symbolic(**settings).score([response])
+
+
+def scene_rows(answer):
+    """Rows about scenes in which `answer(linked, place)` is said."""
+    rows = []
+    for index in range(12):
+        for one in linked(world.scene("test_fair", index), index):
+            messages = [user_message(one.rules["questions"][0], 1)]
+            for place, text in enumerate(one.rules["questions"][1:]):
+                messages += [assistant_message(answer(one, place)), user_message(text)]
+            rows.append(Response("row", [], messages, answer(one, len(one.questions) - 1), facts={"rules": one.rules}))
+    return rows
+
+
+def test_true_answers_about_scenes_are_right_and_fit():
+    rows = scene_rows(lambda one, place: one.questions[place].answer)
+    found = Symbolic().score(rows)
+    assert len(rows) > 30
+    assert {row.facts["rules"]["set"] for row in rows} == {"existence_count", "attribute"}
+    assert {tuple(row.facts["rules"]["asked"]) for row in rows} == {
+        ("exists", "count"), ("count", "exists"), ("is", "which"), ("which", "is")
+    }  # fmt: skip
+    assert found["correct"].tolist() == [2] * len(rows)
+    assert found["consistent"].tolist() == [1] * len(rows)
+    assert Symbolic().accuracy(rows) == {"question_accuracy": 1, "conversation_accuracy": 1, "no_match": 0}
+
+
+def test_a_denial_of_one_of_two_linked_answers_breaks_the_pair():
+    swap = {"yes": "No.", "no": "Yes."}
+    rows = scene_rows(lambda one, place: swap.get(one.questions[place].label, one.questions[place].answer))
+    found = Symbolic().score(rows)
+    assert found["correct"].tolist() == [1] * len(rows)
+    assert not found["consistent"].any()

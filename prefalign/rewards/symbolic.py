@@ -47,7 +47,9 @@ class Symbolic:
 
     Rows name their rules in `facts["rules"]`: `set` (a key of `RULE_SETS` or of `rule_sets`), `asked` (the variable that each
     assistant turn answers, in order), `reference` (category by variable), for `length` also `reference_answers` (text by
-    variable); `choice` needs `options` (text by letter, by variable), `attribute` needs `value` and `values`.
+    variable); `choice` needs `options` (text by letter, by variable), `attribute` needs `value` and `values`. `questions`, the
+    user's turns in the order of `asked`, are for a trainer that draws the whole conversation. Rows about the embedded world
+    come from `prefalign.scenes.linked`.
 
     Attributes:
         right: weight of a right answer.
