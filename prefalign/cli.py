@@ -19,6 +19,7 @@ from typing import Any
 import prefalign
 from prefalign import bundled, config
 from prefalign.manifest import Manifest
+from prefalign.shards import whole_shards
 
 EPILOG = """\
 typical use:
@@ -110,15 +111,8 @@ def run_stage(name: str, arguments: Sequence[str], *, default_config: str | None
     made = stage.main(resolved)
     if isinstance(made, Manifest):
         print(f"{made.stage}: {made.rows_in} rows in, {made.rows_out} rows out")
-        if _holds_pairs(resolved.output.path):
+        if "rejected" in whole_shards(resolved.output.path, made).columns:  # STIC's second stage writes conversations
             print(f"look at them with: prefalign inspect {shlex.quote(str(resolved.output.path))}")
-
-
-def _holds_pairs(folder: Path) -> bool:
-    """Whether a finished output is one that `inspect` can show: STIC's second stage writes conversations."""
-    import pyarrow.parquet as pq
-
-    return "rejected" in pq.read_schema(next(folder.glob("data/*.parquet"))).names
 
 
 def plan_stages(arguments: Sequence[str]) -> None:
