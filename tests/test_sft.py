@@ -251,7 +251,9 @@ def test_rows_that_cannot_be_collated_are_named_before_training(max_length, tiny
     rows[2] = replace(rows[2], images=[])
     dataset = load_examples(write_examples(tmp_path / "data", rows))
     collator = AnswerCollator(load_processor(ModelConfig(str(tiny_llava))), max_length)
-    message = r"2 of the 4 rows hold another number of pictures than their prompts .* \(example-1, example-2\): .*Write one"
+    message = (
+        r"2 of the 4 rows hold another number of pictures than their prompts .* \(example-1, example-2\): .*Write one"
+    )
     with pytest.raises(ValueError, match=message):
         keep_usable(dataset, collator)
     assert keep_usable(dataset.select([0, 3]), collator)[1].rows_used == 2
