@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from prefalign import bundled, cli, config
 from prefalign.records import Prompt
@@ -73,6 +74,23 @@ def test_traceback_on_request(stage, monkeypatch):
     monkeypatch.setenv("PREFALIGN_TRACEBACK", "1")
     with pytest.raises(ValueError, match="too loud"):
         cli.main(["run", str(stage), "--name", "boom"])
+
+
+def test_what_other_packages_say_at_each_start():
+    """The two sentences alone; both packages still say everything else."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("deepspeed")
+    load = "import logging, bitsandbytes, deepspeed; logging.getLogger('DeepSpeed').warning('news')"
+    guarded = f"from prefalign import cli; cli._guarded(lambda: exec({load!r}), resumes=False)"
+    plain, quiet = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for code in (load, guarded)
+    )
+    for sentence in cli._NO_NEWS.values():
+        assert sentence not in quiet.stdout + quiet.stderr
+    assert "news" in quiet.stdout + quiet.stderr
+    if not torch.cuda.is_available():
+        assert cli._NO_NEWS["DeepSpeed"] in plain.stdout + plain.stderr
 
 
 def test_interruption(stage, capsys):

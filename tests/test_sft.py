@@ -274,6 +274,11 @@ def test_paligemma_needs_a_picture_in_every_row(tmp_path):
         ValueError, match="row example-0 has no picture, and a PaliGemmaProcessor prepares no text without"
     ):
         AnswerCollator(processor)([make_example(0, images=0).to_row()])
+    folder = write_examples(tmp_path / "data", [make_example(0, images=0), make_example(1)])
+    with pytest.raises(
+        ValueError, match=r"1 of the 2 rows hold .*or none, which a PaliGemmaProcessor cannot .example-0"
+    ):
+        keep_usable(load_examples(folder), AnswerCollator(processor))
 
 
 def test_recipe_saves_everything_goes_on_and_starts_no_second_time(tiny_llava, mixed, tmp_path, capsys):

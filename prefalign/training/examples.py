@@ -309,13 +309,13 @@ def keep_usable(dataset: Dataset, collator: AnswerCollator) -> tuple[Dataset, Ke
 
     kept, keep, wrong = Kept(rows_in=len(dataset)), [], []
     needs_one = families.rewrites_prompt(collator.processor)
-    texts = dataset.remove_columns("images").add_column("pictures", lengths_of(dataset, "images"))
+    texts, pictures = dataset.remove_columns("images"), lengths_of(dataset, "images")
     for index, row in enumerate(tqdm(texts, desc="check rows", unit="row", disable=None)):
         prompt, answer = question_and_answer(row)
         if not answer:
             kept.unanswered.append(row["id"])
             continue
-        if row["pictures"] != placeholder_count(prompt) or (needs_one and not row["pictures"]):
+        if pictures[index] != placeholder_count(prompt) or (needs_one and not pictures[index]):
             wrong.append(row["id"])
             continue
         if collator.max_length is not None and (length := collator.length(dataset[index])) > collator.max_length:
