@@ -269,14 +269,14 @@ def test_a_broken_picture_is_told_with_its_row(tiny_llava, tmp_path):
 
 
 def test_paligemma_needs_a_picture_in_every_row(tmp_path):
-    processor = load_processor(ModelConfig(str(save_tiny("paligemma", tmp_path))))
+    processor = load_processor(ModelConfig(str(save_tiny("paligemma", tmp_path / "model"))))
     with pytest.raises(
         ValueError, match="row example-0 has no picture, and a PaliGemmaProcessor prepares no text without"
     ):
         AnswerCollator(processor)([make_example(0, images=0).to_row()])
     folder = write_examples(tmp_path / "data", [make_example(0, images=0), make_example(1)])
     with pytest.raises(
-        ValueError, match=r"1 of the 2 rows hold .*or none, which a PaliGemmaProcessor cannot .example-0"
+        ValueError, match=r"1 of the 2 rows hold .*or none, which a PaliGemmaProcessor cannot prepare .example-0"
     ):
         keep_usable(load_examples(folder), AnswerCollator(processor))
 
