@@ -206,7 +206,7 @@ class _Step:
         _watch(policy, reference, meter)
         steps = trainer.current_gradient_accumulation_steps = min(2, trainer.args.gradient_accumulation_steps)
         prepared = trainer.accelerator.prepare_model(policy)
-        trainer.compute_loss = _counted_forward(trainer.compute_loss, meter, counted)  # type: ignore[method-assign]
+        trainer.compute_loss = _counted_forward(trainer.compute_loss, meter, counted)
 
         with kernels_of(self.target, meter), meter:
             for _ in range(steps):
