@@ -317,7 +317,7 @@ def _guarded(action: Any, *, resumes: bool) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError, FloatingPointError) as error:
         if os.environ.get("PREFALIGN_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

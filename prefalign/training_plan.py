@@ -227,7 +227,11 @@ def _others(made: TrainingPlan) -> list[str]:
     for method, profile in dict.fromkeys((other.method, other.profile) for other in made.others):
         line = f"  {METHODS[method]:<16}{SHARING[profile]:<10}"
         for reference, checkpointing in columns:
-            needed = made.others[Setup(method, profile, reference, checkpointing)] / GIB
+            others = made.others.get(Setup(method, profile, reference, checkpointing))
+            if others is None:
+                line += f"{'-':>16} "
+                continue
+            needed = others / GIB
             over = "*" if memory and needed > memory else " "
             line += f"{needed:>16.{1 if needed >= 10 else 2}f}{over}"
         lines.append(line.rstrip())

@@ -38,6 +38,8 @@ class Config:
 def main(config):
     if config.name == "boom":
         raise ValueError("boom: too loud. Lower it.")
+    if config.name == "broken":
+        raise FloatingPointError("loss is nan at step 3. Lower it.")
     if config.name == "stop":
         raise KeyboardInterrupt
     print(f"name={config.name} beta={config.inner.beta}")
@@ -63,10 +65,13 @@ def test_run_a_stage_of_ones_own(stage, tmp_path, capsys):
     assert capsys.readouterr().out == "name=x beta=0.5\n"
 
 
-def test_errors_are_one_message(stage, capsys):
-    assert cli.main(["run", str(stage), "--name", "boom"]) == 1
+@pytest.mark.parametrize(
+    ("name", "said"), [("boom", "boom: too loud. Lower it."), ("broken", "loss is nan at step 3.")]
+)
+def test_errors_are_one_message(stage, name, said, capsys):
+    assert cli.main(["run", str(stage), "--name", name]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: boom: too loud. Lower it.")
+    assert captured.err.startswith(f"error: {said}")
     assert "Traceback" not in captured.err
 
 

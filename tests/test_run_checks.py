@@ -161,6 +161,19 @@ def test_the_config_says_how_the_model_is_shared(half, pairs):
     assert "one device, ZeRO-3" in table(plan(single))
 
 
+@pytest.mark.parametrize("changes", [{"losses": [{"name": "chip"}]}, {"trainer": {"sync_ref_model": True}}])
+def test_ways_that_the_run_would_refuse_are_left_out(changes, half, pairs):
+    """Neither a loss on logits nor a reference that moves has a cache."""
+    chosen = run_config(half, pairs, reference="online", **changes.get("trainer", {}))
+    chosen.losses = changes.get("losses", chosen.losses)
+    planner = Planner(chosen, Options(device="cpu"))
+    found = planner.alternatives(lambda setups: [planner.setup, replace(planner.setup, reference="cached")])
+    assert list(found) == [planner.setup]
+    made = replace(plan(planner), others={**found, replace(planner.setup, method="lora", reference="cached"): 1.0})
+    rows = {line.split()[0]: line.split()[-2:] for line in table(made).splitlines() if " one device " in line}
+    assert [cell == "-" for cell in rows["LoRA"] + rows["all"]] == [True, False, False, True]
+
+
 def test_the_time_on_a_cpu_is_not_that_of_a_gpu(half, pairs):
     planner = Planner(run_config(half, pairs), Options(device="cpu", price=2.0))
     made = plan(planner)

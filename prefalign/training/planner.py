@@ -200,7 +200,7 @@ class Planner:
         return 1 + often + bool(args.eval_on_start)
 
     def alternatives(self, progress: Callable[[list[Setup]], Iterable[Setup]] = list) -> dict[Setup, float]:
-        """Memory of one device in bytes, for every method, profile, reference and checkpointing on and off.
+        """Memory of one device in bytes, for every method, profile, reference and checkpointing on and off that can be run.
 
         Args:
             progress: given the list of what is planned for, gives it back one by one.
@@ -219,7 +219,13 @@ class Planner:
             for reference in references
             for checkpointing in (True, False)
         ]
-        return {setup: self.need(setup).total for setup in progress(setups)}
+        found = {}
+        for setup in progress(setups):
+            try:
+                found[setup] = self.need(setup).total
+            except ConfigError:  # the trainer would refuse it, as a cache for losses that read logits
+                continue
+        return found
 
     def tokens(self, row: Mapping[str, Any]) -> RowTokens:
         """Tokens of a row as the trainer runs it."""
