@@ -7,6 +7,7 @@ model's own weights, that is Aya Vision's interpolation (arXiv 2505.08751) witho
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +104,10 @@ def merge_adapters(
     """
     import torch
 
+    if not math.isfinite(scale):
+        raise ValueError(
+            f"scale {scale} is not a number to multiply with. Give 1 for the trained model, 0 for its base."
+        )
     weights = _check_combination(adapters, weights, combination_type, density)
     found = [find_adapter(name, revision) for name in adapters]
     settings = [_settings(source) for source in found]
@@ -178,6 +183,8 @@ def _check_combination(
     weights = list(weights) if weights is not None else [1 / count] * count
     if len(weights) != count:
         raise ValueError(f"{len(weights)} weights for {count} adapters; give one for each.")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights {weights} are not all numbers to multiply with. Give finite ones.")
     return weights
 
 

@@ -73,13 +73,18 @@ def _expand(name: str) -> str:
 
 
 def _adapter_base(folder: Path, name: str) -> tuple[str, str | None]:
-    """The base that an adapter's folder names, and its revision."""
+    """The base that an adapter's folder names, and its revision; where the run noted the folder it was in, that folder."""
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     base = settings.get("base_model_name_or_path")
     if not base:
         raise ModelError(
             f"adapter {name!r} does not say which model it belongs to. Name the model and give it as `adapter`."
         )
+    note = folder / "base.json"
+    if not Path(base).expanduser().is_dir() and note.is_file():  # a relative name, seen from another working directory
+        run = json.loads(note.read_text(encoding="utf-8"))
+        if run.get("name") == base and run.get("local") and Path(run["local"]).is_dir():
+            return str(run["local"]), None
     if base == SCENES or (not Path(base).exists() and Path(base).parts[-3:] == ("prefalign", "scenes", "base")):
         return str(SCENES_BASE), None
     return str(base), settings.get("revision")

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 import prefalign
 from prefalign import bundled, config
 from prefalign.manifest import Manifest
+from prefalign.shards import whole_shards
 
 EPILOG = """\
 typical use:
@@ -30,6 +32,13 @@ typical use:
   prefalign doctor train_preference --config configs/recipes/train_preference_scenes.yaml --pairs runs/pairs
   prefalign publish runs/policy --to OWNER/NAME --dry-run
 """
+
+
+_NO_NEWS = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+    "DeepSpeed": "Setting accelerator to CPU",
+}
+"""Loggers of packages that come with PEFT and accelerate, and what they say at each start whether or not anybody uses them."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -110,15 +119,8 @@ def run_stage(name: str, arguments: Sequence[str], *, default_config: str | None
     made = stage.main(resolved)
     if isinstance(made, Manifest):
         print(f"{made.stage}: {made.rows_in} rows in, {made.rows_out} rows out")
-        if _holds_pairs(resolved.output.path):
+        if "rejected" in whole_shards(resolved.output.path, made).columns:  # STIC's second stage writes conversations
             print(f"look at them with: prefalign inspect {shlex.quote(str(resolved.output.path))}")
-
-
-def _holds_pairs(folder: Path) -> bool:
-    """Whether a finished output is one that `inspect` can show: STIC's second stage writes conversations."""
-    import pyarrow.parquet as pq
-
-    return "rejected" in pq.read_schema(next(folder.glob("data/*.parquet"))).names
 
 
 def plan_stages(arguments: Sequence[str]) -> None:
@@ -279,13 +281,9 @@ def _dispatch(arguments: list[str]) -> int | None:
         case "run":
             parser.error("run needs a stage: prefalign run STAGE --config FILE. `prefalign list` names them.")
         case "plan":
-            parser.error(
-                "plan needs a stage: prefalign plan STAGE --config FILE [--rows 8] [--json] [--then STAGE ...]."
-            )
+            parser.error("plan needs a stage: prefalign plan STAGE --config FILE [--rows 8] [--json] [--then STAGE].")
         case "doctor":
-            parser.error(
-                "doctor needs a recipe: prefalign doctor train_preference --config FILE [--rows 64] [--json FILE]."
-            )
+            parser.error("doctor needs a recipe: prefalign doctor train_preference --config FILE [--rows 64].")
         case "scenes":
             _scenes(chosen)
         case "list":
@@ -308,8 +306,10 @@ def _dispatch(arguments: list[str]) -> int | None:
 
 def _guarded(action: Any, *, resumes: bool) -> int:
     """Run an action, whose status this is; users get one readable message instead of a traceback (`PREFALIGN_TRACEBACK=1`)."""
+    for name in _NO_NEWS:
+        logging.getLogger(name).addFilter(_is_news)
     try:
-        status = action()
+        return action() or 0
     except KeyboardInterrupt:
         again = "; start the same command again to continue where it stopped" if resumes else ""
         print(f"\ninterrupted{again}", file=sys.stderr)
@@ -317,14 +317,17 @@ def _guarded(action: Any, *, resumes: bool) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError, FloatingPointError) as error:
         if os.environ.get("PREFALIGN_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
         if not isinstance(error, config.ConfigError):
             print("(PREFALIGN_TRACEBACK=1 shows where it came from)", file=sys.stderr)
         return 1
-    return status or 0
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_NO_NEWS[record.name])
 
 
 def _scenes(chosen: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from prefalign import families
 from prefalign.checkpoints import ModelError
 from prefalign.manifest import differences
-from prefalign.merged_folders import Source
+from prefalign.merged_folders import Source, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ class Tensors:
         if index.is_file():
             self.files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         else:
-            (file, *others) = sorted(source.folder.glob("*.safetensors"))
+            (file, *others) = weight_files(source.folder)
             if others and file.name != "model.safetensors":
                 raise ModelError(
                     f"{source.name!r} has {len(others) + 1} weight files and no model.safetensors.index.json that says which "

@@ -45,7 +45,7 @@ class Source:
 
     def record(self) -> dict[str, Any]:
         """What tells this checkpoint from another under the same name, and the licence that its README names."""
-        weights = sorted(self.folder.glob("*.safetensors"))
+        weights = weight_files(self.folder)
         record: dict[str, Any] = {"name": self.name, "revision": self.revision}
         record["bytes"] = sum(file.stat().st_size for file in weights)
         if self.revision is None:
@@ -72,7 +72,17 @@ def find_model(name: str, revision: str | None = None) -> Source:
     folder, commit = _download(source, found, (*_WEIGHTS, *CONFIGS, *_any_case((*PROCESSOR, *LICENCES, *CODE))))
     refuse_quantised(name, folder)
     check_weights(str(folder))
+    if not weight_files(folder):
+        raise ModelError(
+            f"{name!r} has its weights in consolidated*.safetensors only, whose names are its maker's own and not transformers'. "
+            "Name the repository or folder that has model.safetensors too."
+        )
     return Source(name, folder, commit)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors that transformers reads: not the same weights once more under their maker's names (Mistral's)."""
+    return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated"))
 
 
 def find_adapter(name: str, revision: str | None = None) -> Source:
@@ -146,7 +156,7 @@ def whole_folder(output: Path, made: Mapping[str, Any], size: int) -> Iterator[P
     """A folder to write into that becomes `output` when all went well, and disappears when not.
 
     Args:
-        output: the folder that is to be.
+        output: the folder that is to be. It does not appear if anything goes wrong, an interrupt included.
         made: settings and sources, written to `merge.json` with the versions of libraries.
         size: bytes of the weights, asked of the disk before anything is written.
 
@@ -170,7 +180,7 @@ def whole_folder(output: Path, made: Mapping[str, Any], size: int) -> Iterator[P
         write_atomically(partial / MERGE_FILE, (json.dumps(note, indent=2) + "\n").encode())
         _sync(partial)
         os.replace(partial, output)
-    except Exception as error:
+    except BaseException as error:  # an interrupt too
         shutil.rmtree(partial, ignore_errors=True)
         if is_full_disk(error):
             raise ModelError(
@@ -203,7 +213,11 @@ def _download(source: str, revision: str | None, patterns: Sequence[str]) -> tup
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
+        folder = Path(
+            snapshot_download(
+                source, revision=revision, allow_patterns=list(patterns), ignore_patterns="consolidated*.safetensors*"
+            )
+        )
     except Exception as error:
         raise ModelError(
             f"{source!r} is not a folder here and could not be downloaded ({type(error).__name__}: {error}). Check the name, "

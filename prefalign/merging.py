@@ -35,6 +35,7 @@ from prefalign.merged_folders import (
     CONFIGS,
     LICENCES,
     PROCESSOR,
+    Source,
     copy_files,
     find_model,
     is_made,
@@ -128,6 +129,7 @@ def merge_llm(
     alpha: float,
     *,
     revision: str | None = None,
+    text_revision: str | None = None,
     arithmetic: Arithmetic | None = None,
 ) -> Path:
     """Move the language model of a VLM towards the text model it was made from: alpha * VLM + (1 - alpha) * text model.
@@ -141,6 +143,7 @@ def merge_llm(
         output: folder to write.
         alpha: 1 is the VLM, 0 the text model inside it; Aya Vision chose 0.4.
         revision: of the VLM on the Hub.
+        text_revision: of the text model on the Hub.
         arithmetic: `linear` if None.
 
     Returns:
@@ -151,7 +154,7 @@ def merge_llm(
         ValueError: alpha is not from 0 to 1.
     """
     how = arithmetic or Arithmetic()
-    sources = [find_model(vlm, revision), find_model(text_llm)]
+    sources = [find_model(vlm, revision), find_model(text_llm, text_revision)]
     model, text = (read_config(source) for source in sources)
     check_reads_pictures(sources[0], model)
     if reads_pictures(text):
@@ -176,6 +179,7 @@ def merge_vlms(
     weights: Sequence[float] | None = None,
     alpha: float = 1.0,
     revision: str | None = None,
+    base_revision: str | None = None,
     arithmetic: Arithmetic | None = None,
 ) -> Path:
     """Merge VLMs of one architecture: base + alpha * sum of weighted task vectors, or their weighted mean if there is no base.
@@ -187,19 +191,24 @@ def merge_vlms(
         weights: factor of each model; a mean if None.
         alpha: scales all task vectors: 1 is the tuned model, 0 the base. Needs a base.
         revision: of the first model on the Hub.
+        base_revision: of the base on the Hub.
         arithmetic: `linear` if None. The others need a base.
 
     Returns:
         `output`; finished before with the same settings, it is left as it is.
 
     Raises:
-        ModelError: the models do not belong together, or a file is not what it should be.
-        ValueError: weights, alpha and base do not fit each other.
+        ModelError: the models do not belong together, one is named twice, or a file is not what it should be.
+        ValueError: no model is named; weights, alpha and base do not fit each other.
     """
     how = arithmetic or Arithmetic()
+    if not models:
+        raise ValueError("no model is named; there is nothing to merge. Give `models`.")
     weights = list(weights) if weights is not None else how.default_weights(len(models))
     if len(weights) != len(models):
         raise ValueError(f"{len(weights)} weights for {len(models)} models; give one for each.")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights {weights} are not all numbers to multiply with. Give finite ones.")
     if base is None:
         if len(models) < 2:
             raise ValueError(
@@ -215,7 +224,8 @@ def merge_vlms(
                 "scales the whole model. Make them sum to 1, or give a `base`."
             )
     sources = [find_model(name, revision if number == 0 else None) for number, name in enumerate(models)]
-    sources += [find_model(base)] if base is not None else []
+    sources += [find_model(base, base_revision)] if base is not None else []
+    _check_distinct(sources, has_base=base is not None)
     configs = [read_config(source) for source in sources]
     for source, config in zip(sources, configs, strict=True):
         check_reads_pictures(source, config)
@@ -229,6 +239,23 @@ def merge_vlms(
         return _write(output, made, ours, scope, partners.pop(), partners, _scaled(weights, alpha), how)
     # a mean, measured from the first model: what all have in common stays as it is to the last bit
     return _write(output, made, ours, scope, None, partners, weights[1:], how)
+
+
+def _check_distinct(sources: Sequence[Source], *, has_base: bool) -> None:
+    """Raise `ModelError` if a model is named twice, or the base is among the models; it comes last."""
+    folders = [source.folder.resolve() for source in sources]
+    for number, source in enumerate(sources):
+        first = folders.index(folders[number])
+        if first == number:
+            continue
+        if has_base and number == len(sources) - 1:
+            raise ModelError(
+                f"{sources[first].name!r} is among the models and is their base: its change from itself is nothing, and takes a "
+                "share of the weights. Take it out of `models`; `alpha` draws the others towards the base."
+            )
+        raise ModelError(
+            f"{source.name!r} is named twice in models (as {sources[first].name!r}). Give it once, with a larger weight."
+        )
 
 
 def _write(

@@ -20,7 +20,8 @@ from prefalign import config
 from prefalign.planner import duration, number, size
 from prefalign.training.largest import COUNTED, Fit, largest_batch, largest_picture
 from prefalign.training.memory import CONTEXT, FRAGMENTATION, Need
-from prefalign.training.planner import GIB, Options, Planner, Setup
+from prefalign.training.plan_options import Options
+from prefalign.training.planner import GIB, Planner, Setup
 
 
 @dataclass
@@ -43,10 +44,12 @@ class TrainingPlan:
         parameters: all of them, and those that train.
         need: memory of one device by component, in bytes, on a batch of the longest rows.
         steps: optimizer steps.
-        flops: floating point operations of the run, all devices together.
-        seconds: of the run.
+        flops: floating point operations of the run, all devices together, with the reference's pass and evaluations.
+        seconds: of the run; None where nothing says how fast a device is.
         cost: of all devices for this time, if a price was given.
         disk: bytes of `checkpoints`, `final model`, `reference cache`.
+        eval_rows: held-out pairs.
+        evaluations: how often they are measured.
         others: memory of one device for other setups, in bytes.
         fits: largest batch and picture, if the memory was given.
     """
@@ -67,9 +70,11 @@ class TrainingPlan:
     need: Need
     steps: int
     flops: float
-    seconds: float
+    seconds: float | None
     cost: float | None
     disk: dict[str, float]
+    eval_rows: int = 0
+    evaluations: int = 0
     others: dict[Setup, float] = field(default_factory=dict)
     fits: list[Fit] = field(default_factory=list)
 
@@ -79,18 +84,25 @@ def plan(planner: Planner) -> TrainingPlan:
     setup, options, args = planner.setup, planner.options, planner.args
     counted = planner.count(setup, planner.longest(planner.batch))
     lengths = [planner.tokens(row).run for row in planner.rows]
-    mean = sum(lengths) / len(lengths)
-    typical = min(planner.rows, key=lambda row: abs(planner.tokens(row).run - mean))
+    typical = _typical(planner, planner.rows)
     of_step = planner.batch * args.gradient_accumulation_steps * options.devices
     steps = args.max_steps
     if steps <= 0:
         steps = math.ceil(args.num_train_epochs * planner.steps_of_epoch)
     flops = planner.count(setup, [typical]).flops
     total = flops * (steps * of_step if args.max_steps > 0 else planner.total * args.num_train_epochs)
+    evaluations, kept_out = planner.evaluations(steps), None
+    if planner.eval_rows:
+        kept_out = _typical(planner, planner.eval_rows)
+        total += evaluations * planner.count(setup, [kept_out]).forward * planner.eval_total
     if planner.compares and setup.reference == "cached":
-        online = planner.count(replace(setup, reference="online"), [typical]).flops
-        total += (online - flops) * planner.total
-    seconds = total / (options.devices * options.tflops * 1e12 * options.utilisation)
+        for row, number_of in ((typical, planner.total), (kept_out, planner.eval_total)):
+            if row is not None:
+                online = planner.count(replace(setup, reference="online"), [row]).forward
+                total += (online - planner.count(setup, [row]).forward) * number_of
+    seconds = None
+    if options.tflops is not None:
+        seconds = total / (options.devices * options.tflops * 1e12 * options.utilisation)
     route = planner.route()
     return TrainingPlan(
         model=planner.config.model.model_name_or_path,
@@ -100,7 +112,7 @@ def plan(planner: Planner) -> TrainingPlan:
         route=route.layout,
         reason=route.reason,
         rows=planner.total,
-        tokens=(max(lengths), round(mean)),
+        tokens=(max(lengths), round(sum(lengths) / len(lengths))),
         image_tokens=planner.tokens(planner.rows[-1]).pictures,
         sampled=len(planner.rows) if planner.config.pairs.exists() else 0,
         batch=planner.batch,
@@ -113,9 +125,17 @@ def plan(planner: Planner) -> TrainingPlan:
         steps=steps,
         flops=total,
         seconds=seconds,
-        cost=None if options.price is None else options.price * options.devices * seconds / 3600,
+        cost=None if options.price is None or seconds is None else options.price * options.devices * seconds / 3600,
         disk=planner.disk(counted, steps),
+        eval_rows=planner.eval_total,
+        evaluations=evaluations,
     )
+
+
+def _typical(planner: Planner, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The row whose length is nearest to the mean."""
+    mean = sum(planner.tokens(row).run for row in rows) / len(rows)
+    return min(rows, key=lambda row: abs(planner.tokens(row).run - mean))
 
 
 METHODS = {"full": "all weights", "lora": "LoRA", "qlora": "LoRA on 4 bits"}
@@ -131,7 +151,8 @@ def table(made: TrainingPlan) -> str:
 
 def _head(made: TrainingPlan) -> list[str]:
     setup, options = made.setup, made.options
-    devices = "one device" if options.devices == 1 else f"{options.devices} devices, {SHARING[setup.profile]}"
+    devices = "one device" if options.devices == 1 else f"{options.devices} devices"
+    devices += "" if setup.profile == "one" else f", {SHARING[setup.profile]}"
     how = [METHODS[setup.method], devices, f"reference {setup.reference}"]
     how.append(f"checkpointing {'on' if setup.checkpointing else 'off'}")
     how.append("bfloat16" if made.bf16 else "float32")
@@ -183,11 +204,17 @@ def _verdict(made: TrainingPlan) -> str:
 def _run(made: TrainingPlan) -> list[str]:
     options = made.options
     cost = "" if made.cost is None else f", cost {made.cost:,.2f}"
-    speed = f"{options.tflops:g} TFLOP/s a device, {options.utilisation:.0%} of it reached"
-    lines = [
-        "run",
-        f"  {'time':<14}{duration(made.seconds):>10}  {number(made.steps)} steps, {made.flops:.2e} operations at {speed}{cost}",
-    ]
+    if made.seconds is None:
+        time, speed = "not known", "; --tflops says how fast this CPU is"
+    else:
+        time, speed = (
+            duration(made.seconds),
+            f" at {options.tflops:g} TFLOP/s a device, {options.utilisation:.0%} of it reached",
+        )
+    lines = ["run", f"  {'time':<14}{time:>10}  {number(made.steps)} steps, {made.flops:.2e} operations{speed}{cost}"]
+    if made.evaluations:
+        times = "once" if made.evaluations == 1 else f"{number(made.evaluations)} times"
+        lines.append(f"  {'held out':<14}{number(made.eval_rows):>10}  pairs, measured {times}")
     return lines + [f"  {name:<14}{size(value):>10}  on disk" for name, value in made.disk.items()]
 
 
@@ -200,7 +227,11 @@ def _others(made: TrainingPlan) -> list[str]:
     for method, profile in dict.fromkeys((other.method, other.profile) for other in made.others):
         line = f"  {METHODS[method]:<16}{SHARING[profile]:<10}"
         for reference, checkpointing in columns:
-            needed = made.others[Setup(method, profile, reference, checkpointing)] / GIB
+            others = made.others.get(Setup(method, profile, reference, checkpointing))
+            if others is None:
+                line += f"{'-':>16} "
+                continue
+            needed = others / GIB
             over = "*" if memory and needed > memory else " "
             line += f"{needed:>16.{1 if needed >= 10 else 2}f}{over}"
         lines.append(line.rstrip())

@@ -50,7 +50,9 @@ class Config:
 def main(config: Config) -> Path:
     """Merge; returns the folder of the full model."""
     from prefalign.adapters import merge_adapters
+    from prefalign.training.upkeep import plain_lines_without_a_terminal
 
+    plain_lines_without_a_terminal()
     output = merge_adapters(
         [config.adapter] if isinstance(config.adapter, str) else config.adapter,
         config.output,

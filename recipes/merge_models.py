@@ -30,6 +30,8 @@ class Config:
         density: share of values that the last three keep of each model's change.
         seed: of what DARE drops.
         revision: branch, tag or commit of the first model on the Hub.
+        base_revision: of `base` on the Hub.
+        text_revision: of `text_model` on the Hub.
     """
 
     models: str | list[str]
@@ -42,12 +44,16 @@ class Config:
     density: float | None = None
     seed: int = 0
     revision: str | None = None
+    base_revision: str | None = None
+    text_revision: str | None = None
 
 
 def main(config: Config) -> list[Path]:
     """Merge; returns the folders of the merged models, one for each alpha."""
     from prefalign.merging import Arithmetic, merge_llm, merge_vlms
+    from prefalign.training.upkeep import plain_lines_without_a_terminal
 
+    plain_lines_without_a_terminal()
     how = Arithmetic(config.method, config.density, config.seed)
     models = [config.models] if isinstance(config.models, str) else config.models
     _check(config, models)
@@ -56,10 +62,11 @@ def main(config: Config) -> list[Path]:
     for alpha in alphas:
         output = config.output / f"alpha-{alpha:g}" if isinstance(config.alpha, list) else config.output
         if config.text_model is not None:
-            merge_llm(models[0], config.text_model, output, alpha, revision=config.revision, arithmetic=how)
+            merge_llm(models[0], config.text_model, output, alpha, revision=config.revision,
+                      text_revision=config.text_revision, arithmetic=how)  # fmt: skip
         else:
             merge_vlms(models, output, base=config.base, weights=config.weights, alpha=alpha, revision=config.revision,
-                       arithmetic=how)  # fmt: skip
+                       base_revision=config.base_revision, arithmetic=how)  # fmt: skip
         print(f"alpha {alpha:g}: {output}", flush=True)
         made.append(output)
     print("measure each on held-out text and on pictures before choosing, as in")
@@ -68,6 +75,13 @@ def main(config: Config) -> list[Path]:
 
 
 def _check(config: Config, models: list[str]) -> None:
+    if not models:
+        raise ValueError("models: no model is named; there is nothing to merge.")
+    for name in ("base", "text"):
+        partner = "base" if name == "base" else "text_model"
+        pinned = getattr(config, f"{name}_revision")
+        if pinned is not None and getattr(config, partner) is None:
+            raise ValueError(f"{name}_revision is {pinned!r} and there is no {partner}. Give both, or leave it out.")
     if config.text_model is not None and config.base is not None:
         raise ValueError(
             "text_model and base are both given: the first merges the language model only, the second all weights. Give one, and "

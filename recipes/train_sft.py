@@ -58,7 +58,7 @@ def main(config: Config) -> None:
     from prefalign.training.arguments import check_precision, training_arguments
     from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
     from prefalign.training.examples import AnswerCollator, check_pictures, keep_usable, load_examples
-    from prefalign.training.lora import check_quantised, check_trainable
+    from prefalign.training.lora import check_quantised, check_targets, check_trainable
     from prefalign.training.policy import load_policy
     from prefalign.training.runs import base_file, claim_run, full_disk_explained, is_finished, open_run, run_files
     from prefalign.training.sft import SupervisedTrainer
@@ -91,6 +91,8 @@ def main(config: Config) -> None:
         return
     if config.lora is None:
         freeze(model, config.freeze)
+    elif not goes_on:
+        check_targets(model, config.lora)
     used = [keep_usable(dataset, collator) for dataset in datasets]
     rows, kept = used[0]
     trainer = SupervisedTrainer(

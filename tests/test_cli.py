@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from prefalign import bundled, cli, config
 from prefalign.records import Prompt
@@ -37,6 +38,8 @@ class Config:
 def main(config):
     if config.name == "boom":
         raise ValueError("boom: too loud. Lower it.")
+    if config.name == "broken":
+        raise FloatingPointError("loss is nan at step 3. Lower it.")
     if config.name == "stop":
         raise KeyboardInterrupt
     print(f"name={config.name} beta={config.inner.beta}")
@@ -62,10 +65,13 @@ def test_run_a_stage_of_ones_own(stage, tmp_path, capsys):
     assert capsys.readouterr().out == "name=x beta=0.5\n"
 
 
-def test_errors_are_one_message(stage, capsys):
-    assert cli.main(["run", str(stage), "--name", "boom"]) == 1
+@pytest.mark.parametrize(
+    ("name", "said"), [("boom", "boom: too loud. Lower it."), ("broken", "loss is nan at step 3.")]
+)
+def test_errors_are_one_message(stage, name, said, capsys):
+    assert cli.main(["run", str(stage), "--name", name]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: boom: too loud. Lower it.")
+    assert captured.err.startswith(f"error: {said}")
     assert "Traceback" not in captured.err
 
 
@@ -73,6 +79,23 @@ def test_traceback_on_request(stage, monkeypatch):
     monkeypatch.setenv("PREFALIGN_TRACEBACK", "1")
     with pytest.raises(ValueError, match="too loud"):
         cli.main(["run", str(stage), "--name", "boom"])
+
+
+def test_what_other_packages_say_at_each_start():
+    """The two sentences alone; both packages still say everything else."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("deepspeed")
+    load = "import logging, bitsandbytes, deepspeed; logging.getLogger('DeepSpeed').warning('news')"
+    guarded = f"from prefalign import cli; cli._guarded(lambda: exec({load!r}), resumes=False)"
+    plain, quiet = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for code in (load, guarded)
+    )
+    for sentence in cli._NO_NEWS.values():
+        assert sentence not in quiet.stdout + quiet.stderr
+    assert "news" in quiet.stdout + quiet.stderr
+    if not torch.cuda.is_available():
+        assert cli._NO_NEWS["DeepSpeed"] in plain.stdout + plain.stderr
 
 
 def test_interruption(stage, capsys):

@@ -142,6 +142,8 @@ def test_settings_that_do_not_fit(adapter, second, tmp_path):
         ("'cat' does not use `density`", both, {"density": 0.5}),
         ("density 2.0 is not a share", both, {"combination_type": "ties", "density": 2.0}),
         ("1 weights for 2 adapters", both, {"weights": [1.0]}),
+        ("scale nan is not a number to multiply with. Give 1", both[:1], {"scale": float("nan")}),
+        (r"weights \[inf, 1.0\] are not all numbers", both, {"weights": [float("inf"), 1.0]}),
     ):
         with pytest.raises(ValueError, match=message):
             merge_adapters(adapters, out, **more)
@@ -200,6 +202,23 @@ def test_a_base_trained_on_since_is_noticed(adapter, tiny_llava, tmp_path):
     assert (out / "prefalign_config.yaml").is_file()  # a model card is written from it
     assert (out / "chat_template.jinja").read_text() == (run / "chat_template.jinja").read_text()
     assert (out / "chat_template.jinja").read_text() != (tiny_llava / "chat_template.jinja").read_text()
+
+
+def test_an_adapter_finds_its_base_from_anywhere(tiny_llava, tmp_path, monkeypatch):
+    """Trained as `--model.model_name_or_path runs/sft`; the run noted which folder that was."""
+    base = shutil.copytree(tiny_llava, tmp_path / "runs" / "sft")
+    monkeypatch.chdir(tmp_path)
+    made = save_adapter(Path("runs/sft"), tmp_path / "adapter")
+    (made / "base.json").write_text(base_file("runs/sft", fingerprint(load(base)))["base.json"])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    out = merge_adapters(["../adapter"], tmp_path / "out")
+    assert json.loads((out / "merge.json").read_text())["base"]["name"] == str(base)
+    assert isinstance(load(made), PeftModel)
+    note = json.loads((made / "base.json").read_text())
+    (made / "base.json").write_text(json.dumps({**note, "name": "runs/other"}))
+    with pytest.raises(ModelError, match="there is no folder 'runs/sft'|'runs/sft' is neither a folder here"):
+        merge_adapters(["../adapter"], tmp_path / "again")
 
 
 def test_another_base_is_noticed_whatever_the_dtypes(adapter, tiny_llava, tmp_path):
@@ -368,6 +387,8 @@ def test_the_recipes_from_the_command_line(tmp_path, capsys):
         ("text_model is merged with one VLM, and there are 2 models", {"models": ["a", "b"], "text_model": "c"}),
         (r"alpha: \[0.5, 0.5\] names no value, or one twice", {"alpha": [0.5, 0.5]}),
         (r"alpha: \[\] names no value", {"alpha": []}),
+        ("models: no model is named; there is nothing to merge", {"models": []}),
+        ("models: no model is named; there is nothing to merge", {"models": [], "text_model": "a"}),
     ):
         with pytest.raises(ValueError, match=message):
             stage.main(config.build(stage.Config, {"models": "a", "output": tmp_path / "x", **more}))

@@ -158,13 +158,12 @@ def test_between_only_the_language_model_moves(family, tiny_checkpoints, texts, 
 def test_half_of_a_model_and_itself_is_the_model(tiny_llava, tmp_path):
     same = save_text_llm(tiny_llava, tmp_path / "same", noise=0.0)
     before = stored(tiny_llava)
+    copies = [str(shutil.copytree(tiny_llava, tmp_path / f"copy-{number}")) for number in range(2)]
     for merged in (
         merge_llm(str(tiny_llava), str(same), tmp_path / "a", 0.5),
-        merge_vlms([str(tiny_llava)], tmp_path / "b", base=str(tiny_llava), alpha=0.5),
-        merge_vlms([str(tiny_llava)] * 3, tmp_path / "c"),
-        merge_vlms(
-            [str(tiny_llava)] * 2, tmp_path / "d", base=str(tiny_llava), arithmetic=Arithmetic("dare_ties", 0.5)
-        ),
+        merge_vlms(copies[:1], tmp_path / "b", base=str(tiny_llava), alpha=0.5),
+        merge_vlms([str(tiny_llava), *copies], tmp_path / "c"),
+        merge_vlms(copies, tmp_path / "d", base=str(tiny_llava), arithmetic=Arithmetic("dare_ties", 0.5)),
     ):
         after = stored(merged)
         assert all(torch.equal(before[name], after[name]) for name in before)

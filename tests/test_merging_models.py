@@ -1,6 +1,7 @@
 """Merging whole models on disk, and the folders that come of it: complete, whole or absent, never mistaken for another."""
 
 import json
+import math
 import shutil
 import weakref
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prefalign import merged_folders
+from prefalign import bundled, config, merged_folders
 from prefalign.checkpoints import ModelError
 from prefalign.counterparts import Partner, match_names
 from prefalign.merged_folders import is_made, whole_folder
@@ -162,6 +163,15 @@ def test_weights_alpha_and_base_must_fit(tiny_llava, tuned, tiny_gemma3, tmp_pat
         merge_vlms(models, out, arithmetic=Arithmetic("ties", 0.5))
     with pytest.raises(ValueError, match=r"method 'linear' with alpha 0.5 needs task vectors"):
         merge_vlms(models, out, alpha=0.5)
+    with pytest.raises(ValueError, match="no model is named; there is nothing to merge"):
+        merge_vlms([], out)
+    with pytest.raises(ValueError, match=r"weights \[nan\] are not all numbers to multiply with"):
+        merge_vlms(models[1:], out, base=models[0], weights=[math.nan])
+    for name in (models[0], f"{tiny_llava.parent}/../{tiny_llava.parent.name}/{tiny_llava.name}"):
+        with pytest.raises(ModelError, match="is among the models and is their base: .*Take it out of `models`"):
+            merge_vlms([models[1], name], out, base=models[0])
+    with pytest.raises(ModelError, match="is named twice in models .*Give it once, with a larger weight"):
+        merge_vlms([models[1], models[1]], out, base=models[0])
     with pytest.raises(ModelError, match="do not compute alike|are not of one architecture|different vocabularies"):
         merge_vlms([models[0], str(tiny_gemma3)], out)
     assert not out.exists()
@@ -204,6 +214,54 @@ def test_nothing_is_left_of_a_merge_that_failed(tiny_llava, tuned, tmp_path):
     merge_vlms([str(half)], out, base=str(tiny_llava), alpha=0.5)
     assert not partial.exists()
     assert [file.name for file in out.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_nothing_is_left_of_a_merge_that_was_interrupted(tmp_path):
+    def interrupted(folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "out", {}, 0) as partial:
+        interrupted(partial)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_there_twice_are_read_once(tiny_llava, tuned, tmp_path):
+    """Mistral's repositories hold them under their maker's names too."""
+    both = shutil.copytree(tuned, tmp_path / "both")
+    save_file({"layers.0.attention.wq.weight": torch.zeros(4, 4)}, both / "consolidated.safetensors")
+    merged = merge_vlms([str(both)], tmp_path / "out", base=str(tiny_llava), alpha=0.5)
+    wanted = stored(merge_vlms([str(tuned)], tmp_path / "one", base=str(tiny_llava), alpha=0.5))
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in stored(merged).items())
+    [source, _] = json.loads((merged / "merge.json").read_text())["sources"]
+    assert source["bytes"] == (tuned / "model.safetensors").stat().st_size
+    (both / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"both' has its weights in consolidated\*.safetensors only"):
+        merge_vlms([str(both)], tmp_path / "two", base=str(tiny_llava), alpha=0.5)
+
+
+def test_each_model_can_be_pinned(tiny_llava, tuned, tmp_path, monkeypatch):
+    """Commits of one repository in the Hub's cache: a base, what was tuned from it, a text model."""
+    text = save_text_llm(tiny_llava, tmp_path / "text", noise=0.05)
+    commits = {"base": "a" * 40, "tuned": "b" * 40, "text": "c" * 40}
+    for name, folder in (("base", tiny_llava), ("tuned", tuned), ("text", text)):
+        shutil.copytree(folder, tmp_path / "cache" / "models--tester--line" / "snapshots" / commits[name])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    recipe = bundled.load_stage("merge_models")
+
+    def merged(output, **more):
+        given = {"models": "tester/line", "revision": commits["tuned"], "alpha": 0.5, "output": tmp_path / output}
+        return stored(recipe.main(config.build(recipe.Config, {**given, **more}))[0])
+
+    of_base = merged("one", base="tester/line", base_revision=commits["base"])
+    wanted = stored(merge_vlms([str(tuned)], tmp_path / "1", base=str(tiny_llava), alpha=0.5))
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in of_base.items())
+    of_text = merged("two", text_model="tester/line", text_revision=commits["text"])
+    wanted = stored(merge_llm(str(tuned), str(text), tmp_path / "2", 0.5))
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in of_text.items())
+    for pinned, partner in (("base_revision", "base"), ("text_revision", "text_model")):
+        with pytest.raises(ValueError, match=f"{pinned} is 'v2' and there is no {partner}. Give both, or leave it out"):
+            merged("three", **{pinned: "v2"})
 
 
 def test_a_full_disk_is_explained(tiny_llava, tuned, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from prefalign import families
 from prefalign.adapters import merge_adapters
 from prefalign.config import ConfigError
+from prefalign.images import ImageError
 from prefalign.models import ModelConfig, load_model, load_processor
 from prefalign.records import Prompt, assistant_message, user_message
 from prefalign.store import OutputConfig, write_records
@@ -242,12 +243,42 @@ def test_what_cannot_be_used_is_counted_and_named(tiny_llava, tmp_path):
         collator([{**dataset[0], "images": []}])
 
 
+@pytest.mark.parametrize("max_length", [None, 100])
+def test_rows_that_cannot_be_collated_are_named_before_training(max_length, tiny_llava, tmp_path):
+    """Without a look at the pictures themselves."""
+    rows = [make_example(number, images=2) for number in range(4)]
+    rows[1] = replace(rows[1], images=rows[1].images[:1])
+    rows[2] = replace(rows[2], images=[])
+    dataset = load_examples(write_examples(tmp_path / "data", rows))
+    collator = AnswerCollator(load_processor(ModelConfig(str(tiny_llava))), max_length)
+    message = (
+        r"2 of the 4 rows hold another number of pictures than their prompts .* \(example-1, example-2\): .*Write one"
+    )
+    with pytest.raises(ValueError, match=message):
+        keep_usable(dataset, collator)
+    assert keep_usable(dataset.select([0, 3]), collator)[1].rows_used == 2
+
+
+def test_a_broken_picture_is_told_with_its_row(tiny_llava, tmp_path):
+    row = make_example(3)
+    row.images[0]["bytes"] = row.images[0]["bytes"][:200]
+    dataset = load_examples(write_examples(tmp_path / "data", [row]))
+    with pytest.raises(ImageError, match="row example-3: picture .* is damaged") as raised:
+        AnswerCollator(load_processor(ModelConfig(str(tiny_llava))))(list(dataset))
+    assert raised.value.reason == "truncated_image"
+
+
 def test_paligemma_needs_a_picture_in_every_row(tmp_path):
-    processor = load_processor(ModelConfig(str(save_tiny("paligemma", tmp_path))))
+    processor = load_processor(ModelConfig(str(save_tiny("paligemma", tmp_path / "model"))))
     with pytest.raises(
         ValueError, match="row example-0 has no picture, and a PaliGemmaProcessor prepares no text without"
     ):
         AnswerCollator(processor)([make_example(0, images=0).to_row()])
+    folder = write_examples(tmp_path / "data", [make_example(0, images=0), make_example(1)])
+    with pytest.raises(
+        ValueError, match=r"1 of the 2 rows hold .*or none, which a PaliGemmaProcessor cannot prepare .example-0"
+    ):
+        keep_usable(load_examples(folder), AnswerCollator(processor))
 
 
 def test_recipe_saves_everything_goes_on_and_starts_no_second_time(tiny_llava, mixed, tmp_path, capsys):

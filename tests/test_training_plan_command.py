@@ -71,7 +71,18 @@ def command(toy, tmp_path, *more):
 def test_the_command_prints_a_table(toy, tmp_path, capsys):
     assert (
         cli.main(
-            command(toy, tmp_path, "--memory", "0.12", "--price", "2.5", "--trainer.per_device_train_batch_size", "1")
+            command(
+                toy,
+                tmp_path,
+                "--memory",
+                "0.12",
+                "--price",
+                "2.5",
+                "--tflops",
+                "1",
+                "--trainer.per_device_train_batch_size",
+                "1",
+            )
         )
         == 0
     )

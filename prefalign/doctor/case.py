@@ -24,16 +24,13 @@ from prefalign.doctor.findings import NotExaminedError
 from prefalign.losses import VIEWS
 from prefalign.training.documents import Documents, digest_of, picture_bytes
 from prefalign.training.preference_run import build_trainer, load_start, read_inputs
+from prefalign.training.profiles import SHARING, check_sharing
 from prefalign.training.scoring import run
 from prefalign.training.upkeep import plain_lines_without_a_terminal
 
 if TYPE_CHECKING:
     from prefalign.training.collator import PreferenceCollator
     from prefalign.training.preference import PreferenceTrainer
-
-
-SHARDING = ("deepspeed", "fsdp", "fsdp_config")
-"""Fields of `trainer` that spread a run over processes; a batch is examined in one, which holds all weights."""
 
 
 @dataclass
@@ -225,7 +222,8 @@ def prepare(stage: ModuleType, config: Any, *, rows: int, scratch: Path) -> Case
             "without torchrun or accelerate."
         )
     plain_lines_without_a_terminal()
-    alone = {name: value for name, value in config.trainer.items() if name not in SHARDING}
+    check_sharing(config)  # a batch is examined in one process, which holds all weights
+    alone = {name: value for name, value in config.trainer.items() if name not in SHARING}
     inputs = read_inputs(config, output=scratch, trainer=alone)
     start = load_start(config, inputs)
     trainer = build_trainer(config, inputs, start)

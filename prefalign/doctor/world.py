@@ -7,10 +7,11 @@ import shutil
 
 import torch
 
-from prefalign.doctor.case import SHARDING, Case
+from prefalign.doctor.case import Case
 from prefalign.doctor.findings import Finding, judge
 from prefalign.training.checkpoints import most_checkpoints
 from prefalign.training.distributed import processes_of, running_processes
+from prefalign.training.profiles import SHARING
 from prefalign.training.runs import RunError, is_finished, open_run
 
 
@@ -22,7 +23,7 @@ def check_device(case: Case) -> list[Finding]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     weights = str(trainer.model.dtype).removeprefix("torch.")
     seen = f"{name}, weights {weights}, {compute} autocast, {running_processes(trainer.accelerator, {})}"
-    if left_out := [field for field in SHARDING if case.config.trainer.get(field)]:
+    if left_out := [field for field in SHARING if case.config.trainer.get(field)]:
         seen += f"; examined without trainer.{' and trainer.'.join(left_out)}"
     fail = warn = ""
     if (

@@ -37,9 +37,12 @@ from prefalign.hub.staging import (
 from prefalign.hub.upload import check_login, upload
 from prefalign.images import encode_png, open_image
 from prefalign.manifest import Manifest, read_manifest
+from prefalign.shards import whole_shards
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
 SHARDS = ("data/*.parquet",)
+PAIR_COLUMNS = ("id", "images", "prompt", "chosen", "rejected")
+TALK_COLUMNS = ("id", "images", "messages")
 MARK = "<!-- written by prefalign publish -->"
 
 
@@ -191,15 +194,11 @@ def publish_dataset(
             f"{folder} has no manifest of a finished stage, so nothing says how its rows were made. Start the stage again "
             "with the same config: it resumes and writes manifest.json."
         )
+    _check_columns(folder, manifest)
 
     def describe(staged: Path) -> str:
         shards = sorted(staged.glob("data/*.parquet"))
         statistics, schema = read_rows(shards)
-        if statistics.rows != manifest.rows_out:
-            raise PublishError(
-                f"the shards in {folder} hold {statistics.rows} rows, but manifest.json says {manifest.rows_out}. A shard is "
-                "missing or was added: run the stage again in a new folder."
-            )
         checked = in_fresh_process(staged)
         print(f"checked in a fresh process: {statistics.rows} rows, columns {', '.join(checked['columns'])}")
         portable = Manifest(**without_paths(vars(manifest), Base("unknown")))
@@ -208,6 +207,20 @@ def publish_dataset(
 
     return _publish(folder, repo_id, DATASET_FILES, Base("unknown"), describe, output=output, dry_run=dry_run,
                     private=private, repo_type="dataset", replace=SHARDS)  # fmt: skip
+
+
+def _check_columns(folder: Path, manifest: Manifest) -> None:
+    """Refuse shards that are damaged or lost, and rows that lack what makes them pairs or conversations."""
+    try:
+        present = whole_shards(folder, manifest).columns
+    except ValueError as error:
+        raise PublishError(str(error)) from error
+    needed = PAIR_COLUMNS if {"prompt", "chosen", "rejected"} & set(present) else TALK_COLUMNS
+    if lacking := [name for name in needed if name not in present]:
+        raise PublishError(
+            f"the rows of {folder} have no {', '.join(lacking)} (they have {', '.join(present)}), so no one could train on them. "
+            f"Publish a folder as a stage wrote it: {' and '.join(needed)} belong together."
+        )
 
 
 def _publish(

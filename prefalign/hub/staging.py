@@ -66,9 +66,9 @@ def kind_of(folder: Path) -> Kind:
     """
     if not folder.is_dir():
         raise PublishError(f"no folder at {folder}. Give a training run's folder or a folder of pairs.")
-    if any(folder.glob("data/*.parquet")):
-        return "dataset"
     full, adapter = any(folder.glob("model*.safetensors")), (folder / "adapter_model.safetensors").is_file()
+    if any(folder.glob("data/*.parquet")) or ((folder / "manifest.json").is_file() and not full and not adapter):
+        return "dataset"
     if full and adapter:
         raise PublishError(f"{folder} holds an adapter and full weights; which one is meant? Move one elsewhere.")
     if not full and not adapter:

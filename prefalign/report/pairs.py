@@ -14,6 +14,7 @@ from prefalign.manifest import Manifest, read_manifest
 from prefalign.records import Pair, message_text
 from prefalign.report.charts import Chart, histogram
 from prefalign.report.page import MINUS, flattened, marked, thumbnail, write_page
+from prefalign.shards import read_shards
 from prefalign.store import read_records
 from prefalign.text import lexical_similarity, same_answer
 
@@ -130,7 +131,7 @@ def write_pair_report(folder: Path, output: Path, *, limit: int = 200) -> Path:
         The file written.
 
     Raises:
-        ValueError: if `limit` is not positive, or the folder has no manifest or no shards.
+        ValueError: if `limit` is not positive, or the folder has no manifest or no shards, or damaged ones.
     """
     folder, output = Path(folder), Path(output)
     if limit < 1:
@@ -141,7 +142,7 @@ def write_pair_report(folder: Path, output: Path, *, limit: int = 200) -> Path:
             f"{folder} has no manifest.json, so what was dropped is not known: the stage did not finish, or this is not a "
             "folder of pairs. Start the same command again (it resumes), or give the output folder of a stage."
         )
-    total = _count(folder)
+    total = read_shards(folder).rows
     wanted = _evenly(total, limit if total <= limit else limit - limit // FLAGGED_SHARE)
     room = limit - len(wanted)
     stats = _Statistics()
@@ -318,12 +319,6 @@ def _evenly(total: int, count: int) -> set[int]:
     if count == 1:
         return {0}
     return {round(number * (total - 1) / (count - 1)) for number in range(count)}
-
-
-def _count(folder: Path) -> int:
-    import pyarrow.parquet as pq
-
-    return sum(pq.read_metadata(shard).num_rows for shard in sorted(folder.glob("data/*.parquet")))
 
 
 def _number(value: Any) -> float | None:

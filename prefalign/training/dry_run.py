@@ -52,6 +52,7 @@ class Counted:
         top: the forward pass, and the backward pass down through the top layer.
         bottom: the end of the backward pass, from the bottom layer on.
         flops: floating point operations on one batch, with checkpointing's second forward pass and an online reference.
+        forward: those of the first forward pass alone, an online reference's included: what evaluation takes.
     """
 
     trainable: float = 0
@@ -67,6 +68,7 @@ class Counted:
     top: Moment = field(default_factory=Moment)
     bottom: Moment = field(default_factory=Moment)
     flops: float = 0
+    forward: float = 0
 
     @property
     def peak(self) -> Moment:
@@ -204,15 +206,27 @@ class _Step:
         _watch(policy, reference, meter)
         steps = trainer.current_gradient_accumulation_steps = min(2, trainer.args.gradient_accumulation_steps)
         prepared = trainer.accelerator.prepare_model(policy)
+        trainer.compute_loss = _counted_forward(trainer.compute_loss, meter, counted)
 
         with kernels_of(self.target, meter), meter:
             for _ in range(steps):
                 meter.restart()
+                counted.forward = 0
                 trainer.training_step(prepared, dict(batch))
         counted.flops = meter.flops
         counted.gradients = sum(p.grad.untyped_storage().nbytes() for p in policy.parameters() if p.grad is not None)
         counted.top, counted.bottom = meter.top, meter.bottom
         return counted
+
+
+def _counted_forward(compute: Callable[..., Any], meter: FakeMeter, counted: Counted) -> Callable[..., Any]:
+    def compute_counted(*args: Any, **kwargs: Any) -> Any:
+        before = meter.flops
+        result = compute(*args, **kwargs)
+        counted.forward += meter.flops - before
+        return result
+
+    return compute_counted
 
 
 def _make_fake(

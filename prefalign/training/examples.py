@@ -12,6 +12,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from prefalign import families
 from prefalign.config import ConfigError
+from prefalign.images import ImageError
 from prefalign.manifest import read_manifest
 from prefalign.records import (
     Example,
@@ -23,6 +24,7 @@ from prefalign.records import (
     normalise_messages,
     placeholder_count,
 )
+from prefalign.shards import whole_shards
 from prefalign.training.documents import decode
 from prefalign.training.pairs import rows_without
 
@@ -51,10 +53,9 @@ def load_examples(folder: Path, answer: Answer | None = None) -> Dataset:
         Rows of `id`, `images` and either `messages` (with the answer) or `prompt` and `completion`.
 
     Raises:
-        ValueError: the folder is not the finished output of a stage.
+        ValueError: the folder is not the finished output of a stage, or shards are damaged or lost, or rows lack a column.
         ConfigError: its rows have no such answer.
     """
-    import pyarrow.parquet as pq
     from datasets import Features, Image, List, load_dataset
 
     manifest = read_manifest(folder)
@@ -65,9 +66,8 @@ def load_examples(folder: Path, answer: Answer | None = None) -> Dataset:
         )
     if manifest.rows_out == 0:
         raise ValueError(f"{folder} holds 0 rows; there is nothing to train on.")
-    shards = sorted(str(shard) for shard in folder.glob("data/*.parquet"))
-    present = set(pq.read_schema(shards[0]).names)
-    kind, question, answers = _kind(folder, present)
+    shards = whole_shards(folder, manifest)
+    kind, question, answers = _kind(folder, shards.columns)
     if answer is not None and answer not in answers:
         raise ConfigError(
             f"answer is {answer!r}, and the rows of {folder} have {' or '.join(answers) or 'their answer in their last turn'}. "
@@ -75,18 +75,24 @@ def load_examples(folder: Path, answer: Answer | None = None) -> Dataset:
         )
     chosen = [answer or answers[0]] if answers else []
     features = {name: value for name, value in kind.features().items() if name in ("id", "images", question, *chosen)}
+    if lacking := [name for name in features if name not in shards.columns]:
+        raise ValueError(
+            f"the rows of {folder} have no {', '.join(lacking)} (stage `{manifest.stage}` wrote {', '.join(shards.columns)}), "
+            "which training reads. Give the output folder of a stage that makes examples, pairs or prompts."
+        )
     features["images"] = List(Image(decode=False))
+    files = [str(file) for file in shards.files]
     dataset = load_dataset(
-        "parquet", data_files=shards, columns=list(features), features=Features(features), split="train"
+        "parquet", data_files=files, columns=list(features), features=Features(features), split="train"
     )
     return dataset.rename_columns({question: "prompt", chosen[0]: "completion"}) if chosen else dataset
 
 
-def _kind(folder: Path, columns: set[str]) -> tuple[type[Example | Pair | Prompt], str, tuple[str, ...]]:
+def _kind(folder: Path, columns: Sequence[str]) -> tuple[type[Example | Pair | Prompt], str, tuple[str, ...]]:
     """What a folder holds: its record, the column with the question, and the columns that may be imitated."""
-    if {"prompt", "chosen"} <= columns:
+    if {"prompt", "chosen"} <= set(columns):
         return Pair, "prompt", ("chosen", "answer")
-    if {"messages", "answer"} <= columns:
+    if {"messages", "answer"} <= set(columns):
         return Prompt, "messages", ("answer",)
     if "messages" in columns:
         return Example, "messages", ()
@@ -163,6 +169,7 @@ class AnswerCollator:
 
         Raises:
             ValueError: a row has no answer, placeholders and pictures disagree, or it is too long (`RowTooLong`).
+            ImageError: names the row whose picture cannot be decoded.
         """
         examples = [self._example(row) for row in rows]
         rewrites = families.rewrites_prompt(self.processor)
@@ -202,8 +209,12 @@ class AnswerCollator:
             )
         text = apply_chat_template({"prompt": prompt, "completion": answer}, self.processor)
         completion = text["completion"].rstrip() + self.end if self.end else text["completion"]
+        try:
+            images = [decode(picture) for picture in pictures]
+        except ImageError as error:
+            raise ImageError(error.reason, f"row {_name(row)}: {error}") from error
         return {
-            "images": [decode(picture) for picture in pictures],
+            "images": images,
             "prompt": text["prompt"],
             "completion": completion,
         }
@@ -276,26 +287,49 @@ def _some(names: Sequence[str] | Mapping[str, int]) -> str:
     return ", ".join(list(names)[:5]) + (" ..." if len(names) > 5 else "")
 
 
+def lengths_of(dataset: Dataset, column: str) -> list[int]:
+    """How many entries each row's list in a column has; null has none. Only lengths are read."""
+    import pyarrow.compute as pc
+
+    table = dataset.with_format("arrow").select_columns(column)
+    return [
+        length
+        for batch in table.iter(batch_size=1000)
+        for length in pc.fill_null(pc.list_value_length(batch[column]), 0).to_pylist()
+    ]
+
+
 def keep_usable(dataset: Dataset, collator: AnswerCollator) -> tuple[Dataset, Kept]:
     """Drop rows without an answer, and rows longer than `max_length` (with None no row is too long and none is measured).
 
     Raises:
-        ValueError: no row is left.
+        ValueError: no row is left, or rows have other pictures than their prompts ask for.
     """
     from tqdm import tqdm
 
-    kept, keep = Kept(rows_in=len(dataset)), []
-    texts = dataset.remove_columns("images")
+    kept, keep, wrong = Kept(rows_in=len(dataset)), [], []
+    needs_one = families.rewrites_prompt(collator.processor)
+    texts, pictures = dataset.remove_columns("images"), lengths_of(dataset, "images")
     for index, row in enumerate(tqdm(texts, desc="check rows", unit="row", disable=None)):
         prompt, answer = question_and_answer(row)
         if not answer:
             kept.unanswered.append(row["id"])
+            continue
+        if pictures[index] != placeholder_count(prompt) or (needs_one and not pictures[index]):
+            wrong.append(row["id"])
             continue
         if collator.max_length is not None and (length := collator.length(dataset[index])) > collator.max_length:
             kept.too_long[row["id"]] = length
             continue
         kept.earlier_answers += any(turn["role"] == "assistant" for turn in prompt)
         keep.append(index)
+    if wrong:
+        why = f", or none, which a {type(collator.processor).__name__} cannot prepare" if needs_one else ""
+        raise ValueError(
+            f"{len(wrong)} of the {len(dataset)} rows hold another number of pictures than their prompts have placeholders{why} "
+            f"({_some(wrong)}): the model would see the wrong picture or none. Write one placeholder for each picture, in order, "
+            "or take these rows out."
+        )
     kept.rows_used = len(keep)
     if not keep and kept.too_long:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -58,6 +59,16 @@ def check_quantised(model: ModelConfig, lora: LoraSettings | None, arguments: Tr
     Raises:
         ConfigError: all weights would train, or be shared out.
     """
+    zero_stage = arguments.deepspeed_plugin.zero_stage if arguments.deepspeed_plugin is not None else None
+    check_four_bits(model, lora, shared_out=zero_stage == 3 or bool(arguments.fsdp_plugin_args))
+
+
+def check_four_bits(model: ModelConfig, lora: LoraSettings | None, *, shared_out: bool) -> None:
+    """The same where it is known whether weights are shared out over processes.
+
+    Raises:
+        ConfigError: see `check_quantised`.
+    """
     if not model.load_in_4bit:
         return
     if lora is None:
@@ -65,11 +76,37 @@ def check_quantised(model: ModelConfig, lora: LoraSettings | None, arguments: Tr
             "model.load_in_4bit: weights of 4 bits cannot be trained, and without `lora` all weights would be. Set `lora` to "
             "train an adapter on them (QLoRA), or load_in_4bit to false."
         )
-    zero_stage = arguments.deepspeed_plugin.zero_stage if arguments.deepspeed_plugin is not None else None
-    if zero_stage == 3 or arguments.fsdp_plugin_args:
+    if shared_out:
         raise ConfigError(
             "model.load_in_4bit: DeepSpeed ZeRO-3 and FSDP share out the weights, and those of 4 bits stay whole in every "
             "process here. Use DDP or ZeRO-2, or set load_in_4bit to false."
+        )
+
+
+def check_targets(model: nn.Module, lora: LoraSettings) -> None:
+    """Check that an adapter has modules to sit on.
+
+    Args:
+        model: without the adapter.
+        lora: its settings.
+
+    Raises:
+        ConfigError: `target_modules` matches none.
+    """
+    if lora.target_modules.lower() == "all-linear":  # PEFT's word for every linear layer but the head
+        return
+    try:
+        wanted = re.compile(lora.target_modules)
+    except re.error as error:
+        raise ConfigError(
+            f"lora.target_modules {lora.target_modules!r} is not a regular expression: {error}."
+        ) from error
+    names = [name for name, _ in model.named_modules()]
+    if not any(wanted.fullmatch(name) for name in names):
+        linear = [name for name in names if re.fullmatch(LANGUAGE_LINEAR, name)] or names
+        raise ConfigError(
+            f"lora.target_modules {lora.target_modules!r} matches no module of the model. It is a regular expression over full "
+            f"module names, such as {linear[0]} and {linear[-1]}: `.*\\.q_proj` matches every q_proj."
         )
 
 

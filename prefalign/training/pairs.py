@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from prefalign.losses import VIEWS
 from prefalign.manifest import Manifest, read_manifest
 from prefalign.records import Pair, message_text
+from prefalign.shards import whole_shards
 from prefalign.text import same_answer
 
 if TYPE_CHECKING:
@@ -43,10 +44,8 @@ def pairs_manifest(folder: Path) -> Manifest:
     """The manifest of a finished pairs folder.
 
     Raises:
-        ValueError: there is none, or the folder holds no pairs, or rows of another kind.
+        ValueError: there is none, or the folder holds no pairs, or rows of another kind, or shards are damaged or lost.
     """
-    import pyarrow.parquet as pq
-
     manifest = read_manifest(folder)
     if manifest is None or not manifest.complete:
         raise ValueError(
@@ -55,7 +54,7 @@ def pairs_manifest(folder: Path) -> Manifest:
         )
     if manifest.rows_out == 0:
         raise ValueError(f"{folder} holds 0 pairs; there is nothing to train on.")
-    present = pq.read_schema(min(folder.glob("data/*.parquet"))).names
+    present = whole_shards(folder, manifest).columns
     if lacking := [name for name in COLUMNS if name not in present]:
         raise ValueError(
             f"the rows of {folder} are no pairs: they have no {', '.join(lacking)} (stage `{manifest.stage}` wrote "

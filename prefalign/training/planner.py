@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -14,73 +14,29 @@ from prefalign import families
 from prefalign.checkpoints import check_family, resolve
 from prefalign.config import ConfigError
 from prefalign.losses import read_losses, views_of
-from prefalign.models import load_processor
+from prefalign.models import freeze, load_processor
 from prefalign.training.arguments import check_precision, training_arguments
 from prefalign.training.checkpoints import most_checkpoints
 from prefalign.training.checks import needs_reference
 from prefalign.training.documents import PromptTooLong, Reader
 from prefalign.training.dry_run import Counted, count_step
-from prefalign.training.lora import LoraSettings, check_quantised
+from prefalign.training.lora import LoraSettings, check_quantised, check_targets, check_trainable
 from prefalign.training.memory import CASTING, Need, Profile, optimizer_bytes, share_out
-from prefalign.training.pairs import check_columns, load_pairs
-from prefalign.training.preference_run import trainer_settings
+from prefalign.training.pairs import check_negative
+from prefalign.training.plan_options import SIZES, Options
+from prefalign.training.preference_run import check_held_out, read_inputs, trainer_settings
+from prefalign.training.profiles import SHARED_OUT, SHARING, check_sharing
 from prefalign.training.routes import Route, find_route
 from prefalign.training.sized_rows import RowSize, RowTokens, measure, sized_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Reference = Literal["cached", "online"]
 Method = Literal["full", "lora", "qlora"]
 GIB = 1 << 30
-SIZES = {"pictures": 1, "picture_side": 672, "prompt_tokens": 60, "answer_tokens": 150}
-"""Of rows that are not there yet, where nothing else is said."""
-SHARED_OUT = ("zero3", "fsdp2")
-"""Profiles in which a device holds a part of the weights; the trainer does not do that with weights of 4 bits."""
-
-
-@dataclass
-class Options:
-    """What is asked of a plan beside the run's config.
-
-    Attributes:
-        devices: how many take part.
-        profile: how they share the model: `one`, `ddp`, `zero2`, `zero3` or `fsdp2`; None: `one` for one device, else `ddp`.
-        device: type of device that is planned for. On `cuda`, `trainer.bf16` is true where the config does not say.
-        memory: GiB of one device. Given, it is said what fits, and how large a batch and a picture can be.
-        tflops: peak of one device in TFLOP/s for the type of number in use; the default is an A100's for 16 bits.
-        utilisation: share of the peak that is reached.
-        price: of one device for an hour.
-        sample: rows of the pairs that are looked at, evenly spread.
-        rows: number of pairs, where there is no folder yet; this and what follows cannot be said of pairs that are there.
-        pictures: pictures in a prompt; by default 1.
-        picture_side: width and height of a picture in pixels; by default 672.
-        prompt_tokens: tokens of a prompt without its pictures; by default 60.
-        answer_tokens: tokens of an answer; by default 150.
-    """
-
-    devices: int = 1
-    profile: Profile | None = None
-    device: Literal["cuda", "cpu"] = "cuda"
-    memory: float | None = None
-    tflops: float = 312.0
-    utilisation: float = 0.4
-    price: float | None = None
-    sample: int = 32
-    rows: int | None = None
-    pictures: int | None = None
-    picture_side: int | None = None
-    prompt_tokens: int | None = None
-    answer_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("devices", "memory", "tflops", "utilisation", "sample", "rows", "picture_side", "answer_tokens"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"--{name} {value}: a plan needs a number above 0.")
-        if self.profile is None:
-            self.profile = "one" if self.devices == 1 else "ddp"
-        if self.profile == "one" and self.devices > 1:
-            raise ConfigError(
-                f"--profile one runs on one device, and --devices says {self.devices}. Choose ddp, zero2, zero3 or fsdp2."
-            )
+ALONE: dict[str, Any] = dict.fromkeys((*SHARING, "tf32")) | {"use_cpu": True, "torch_compile": False}
+"""Fields of `trainer` as they are in this process, whatever machine is planned for."""
 
 
 @dataclass(frozen=True)
@@ -111,14 +67,21 @@ class Planner:
         ConfigError: settings that cannot be.
         ModelError: there is no such model, or it has no processor.
         ValueError: the pairs cannot be trained on.
+
+    Attributes:
+        rows: pairs that stand for all, shortest first.
+        total: how many there are of all.
+        eval_rows: held-out pairs that stand for all of them, shortest first; none if there are none yet.
+        eval_total: how many there are of these.
     """
 
     def __init__(self, config: Any, options: Options):
         from transformers import AutoConfig
 
-        self.config, self.options = config, options
+        self.config, self.options = config, options.shared_as(check_sharing(config))
         self.settings = {"bf16": options.device == "cuda", **config.trainer}
         self.args = self._arguments(Path("plan"))
+        check_held_out(self.args, config.eval_pairs)
         self.losses = read_losses(config.losses, beta=self.args.beta)
         self.views = views_of(self.losses)
         source, _, revision = resolve(config.model)
@@ -132,6 +95,9 @@ class Planner:
         self.image_token = families.image_token_ids(self.model_config)[0]
         self.counts: dict[Any, Counted] = {}
         self.measured: dict[str, RowTokens] = {}
+        self._check_trains()
+        self.eval_rows: list[dict[str, Any]] = []
+        self.eval_total = 0
         self.rows, self.total = self._rows()
 
     @property
@@ -172,7 +138,12 @@ class Planner:
         key = (adapts, casts, setup.reference, setup.checkpointing, tuple(row["id"] for row in rows))
         if key not in self.counts:
             lora = (self.config.lora or LoraSettings()) if adapts else None
-            changes = {"gradient_checkpointing": setup.checkpointing}
+            # one step on one batch: nothing is held out
+            changes = {
+                "gradient_checkpointing": setup.checkpointing,
+                "eval_strategy": "no",
+                "load_best_model_at_end": False,
+            }
             self.counts[key] = count_step(
                 self.model_config,
                 rows,
@@ -214,20 +185,28 @@ class Planner:
 
     def route(self) -> Route:
         """How the run shares prompts."""
-        from transformers import AutoModelForImageTextToText
+        return find_route(self._empty_model(), self.config.fast_path)
 
-        attention = self.config.model.attn_implementation
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(self.model_config, attn_implementation=attention)
-        return find_route(model, self.config.fast_path)
+    def evaluations(self, steps: int) -> int:
+        """How often held-out pairs are measured in so many optimizer steps, the end included."""
+        if not self.eval_rows:
+            return 0
+        args, often = self.args, 0
+        if args.eval_strategy == "epoch":
+            often = math.ceil(steps / self.steps_of_epoch)
+        elif args.eval_strategy == "steps":
+            every = args.eval_steps if args.eval_steps >= 1 else math.ceil(args.eval_steps * steps)
+            often = int(steps // every)
+        return 1 + often + bool(args.eval_on_start)
 
     def alternatives(self, progress: Callable[[list[Setup]], Iterable[Setup]] = list) -> dict[Setup, float]:
-        """Memory of one device in bytes, for every method, profile, reference and checkpointing on and off.
+        """Memory of one device in bytes, for every method, profile, reference and checkpointing on and off that can be run.
 
         Args:
             progress: given the list of what is planned for, gives it back one by one.
         """
         profiles: tuple[Profile, ...] = ("one",) if self.options.devices == 1 else ("ddp", "zero2", "zero3", "fsdp2")
+        profiles = tuple(dict.fromkeys((*profiles, self.setup.profile)))
         references: tuple[Reference, ...] = ("cached", "online") if self.compares else ("cached",)
         methods: tuple[Method, ...] = ("full", "lora", "qlora")
         if self._stored_in_4_bits():
@@ -240,7 +219,13 @@ class Planner:
             for reference in references
             for checkpointing in (True, False)
         ]
-        return {setup: self.need(setup).total for setup in progress(setups)}
+        found = {}
+        for setup in progress(setups):
+            try:
+                found[setup] = self.need(setup).total
+            except ConfigError:  # the trainer would refuse it, as a cache for losses that read logits
+                continue
+        return found
 
     def tokens(self, row: Mapping[str, Any]) -> RowTokens:
         """Tokens of a row as the trainer runs it."""
@@ -266,7 +251,9 @@ class Planner:
         return self.options.memory * GIB
 
     def _rows(self) -> tuple[list[dict[str, Any]], int]:
-        """Rows that stand for all, shortest first, and how many there are of all."""
+        """Rows that stand for all, shortest first, and how many there are of all; held-out ones are set aside."""
+        from datasets import Dataset
+
         options, folder = self.options, self.config.pairs
         if not folder.exists():
             if options.rows is None:
@@ -277,15 +264,21 @@ class Planner:
             given = {name: getattr(options, name) for name in SIZES}
             sizes = SIZES | {name: value for name, value in given.items() if value is not None}
             size = RowSize(sizes["prompt_tokens"], sizes["answer_tokens"], sizes["pictures"], sizes["picture_side"])
+            if self.config.negative is not None:
+                check_negative(Dataset.from_list([{"rejected_images": []}]), self.views, folder, self.config.negative)
             return self.sized(size, 1), options.rows
         if said := [f"--{name}" for name in ("rows", *SIZES) if getattr(options, name) is not None]:
             raise ConfigError(
                 f"{', '.join(said)} would say what the rows will be, and {folder} is there and holds them. Leave out what the "
                 "folder says itself, or name a folder that is not there yet."
             )
-        dataset = load_pairs(folder)
-        check_columns(dataset, self.views, folder, self.config.negative)
-        number = min(options.sample, len(dataset))
+        inputs = read_inputs(self.config, output=Path("plan"), trainer={**self.settings, **ALONE})
+        if inputs.eval_pairs is not None:
+            self.eval_rows, self.eval_total = self._sampled(inputs.eval_pairs)
+        return self._sampled(inputs.pairs)
+
+    def _sampled(self, dataset: Dataset) -> tuple[list[dict[str, Any]], int]:
+        number = min(self.options.sample, len(dataset))
         fitting = []
         for place in range(number):
             row = dataset[place * len(dataset) // number]
@@ -303,15 +296,27 @@ class Planner:
 
     def _arguments(self, folder: Path, **changes: Any) -> Any:
         """TRL's arguments for this process, whatever machine is planned for."""
-        here = {
-            "use_cpu": True,
-            "deepspeed": None,
-            "fsdp": None,
-            "fsdp_config": None,
-            "torch_compile": False,
-            "tf32": None,
-        }
-        return training_arguments({**self.settings, **here, **changes}, output=folder, seed=self.config.seed)
+        return training_arguments({**self.settings, **ALONE, **changes}, output=folder, seed=self.config.seed)
+
+    def _empty_model(self) -> Any:
+        """The whole model without weights."""
+        from transformers import AutoModelForImageTextToText
+
+        attention = self.config.model.attn_implementation
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(self.model_config, attn_implementation=attention)
+
+    def _check_trains(self) -> None:
+        """Something trains, and nothing in a tower that is meant to stay as it is, as the run demands."""
+        from peft import get_peft_model
+
+        model, lora = self._empty_model(), self.config.lora
+        if lora is None:
+            freeze(model, self.config.freeze)
+        else:
+            check_targets(model, lora)
+            model = get_peft_model(model, lora.to_peft())
+        check_trainable(model, self.config.freeze)
 
     def _stored_in_4_bits(self) -> bool:
         stored = getattr(self.model_config, "quantization_config", None)
@@ -360,8 +365,11 @@ class Planner:
             "final model": model,
         }
         if self.setup.reference == "cached" and self.compares:
-            disk["reference cache"] = (
-                self.total * 4 * sum(self.tokens(row).scored for row in self.rows) / len(self.rows)
+            kept_rows = ((self.total, self.rows), (self.eval_total, self.eval_rows))
+            disk["reference cache"] = sum(
+                total * 4 * sum(self.tokens(row).scored for row in rows) / len(rows)
+                for total, rows in kept_rows
+                if rows
             )
         return disk
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefalign.config import to_mapping
+from prefalign.config import ConfigError, to_mapping
 from prefalign.losses import Weighted, read_losses, views_of
 from prefalign.models import fingerprint, freeze, load_processor
 from prefalign.training.arguments import check_precision, training_arguments
 from prefalign.training.checks import needs_reference
-from prefalign.training.lora import check_quantised
+from prefalign.training.lora import check_quantised, check_targets
 from prefalign.training.pairs import check_columns, check_negative, check_texts, load_pairs
 from prefalign.training.policy import in_parts, load_policy
 from prefalign.training.preference import PreferenceTrainer
@@ -75,6 +75,7 @@ def read_inputs(config: Any, *, output: Path, trainer: Mapping[str, Any]) -> Inp
     """
     arguments: Any = training_arguments(trainer, output=output, seed=config.seed)
     check_quantised(config.model, config.lora, arguments)
+    check_held_out(arguments, config.eval_pairs)
     losses = read_losses(config.losses, beta=arguments.beta)
     views = views_of(losses)
     folders = [config.pairs, *([config.eval_pairs] if config.eval_pairs else [])]
@@ -88,6 +89,19 @@ def read_inputs(config: Any, *, output: Path, trainer: Mapping[str, Any]) -> Inp
     manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]
     files = run_files(to_mapping(config), *manifests)
     return Inputs(arguments, losses, datasets[0], datasets[1] if config.eval_pairs else None, files)
+
+
+def check_held_out(arguments: Any, eval_pairs: Path | None) -> None:
+    """Check that a run that is to be measured on its way has something to be measured on.
+
+    Raises:
+        ConfigError: it has nothing.
+    """
+    if arguments.eval_strategy != "no" and eval_pairs is None:
+        raise ConfigError(
+            f"trainer.eval_strategy is {arguments.eval_strategy.value!r}, and no held-out pairs are named. Give `eval_pairs`, or "
+            "set eval_strategy to 'no'."
+        )
 
 
 def load_start(config: Any, inputs: Inputs) -> Start:
@@ -105,6 +119,8 @@ def load_start(config: Any, inputs: Inputs) -> Start:
     files = inputs.files | base_file(config.model.model_name_or_path, base, changed=changed)
     if config.lora is None:
         freeze(model, config.freeze)
+    else:
+        check_targets(model, config.lora)
     return Start(model, processor, base, files)
 
 
