@@ -1,0 +1,192 @@
+"""Grading a reward: each source that it uses, or wrongly uses, shows in a number of its own."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from prefalign.config import ConfigError
+from prefalign.images import encode_png, open_image
+from prefalign.records import Pair, assistant_message, user_message
+from prefalign.report.grades import write_grades
+from prefalign.rewards.grading import check_fit_for_rl, grade, weights_digest, write_grade
+
+COLOURS = ("red", "green", "blue")
+
+
+def pair(number, *, longer=False):
+    """The chosen answer names the picture's colour, the rejected one another."""
+    from PIL import Image
+
+    channel = number % 3
+    level = [20, 20, 20]
+    level[channel] = 200 + number % 30
+    image = encode_png(Image.new("RGB", (16, 16), tuple(level)))
+    more = " thing in the picture" if longer else ""
+    return Pair(
+        id=f"pair-{number}",
+        images=[image],
+        prompt=[user_message("what colour ?", 1)],
+        chosen=[assistant_message(COLOURS[channel] + more)],
+        rejected=[assistant_message(COLOURS[(channel + 1) % 3])],
+        method="test",
+        facts={"objects": [COLOURS[channel]], "captions": [f"a {COLOURS[channel]} thing"]},
+    )
+
+
+@dataclass
+class Looks:
+    """Scores 1 for naming the picture's strongest channel."""
+
+    def score(self, responses):
+        values = []
+        for response in responses:
+            levels = np.asarray(open_image(response.images[0]), dtype=float).mean(axis=(0, 1))
+            strongest = COLOURS[int(levels.argmax())] if levels.max() - levels.min() > 1 else "none"
+            wrong = sum(colour in response.text for colour in COLOURS if colour != strongest)
+            values.append(float(strongest in response.text) - wrong)
+        return {"total": torch.tensor(values)}
+
+
+@dataclass
+class ReadsFacts:
+    """Scores 1 for naming an object of the facts."""
+
+    def score(self, responses):
+        found = [any(name in r.text for name in r.facts.get("objects", [])) for r in responses]
+        return {"total": torch.tensor(found).float()}
+
+
+@dataclass
+class LikesLength:
+    """Scores the number of words."""
+
+    def score(self, responses):
+        return {"total": torch.tensor([float(len(r.text.split())) for r in responses])}
+
+
+@dataclass
+class ByPlace:
+    """Scores by the place in the batch: no property of the response."""
+
+    def score(self, responses):
+        return {"total": -torch.arange(len(responses)).float()}
+
+
+def measured(reward, **more):
+    return grade([pair(number, **more) for number in range(12)], reward, block_size=6)[0].metrics
+
+
+def test_a_reward_that_looks_at_the_picture():
+    found = measured(Looks())
+    assert found["accuracy"].value == 1
+    assert found["accuracy_shuffled_picture"].value < 0.6
+    assert found["accuracy_blank_picture"].value == 0.5
+    assert found["accuracy_without_facts"].value == 1
+    assert found["swap_symmetry"].value == 1
+    assert found["object_sensitivity"].value == 1
+
+
+def test_a_reward_that_reads_the_facts_only():
+    found = measured(ReadsFacts())
+    assert found["accuracy"].value == 1
+    assert found["accuracy_without_facts"].value == 0.5
+    assert found["accuracy_blank_picture"].value == 1 == found["accuracy_shuffled_picture"].value
+
+
+def test_a_reward_that_counts_words():
+    longer = [pair(number, longer=number < 9) for number in range(12)]
+    for one in longer[9:]:
+        one.rejected = [assistant_message("some other " + one.rejected[0]["content"][0]["text"])]
+    found = grade(longer, LikesLength(), block_size=6)[0].metrics
+    assert found["accuracy"].value == 0.75
+    assert found["accuracy_length_controlled"].value == 0.5
+    assert found["length_correlation"].value == pytest.approx(1.0)
+
+
+def test_a_reward_that_depends_on_the_order():
+    assert measured(ByPlace())["swap_symmetry"].value < 1
+
+
+def test_missing_scores_are_counted_and_never_counted_as_wrong():
+    class Half(Looks):
+        def score(self, responses):
+            values = super().score(responses)["total"]
+            missing = torch.tensor([int(r.id.split("-")[1]) % 2 == 0 for r in responses])
+            return {"total": values.masked_fill(missing, float("nan"))}
+
+    found, rows = grade([pair(number) for number in range(12)], Half(), block_size=6)
+    assert (found.pairs, found.missing, len(rows)) == (12, 6, 12)
+    assert found.metrics["accuracy"].value == 1
+    assert found.metrics["accuracy"].n == 6
+
+
+def test_a_calibrated_reward_has_a_smaller_error():
+    @dataclass
+    class Scaled:
+        scale: float
+
+        def score(self, responses):
+            right = Looks().score(responses)["total"] > 0
+            flipped = torch.tensor([int(r.id.split("-")[1]) % 4 == 0 for r in responses])
+            return {"total": self.scale * (right ^ flipped).float()}
+
+    pairs = [pair(number) for number in range(24)]
+    errors = {scale: grade(pairs, Scaled(scale))[0].metrics["calibration_error"].value for scale in (1.0986, 20.0)}
+    assert errors[1.0986] < 0.15 < errors[20.0] + 0.001
+    assert errors[20.0] == pytest.approx(0.25, abs=0.02)
+
+
+def test_an_unknown_term_is_named():
+    with pytest.raises(ConfigError, match="the rewards give total, and none called 'score'"):
+        grade([pair(0)], Looks(), term="score")
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    (tmp_path / "reward_model.json").write_text("{}")
+    (tmp_path / "reward_head.safetensors").write_bytes(b"weights")
+    return tmp_path
+
+
+def test_training_refuses_what_was_not_graded_or_is_below_the_floor(model_folder):
+    with pytest.raises(ConfigError, match=r"never graded .* grade_reward_model"):
+        check_fit_for_rl(model_folder)
+    good = grade([pair(number) for number in range(6)], Looks())[0]
+    bad = grade([pair(number) for number in range(6)], LikesLength())[0]
+    write_grade(model_folder, {"held_out": good}, {"held_out": "in"})
+    assert check_fit_for_rl(model_folder) == []
+    write_grade(model_folder, {"held_out": good, "other": bad}, {"held_out": "in", "other": "out"})
+    with pytest.raises(ConfigError, match=r"accuracy on 'other' \(out of domain\) is 0.500, below the floor of 0.6"):
+        check_fit_for_rl(model_folder)
+    assert len(check_fit_for_rl(model_folder, force=True)) == 1
+    (model_folder / "reward_head.safetensors").write_bytes(b"others")
+    with pytest.raises(ConfigError, match="of other weights"):
+        check_fit_for_rl(model_folder)
+
+
+def test_the_digest_changes_with_the_settings(model_folder):
+    before = weights_digest(model_folder)
+    (model_folder / "reward_model.json").write_text('{"prompt": "other"}')
+    assert weights_digest(model_folder) != before
+
+
+def test_report(tmp_path):
+    found = grade([pair(number) for number in range(6)], Looks())[0]
+    file = write_grades(tmp_path, {"held out": found}, {"held out": "out"}, settings={"seed": 0}, problems=["too weak"])
+    text = file.read_text(encoding="utf-8")
+    assert "Not fit to train against: too weak" in text
+    assert "Notices absent objects" in text
+    assert "out of domain" in text
+    json.dumps({name: estimate.value for name, estimate in found.metrics.items()}, allow_nan=False)
+
+
+def test_pictures_of_one_size_only_are_exchanged():
+    two = pair(1)
+    two.images = two.images * 2
+    two.prompt = [user_message("what colour ?", 2)]
+    found, rows = grade([pair(0), two], Looks())
+    assert np.isnan([row.margins["shuffled_picture"] for row in rows]).all()
+    assert found.metrics["accuracy_shuffled_picture"].value is None
