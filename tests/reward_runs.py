@@ -1,4 +1,4 @@
-"""Small folders of pairs with facts, reward models on tiny checkpoints, and their trainers, shared by the tests of reward models."""
+"""Small folders of pairs with facts, reward models on tiny checkpoints, and their trainers, for their tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a reward model: what is loaded gives the scores that were saved, or says why not; and one base carries two adapters."""
+"""The folder of a reward model: what is loaded scores as what was saved, or says why not; one base carries two adapters."""
 
 import json
 import shutil
@@ -94,7 +94,9 @@ def test_the_folder_holds_head_prompt_processor_base_scale_and_golden_rows(folde
 def test_weights_that_changed_are_found(name, file, part, change, copied):
     folder = copied(name)
     changed(folder / file, part, change)
-    message = r"does not give the scores that it gave .* golden row pair-\d.* deviations off where 0.02 are allowed.*copy the folder"
+    message = (
+        r"does not give the scores that it gave .* golden row pair-\d.* deviations off where 0.02 are allowed.*copy the"
+    )
     with pytest.raises(RewardModelError, match=message):
         RewardModel.load(folder, device="cpu")
 

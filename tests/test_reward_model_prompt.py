@@ -3,7 +3,6 @@
 from collections import Counter
 
 import pytest
-import torch
 
 from prefalign.config import ConfigError, build
 from prefalign.models import ModelConfig, load_processor
@@ -32,8 +31,8 @@ def any_processor(request, tmp_path_factory):
 def test_the_whole_text_is_conversation_answer_and_an_open_sentence(processor):
     prompt, rest = RATING.split(processor, QUESTION, ANSWER, ["- A red square.", "- The lazy dog."])
     assert prompt + rest == (
-        "<bos>USER: <image>\nwhat is it ? ASSISTANT: a dog<eos>USER: Is the answer right?\nIn the image there is:\n- A red square."
-        "\n- The lazy dog.\nOne mark. ASSISTANT: The mark is"
+        "<bos>USER: <image>\nwhat is it ? ASSISTANT: a dog<eos>USER: Is the answer right?\nIn the image there is:\n"
+        "- A red square.\n- The lazy dog.\nOne mark. ASSISTANT: The mark is"
     )
     assert prompt.endswith("what is it ? ASSISTANT:")
 
