@@ -275,8 +275,8 @@ class RewardTrainer(Upkeep, Trainer):
         for number in range(min(self.reference_rows, len(dataset))):
             row = dataset[number]
             other = row["rejected_images"] if self.data_collator.rejected_pictures else None
-            rows.append({**row, "facts": as_mapping(row["facts"])})
-            rows.append({**rows[-1], "chosen": row["rejected"], "images": other or row["images"]})
+            known = {**row, "facts": {} if other else as_mapping(row["facts"])}
+            rows += [known, {**known, "chosen": row["rejected"], "images": other or row["images"]}]
         model = self.accelerator.unwrap_model(self.model)
         model.calibrate(rows, batch_size=2 * self.args.per_device_eval_batch_size)
 
