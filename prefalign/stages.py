@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefalign import records
 from prefalign.images import EncodedImage, ImageError, open_image, sha256
-from prefalign.records import Message, Pair, Prompt
+from prefalign.records import Candidates, Message, Pair, Prompt
 from prefalign.store import Dropped, Failed, Outcome
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Given = TypeVar("Given", Prompt, Pair)
+Given = TypeVar("Given", Prompt, Pair, Candidates)
 Prepared = TypeVar("Prepared")
 
 
