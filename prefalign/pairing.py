@@ -138,13 +138,13 @@ def make_dpo_pairs(
     if not usable:
         return []
     best = max(usable, key=lambda number: (usable[number], -number))
-    worse = [number for number in usable if usable[number] <= usable[best] - min_gap]
+    worse = [number for number in usable if _gap(usable, best, number) >= min_gap]
     if rejected == "random":
         rng.shuffle(worse)
     else:
         sign = 1 if rejected == "worst" else -1
         worse.sort(key=lambda number: (sign * usable[number], number))
-    return [Choice(best, number, usable[best] - usable[number]) for number in worse[:per_prompt]]
+    return [Choice(best, number, _gap(usable, best, number)) for number in worse[:per_prompt]]
 
 
 def ranked_pairs(qualities: Qualities, *, min_gap: float = 2.0, allowed: Collection[int] | None = None) -> list[Choice]:
@@ -162,9 +162,9 @@ def ranked_pairs(qualities: Qualities, *, min_gap: float = 2.0, allowed: Collect
     values = _allowed({number: value for number, value in enumerate(qualities) if value is not None}, allowed)
     order = sorted(values, key=lambda number: (-values[number], number))
     return [
-        Choice(one, other, values[one] - values[other])
+        Choice(one, other, _gap(values, one, other))
         for one, other in itertools.combinations(order, 2)
-        if values[one] - values[other] >= min_gap
+        if _gap(values, one, other) >= min_gap
     ]
 
 
@@ -281,6 +281,11 @@ def strip_attributes(text: str) -> str:
     """
     found = _LEAKED.sub("", text)
     return found if found == text else found.strip()
+
+
+def _gap(values: Mapping[int, float], one: int, other: int) -> float:
+    """Difference of two qualities; grades in steps of a tenth meet their gap although binary fractions do not."""
+    return round(values[one] - values[other], 9)
 
 
 def _allowed(values: Mapping[int, float], allowed: Collection[int] | None) -> dict[int, float]:

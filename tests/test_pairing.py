@@ -65,6 +65,12 @@ def test_rejected_policies_and_ties():
     assert make_dpo_pairs([1.0], rng(), group_size=None) == []
 
 
+def test_tenths_meet_their_gap():
+    """0.7 - 0.5 is 0.19999999999999996 in binary."""
+    assert make_dpo_pairs([0.7, 0.5], rng(), min_gap=0.2, group_size=None) == [Choice(0, 1, 0.2)]
+    assert ranked_pairs([0.7, 0.5], min_gap=0.2) == [Choice(0, 1, 0.2)]
+
+
 def test_answers_that_may_not_be_used_are_in_no_pair():
     assert make_dpo_pairs([12, 11, 9, 4], rng(), rejected="worst", allowed={1, 2}) == [Choice(1, 2, 2)]
     assert make_dpo_pairs([12, 11, 9, 4], rng(), allowed=set()) == []
