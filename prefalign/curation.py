@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from prefalign.records import row_seed
+from prefalign.records import Message, Prompt, assistant_message, message_text, row_seed
 from prefalign.text import same_answer
 
 Corruption = Literal["word_shuffle", "word_drop", "duplicate", "swap_image", "swap_answer"]
@@ -66,6 +66,62 @@ class BuilderConfig:
             )
         if not 0 < self.drop < 1:
             raise ValueError(f"drop is {self.drop}; it is a share of words between 0 and 1 (0.3).")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and its answer in a conversation.
+
+    Attributes:
+        place: number of the assistant's message.
+        context: conversation up to and including the question.
+        question: text of the question.
+        answer: text of the answer.
+    """
+
+    place: int
+    context: list[Message]
+    question: str
+    answer: str
+
+
+def turns_of(prompt: Prompt) -> list[Turn]:
+    """The questions and answers of a conversation whose last answer is the prompt's reference."""
+    messages = [*prompt.messages, assistant_message(prompt.answer or "")]
+    return [
+        Turn(
+            place,
+            messages[:place],
+            message_text(messages[place - 1 : place]),
+            message_text(messages[place : place + 1]),
+        )
+        for place, message in enumerate(messages)
+        if message["role"] == "assistant" and place and messages[place - 1]["role"] == "user"
+    ]
+
+
+def conversation(prompt: Prompt, questions: Mapping[int, str], answers: Mapping[int, str]) -> list[Message]:
+    """The whole conversation with other texts.
+
+    Args:
+        prompt: the row.
+        questions: by `Turn.place`, what is asked instead; the pictures of the turn stay where they are.
+        answers: by `Turn.place`, what is answered instead.
+    """
+    messages = [*prompt.messages, assistant_message(prompt.answer or "")]
+    for place, text in answers.items():
+        messages[place] = assistant_message(text)
+    for place, text in questions.items():
+        blocks = messages[place - 1]["content"]
+        assert one_text(messages[place - 1]), "a question is put into a turn with one text"
+        said = [block if block["type"] == "image" else {"type": "text", "text": text} for block in blocks]
+        messages[place - 1] = {**messages[place - 1], "content": said}
+    return messages
+
+
+def one_text(message: Message) -> bool:
+    """Whether a turn has one text, so that another can take its place among the pictures."""
+    return sum(block["type"] == "text" for block in message["content"]) == 1
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def main(config: Config) -> Manifest:
         lambda block: process(block, rewards),
         output=config.output,
         record=Candidates,
-        settings={"rewards": [_without_folders(entry) for entry in config.rewards], "reads": config.reads},
+        settings={"rewards": stages.portable(config.rewards), "reads": config.reads},
         seed=0,
         models=versions(rewards),
         reads=Pair if config.reads == "pairs" else Candidates,
@@ -84,15 +84,6 @@ def versions(rewards: Combined) -> dict[str, str]:
     """What identifies each reward of the list that has a `version` (weights, prompt), by its label."""
     known = {entry.name: getattr(entry.reward, "version", None) for entry in rewards.entries}
     return {name: str(version) for name, version in known.items() if version}
-
-
-def _without_folders(value: Any) -> Any:
-    """Settings without the folders of this machine: a manifest is published. Weights are told apart by their version."""
-    if isinstance(value, Mapping):
-        return {key: _without_folders(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_folders(item) for item in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def process(block: Sequence[Any], rewards: Combined) -> list[Outcome]:
