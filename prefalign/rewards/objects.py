@@ -34,9 +34,9 @@ TERMS = ("invented", "wrong", "precision", "recall")
 
 _IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "goose": "geese",
               "foot": "feet", "tooth": "teeth", "leaf": "leaves", "loaf": "loaves", "knife": "knives", "wife": "wives",
-              "shelf": "shelves", "scarf": "scarves", "calf": "calves", "ox": "oxen", "axe": "axes"}  # fmt: skip
+              "shelf": "shelves", "scarf": "scarves", "calf": "calves", "ox": "oxen", "wolf": "wolves"}  # fmt: skip
 _NO = (
-    r"no|zero|without(?: any| an?)?|nor an?|not an?|"
+    r"no(?: (?:visible|obvious|clear|signs? of)(?: any| an?)?)?|zero|without(?: any| an?)?|nor an?|not an?|"
     r"(?:is|are|was|were|do|does|can|could)(?: not|n't|not)(?: (?:see|show|have|any|an?))*"
 )
 
@@ -67,7 +67,8 @@ class Objects:
         objects: names by kind instead, such as `{dog: [puppy]}`. Rows of the embedded world need neither.
         attributes: groups of words of which an object has one at a time; a group's name is its key in `facts["objects"]`, and
             what the facts do not say of an object is not checked.
-        places: phrases for places; the place in `facts["objects"]` is the phrase after "the".
+        places: phrases for places; the place in `facts["objects"]` is what comes after "the", whichever of the prepositions a
+            text has.
     """
 
     synonyms: str | None = None
@@ -151,7 +152,8 @@ class Reader:
                 self._kinds.setdefault(plural, kind)
         words = _any_of(self.groups)
         self._attributes = rf"(?:(?:{words})(?:,| and|,? but)? )*"
-        self._places = _any_of(places)
+        cut = [place.split(" the ", 1) for place in places]
+        self._places = rf"(?:{_any_of(before for before, _ in cut)}) the (?:{_any_of(name for _, name in cut)})"
         self._phrase = self._pattern(self._kinds)
         self._after = re.compile(rf"(?: is| are)? ({self._places})(?! of)\b", re.IGNORECASE)
         self._before = re.compile(rf"({self._places}) there (?:is|are) (?:an? |the )?$", re.IGNORECASE)
@@ -197,7 +199,11 @@ class Reader:
         phrase = self._pattern(kinds) if missing else self._phrase
         found = []
         text = text.replace("\u2019", "'")
-        for match in phrase.finditer(text):
+        matches = list(phrase.finditer(text))
+        toilet = any(match["noun"].lower().startswith("toilet") for match in matches)
+        for match in matches:
+            if toilet and match["noun"].lower() in ("seat", "seats"):  # as CHAIR: not a chair
+                continue
             kind = kinds[re.sub(r"[\s-]+", " ", match["noun"].lower())]
             if not kind:
                 continue
@@ -235,15 +241,13 @@ def _holds(mention: Mention, things: Sequence[Mapping[str, str]]) -> bool:
 def _plurals(name: str) -> list[str]:
     head, _, last = name.rpartition(" ")
     start = f"{head} " if head else ""
-    if last in _IRREGULAR:
-        return [start + _IRREGULAR[last]]
-    ends = [f"{last}s"]
+    ends = [] if last.endswith("s") else [f"{last}s"]
     if last.endswith(("s", "x", "z", "ch", "sh", "o")):
         ends.append(f"{last}es")
     if re.search("[^aeiou]y$", last):
         ends.append(f"{last[:-1]}ies")
-    for single, plural in (("man", "men"), ("child", "children"), ("person", "people")):
-        if last.endswith(single):
+    for single, plural in _IRREGULAR.items():
+        if last == single or (single in ("man", "child", "person") and last.endswith(single)):
             ends.append(last.removesuffix(single) + plural)
     return [start + end for end in ends]
 
