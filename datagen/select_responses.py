@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,7 +153,7 @@ def main(config: Config) -> Manifest:
     )
     folder = config.output.path
     found = stages.write_figures(folder, FIGURES, lambda: figures(folder, manifest))
-    print(f"{METHOD}: " + ", ".join(f"{name} {value}" for name, value in found.items()))
+    print(f"{METHOD}: " + ", ".join(f"{name} {value}" for name, value in found.items()), file=sys.stderr)
     return manifest
 
 

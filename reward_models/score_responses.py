@@ -15,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -75,7 +76,8 @@ def main(config: Config) -> Manifest:
     total = found["scores"]["total"]
     print(
         f"{METHOD}: {found['responses']} responses, total {total['mean']} on average, missing for {total['missing']}; "
-        f"correlation with length in words {found['length_correlation']}"
+        f"correlation with length in words {found['length_correlation']}",
+        file=sys.stderr,
     )
     return manifest
 

@@ -110,7 +110,7 @@ def test_a_missing_score_is_null_and_counted(stage, tmp_path, capsys):
     found = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert found["responses"] == 4
     assert found["scores"]["total"] == {"missing": 2, "mean": 1.0, "deviation": 1.0, "least": 0.0, "most": 2.0}
-    assert "total 1.0 on average, missing for 2" in capsys.readouterr().out
+    assert "total 1.0 on average, missing for 2" in capsys.readouterr().err
 
 
 def test_scores_of_pictures_change_with_the_pictures(stage, rewards, tmp_path):

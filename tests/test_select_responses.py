@@ -74,7 +74,7 @@ def test_one_pair_for_each_prompt_with_a_gap(stage, tmp_path, capsys):
     assert figures["drop_rate"] == 0.5
     assert figures["margin"] == sum(pair.margin for pair in pairs) / 2
     assert figures["length_gap"] == sum(pair.meta["length_gap"] for pair in pairs) / 2
-    assert "drop_rate 0.5" in capsys.readouterr().out
+    assert "drop_rate 0.5" in capsys.readouterr().err
 
 
 def test_the_seed_draws_the_rejected_answer_and_the_row_decides_nothing_else(stage):
