@@ -292,3 +292,19 @@ def test_curate_instructions_config(name, prompts, scored, tmp_path):
     manifest = start(name, "curate_instructions", changes)
     assert manifest.rows_in == 6 == manifest.rows_used + sum(manifest.dropped.values())
     assert manifest.rows_used == (2 if name.endswith("scenes") else 1)
+
+
+@pytest.mark.parametrize("name", names("train_reward_model"))
+def test_reward_model_config(name, prompts, tmp_path):
+    from prefalign.rewards.learned import LearnedReward
+    from tests.reward_runs import graded_by_chance
+
+    pairs = graded_by_chance(prompts, tmp_path / "pairs")
+    trainer = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "bf16": False,
+               "save_steps": 1, "eval_steps": 1}  # fmt: skip
+    changes = {"model": MODEL, "pairs": pairs, "output": tmp_path / "out", "trainer": trainer}
+    if config.read_yaml(bundled.configs()[name]).get("eval_pairs"):
+        changes["eval_pairs"] = pairs
+    start(name, "train_reward_model", changes)
+    assert json.loads((tmp_path / "out" / "all_results.json").read_text())["rows_in"] == 6
+    assert LearnedReward(tmp_path / "out", device="cpu").model.calibration.with_facts.rows == 12
