@@ -110,12 +110,15 @@ def transcript(messages: Sequence[Message]) -> str:
 
 def known_text(facts: Mapping[str, Any], answer: str | None = None) -> str:
     """What is known of the pictures, as lines for a prompt: captions, rationales, objects, reference answer; "" without any."""
-    lines = [
-        f"- {line}" for key in ("captions", "rationales") for line in facts.get(key) or [] if isinstance(line, str)
-    ]
-    things = [_thing_line(thing) for thing in facts.get("objects") or []]
-    if things:
-        lines.append(f"- objects: {'; '.join(things)}")
+    pictures = facts.get("pictures") or [facts]
+    lines = []
+    for number, known in enumerate(pictures, 1):
+        start = f"- picture {number}: " if len(pictures) > 1 else "- "
+        lines += [
+            start + line for key in ("captions", "rationales") for line in known.get(key) or [] if isinstance(line, str)
+        ]
+        if things := [_thing_line(thing) for thing in known.get("objects") or []]:
+            lines.append(f"{start}objects: {'; '.join(things)}")
     if answer:
         lines.append(f"- a correct answer: {answer.strip()}")
     return "What is known of the picture:\n" + "\n".join(lines) + "\n\n" if lines else ""

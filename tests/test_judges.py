@@ -194,6 +194,8 @@ def test_transcript_and_facts():
         "What is known of the picture:\n- A cup.\n- Cups are round.\n- objects: spoon; small red cup (left)\n"
         "- a correct answer: Red.\n\n"
     )
+    two = {**facts, "pictures": [{"captions": ["A cup."]}, {"objects": ["dog"]}]}
+    assert "- picture 1: A cup.\n- picture 2: objects: dog\n" in known_text(two)
 
 
 def test_a_witness_names_the_true_answer_and_another_picture_turns_it_around(scenes):

@@ -120,6 +120,14 @@ def test_facts_without_objects_give_no_score():
     assert math.isnan(empty["recall"])
 
 
+def test_of_several_pictures_the_objects_of_all_are_there():
+    first, second = ({"world": "scenes", "objects": [{"shape": shape}]} for shape in ("star", "ring"))
+    both = {**first, "pictures": [first, second]}
+    assert scores("A star, a ring and a heart.", both)["invented"] == -1
+    assert scores("A star.", both)["recall"] == 0.5
+    assert all(math.isnan(value) for value in scores("A star.", {**both, "pictures": [first, {}]}).values())
+
+
 def test_scenes_need_no_settings_and_true_texts_lose_nothing():
     reward = Objects()
     for index in range(20):

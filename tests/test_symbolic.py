@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from prefalign.config import ConfigError
-from prefalign.records import assistant_message, user_message
+from prefalign.records import Prompt, assistant_message, message_text, user_message
 from prefalign.rewards import Response, read_rewards
 from prefalign.rewards.rule_sets import RULE_SETS, read_as_released
 from prefalign.rewards.symbolic import Symbolic
 from prefalign.scenes import world
-from prefalign.scenes.linked import linked
+from prefalign.scenes.linked import linked, rows
 
 ORDER = ("quality", "analysis", "abnormality", "cells", "diagnosis")
 AML = {"quality": "good", "analysis": "adequate", "abnormality": "abnormal", "cells": "myeloblasts", "diagnosis": "AML"}
@@ -274,32 +274,47 @@ def test_facts_that_cannot_be(change, settings, message):
 
 def scene_rows(answer):
     """Rows about scenes in which `answer(linked, place)` is said."""
-    rows = []
+    made = []
     for index in range(12):
         for one in linked(world.scene("test_fair", index), index):
             messages = [user_message(one.rules["questions"][0], 1)]
             for place, text in enumerate(one.rules["questions"][1:]):
                 messages += [assistant_message(answer(one, place)), user_message(text)]
-            rows.append(Response("row", [], messages, answer(one, len(one.questions) - 1), facts={"rules": one.rules}))
-    return rows
+            made.append(Response("row", [], messages, answer(one, len(one.questions) - 1), facts={"rules": one.rules}))
+    return made
 
 
 def test_true_answers_about_scenes_are_right_and_fit():
-    rows = scene_rows(lambda one, place: one.questions[place].answer)
-    found = Symbolic().score(rows)
-    assert len(rows) > 30
-    assert {row.facts["rules"]["set"] for row in rows} == {"existence_count", "attribute"}
-    assert {tuple(row.facts["rules"]["asked"]) for row in rows} == {
+    asked = scene_rows(lambda one, place: one.questions[place].answer)
+    found = Symbolic().score(asked)
+    assert len(asked) > 30
+    assert {row.facts["rules"]["set"] for row in asked} == {"existence_count", "attribute"}
+    assert {tuple(row.facts["rules"]["asked"]) for row in asked} == {
         ("exists", "count"), ("count", "exists"), ("is", "which"), ("which", "is")
     }  # fmt: skip
-    assert found["correct"].tolist() == [2] * len(rows)
-    assert found["consistent"].tolist() == [1] * len(rows)
-    assert Symbolic().accuracy(rows) == {"question_accuracy": 1, "conversation_accuracy": 1, "no_match": 0}
+    assert found["correct"].tolist() == [2] * len(asked)
+    assert found["consistent"].tolist() == [1] * len(asked)
+    assert Symbolic().accuracy(asked) == {"question_accuracy": 1, "conversation_accuracy": 1, "no_match": 0}
 
 
 def test_a_denial_of_one_of_two_linked_answers_breaks_the_pair():
     swap = {"yes": "No.", "no": "Yes."}
-    rows = scene_rows(lambda one, place: swap.get(one.questions[place].label, one.questions[place].answer))
-    found = Symbolic().score(rows)
-    assert found["correct"].tolist() == [1] * len(rows)
+    asked = scene_rows(lambda one, place: swap.get(one.questions[place].label, one.questions[place].answer))
+    found = Symbolic().score(asked)
+    assert found["correct"].tolist() == [1] * len(asked)
     assert not found["consistent"].any()
+
+
+def test_rows_about_scenes_are_prompts():
+    made = [Prompt(**row) for row in rows("test_fair", 0, 12)]
+    for prompt in made:
+        prompt.check()
+        rules = prompt.facts["rules"]
+        assert message_text(prompt.messages) == rules["questions"][0]
+        whole = [*prompt.messages, assistant_message(prompt.answer), user_message(rules["questions"][1])]
+        assert (
+            Symbolic().turns(Response("row", [], whole, "?", facts=prompt.facts))[0].said
+            == rules["reference"][rules["asked"][0]]
+        )
+    assert {prompt.facts["rules"]["set"] for prompt in made} == {"existence_count", "attribute"}
+    assert [Prompt(**row).facts for row in rows("test_fair", 0, 12)] == [prompt.facts for prompt in made]

@@ -1,7 +1,8 @@
 """Object-list reward: what a response names that is not in the picture, what it says wrong of what is, and what it misses.
 
-The truth is `facts["objects"]`: a list of names, or of mappings with `name` (or `shape`) and attributes. In rows of the embedded
-world (`facts["world"]` is `scenes`) this is the true reward that experiments are judged by.
+The truth is `facts["objects"]`: a list of names, or of mappings with `name` (or `shape`) and attributes; where
+`facts["pictures"]` describes several pictures, the objects of all of them. In rows of the embedded world (`facts["world"]` is
+`scenes`) this is the true reward that experiments are judged by.
 
 Equation, for a response with mentions m (repeats kept) and a picture with kinds of objects G:
     invented  = -#(m that affirm a kind not in G)            CHAIR's numerator, per response, negated
@@ -113,7 +114,8 @@ class Objects:
         return {term: torch.tensor([row[number] for row in rows]) for number, term in enumerate(TERMS)}
 
     def _row(self, response: Response) -> tuple[float, float, float, float]:
-        if "objects" not in response.facts:
+        pictures = response.facts.get("pictures") or [response.facts]
+        if any("objects" not in picture for picture in pictures):
             return (math.nan,) * 4
         reader = self.scenes_reader if response.facts.get("world") == "scenes" else self.reader
         if reader is None:
@@ -121,7 +123,7 @@ class Objects:
                 f"response {response.id}: its facts are of a real picture, and no names of objects are set, so that "
                 "nothing could be found that is not there. Set `synonyms` to CHAIR's file of names, or `objects`."
             )
-        things = [reader.thing(thing, response.id) for thing in response.facts["objects"]]
+        things = [reader.thing(thing, response.id) for picture in pictures for thing in picture["objects"]]
         kinds = {thing["kind"] for thing in things}
         found = reader.mentions(response.text, kinds)
         affirmed = [mention for mention in found if not mention.denied]

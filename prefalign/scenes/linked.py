@@ -5,11 +5,13 @@ star red, which colour is it).
 """
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from prefalign.scenes.data import row
 from prefalign.scenes.language import Question, probe, questions
-from prefalign.scenes.world import COLOURS, Scene
+from prefalign.scenes.world import COLOURS, Scene, scene
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,16 @@ def linked(picture: Scene, number: int = 0) -> list[Linked]:
                 )
             )
     return out
+
+
+def rows(split: str, start: int, stop: int, *, seed: int = 0) -> Iterator[dict]:
+    """One conversation about each scene, as `data.rows`: `messages` and `answer` are those of its first question."""
+    for index in range(start, stop):
+        picture = scene(split, index)
+        one = random.Random(f"linked rows {picture.id} {seed}").choice(linked(picture, seed))
+        first = one.questions[0]
+        made = row(f"{picture.id}-linked-{seed}", [picture], first.text, first.answer)
+        yield {**made, "facts": {**made["facts"], "rules": one.rules}}
 
 
 def _linked(
