@@ -219,7 +219,7 @@ def _pair(row: Candidates, choice: Choice, number: int, qualities: pairing.Quali
         "answers": len(row.responses),
         "qualities": list(qualities),
         **{f"{side}_index": place for side, place in sides.items()},
-        **{f"{side}_scores": response.get("scores") for side, response in told.items()},
+        "scores": {side: pairing.bare_scores(response.get("scores") or {}) for side, response in told.items()},
         **{f"{side}_tokens": response.get("tokens") for side, response in told.items()},
         "sampling": told["chosen"].get("settings"),
         "length_gap": len(told["chosen"]["text"].split()) - len(told["rejected"]["text"].split()),

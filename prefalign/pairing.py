@@ -15,6 +15,7 @@ import itertools
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -193,6 +194,21 @@ def best_of_n_kl(n: int) -> float:
     if n < 1:
         raise ValueError(f"n is {n}; best-of-n draws at least one answer.")
     return math.log(n) - (n - 1) / n
+
+
+def bare_scores(scores: Mapping[str, float | None]) -> dict[str, float]:
+    """Scores without missing ones, by the name of the term alone where no two rewards have a term of that name.
+
+    Example:
+        >>> bare_scores({"judge/helpfulness": 4.0, "total": 4.0, "a/value": 1.0, "b/value": 2.0, "c/gone": None})
+        {'helpfulness': 4.0, 'total': 4.0, 'a/value': 1.0, 'b/value': 2.0}
+    """
+    names = Counter(name.rsplit("/", 1)[-1] for name in scores)
+    return {
+        bare if names[bare := name.rsplit("/", 1)[-1]] == 1 else name: value
+        for name, value in scores.items()
+        if value is not None
+    }
 
 
 def attribute_line(scores: Mapping[str, float | None], names: Sequence[str], *, decimals: int = 0) -> str | None:

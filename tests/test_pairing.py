@@ -9,6 +9,7 @@ from prefalign.pairing import (
     HELPSTEER,
     Choice,
     attribute_line,
+    bare_scores,
     best_of_n_kl,
     edit_similarity,
     keeps_attributes,
@@ -142,6 +143,11 @@ def test_attribute_line():
     )
     assert attribute_line(scores, ["total"], decimals=1) == "<attributes>total:0.0</attributes>"
     assert attribute_line(scores, ["total", "gone"]) is None is attribute_line(scores, ["never"])
+
+
+def test_scores_lose_the_label_of_their_reward_where_that_is_clear():
+    scores = {"judge/helpfulness": 4.0, "total": 4.0, "a/value": 1.0, "b/value": 2.0, "c/gone": None}
+    assert bare_scores(scores) == {"helpfulness": 4.0, "total": 4.0, "a/value": 1.0, "b/value": 2.0}
 
 
 @pytest.mark.parametrize("place", ["user", "system"])

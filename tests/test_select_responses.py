@@ -64,7 +64,7 @@ def test_one_pair_for_each_prompt_with_a_gap(stage, tmp_path, capsys):
             given.answer,
             given.facts,
         )
-        assert pair.margin == meta["chosen_scores"]["total"] - meta["rejected_scores"]["total"] >= 2
+        assert pair.margin == meta["scores"]["chosen"]["total"] - meta["scores"]["rejected"]["total"] >= 2
         assert pair.method == "select_responses"
         assert meta["generator"] == "g1"
         assert meta["qualities"] == [response["scores"]["total"] for response in given.responses]
@@ -139,6 +139,11 @@ def test_qualities_are_weighted_sums_of_named_scores(stage):
     [pair] = stage.outcome(given, known)
     assert pair.meta["qualities"] == [1, 1, 3, 2]
     assert (pair.meta["chosen_index"], pair.meta["rejected_index"]) == (2, 0)
+    # as a reward model of several attributes reads them (`train_reward_model` with `attributes`)
+    assert pair.meta["scores"] == {
+        "chosen": {"helpfulness": 4, "verbosity": 1},
+        "rejected": {"helpfulness": 1, "verbosity": 0},
+    }
     assert stage.outcome(row(), known) == Dropped("ungraded")
 
 
