@@ -40,14 +40,19 @@ def generate(case: str, data: str, output: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    module = bundled.load_stage(cases()[case])
+    run_config(f"datagen/{case}_scenes", cases()[case], data, output)
+
+
+def run_config(name: str, stage: str, data: str, output: str) -> None:
+    """Run a bundled config over other rows."""
+    module = bundled.load_stage(stage)
     changes = {"data": {"path": data}, "output": {"path": output, "block_size": BLOCK}}
-    values = config.merge(config.read_yaml(bundled.find(f"datagen/{case}_scenes")), changes)
+    values = config.merge(config.read_yaml(bundled.find(name)), changes)
     module.main(config.build(module.Config, values))
 
 
 def prepare(case: str, root: Path, rows: int) -> Path:
-    """The rows that a case reads: the scenes export that its config names, or POVID's pairs where it reads another stage's."""
+    """The rows that a case reads: the scenes export that its config names, scored answers, or else POVID's pairs."""
     from prefalign.scenes.export import export
 
     path = bundled.find(f"datagen/{case}_scenes")
@@ -60,6 +65,11 @@ def prepare(case: str, root: Path, rows: int) -> Path:
         )
         return folder
     export(root / "prompts", split="train_biased", kind="caption", start=0, stop=rows)
+    if case == "select_responses":
+        for name, read, made in (("datagen/sample_responses", "prompts", "sampled"),
+                                 ("reward_models/score_responses", "sampled", "scored")):  # fmt: skip
+            run_config(f"{name}_scenes", name.split("/")[1], str(root / read), str(root / made))
+        return root / "scored"
     if not (root / "pairs").exists():
         generate("povid", str(root / "prompts"), str(root / "pairs"))
     return root / "pairs"

@@ -21,9 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
-from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,16 +36,13 @@ from prefalign.models import ModelConfig
 from prefalign.records import Pair, RecordError, canonical_json, message_text
 from prefalign.sources import DataConfig
 from prefalign.store import Dropped, Failed, Outcome, OutputConfig
+from prefalign.surveys import Survey
 from prefalign.text import normalised, same_answer
 
 if TYPE_CHECKING:
     from PIL import Image
 
 METHOD = "filter_pairs"
-
-Work = Callable[[list[Pair]], list[dict[str, Any]]]
-Survey = Callable[[str, Work], Iterator[list[dict[str, Any]]]]
-"""Name of a pass and what it does with the pairs of a block; gives what was found, block by block."""
 
 
 @dataclass
@@ -139,7 +134,7 @@ def decide_all(config: Config, engine: Engine | None, known: PictureList) -> dic
         ValueError: for benchmark pictures, where they stop the run.
     """
     total, repeated = sources.survey(config.data)
-    survey = functools.partial(_survey, config, total, repeated)
+    survey = Survey(METHOD, config.data, config.output, Pair, total, repeated)
     rows = measure(config, known, survey)
     reasons = decide_unscored(rows, config.filters)
     overlap = [row.id for row, reason in zip(rows, reasons, strict=True) if reason == "benchmark_picture"]
@@ -270,38 +265,6 @@ def _scores(pair: Pair, verdict: tuple[str, str | None] | None = None) -> dict[s
 def _one_text(pair: Pair) -> bool:
     """Whether a pair is one of pictures: the same text on two of them."""
     return bool(pair.rejected_images) and same_answer(message_text(pair.chosen), message_text(pair.rejected))
-
-
-def _survey(
-    config: Config, total: int, repeated: Container[str], kind: str, work: Work
-) -> Iterator[list[dict[str, Any]]]:
-    """Work on the readable pairs of each block of inputs; what a killed run has done is taken from `survey/`.
-
-    What decides the rows (data, settings, model) is in the `config.json` with which `run_stage` has claimed the folder.
-    """
-    from tqdm import tqdm
-
-    data = config.data
-    of = hashlib.sha256((config.output.path / "config.json").read_bytes()).hexdigest()
-    raw = sources.read_rows(data)
-    with tqdm(total=total, desc=f"{METHOD}: {kind}", unit="row", disable=None) as bar:
-        for number in itertools.count():
-            block = list(itertools.islice(raw, config.output.block_size))
-            if not block:
-                return
-            file = config.output.path / "survey" / f"{kind}-{number:05d}.json"
-            done = json.loads(file.read_text()) if file.is_file() else {}
-            if done.get("of") != of:
-                pairs = []
-                for row in block:
-                    try:
-                        pairs.append(sources.to_pair(row, data, repeated=repeated))
-                    except (RecordError, ImageError):
-                        continue  # the store puts it into quarantine
-                done = {"of": of, "rows": work(pairs)}
-                write_atomically(file, json.dumps(done).encode())
-            bar.update(len(block))
-            yield done["rows"]
 
 
 if __name__ == "__main__":

@@ -230,7 +230,8 @@ class Candidates(_Record):
     """A prompt and several responses to it.
 
     Attributes:
-        responses: one mapping each with `text`, `token_ids`, `settings` (sampling), `generator` and `scores` by name.
+        responses: one mapping each with `text`; sampled ones have `token_ids` (end of sequence excluded), `tokens` (counted with
+            it), `finish_reason`, `settings` (sampling), `index` and `generator`, scored ones `scores` by name (None: missing).
     """
 
     JSON_FIELDS = ("facts", "responses")
@@ -243,9 +244,20 @@ class Candidates(_Record):
     answer: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def check(self) -> None:
-        """Raise `RecordError` if placeholders and pictures do not agree."""
+    def check_pictures(self) -> None:
+        """Raise `RecordError` if placeholders and pictures do not agree or nothing is asked."""
         _check_placeholders(self.messages, self.images, f"candidates {self.id}")
+        if not self.messages or self.messages[-1]["role"] != "user":
+            raise RecordError("no_user_turn", f"candidates {self.id} do not end with a user turn; nothing is asked.")
+
+    def check(self) -> None:
+        """Raise `RecordError` if the prompt cannot be put to a model or a response has no text to read."""
+        self.check_pictures()
+        for response in self.responses:
+            if not isinstance(response, Mapping) or not isinstance(response.get("text"), str):
+                raise RecordError(
+                    "bad_responses", f"candidates {self.id}: a response needs `text`, got {str(response)[:120]!r}."
+                )
 
     @classmethod
     def features(cls) -> Features:

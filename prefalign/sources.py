@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from prefalign.images import SYSTEM_ERRORS, EncodedImage, ImageError, read_image, sha256
 from prefalign.records import (
+    Candidates,
     Message,
     Pair,
     Prompt,
@@ -27,7 +28,7 @@ from prefalign.records import (
 )
 from prefalign.seen import RepeatedIds
 
-AnyInput = TypeVar("AnyInput", Prompt, Pair)
+AnyInput = TypeVar("AnyInput", Prompt, Pair, Candidates)
 PLACEHOLDER = "<image>"
 ID_COLUMNS = ("id", "question_id", "idx")
 _QUESTION_COLUMNS = ("conversations", "messages", "prompt", "question", "instruction_prompt")
@@ -224,6 +225,16 @@ def to_pair(row: Mapping[str, Any] | BadRow, config: DataConfig, *, repeated: Co
     )
 
 
+def to_candidates(row: Mapping[str, Any] | BadRow, config: DataConfig, *, repeated: Container[str] = ()) -> Candidates:
+    """Read one raw row with several answers to one question into `Candidates`: ours, or any format of `to_prompt` with a list
+    `responses` of texts or of mappings with `text` (and `scores`).
+
+    Arguments, ids and errors are those of `to_prompt`; besides, a row without responses is a `missing_column`, and what is no
+    response `bad_responses`.
+    """
+    return _record(row, lambda known: _candidates(known, config, repeated))
+
+
 def pictures_of(row: Mapping[str, Any] | BadRow, config: DataConfig) -> list[EncodedImage]:
     """The encoded pictures of a raw row of any format, `rejected_images` left out.
 
@@ -255,15 +266,17 @@ def _record(row: Mapping[str, Any] | BadRow, read: Callable[[Mapping[str, Any]],
     return record
 
 
-def content_digest(record: Prompt | Pair) -> str:
+def content_digest(record: Prompt | Pair | Candidates) -> str:
     """Hex SHA-256 of what a record shows, asks and answers, whatever its id."""
     return hashlib.sha256(canonical_json(_texts(record)).encode()).hexdigest()
 
 
-def _texts(record: Prompt | Pair) -> dict[str, Any]:
+def _texts(record: Prompt | Pair | Candidates) -> dict[str, Any]:
     """What a record says and shows, pictures by their SHA-256."""
-    if isinstance(record, Prompt):
-        return {"turns": record.messages, "answer": record.answer, "images": [sha256(image) for image in record.images]}
+    if not isinstance(record, Pair):
+        said = {"responses": record.responses} if isinstance(record, Candidates) else {}
+        images = [sha256(image) for image in record.images]
+        return {"turns": record.messages, "answer": record.answer, "images": images, **said}
     return {"turns": record.prompt, "chosen": record.chosen, "rejected": record.rejected, "answer": record.answer,
             "images": [sha256(image) for image in record.images],
             "rejected_images": [sha256(image) for image in record.rejected_images]}  # fmt: skip
@@ -348,6 +361,21 @@ def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Containe
 
 def _own_prompt(row: Mapping[str, Any]) -> Prompt:
     return Prompt.from_row({**row, "facts": _facts(row)})
+
+
+def _candidates(row: Mapping[str, Any], config: DataConfig, repeated: Container[str]) -> Candidates:
+    if row.get("responses") is None:
+        raise RecordError(
+            "missing_column", f"candidates need `responses`; this row has only {', '.join(sorted(row))}. "
+            "sample_responses makes them of prompts."
+        )  # fmt: skip
+    given = json.loads(row["responses"]) if isinstance(row["responses"], str) else row["responses"]
+    responses = [{"text": response} if isinstance(response, str) else response for response in given]
+    asked = {name: value for name, value in row.items() if name != "responses"}
+    prompt = _own_prompt(asked) if _is_own(asked) else _foreign_prompt(asked, config, repeated)
+    found = Candidates(prompt.id, prompt.images, prompt.messages, responses, prompt.answer, prompt.facts)
+    found.check()
+    return found
 
 
 def _foreign_prompt(row: Mapping[str, Any], config: DataConfig, repeated: Container[str]) -> Prompt:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from prefalign import records
+from prefalign import records, sources
 from prefalign.images import EncodedImage, ImageError, open_image, sha256
-from prefalign.records import Message, Pair, Prompt
+from prefalign.manifest import write_atomically
+from prefalign.records import Candidates, Message, Pair, Prompt
 from prefalign.store import Dropped, Failed, Outcome
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Given = TypeVar("Given", Prompt, Pair)
+Given = TypeVar("Given", Prompt, Pair, Candidates)
 Prepared = TypeVar("Prepared")
 
 
@@ -74,6 +77,7 @@ def make_pair(
     prompt: Sequence[Message] | None = None,
     rejected_images: Sequence[EncodedImage] = (),
     margin: float | None = None,
+    index: int = 0,
 ) -> Pair:
     """A pair made from a prompt, with its id and provenance.
 
@@ -90,6 +94,7 @@ def make_pair(
         prompt: conversation up to the user turn; the parent's if left out.
         rejected_images: the other picture(s) of the pair.
         margin: by how much chosen is better, in the scorer's units.
+        index: number of the pair among those made from this row.
     """
     images = list(parent.images if images is None else images)
     known = {
@@ -101,7 +106,7 @@ def make_pair(
         **(meta or {}),
     }
     return Pair(
-        id=records.record_id(method=method, parent=parent.id, settings=settings, model=model, seed=seed),
+        id=records.record_id(method=method, parent=parent.id, settings=settings, model=model, seed=seed, index=index),
         images=images,
         prompt=list(parent.messages if prompt is None else prompt),
         chosen=[records.assistant_message(chosen)],
@@ -113,3 +118,34 @@ def make_pair(
         margin=margin,
         meta=known,
     )
+
+
+def columns_of(folder: Path, *columns: str) -> Iterator[dict[str, Any]]:
+    """These columns of every row that a stage has written, JSON text read, without its pictures."""
+    for shard in sorted(folder.glob("data/*.parquet")):
+        for row in sources.parquet_rows(shard, columns):
+            yield {
+                name: json.loads(value) if name in ("responses", "meta", "facts") else value
+                for name, value in row.items()
+            }
+
+
+def write_figures(folder: Path, name: str, figures: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Figures of a finished stage's rows, in a JSON file beside its manifest; made once, and read from there after."""
+    file = folder / name
+    if not file.is_file():
+        write_atomically(file, json.dumps(figures(), indent=2).encode())
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def portable(value: Any) -> Any:
+    """Settings of rewards as they decide rows, on any machine: no batch size, device or cache, of an absolute path its last part.
+
+    Weights are told apart by the version that their reward gives.
+    """
+    if isinstance(value, Mapping):
+        return {key: portable(item) for key, item in value.items() if key not in ("batch_size", "device", "cache")}
+    if isinstance(value, (list, tuple)):
+        return [portable(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

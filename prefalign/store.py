@@ -29,7 +29,7 @@ from prefalign import blocks, sources
 from prefalign.blocks import AnyRecord, Record, StoreError
 from prefalign.images import ImageError
 from prefalign.manifest import Manifest, differences, library_versions, read_manifest, write_atomically
-from prefalign.records import SCHEMA_VERSION, Pair, Prompt, RecordError, canonical_json
+from prefalign.records import SCHEMA_VERSION, Candidates, Pair, Prompt, RecordError, canonical_json
 from prefalign.seen import SeenIds
 from prefalign.sources import BadRow, DataConfig
 
@@ -72,6 +72,13 @@ class Failed:
 
 Outcome = Sequence[Record] | Dropped | Failed
 Process = Callable[[list[Any]], Iterable[Outcome]]
+Input = Prompt | Pair | Candidates
+READERS: dict[type[Input], Callable[..., Input]] = {
+    Prompt: sources.to_prompt,
+    Pair: sources.to_pair,
+    Candidates: sources.to_candidates,
+}
+"""What a row of a stage's data can be read as."""
 
 
 def run_stage(
@@ -84,9 +91,9 @@ def run_stage(
     settings: Mapping[str, Any],
     seed: int,
     models: Mapping[str, str] | None = None,
-    reads: type[Prompt] | type[Pair] = Prompt,
+    reads: type[Input] = Prompt,
 ) -> Manifest:
-    """Read prompts or pairs, work on them block by block, write records; continue where an earlier run stopped.
+    """Read prompts, pairs or candidates, work on them block by block, write records; continue where an earlier run stopped.
 
     Args:
         stage: stage name for manifest and messages.
@@ -177,7 +184,7 @@ class _Job:
     output: OutputConfig
     record: type[Record]
     repeated: Container[str]
-    reads: type[Prompt] | type[Pair]
+    reads: type[Input]
     seen: SeenIds
 
 
@@ -214,13 +221,12 @@ def _run_blocks(job: _Job, total: int) -> Iterator[dict[str, Any]]:
 def _work_block(job: _Job, number: int, rows: list[Mapping[str, Any] | BadRow]) -> dict[str, Any]:
     dropped: Counter[str] = Counter()
     quarantine: list[dict[str, Any]] = []
-    inputs: list[tuple[int, Prompt | Pair]] = []
+    inputs: list[tuple[int, Input]] = []
     ids: dict[str, str] = {}
-    read = sources.to_prompt if job.reads is Prompt else sources.to_pair
     first = number * job.output.block_size
     for offset, row in enumerate(rows):
         try:
-            given = read(row, job.data, repeated=job.repeated)
+            given = READERS[job.reads](row, job.data, repeated=job.repeated)
             digest = sources.content_digest(given)
             if (known := job.seen.holds(given.id, digest)) is False:
                 raise RecordError("conflicting_id", f"id {given.id!r} belongs to an earlier row with other content, so rows "

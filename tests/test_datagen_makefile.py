@@ -47,6 +47,11 @@ def test_every_stage_runs_on_scenes_by_default(stage, tmp_path):
     if stage in READ_PAIRS:
         assert reads == "runs/datagen-128/bdhs"
         return
+    if stage == "select_responses":
+        order = [each.split()[0] for each in commands(tmp_path, stage)]
+        assert order == ["sample_responses", "score_responses", "select_responses"]
+        assert reads == "runs/datagen-128/score_responses"
+        return
     # the rows that the header of the config names
     header = bundled.find(f"datagen/{stage}_scenes").read_text()
     named = re.search(r"scenes export --output \S+ (.*) --stop", header)[1]
@@ -72,7 +77,8 @@ def test_own_config_decides_what_is_not_said(tmp_path):
 
 def test_all_runs_every_stage_in_an_order_that_works(tmp_path):
     order = [command.split()[0] for command in commands(tmp_path, "all", "OUT=o")]
-    assert sorted(order) == STAGES
+    assert sorted(order) == sorted([*STAGES, "score_responses"])
+    assert order.index("sample_responses") < order.index("score_responses") < order.index("select_responses")
     assert order[-2:] == ["image_contrast", "filter_pairs"] or order[-2:] == ["filter_pairs", "image_contrast"]
     for command in commands(tmp_path, "all", "OUT=o"):
         assert f"--output.path 'o/{command.split()[0]}'" in command
@@ -82,12 +88,22 @@ def test_all_runs_every_stage_in_an_order_that_works(tmp_path):
 def test_all_on_own_data_leaves_out_what_needs_twins(tmp_path):
     given = ("all", "MODEL=m", "DATA=rows.jsonl", "ARGS_povid=--seed 4")
     order = {command.split()[0]: command for command in commands(tmp_path, *given)}
-    assert sorted(order) == [stage for stage in STAGES if stage != "s_vco"]
+    assert sorted(order) == [
+        stage for stage in STAGES if stage not in ("curate_instructions", "s_vco", "select_responses")
+    ]
     assert order["povid"].endswith("--seed 4")
     assert "--seed 4" not in order["bdhs"]
-    assert "left out: s_vco (needs TWINS=" in make(tmp_path, "-n", *given)
-    order = {command.split()[0]: command for command in commands(tmp_path, *given, "TWINS=twins")}
+    shown = make(tmp_path, "-n", *given)
+    for left_out in (
+        "s_vco (needs TWINS=",
+        "select_responses (needs SCORED=",
+        "curate_instructions (needs reward models of",
+    ):
+        assert left_out in shown[shown.index("left out: ") :]
+    order = {command.split()[0]: command for command in commands(tmp_path, *given, "TWINS=twins", "SCORED=scored")}
     assert "--data.path 'twins'" in order["s_vco"]
+    assert "--data.path 'scored'" in order["select_responses"]
+    assert "score_responses" not in order
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +161,18 @@ def test_readers_of_pairs_run_no_stage_that_was_not_asked_for(tmp_path):
     assert "--then filter_pairs" in shown
 
 
+def test_answers_are_sampled_and_scored_before_they_are_selected(tmp_path):
+    shown = make(tmp_path, "plan-select_responses", "ROWS=8", "SAMPLE=4")
+    assert "select_responses: read the sample of score_responses" in shown
+    make(tmp_path, "select_responses", "ROWS=6", "OUT=chosen", "ARGS=--seed 3")
+    assert read_manifest(tmp_path / "chosen").seed == 3
+    assert read_manifest(tmp_path / "runs" / "datagen-6" / "sample_responses").seed == 0
+    assert sorted(entry.name for entry in (tmp_path / "runs" / "datagen-6").iterdir()) == [
+        "sample_responses",
+        "score_responses",
+    ]
+
+
 def test_other_settings_reach_the_stage_which_refuses(finished):
     where, _ = finished
     shown = make(where, "povid", "ROWS=6", "OUT=out of 'it'/povid", "ARGS=--seed 5", code=2)
@@ -180,6 +208,9 @@ def test_a_stopped_stage_goes_on(finished, tmp_path):
 def test_errors_stop_make_and_say_what_to_do(tmp_path):
     assert "bdhs with MODEL=some/model needs rows: give DATA=rows.jsonl" in make(
         tmp_path, "bdhs", "MODEL=some/model", code=2
+    )
+    assert "select_responses with MODEL=m needs rows: give DATA=candidates" in make(
+        tmp_path, "select_responses", "MODEL=m", code=2
     )
     assert "s_vco with MODEL=m needs rows: give DATA=pairs" in make(tmp_path, "s_vco", "MODEL=m", code=2)
     assert "no data at gone.jsonl" in make(tmp_path, "povid", "DATA=gone.jsonl", code=2)

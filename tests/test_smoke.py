@@ -6,7 +6,9 @@ import pytest
 
 from prefalign import bundled, config
 from prefalign.checkpoints import SCENES_BASE
+from prefalign.records import Candidates
 from prefalign.scenes.export import export
+from prefalign.store import OutputConfig, read_records, write_records
 from tests.merging_cases import perturbed, save_adapter, save_text_llm
 
 MODEL = {"model_name_or_path": "scenes", "dtype": "auto", "device": "cpu"}
@@ -223,6 +225,73 @@ def test_merge_models_config(name, tmp_path):
     made = start(name, "merge_models", changes)
     assert len(made) >= 4
     assert all((folder / "model.safetensors").is_file() for folder in made)
+
+
+@pytest.fixture(scope="module")
+def scored(folder, prompts):
+    """Four answers to each prompt, scored by the truth and as a judge and people would."""
+    changes = {"data": {"path": prompts}, "output": {"path": folder / "sampled"}, "batch_size": 8}
+    start("datagen/sample_responses_scenes", "sample_responses", changes)
+    changes = {"data": {"path": folder / "sampled"}, "output": {"path": folder / "truly"}}
+    start("reward_models/score_responses_scenes", "score_responses", changes)
+    rows = list(read_records(folder / "truly", Candidates))
+    for row in rows:
+        for place, response in enumerate(row.responses):
+            response["scores"] |= {"human": 0.9 - 0.3 * place} | {
+                f"judge/{name}": 4 - place
+                for name in ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+            }
+    write_records("t", rows, output=OutputConfig(folder / "scored"), record=Candidates, settings={}, seed=0)
+    return folder / "scored"
+
+
+@pytest.mark.parametrize("name", names("sample_responses"))
+def test_sample_responses_config(name, prompts, tmp_path):
+    changes = {"model": MODEL, "data": {"path": prompts, "images": None}, "output": {"path": tmp_path / "out"},
+               "batch_size": 8, "sampling": {"max_new_tokens": 16}}  # fmt: skip
+    manifest = start(name, "sample_responses", changes)
+    assert manifest.rows_in == 6 == manifest.rows_out
+
+
+@pytest.mark.parametrize("name", names("score_responses"))
+def test_score_responses_config(name, scored, tmp_path):
+    entries = config.read_yaml(bundled.configs()[name])["rewards"]
+    for entry in entries:
+        if "model" in entry:
+            entry |= {"model": MODEL, "sampling": {"max_new_tokens": 8, "temperature": 0}}
+    changes = {"data": {"path": scored, "limit": 2}, "output": {"path": tmp_path / "out"}, "rewards": entries}
+    manifest = start(name, "score_responses", changes)
+    assert manifest.rows_in == 2 == manifest.rows_out
+    found = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert found["responses"] == 8
+    # the tiny model of drawn shapes cannot judge: what it says is missing, and no grade is made up
+    assert found["scores"]["total"]["missing"] == (0 if name.endswith("scenes") else 8)
+
+
+@pytest.mark.parametrize("name", names("select_responses"))
+@pytest.mark.parametrize("produce", ["pairs", "best", "steerlm", "ranked"])
+def test_select_responses_config(name, produce, scored, tmp_path):
+    changes = {"data": {"path": scored}, "output": {"path": tmp_path / "out"}, "produce": produce}
+    manifest = start(name, "select_responses", changes)
+    assert manifest.rows_in == 6 == manifest.rows_used + sum(manifest.dropped.values())
+    assert manifest.rows_used >= 4
+
+
+@pytest.mark.parametrize("name", names("curate_instructions"))
+def test_curate_instructions_config(name, prompts, scored, tmp_path):
+    values = config.read_yaml(bundled.configs()[name])
+    changes = {"data": {"path": prompts, "images": None}, "output": {"path": tmp_path / "out"}}
+    if values["produce"] == "pairs":
+        manifest = start(name, "curate_instructions", config.merge(changes, {"data": {"path": scored}}))
+        assert manifest.rows_used == 6
+        return
+    for stage in values["stages"]:
+        if stage.get("rewards"):
+            stage["rewards"] = [{"name": "objects", "weight": {"precision": 1.0, "recall": 1.0}}]
+    changes |= {"stages": values["stages"], "model": MODEL, "batch_size": 8, "sampling": {"max_new_tokens": 24}}
+    manifest = start(name, "curate_instructions", changes)
+    assert manifest.rows_in == 6 == manifest.rows_used + sum(manifest.dropped.values())
+    assert manifest.rows_used == (2 if name.endswith("scenes") else 1)
 
 
 @pytest.mark.parametrize("name", names("train_reward_model"))

@@ -1,0 +1,317 @@
+"""A cascade over conversations: each stage scores what the one before kept, and keeps a share of it (arXiv 2409.18541).
+
+Scores come from rewards, or from what the picture adds to the answers (information gain). A stage that rates answers can let the
+model write several to each question and keep the best. All passes are `Survey`s, so a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from prefalign import stages as rows
+from prefalign.curation import Aggregate, Baseline, Compare, Judged, Turn, aggregated, baseline, keep_best, turns_of
+from prefalign.engines import Engine, Request, Sampling
+from prefalign.evidence import Without, information_gain
+from prefalign.records import Prompt, user_message
+from prefalign.store import Failed
+from prefalign.surveys import Survey
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from prefalign.rewards import Combined
+
+TABLE = "cascade.json"
+UNUSABLE = ("no_picture", "no_reference")
+"""Reasons for which a row never comes to the first stage."""
+
+
+@dataclass
+class CascadeStage:
+    """One stage of the cascade.
+
+    Attributes:
+        name: name of the stage: its column in the score table, and what rows that it drops are counted under.
+        rates: each `question` by itself with the pictures, or each `answer` in its conversation.
+        score: `rewards` (the list's total), or `information_gain` (answers only; needs the model).
+        rewards: the weighted list, as `prefalign.rewards.read_rewards` takes it.
+        keep: share of the rows that is kept, rounded up.
+        aggregate: a conversation's score from those of its turns.
+        compare: share of each type, of all, or of all by z-score within type (`curation.keep_best`).
+        num_generations: answers of the model that compete with the one there is, for each question; the best is kept.
+    """
+
+    name: str
+    rates: Literal["question", "answer"] = "answer"
+    score: Literal["rewards", "information_gain"] = "rewards"
+    rewards: list[dict[str, Any]] = field(default_factory=list)
+    keep: float = 0.3
+    aggregate: Aggregate = "mean"
+    compare: Compare = "within_type"
+    num_generations: int = 0
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w+", self.name):
+            raise ValueError(f"stage {self.name!r} has no name to count rows under. Use letters, digits and _.")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"stage {self.name} keeps {self.keep}; give a share above 0 and up to 1 (0.3).")
+        if self.num_generations < 0:
+            raise ValueError(f"stage {self.name} has num_generations {self.num_generations}; give 0 or more.")
+        if (self.score == "rewards") != bool(self.rewards):
+            raise ValueError(
+                f"stage {self.name} scores by {self.score} and names {len(self.rewards)} rewards. Give `rewards` a list, or set "
+                "score to information_gain without one."
+            )
+        if self.rates == "question" and (self.score == "information_gain" or self.num_generations):
+            raise ValueError(
+                f"stage {self.name} rates questions, and information gain and num_generations are of answers. Set rates to "
+                "answer."
+            )
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the stage needs the model."""
+        return bool(self.num_generations) or self.score == "information_gain"
+
+
+@dataclass
+class Rated:
+    """What a cascade found of a row.
+
+    Attributes:
+        type: its type.
+        words: words of its answers.
+        scores: of each stage that it came to, by name; None where one is missing.
+        answers: by `Turn.place`, answers of the model that were better than its own.
+        dropped: why it is not kept, None if it is.
+        failed: reason and message, if it could not be worked on.
+    """
+
+    type: str
+    words: int
+    scores: dict[str, float | None] = field(default_factory=dict)
+    answers: dict[int, str] = field(default_factory=dict)
+    dropped: str | None = None
+    failed: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Who scores and writes.
+
+    Attributes:
+        rewards: of each stage that scores by rewards, by its name.
+        engine: the model, for stages that need one.
+        sampling: how competing answers are drawn.
+        question_prompt: what a question is rated as the answer to.
+        without: what stands for no usable picture (information gain).
+        seed: seed of the draws.
+    """
+
+    rewards: Mapping[str, Combined]
+    engine: Engine | None
+    sampling: Sampling
+    question_prompt: str
+    without: Without
+    seed: int
+
+
+def run_cascade(
+    survey: Survey, stages: Sequence[CascadeStage], judges: Judges, *, stratify_by: str
+) -> dict[str, Rated]:
+    """Score and thin out all rows, stage by stage.
+
+    Args:
+        survey: passes over the rows, read as prompts; of one id the first counts.
+        stages: the cascade.
+        judges: who scores.
+        stratify_by: key of a row's facts that names its type.
+
+    Returns:
+        Every readable row by id, in input order; those with neither `dropped` nor `failed` are kept.
+    """
+    table: dict[str, Rated] = {}
+    for block in survey("rows", lambda prompts: [_measured(prompt, stratify_by) for prompt in prompts]):
+        for found in block:
+            table.setdefault(found["id"], Rated(found["type"], found["words"], dropped=found["dropped"]))
+    for stage in stages:
+        alive = {name for name, row in table.items() if row.dropped is None and row.failed is None}
+        waiting = set(alive)
+
+        def work(
+            prompts: list[Prompt], stage: CascadeStage = stage, waiting: set[str] = waiting
+        ) -> list[dict[str, Any]]:
+            first = {prompt.id: prompt for prompt in prompts if prompt.id in waiting}
+            answers = {name: table[name].answers for name in first}
+            return _score_block(list(first.values()), answers, stage, judges)
+
+        for block in survey(f"stage-{stage.name}", work):
+            for found in block:
+                waiting.discard(found["id"])
+                row = table[found["id"]]
+                row.failed = tuple(found["failed"]) if found["failed"] else None
+                row.scores[stage.name] = found["score"]
+                row.answers.update({int(place): text for place, text in found["answers"].items()})
+        scores = {name: value for name in alive if (value := table[name].scores.get(stage.name)) is not None}
+        kept = keep_best(scores, {name: table[name].type for name in scores}, stage.keep, stage.compare)
+        for name in alive - kept:
+            table[name].dropped = f"below_{stage.name}" if name in scores else f"unscored_{stage.name}"
+    return table
+
+
+def summary(table: Mapping[str, Rated], stages: Sequence[CascadeStage]) -> dict[str, Any]:
+    """What each stage saw and kept, and the score table."""
+    found = []
+    for number, stage in enumerate(stages):
+        after = [other.name for other in stages[number + 1 : number + 2]]
+        scored = {name: value for name, row in table.items() if (value := row.scores.get(stage.name)) is not None}
+        kept = [name for name in scored if (after[0] in table[name].scores if after else table[name].dropped is None)]
+        found.append(
+            {
+                "name": stage.name,
+                "scored": len(scored),
+                "kept": len(kept),
+                "mean": _mean(scored.values()),
+                "mean_kept": _mean(scored[name] for name in kept),
+            }
+        )
+    listed = [
+        {"id": name, "type": row.type, "words": row.words, "scores": row.scores, "dropped": row.dropped,
+         "new_answers": len(row.answers)}
+        for name, row in table.items() if row.failed is None
+    ]  # fmt: skip
+    return {"stages": found, "rows": listed}
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return round(statistics.fmean(known), 4) if known else None
+
+
+def baseline_like(folder: Path, kind: Baseline, seed: int) -> dict[str, Rated]:
+    """The rows of a finished cascade's table, of which a baseline keeps as many of each type as the cascade did.
+
+    Args:
+        folder: output of `curate_instructions` that produced `curated`.
+        kind: how they are drawn (`curation.baseline`).
+        seed: seed of the draw.
+
+    Raises:
+        ValueError: if the folder holds no score table.
+    """
+    file = folder / TABLE
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} holds no {TABLE}, so there is no cascade whose counts could be matched. Give baseline.like the output "
+            "folder of a finished curate_instructions run that produced `curated`."
+        )
+    rows = json.loads(file.read_text())["rows"]
+    could = [row for row in rows if row["dropped"] not in UNUSABLE]
+    judged = [Judged(row["id"], row["type"], row["words"], row["dropped"] is None) for row in could]
+    drawn = baseline(judged, kind, seed)
+    reasons = {row["id"]: row["dropped"] if row["dropped"] in UNUSABLE else "not_drawn" for row in rows}
+    return {
+        row["id"]: Rated(row["type"], row["words"], dropped=None if row["id"] in drawn else reasons[row["id"]])
+        for row in rows
+    }
+
+
+def _measured(prompt: Prompt, stratify_by: str) -> dict[str, Any]:
+    turns = turns_of(prompt)
+    dropped = None
+    if not prompt.images:
+        dropped = UNUSABLE[0]
+    elif not turns or not all(turn.answer.strip() for turn in turns):
+        dropped = UNUSABLE[1]
+    kind = str(prompt.facts.get(stratify_by, ""))
+    return {"id": prompt.id, "type": kind, "words": sum(len(turn.answer.split()) for turn in turns), "dropped": dropped}
+
+
+def _score_block(
+    prompts: Sequence[Prompt], answers: Mapping[str, Mapping[int, str]], stage: CascadeStage, judges: Judges
+) -> list[dict[str, Any]]:
+    """Score the conversations of a block, all in one call of whatever scores."""
+    found: dict[str, dict[str, Any]] = {}
+    asked: list[_Asked] = []
+    for prompt in prompts:
+        images = rows.opened(prompt.images)
+        found[prompt.id] = {"id": prompt.id, "failed": None, "score": None, "answers": {}}
+        if isinstance(images, Failed):
+            found[prompt.id]["failed"] = (images.reason, images.message)
+            continue
+        for turn in turns_of(prompt):
+            said = answers[prompt.id].get(turn.place, turn.answer)
+            asked.append(_Asked(prompt, images, turn, [said]))
+    if stage.num_generations:
+        _compete(asked, stage.num_generations, judges)
+    values = iter(_scores(asked, stage, judges))
+    turns: dict[str, list[float | None]] = {}
+    for one in asked:
+        scores = [next(values) for _ in one.texts]
+        known = [place for place, value in enumerate(scores) if value is not None]
+        best = max(known, key=lambda place: (scores[place] or 0.0, -place), default=0)
+        turns.setdefault(one.prompt.id, []).append(scores[best])
+        if best:
+            found[one.prompt.id]["answers"][one.turn.place] = one.texts[best]
+    for name, scores in turns.items():
+        found[name]["score"] = aggregated(scores, stage.aggregate)
+    return list(found.values())
+
+
+@dataclass
+class _Asked:
+    """A turn with the answers that compete for it, its own first."""
+
+    prompt: Prompt
+    images: list[Image.Image]
+    turn: Turn
+    texts: list[str]
+
+
+def _compete(asked: Sequence[_Asked], count: int, judges: Judges) -> None:
+    """Let the model write answers; empty and unfinished ones do not compete."""
+    assert judges.engine is not None
+    requests = [
+        Request(f"{one.prompt.id}/{one.turn.place}/{number}", one.turn.context, one.images, seed=judges.seed)
+        for one in asked
+        for number in range(count)
+    ]
+    said = judges.engine.generate(requests, judges.sampling)
+    for place, one in enumerate(asked):
+        for completion in said[place * count : (place + 1) * count]:
+            if completion.error is None and completion.finish_reason != "length" and completion.text.strip():
+                one.texts.append(completion.text.strip())
+
+
+def _scores(asked: Sequence[_Asked], stage: CascadeStage, judges: Judges) -> list[float | None]:
+    """A score for each text of each turn."""
+    if not asked:
+        return []
+    if stage.score == "information_gain":
+        assert judges.engine is not None
+        requests = [
+            Request(f"{one.prompt.id}/{one.turn.place}", one.turn.context, one.images)
+            for one in asked
+            for _ in one.texts
+        ]
+        texts = [text for one in asked for text in one.texts]
+        return information_gain(judges.engine, requests, texts, without=judges.without, seed=judges.seed)
+    from prefalign.rewards import Response
+
+    responses = []
+    for one in asked:
+        name, facts = f"{one.prompt.id}/{one.turn.place}", one.prompt.facts
+        if stage.rates == "question":
+            question = [user_message(judges.question_prompt, len(one.images))]
+            responses.append(Response(name, one.images, question, one.turn.question, facts=facts))
+        else:
+            context, reference = one.turn.context, one.turn.answer
+            responses += [Response(name, one.images, context, text, reference, facts) for text in one.texts]
+    totals = judges.rewards[stage.name].score(responses)["total"].tolist()
+    return [None if value != value else value for value in totals]

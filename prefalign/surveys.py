@@ -1,0 +1,74 @@
+"""Passes over all inputs of a stage before any of them is decided on, kept on disk so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from prefalign import sources
+from prefalign.images import ImageError
+from prefalign.manifest import write_atomically
+from prefalign.records import RecordError
+from prefalign.sources import DataConfig
+from prefalign.store import READERS, Input, OutputConfig
+
+Work = Callable[[list[Any]], list[dict[str, Any]]]
+"""Takes the readable inputs of a block, gives what was found of them as JSON-able mappings."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Passes of a stage over its inputs; what each has found is in `survey/` of the output.
+
+    Attributes:
+        stage: name of the stage, for the progress bar.
+        data: the inputs.
+        output: where the stage writes, and in blocks of how many inputs.
+        reads: what a row is read as.
+        total: number of rows (`sources.survey`).
+        repeated: ids that several rows have (`sources.survey`).
+    """
+
+    stage: str
+    data: DataConfig
+    output: OutputConfig
+    reads: type[Input]
+    total: int
+    repeated: Container[str]
+
+    def __call__(self, kind: str, work: Work) -> Iterator[list[dict[str, Any]]]:
+        """Work on the readable inputs of each block; what a killed run has done is taken from disk.
+
+        What decides the rows (data, settings, model) is in the `config.json` with which `run_stage` has claimed the folder.
+
+        Args:
+            kind: name of the pass.
+            work: what it does with the inputs of a block.
+        """
+        from tqdm import tqdm
+
+        folder = self.output.path
+        of = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+        raw = sources.read_rows(self.data)
+        with tqdm(total=self.total, desc=f"{self.stage}: {kind}", unit="row", disable=None) as bar:
+            for number in itertools.count():
+                block = list(itertools.islice(raw, self.output.block_size))
+                if not block:
+                    return
+                file = folder / "survey" / f"{kind}-{number:05d}.json"
+                done = json.loads(file.read_text()) if file.is_file() else {}
+                if done.get("of") != of:
+                    inputs = []
+                    for row in block:
+                        try:
+                            inputs.append(READERS[self.reads](row, self.data, repeated=self.repeated))
+                        except (RecordError, ImageError):
+                            continue  # the store puts it into quarantine
+                    done = {"of": of, "rows": work(inputs)}
+                    write_atomically(file, json.dumps(done).encode())
+                bar.update(len(block))
+                yield done["rows"]
