@@ -1,11 +1,11 @@
-"""Second arrow of a round: which of a prompt's answers is better, by a pairwise judge in both orders or by scores and a margin."""
+"""Second arrow of a round: which of a prompt's answers is better, by a judge in both orders or by scores and a margin."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,7 +55,10 @@ class Preference:
 class Annotator(Protocol):
     """Says which answer of each group is best and which is worst."""
 
-    version: str
+    @property
+    def version(self) -> str:
+        """What is stored with every pair: model, prompt or settings."""
+        ...
 
     def prefer(self, groups: Sequence[Sequence[Response]]) -> list[Preference]:
         """One preference for each group of answers to one prompt, in order."""
@@ -161,15 +164,15 @@ def _tournament(count: int, verdicts: Mapping[tuple[int, int], Verdict]) -> Pref
     turned = best > worst
     verdict = verdicts[(worst, best) if turned else (best, worst)]
     votes = tuple(_turned(vote) if turned else vote for vote in verdict.votes)
-    asked = {"votes": votes, "confidence": verdict.confidence, "words": verdict.reason}
+    found = Preference(votes=votes, confidence=verdict.confidence, words=verdict.reason)
     winner = _turned(verdict.winner) if turned else verdict.winner
     if winner == "first":
-        return Preference(best, worst, **asked)
-    if winner == "second":  # a cycle: the worst beat the best
-        return Preference(reason="no_verdict", **asked) if count > 2 else Preference(worst, best, **asked)
+        return replace(found, chosen=best, rejected=worst)
     if winner == "tie":
-        return Preference(reason="tie", **asked)
-    return Preference(reason="order_disagrees" if None not in votes else "no_verdict", **asked)
+        return replace(found, reason="tie")
+    # of three or more answers, the one that wins least may still have beaten the one that wins most
+    disagrees = winner is None and None not in votes
+    return replace(found, reason="order_disagrees" if disagrees else "no_verdict")
 
 
 def read_annotator(

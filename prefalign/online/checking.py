@@ -1,7 +1,7 @@
 """Before a round: do engine and trainer agree on the policy, token by token, and how far has it moved from the reference.
 
-An engine that samples from other weights than those that train (a server that was not refreshed, another precision, a template that
-differs) makes every pair off-policy without a word. Legend of shapes: `T` tokens of an answer, end of turn included.
+An engine that samples from other weights than those that train (a server that was not refreshed, another precision, another
+template) makes every pair off-policy without a word. Legend of shapes: `T` tokens of an answer, end of turn included.
 """
 
 from __future__ import annotations
@@ -148,15 +148,15 @@ def check_gap(gap: Gap, bound: float) -> None:
     """
     if gap.largest > bound:
         raise EngineGap(
-            f"engine and trainer differ by up to {gap.largest:.3g} nats on one token (mean {gap.mean:.3g} over {gap.tokens}), above "
-            f"the bound of {bound}: the engine samples from another policy than the one that trains. Refresh its weights and give "
-            "both one precision, or raise `check.bound` if the precision explains it."
+            f"engine and trainer differ by up to {gap.largest:.3g} nats on one token (mean {gap.mean:.3g} over {gap.tokens}), "
+            f"above the bound of {bound}: the engine samples from another policy than the one that trains. Refresh its weights "
+            "and give both one precision, or raise `check.bound` if the precision explains it."
         )
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL of a policy to its reference, estimated on the policy's own samples: mean of log pi - log pi_ref (k1).
+    """KL of a policy to its reference, estimated on the policy's own samples.
 
     Attributes:
         kl: per answer, in nats.
@@ -172,13 +172,16 @@ class Divergence:
 def divergence(policy: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> Divergence:
     """KL from log-probs of the policy's own samples, drawn at temperature 1 and not filtered.
 
+    Equation: mean over answers of the sum over tokens of exp(-d) - 1 + d, d = log pi - log pi_ref (Schulman's k3): as unbiased as
+    the mean of d, never negative, and of far less variance.
+
     Args:
         policy: per answer (T,) under the policy.
         reference: the same under the reference.
     """
     differences = [one - other for one, other in zip(policy, reference, strict=True)]
     tokens = sum(len(values) for values in differences)
-    total = sum(values.sum().item() for values in differences)
+    total = sum((torch.exp(-values) - 1 + values).sum().item() for values in differences)
     return Divergence(total / max(len(differences), 1), total / max(tokens, 1), len(differences))
 
 

@@ -118,8 +118,8 @@ def warnings_of(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
         offline, online = rewards.get("offline"), rewards.get("online")
         if offline is not None and online is not None and offline > EASY and online < CHANCE:
             found.append(
-                f"round {measured['round']}: reward accuracy is {offline:.2f} on offline pairs and {online:.2f} on online ones: the "
-                "offline pairs are too easy to teach anything. Lower rounds.p_offline, or make harder pairs."
+                f"round {measured['round']}: reward accuracy is {offline:.2f} on offline pairs and {online:.2f} on online ones: "
+                "the offline pairs are too easy to teach anything. Lower rounds.p_offline, or make harder pairs."
             )
         consistency = measured["order_consistency"]
         if consistency is not None and consistency < INCONSISTENT:
@@ -130,8 +130,8 @@ def warnings_of(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
         gap = measured["check"].get("largest")
         if gap is not None and measured["check"]["mean"] > 0.05:
             found.append(
-                f"round {measured['round']}: engine and trainer differ by {measured['check']['mean']:.2g} nats per token on average "
-                f"(largest {gap:.2g}): the answers come from a slightly different policy. Give both one precision."
+                f"round {measured['round']}: engine and trainer differ by {measured['check']['mean']:.2g} nats per token on "
+                f"average (largest {gap:.2g}): the answers come from a slightly different policy. Give both one precision."
             )
     return found
 

@@ -60,7 +60,8 @@ class TrainingSettings:
 class SourcesTrainer(PreferenceTrainer):
     """`PreferenceTrainer` that also logs reward margin and accuracy by where a row comes from.
 
-    In an epoch every row is met once, before its own update: so these are held-out numbers of the policy as it is then.
+    In an epoch every row is met once, before its own update: so these are held-out numbers of the policy as it is then. A margin of
+    exactly 0, as in the first step, counts as half right.
 
     Args:
         *args: passed on.
@@ -82,7 +83,7 @@ class SourcesTrainer(PreferenceTrainer):
             for row, margin in zip(inputs["ids"], margins.tolist(), strict=True):
                 source = self.sources.get(row, "unknown")
                 metrics[f"rewards/margins_{source}"].append(margin)
-                metrics[f"rewards/accuracies_{source}"].append(float(margin > 0))
+                metrics[f"rewards/accuracies_{source}"].append(0.5 if margin == 0 else float(margin > 0))
         return super()._trl_loss(inputs, policy, scores)
 
 

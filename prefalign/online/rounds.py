@@ -11,8 +11,8 @@
     round-1/metrics.json
     reference/                  log-probs of the reference, shared by all rounds
 
-Source: Amirloo et al., arXiv 2407.02477, sections 3.2 and 3.3, with rounds in place of steps: weights move between rounds only, so
-that any engine can sample and the trainer stays the offline one.
+Source: Amirloo et al., arXiv 2407.02477, sections 3.2 and 3.3, with rounds in place of steps: weights move between rounds only,
+so that any engine can sample and the trainer stays the offline one.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def _claim(config: OnlineConfig) -> None:
         changed = [line for line in differences(before, now) if line.split(":")[0] not in FREE]
         if changed:
             raise RunError(
-                f"{config.output} holds a run with another config ({'; '.join(changed)}). Going on would mix two runs: give another "
-                "`output`, or delete the folder."
+                f"{config.output} holds a run with another config ({'; '.join(changed)}). Going on would mix two runs: give "
+                "another `output`, or delete the folder."
             )
         return
     if config.output.is_dir() and any(not entry.name.startswith(".") for entry in config.output.iterdir()):
@@ -209,7 +209,7 @@ def _check(config: OnlineConfig, number: int, engine: TransformersEngine, prompt
     requests, answers = drawn_answers(engine, _first(prompts, config.check.prompts),
                                       max_new_tokens=config.sampling.max_new_tokens, seed=config.seed)  # fmt: skip
     texts = [answer.text for answer in answers]
-    arguments = training_arguments(config.trl, output=config.output, seed=config.seed)
+    arguments: Any = training_arguments(config.trl, output=config.output, seed=config.seed)
     autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     trained = trainer_logprobs(engine.model, engine.processor, requests, texts, autocast=autocast)
     gap = token_gap(engine, requests, texts, trained)

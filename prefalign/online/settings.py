@@ -23,7 +23,7 @@ class Rounds:
     Attributes:
         count: rounds.
         prompts: prompts of one round (2,000 to 8,000 are usual); after the last prompt the first comes again. 0: all of them.
-        reference: `first` keeps the model that the run starts from as the reference, `previous` takes the policy before the round.
+        reference: `first` keeps the model that the run starts from as the reference, `previous` takes the policy before a round.
         block_size: prompts of one block of work: at most so many are sampled or judged again after an interruption.
     """
 
@@ -35,8 +35,8 @@ class Rounds:
     def __post_init__(self) -> None:
         if self.count < 1 or self.prompts < 0:
             raise ValueError(
-                f"rounds.count is {self.count} and rounds.prompts {self.prompts}: a run has at least 1 round, of some prompts or of "
-                "all (0)."
+                f"rounds.count is {self.count} and rounds.prompts {self.prompts}: a run has at least 1 round, of some prompts "
+                "or of all (0)."
             )
 
 
@@ -59,11 +59,11 @@ class OnlineConfig:
 
     Attributes:
         model: the policy's starting weights, which are the reference too.
-        output: folder of the run; the final model or adapter is in `policy/` of it (of `grpo`, `rloo` and `online_dpo_step`: in it).
+        output: folder of the run; the final model or adapter is its `policy/` (with `grpo`, `rloo` and `online_dpo_step` itself).
         data: prompts; null: those of the offline pairs.
         offline: folder of offline pairs, for mixed DPO.
-        p_offline: probability that a prompt with an offline pair takes it instead of the policy's answers. 0 is online DPO, 1 offline
-            DPO, 0.5 published.
+        p_offline: probability that a prompt with an offline pair takes it instead of the policy's answers: 0 is online DPO, 1
+            offline DPO, 0.5 published.
         rounds: the loop of `online_dpo`.
         responses: answers to each prompt; of more than two, best and worst make the pair. `grpo` and `rloo` have
             `trainer.num_generations` instead.
@@ -71,8 +71,8 @@ class OnlineConfig:
         annotator: a pairwise judge (`prefalign.rewards.COMPARATORS`), asked in both orders.
         rewards: weighted rewards (`prefalign.rewards.REWARDS`), in its place: the higher total is chosen.
         margin: least difference of two totals.
-        bdhs: online BDHS: chosen is a row's reference answer, rejected what the policy says with its eyes nearly closed; in place of
-            annotator and rewards.
+        bdhs: online BDHS: chosen is a row's reference answer, rejected what the policy says with its eyes nearly closed; in
+            place of annotator and rewards.
         similarity: what compares answers for `bdhs`: `lexical` or a sentence-transformers model.
         engine: what samples.
         batch_size: rows in one forward pass of the engine.
@@ -80,8 +80,8 @@ class OnlineConfig:
         evaluation: settings over `evaluation_config`, to evaluate the policy before the run and after every round; null: not.
         evaluation_config: a config of `evaluate_model`.
         losses: what DPO minimises, as in `train_preference`.
-        trainer: `algorithm` (`online_dpo`, `online_dpo_step`, `grpo` or `rloo`), and fields of TRL's config by name: `DPOConfig`'s,
-            of one round; `GRPOConfig`'s; `RLOOConfig`'s.
+        trainer: `algorithm` (`online_dpo`, `online_dpo_step`, `grpo` or `rloo`), and fields of TRL's config by name: of
+            `DPOConfig` (for one round), `GRPOConfig` or `RLOOConfig`.
         fast_path: as in `train_preference`.
         lora: train an adapter; without it all weights that are not frozen.
         freeze: towers that stay as they are.
@@ -157,8 +157,8 @@ def check_settings(config: OnlineConfig) -> None:
         return
     if config.bdhs is not None and (config.annotator is not None or config.rewards):
         raise ConfigError(
-            "bdhs: its pairs need no annotator (chosen is the reference answer), and one is given. Leave `annotator` and `rewards` "
-            "out, or `bdhs`."
+            "bdhs: its pairs need no annotator (chosen is the reference answer), and one is given. Leave `annotator` and "
+            "`rewards` out, or `bdhs`."
         )
     if config.engine == "vllm":
         raise ConfigError(
