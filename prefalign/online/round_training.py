@@ -60,8 +60,8 @@ class TrainingSettings:
 class SourcesTrainer(PreferenceTrainer):
     """`PreferenceTrainer` that also logs reward margin and accuracy by where a row comes from.
 
-    In an epoch every row is met once, before its own update: so these are held-out numbers of the policy as it is then. A margin of
-    exactly 0, as in the first step, counts as half right.
+    In an epoch every row is met once, before its own update: so these are held-out numbers of the policy as it is then. A margin
+    of exactly 0, as in the first step, counts as half right.
 
     Args:
         *args: passed on.

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import yaml
 
-from prefalign import bundled, store
+from prefalign import bundled
 from prefalign import config as settings
 from prefalign.engines.transformers import TransformersEngine, load_engine
 from prefalign.manifest import differences, read_manifest, write_atomically
@@ -43,7 +43,8 @@ from prefalign.online.checking import (
     token_gap,
     trainer_logprobs,
 )
-from prefalign.online.mixing import mix, offline_prompts, prompts_of
+from prefalign.online.mixing import mix, offline_prompts
+from prefalign.online.prompts import gather_prompts
 from prefalign.online.round_metrics import round_metrics, table, warnings_of
 from prefalign.online.round_training import TrainingSettings, fill_reference, policy_config, train_round
 from prefalign.online.sampling import Draw, sample
@@ -82,14 +83,14 @@ def run_rounds(config: OnlineConfig) -> dict[str, Any]:
     annotator = None
     if config.bdhs is None:
         annotator = read_annotator(config.annotator, config.rewards, config.margin)
-    identities, total = _all_prompts(config)
+    identities = {prompt.id for prompt in read_records(gather_prompts(config), Prompt)}
     offline = offline_prompts(config.offline, identities) if config.offline is not None else frozenset()
     done: list[dict[str, Any]] = []
     for number in range(1, config.rounds.count + 1):
         file = _folder(config, number) / "metrics.json"
         if not file.is_file():
             print(f"\n== round {number} of {config.rounds.count}", flush=True)
-            measured = _round(config, number, total, offline, annotator)
+            measured = _round(config, number, len(identities), offline, annotator)
             write_atomically(file, json.dumps(measured, indent=2).encode())
         done.append(json.loads(file.read_text(encoding="utf-8")))
     results = {"before": _evaluate(config, 0), "rounds": done, "warnings": warnings_of(done)}
@@ -118,20 +119,6 @@ def _claim(config: OnlineConfig) -> None:
     if config.output.is_dir() and any(not entry.name.startswith(".") for entry in config.output.iterdir()):
         raise RunError(f"{config.output} is not empty and holds no run of prefalign. Give another `output`.")
     write_atomically(file, yaml.safe_dump(now, sort_keys=False).encode())
-
-
-def _all_prompts(config: OnlineConfig) -> tuple[set[str], int]:
-    """Read the prompts once; their ids and their number."""
-    folder = config.output / "prompts"
-    if config.data is None:
-        assert config.offline is not None, "checked by the recipe"
-        write_records(PROMPTS, prompts_of(config.offline), output=OutputConfig(folder), record=Prompt,
-                      settings={"of": "offline"}, seed=config.seed)  # fmt: skip
-    else:
-        store.run_stage(PROMPTS, config.data, lambda block: [[prompt] for prompt in block], output=OutputConfig(folder),
-                        record=Prompt, settings={}, seed=config.seed)  # fmt: skip
-    identities = {prompt.id for prompt in read_records(folder, Prompt)}
-    return identities, len(identities)
 
 
 def _slice(config: OnlineConfig, number: int, total: int) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -181,19 +181,24 @@ def read_comparator(entry: Mapping[str, Any]) -> Comparator:
     return comparator
 
 
-def as_trl_functions(rewards: Combined) -> list[Any]:
+def as_trl_functions(rewards: Combined, *, end_token_ids: Collection[int] = ()) -> list[Any]:
     """The rewards as one function for TRL's GRPO, RLOO and online trainers (`reward_funcs`).
 
     TRL hands over `prompts`, `completions` and the data set's columns as lists of equal length; columns `image` or `images`,
     `answer` and `facts` (JSON text) are used where they are there. The function is called `total` in TRL's logs, and every term
-    goes to its `log_metric` where the version of TRL gives one. A missing score is None, which TRL leaves out.
+    goes to its `log_metric` where the version of TRL gives one (the mean over responses that have the term). A missing score is
+    None, which TRL leaves out.
 
     Args:
         rewards: from `read_rewards`.
+        end_token_ids: tokens that end an answer (`families.end_token_ids`): a completion without one at its end counts as not
+            `finished`. Without them, or without TRL's `completion_ids`, all count as finished.
     """
     import json
 
     from prefalign.records import message_text, normalise_messages
+
+    ends = set(end_token_ids)
 
     def total(prompts: list[Any], completions: list[Any], log_metric: Any = None, **columns: Any) -> list[float | None]:
         count = len(prompts)
@@ -201,9 +206,7 @@ def as_trl_functions(rewards: Combined) -> list[Any]:
         facts = columns.get("facts") or ["{}"] * count
         answers = columns.get("answer") or [None] * count
         ids = columns.get("id") or [str(number) for number in range(count)]
-        lengths = (
-            [len(tokens) for tokens in columns["completion_ids"]] if "completion_ids" in columns else [None] * count
-        )
+        tokens = columns.get("completion_ids") or [None] * count
         responses = [
             Response(
                 id=ids[row],
@@ -212,14 +215,16 @@ def as_trl_functions(rewards: Combined) -> list[Any]:
                 text=message_text(normalise_messages(completions[row])),
                 answer=answers[row],
                 facts=json.loads(facts[row]) if isinstance(facts[row], str) else dict(facts[row] or {}),
-                tokens=lengths[row],
+                finished=not ends or tokens[row] is None or (bool(tokens[row]) and tokens[row][-1] in ends),
+                tokens=None if tokens[row] is None else len(tokens[row]),
             )
             for row in range(count)
         ]
         scores = rewards.score(responses)
         if log_metric is not None:
             for name, values in scores.items():
-                log_metric(name, float(values.nanmean()))
+                if not values.isnan().all():
+                    log_metric(name, float(values.nanmean()))
         return [None if math.isnan(value) else value for value in scores["total"].tolist()]
 
     return [total]
