@@ -1,8 +1,8 @@
 """Online DPO step by step: every batch samples from the policy as it is, annotates, and trains on that. For small models.
 
-Source: Amirloo et al., arXiv 2407.02477, sections 3.2 (online), 3.3 (mixed) and 3.4 (online BDHS). The loss is `PreferenceTrainer`'s,
-unchanged; the batch it is called on is made anew in every step. Generation inside a step leaves a GPU idle most of the time: for
-more than small models take rounds (`rounds.py`).
+Source: Amirloo et al., arXiv 2407.02477, sections 3.2 (online), 3.3 (mixed) and 3.4 (online BDHS). The loss is that of
+`PreferenceTrainer`, unchanged; the batch it is called on is made anew in every step. Generation inside a step leaves a GPU idle
+most of the time: for more than small models take rounds (`rounds.py`).
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class OnTheFly:
 class OnlineStepTrainer(PreferenceTrainer):
     """`PreferenceTrainer` whose batches are prompts; their pairs are made by the policy in the step that trains on them.
 
-    A row that gives no usable pair takes no part, and the others weigh what they would have weighed beside it: the loss is the sum
-    over pairs divided by the rows of the batch. Where no row gives one, the step's gradient is zero.
+    A row that gives no usable pair takes no part, and the others weigh what they would have weighed beside it: the loss is the
+    sum over pairs divided by the rows of the batch. Where no row gives one, the step's gradient is zero.
 
     An answer trains on the very tokens that were drawn: a row whose text the tokenizer cuts otherwise is dropped (`retokenised`).
 
@@ -86,8 +86,8 @@ class OnlineStepTrainer(PreferenceTrainer):
     Args:
         *args: passed on.
         fly: how pairs are made.
-        **kwargs: passed on; rows of `train_dataset` have the columns of pairs, `answer` and `facts`. `chosen` and `rejected` are the
-            row's offline pair, or empty. `reference` is `online`.
+        **kwargs: passed on; rows of `train_dataset` have the columns of pairs, `answer` and `facts`. `chosen` and `rejected` are
+            the row's offline pair, or empty. `reference` is `online`.
     """
 
     def __init__(self, *args: Any, fly: OnTheFly, **kwargs: Any):
