@@ -139,7 +139,10 @@ def test_reads_scenes_as_the_world_reads_itself():
             *(question.text for question in questions),
             *(question.answer for question in questions),
         ):
-            mine = [(m.kind, m.said.get("colour"), m.said.get("size"), m.said.get("place"), m.denied) for m in reader.mentions(text)]  # fmt: skip
+            mine = [
+                (m.kind, *(m.said.get(group) for group in ("colour", "size", "place")), m.denied)
+                for m in reader.mentions(text)
+            ]
             theirs = [(m.shape, m.colour, m.size, m.place, m.negated) for m in language.parse(text)]
             assert mine == theirs, text
             seen += len(mine)

@@ -186,45 +186,52 @@ def as_trl_functions(rewards: Combined, *, end_token_ids: Collection[int] = ()) 
 
     TRL hands over `prompts`, `completions` and the data set's columns as lists of equal length; columns `image` or `images`,
     `answer` and `facts` (JSON text) are used where they are there. The function is called `total` in TRL's logs, and every term
-    goes to its `log_metric` where the version of TRL gives one (the mean over responses that have the term). A missing score is
-    None, which TRL leaves out.
+    goes to its `log_metric` where the version of TRL gives one. A missing score is None, which TRL leaves out.
 
     Args:
         rewards: from `read_rewards`.
-        end_token_ids: tokens that end an answer (`families.end_token_ids`): a completion without one at its end counts as not
-            `finished`. Without them, or without TRL's `completion_ids`, all count as finished.
+        end_token_ids: tokens that end a turn (`families.end_token_ids`): a completion whose last token is none of them ran into
+            the length limit. TRL says it in no other way.
+
+    Raises:
+        ValueError: a reward looks at whether responses are finished, and no `end_token_ids` are given.
     """
     import json
 
-    from prefalign.records import message_text, normalise_messages
+    blind = [entry.name for entry in rewards.entries if getattr(entry.reward, "needs_finished", False)]
+    if blind and not end_token_ids:
+        raise ValueError(
+            f"reward {blind[0]!r} needs to know which completions are finished, and TRL hands over their tokens only. Give "
+            "`end_token_ids`, such as families.end_token_ids(processor, model.generation_config)."
+        )
 
-    ends = set(end_token_ids)
+    from prefalign.records import message_text, normalise_messages
 
     def total(prompts: list[Any], completions: list[Any], log_metric: Any = None, **columns: Any) -> list[float | None]:
         count = len(prompts)
-        images = columns.get("images") or [[image] for image in columns.get("image") or []] or [[]] * count
+        single = columns.get("image") or [None] * count
+        images = columns.get("images") or [[] if image is None else [image] for image in single]
         facts = columns.get("facts") or ["{}"] * count
         answers = columns.get("answer") or [None] * count
         ids = columns.get("id") or [str(number) for number in range(count)]
-        tokens = columns.get("completion_ids") or [None] * count
+        drawn = columns.get("completion_ids") or [None] * count
         responses = [
             Response(
                 id=ids[row],
-                images=list(images[row]),
+                images=list(images[row] or []),
                 messages=normalise_messages(prompts[row]),
                 text=message_text(normalise_messages(completions[row])),
                 answer=answers[row],
                 facts=json.loads(facts[row]) if isinstance(facts[row], str) else dict(facts[row] or {}),
-                finished=not ends or tokens[row] is None or (bool(tokens[row]) and tokens[row][-1] in ends),
-                tokens=None if tokens[row] is None else len(tokens[row]),
+                finished=not end_token_ids or not drawn[row] or drawn[row][-1] in end_token_ids,
+                tokens=None if drawn[row] is None else len(drawn[row]),
             )
             for row in range(count)
         ]
         scores = rewards.score(responses)
         if log_metric is not None:
             for name, values in scores.items():
-                if not values.isnan().all():
-                    log_metric(name, float(values.nanmean()))
+                log_metric(name, float(values.nanmean()))
         return [None if math.isnan(value) else value for value in scores["total"].tolist()]
 
     return [total]
