@@ -70,7 +70,7 @@ def policy_folder(config: OnlineConfig, number: int) -> Path | None:
 
 
 def _training(config: OnlineConfig) -> TrainingSettings:
-    return TrainingSettings(config.losses, config.trl, config.lora, config.freeze, config.fast_path)
+    return TrainingSettings(config.losses, {"num_train_epochs": 1, **config.trl}, config.lora, config.freeze, config.fast_path)
 
 
 def run_rounds(config: OnlineConfig) -> dict[str, Any]:

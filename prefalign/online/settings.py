@@ -81,7 +81,7 @@ class OnlineConfig:
         evaluation_config: a config of `evaluate_model`.
         losses: what DPO minimises, as in `train_preference`.
         trainer: `algorithm` (`online_dpo`, `online_dpo_step`, `grpo` or `rloo`), and fields of TRL's config by name: of
-            `DPOConfig` (for one round), `GRPOConfig` or `RLOOConfig`.
+            `DPOConfig` (for one round; of 1 epoch, unless it says more), `GRPOConfig` or `RLOOConfig`.
         fast_path: as in `train_preference`.
         lora: train an adapter; without it all weights that are not frozen.
         freeze: towers that stay as they are.
