@@ -27,7 +27,7 @@ def write_offline(folder: Path, prompts: Path, count: int | None = None) -> Path
     """A pair for each of the first prompts: its answer against a sentence about nothing in it."""
     made = [
         make_pair(prompt, method="test", chosen=str(prompt.answer), rejected="There is a purple spiral.", settings={},
-                  seed=0)
+                  seed=0, meta={"source": "offline"})
         for prompt in list(read_records(prompts, Prompt))[:count]
     ]  # fmt: skip
     write_records("test", made, output=OutputConfig(folder), record=Pair, settings={}, seed=0)

@@ -119,7 +119,7 @@ def warnings_of(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
         if offline is not None and online is not None and offline > EASY and online < CHANCE:
             found.append(
                 f"round {measured['round']}: reward accuracy is {offline:.2f} on offline pairs and {online:.2f} on online ones: "
-                "the offline pairs are too easy to teach anything. Lower rounds.p_offline, or make harder pairs."
+                "the offline pairs are too easy to teach anything. Lower p_offline, or make harder pairs."
             )
         consistency = measured["order_consistency"]
         if consistency is not None and consistency < INCONSISTENT:

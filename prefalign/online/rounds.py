@@ -70,7 +70,9 @@ def policy_folder(config: OnlineConfig, number: int) -> Path | None:
 
 
 def _training(config: OnlineConfig) -> TrainingSettings:
-    return TrainingSettings(config.losses, {"num_train_epochs": 1, **config.trl}, config.lora, config.freeze, config.fast_path)
+    return TrainingSettings(
+        config.losses, {"num_train_epochs": 1, **config.trl}, config.lora, config.freeze, config.fast_path
+    )
 
 
 def run_rounds(config: OnlineConfig) -> dict[str, Any]:
@@ -80,9 +82,8 @@ def run_rounds(config: OnlineConfig) -> dict[str, Any]:
     unfinished one goes on from its last block or checkpoint.
     """
     _claim(config)
-    annotator = None
     if config.bdhs is None:
-        annotator = read_annotator(config.annotator, config.rewards, config.margin)
+        read_annotator(config.annotator, config.rewards, config.margin)  # bad settings are to fail here
     identities = {prompt.id for prompt in read_records(gather_prompts(config), Prompt)}
     offline = offline_prompts(config.offline, identities) if config.offline is not None else frozenset()
     done: list[dict[str, Any]] = []
@@ -90,7 +91,7 @@ def run_rounds(config: OnlineConfig) -> dict[str, Any]:
         file = _folder(config, number) / "metrics.json"
         if not file.is_file():
             print(f"\n== round {number} of {config.rounds.count}", flush=True)
-            measured = _round(config, number, len(identities), offline, annotator)
+            measured = _round(config, number, len(identities), offline)
             write_atomically(file, json.dumps(measured, indent=2).encode())
         done.append(json.loads(file.read_text(encoding="utf-8")))
     results = {"before": _evaluate(config, 0), "rounds": done, "warnings": warnings_of(done)}
@@ -136,28 +137,13 @@ def _slice(config: OnlineConfig, number: int, total: int) -> Path:
     return folder
 
 
-def _round(config: OnlineConfig, number: int, total: int, offline: frozenset[str], annotator: Any) -> dict[str, Any]:
+def _round(config: OnlineConfig, number: int, total: int, offline: frozenset[str]) -> dict[str, Any]:
     folder = _folder(config, number)
     prompts = _slice(config, number, total)
     draw = Draw(offline, config.p_offline, config.seed, number)
     drawn_online = sum(not draw.takes_offline(prompt.id) for prompt in read_records(prompts, Prompt))
     start = policy_config(config.model, policy_folder(config, number - 1), lora=config.lora is not None)
-    online = None
-    if drawn_online:
-        online = folder / "pairs"
-        if read_manifest(online) is None:
-            engine = load_engine(start, batch_size=config.batch_size)
-            _check(config, number, engine, prompts)
-            if config.bdhs is None:
-                sample(prompts, engine, draw, sampling=config.sampling, responses=config.responses,
-                       output=OutputConfig(folder / "candidates", block_size=config.rounds.block_size))  # fmt: skip
-            del engine
-            gc.collect()
-        if config.bdhs is not None:
-            _bdhs_pairs(config, start, prompts, draw, online)
-        else:
-            annotate(prompts, folder / "candidates", annotator, seed=config.seed, visit=number,
-                     output=OutputConfig(online, block_size=config.rounds.block_size))  # fmt: skip
+    online = _online_pairs(config, number, prompts, draw, start) if drawn_online else None
     mix(prompts, online, config.offline, draw, output=folder / "mixed")
     _train(config, number, start, folder / "mixed")
     policy = policy_folder(config, number)
@@ -169,6 +155,32 @@ def _round(config: OnlineConfig, number: int, total: int, offline: frozenset[str
         divergence=_measure_divergence(config, number),
         evaluation=_evaluate(config, number),
     )
+
+
+def _online_pairs(config: OnlineConfig, number: int, prompts: Path, draw: Draw, start: ModelConfig) -> Path:
+    """Sample and annotate; each model is loaded for its arrow only."""
+    folder = _folder(config, number)
+    pairs, candidates = folder / "pairs", folder / "candidates"
+    blocks = config.rounds.block_size
+    if read_manifest(pairs if config.bdhs is not None else candidates) is None:
+        engine = load_engine(start, batch_size=config.batch_size)
+        _check(config, number, engine, prompts)
+        if config.bdhs is None:
+            sample(prompts, engine, draw, sampling=config.sampling, responses=config.responses,
+                   output=OutputConfig(candidates, block_size=blocks))  # fmt: skip
+        del engine
+        gc.collect()
+    if read_manifest(pairs) is not None:
+        return pairs
+    if config.bdhs is not None:
+        _bdhs_pairs(config, start, prompts, draw, pairs)
+    else:
+        annotator = read_annotator(config.annotator, config.rewards, config.margin)
+        annotate(prompts, candidates, annotator, seed=config.seed, visit=number,
+                 output=OutputConfig(pairs, block_size=blocks))  # fmt: skip
+        del annotator
+        gc.collect()
+    return pairs
 
 
 def _train(config: OnlineConfig, number: int, start: ModelConfig, mixed: Path) -> None:
