@@ -44,7 +44,7 @@ def online_config(data: Path | None, output: Path, **changes: Any) -> Any:
         "rounds": {"count": 2, "prompts": 3, "block_size": 2},
         "sampling": {"max_new_tokens": 64, "temperature": 1.2},
         "rewards": [{"name": "objects", "weight": {"invented": 1.0, "recall": 3.0}}],
-        "check": {"prompts": 2},
+        "check": {"prompts": 0},
         "batch_size": 8,
         "trainer": {"learning_rate": 1e-4, "per_device_train_batch_size": 1, "save_steps": 1, "logging_steps": 1,
                     "num_train_epochs": 1,

@@ -22,6 +22,7 @@ from tests.launching import ENVIRONMENT, ROOT
 from tests.online_runs import online_config, policy_weights, run, write_offline, write_prompts
 from tests.training_runs import largest_difference
 
+CHECKED = {"check": {"prompts": 2}}
 ARROWS = ("prompts", "candidates", "pairs", "mixed")
 
 
@@ -34,7 +35,7 @@ def prompts(tmp_path_factory):
 def straight(prompts, tmp_path_factory):
     """Two rounds without interruption: the folder and what `main` returned."""
     folder = tmp_path_factory.mktemp("straight") / "run"
-    return folder, run(prompts, folder)
+    return folder, run(prompts, folder, **CHECKED)
 
 
 def first_step(policy):
@@ -99,11 +100,11 @@ def test_metrics_of_a_round(straight):
 def test_a_finished_run_is_left_alone_and_another_config_refused(straight, prompts, capsys):
     folder, results = straight
     written = (folder / "policy" / "model.safetensors").stat().st_mtime_ns
-    assert run(prompts, folder) == results
+    assert run(prompts, folder, **CHECKED) == results
     assert (folder / "policy" / "model.safetensors").stat().st_mtime_ns == written
     assert "acc. online" in capsys.readouterr().out
     with pytest.raises(RunError, match=r"another config \(margin: 0.0 -> 0.5\).*give another `output`"):
-        run(prompts, folder, margin=0.5)
+        run(prompts, folder, margin=0.5, **CHECKED)
 
 
 class Interruption(RuntimeError):
@@ -153,8 +154,8 @@ def test_kill_and_interruptions_between_and_inside_arrows_change_nothing(straigh
         with monkeypatch.context() as patch:
             interrupt(patch, owner, name, call)
             with pytest.raises(Interruption):
-                run(prompts, out)
-    results = run(prompts, out)
+                run(prompts, out, **CHECKED)
+    results = run(prompts, out, **CHECKED)
     assert largest_difference(policy_weights(out / "policy"), policy_weights(folder / "policy")) == 0.0
     assert results == expected
 
@@ -204,7 +205,7 @@ def test_mixing_takes_each_prompt_once(prompts, tmp_path):
 
 def test_no_offline_pair_is_taken_at_p_0(prompts, tmp_path):
     offline = write_offline(tmp_path / "offline", prompts)
-    results = run(prompts, tmp_path / "run", offline=offline, p_offline=0.0, rounds={"count": 1}, check={"prompts": 0})
+    results = run(prompts, tmp_path / "run", offline=offline, p_offline=0.0, rounds={"count": 1})
     assert set(results["rounds"][0]["pairs"]) == {"online"}
     assert results["rounds"][0]["kl"] is None
 
@@ -248,7 +249,7 @@ def test_adapters_go_on_and_the_reference_is_the_one_asked_for(reference, prompt
 
 def test_online_bdhs_in_rounds(prompts, tmp_path):
     bdhs = {"rho_th": 0.9, "iterations": 2}
-    run(prompts, tmp_path / "run", rewards=[], bdhs=bdhs, rounds={"count": 2, "prompts": 2}, check={"prompts": 1})
+    run(prompts, tmp_path / "run", rewards=[], bdhs=bdhs, rounds={"count": 2, "prompts": 2})
     generators = set()
     for number in (1, 2):
         for pair in read_records(tmp_path / "run" / f"round-{number}" / "mixed", Pair):

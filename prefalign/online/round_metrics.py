@@ -72,7 +72,8 @@ def _annotation(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder / "pairs")
     if manifest is None:
         return {"annotated": 0, "dropped": {}, "order_consistency": None, "tie_rate": None}
-    dropped = dict(manifest.dropped)
+    # a prompt that took its offline pair was not asked, and is not lost
+    dropped = {reason: count for reason, count in manifest.dropped.items() if reason != "not_sampled"}
     verdicts = ("tie", "small_gap", "order_disagrees", "no_verdict")
     annotated = manifest.rows_used + sum(dropped.get(reason, 0) for reason in verdicts)
     votes = [len(pair.meta.get("votes") or ()) == 2 for pair in read_records(folder / "pairs", Pair)]
