@@ -26,7 +26,8 @@ from prefalign.training.checks import needs_reference
 from prefalign.training.lora import LoraSettings, check_trainable
 from prefalign.training.policy import load_policy
 from prefalign.training.preference import PRIVATE, PreferenceTrainer
-from prefalign.training.upkeep import audit_gradients
+from prefalign.training.runs import is_finished
+from prefalign.training.upkeep import audit_gradients, train_and_save
 from tests.training_runs import largest_difference, losses, make_trainer, weights, write_pairs
 
 LN2 = math.log(2)
@@ -232,6 +233,27 @@ def test_tensors_without_gradient_are_named(tiny_llava, pairs, tmp_path, caplog)
     with pytest.raises(ValueError, match="none of the 39 trainable tensors of the vision tower got a gradient"):
         audit_gradients(model.named_parameters())
     assert len(audit_gradients(model.named_parameters(), saw_pictures=False)) == 39
+
+
+@pytest.mark.parametrize("logging_steps", [1, 100])
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(logging_steps, tiny_llava, pairs, tmp_path):
+    """HF logs such a loss as 0 by default; without checkpoints, and logs only at the end, the end tells."""
+    trainer = make_trainer(
+        tiny_llava, pairs, tmp_path, learning_rate=1e30, save_strategy="no", logging_steps=logging_steps
+    )
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step \d: .* Lower trainer.learning_rate"):
+        train_and_save(trainer, tmp_path, checkpoint=None, rows={}, counts={})
+    assert not (tmp_path / "model.safetensors").exists()
+    assert not is_finished(tmp_path)
+
+
+def test_weights_that_a_last_step_broke_are_not_saved(tiny_llava, pairs, tmp_path):
+    trainer = make_trainer(tiny_llava, pairs, tmp_path, max_steps=1)
+    trainer.args.weight_decay, trainer.args.learning_rate = 1e30, 1e30
+    with pytest.raises(FloatingPointError, match=r"tensors to save hold numbers that are not finite \(.*lower|Lower"):
+        train_and_save(trainer, tmp_path, checkpoint=None, rows={}, counts={})
+    assert math.isfinite(losses(trainer)[0])
+    assert not list(tmp_path.glob("**/model.safetensors"))
 
 
 def test_losses_are_read_by_name_with_their_weights():

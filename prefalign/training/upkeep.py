@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -41,6 +42,7 @@ class Upkeep(Trainer):
 
     Raises:
         ValueError: in the first step, if nothing in a tower that is meant to train got a gradient.
+        FloatingPointError: a logged training loss, or a weight that is to be saved, is not a finite number.
     """
 
     _total_train_tokens: int
@@ -63,7 +65,18 @@ class Upkeep(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as TRL does, with `train_loss` over the whole run and not only over what followed a resume."""
+        """Log as TRL does, with `train_loss` over the whole run and not only over what followed a resume.
+
+        Raises:
+            FloatingPointError: the training loss is not a finite number; there is a log before every checkpoint.
+        """
+        for name in ("loss", "train_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise FloatingPointError(
+                    f"{name} is {logs[name]} at step {self.state.global_step}: the weights are broken or about to be, and every "
+                    "later step would be too. Nothing more is saved. Lower trainer.learning_rate, or take trainer.bf16 in place "
+                    "of fp16 or model.dtype float32, and start anew or from a checkpoint before this step."
+                )
         logged = [(entry["step"], entry["loss"]) for entry in self.state.log_history if "loss" in entry]
         if "train_loss" in logs and logged and logged[-1][0] == self.state.global_step:
             starts = [0, *(step for step, _ in logged[:-1])]
@@ -88,10 +101,25 @@ class Upkeep(Trainer):
         return self.is_deepspeed_enabled or self.is_fsdp_enabled or is_peft_model(self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        _check_finite(trained if state_dict is None else state_dict)
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             for name, text in self.files.items():
                 write_atomically(Path(output_dir or str(self.args.output_dir)) / name, text.encode())
+
+
+def _check_finite(weights: Mapping[str, torch.Tensor]) -> None:
+    """Check weights that are to be saved; a last step can break them after a finite loss."""
+    broken = [
+        name for name, weight in weights.items() if weight.is_floating_point() and not bool(weight.isfinite().all())
+    ]
+    if broken:
+        raise FloatingPointError(
+            f"{len(broken)} of {len(weights)} tensors to save hold numbers that are not finite ({', '.join(broken[:3])}): this "
+            "model answers nothing, so it is not saved. Lower trainer.learning_rate, or take trainer.bf16 in place of fp16 or "
+            "model.dtype float32, and start anew or from an earlier checkpoint."
+        )
 
 
 class _LogBeforeSave(TrainerCallback):
