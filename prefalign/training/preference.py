@@ -32,6 +32,7 @@ from prefalign import families
 from prefalign.config import ConfigError
 from prefalign.losses import Scores, Weighted, read_losses, views_of
 from prefalign.manifest import write_atomically
+from prefalign.training.checkpoints import REFERENCE_FOLDER, TERMS_FILE, restore_reference, restore_terms
 from prefalign.training.checks import check_settings, needs_reference
 from prefalign.training.collator import PreferenceCollator, blank_vision
 from prefalign.training.forward import FrozenTower, frozen_tower, share, unshare
@@ -53,9 +54,6 @@ PRIVATE = (
     "_compute_loss",
     "_set_signature_columns_if_needed",
 )
-
-TERMS_FILE = "terms.json"
-"""State of loss terms that keep one, beside every saved model."""
 
 
 class PreferenceTrainer(Upkeep, DPOTrainer):
@@ -112,12 +110,14 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         self.needs_reference = needs_reference(self.losses, args.loss_type)
         self.starts_from_adapter = is_peft_model(model)
         self.reference = reference
+        adapts = peft_config is not None or self.starts_from_adapter
         check_settings(
             self.losses,
             args,
             reference=reference,
             tokens_per_pass=tokens_per_pass,
             brings_reference=ref_model is not None,
+            adapts=adapts,
         )
         unshare(model)
         self.route = find_route(model, fast_path)
@@ -133,7 +133,6 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
             image_token_id=families.image_token_ids(model.config)[0],
             tokens_per_pass=tokens_per_pass,
         )
-        adapts = peft_config is not None or self.starts_from_adapter
         online = self.needs_reference and reference == "online"
         still = frozen_tower(model)
         if not online:
@@ -181,15 +180,20 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         self._signature_columns = list(COLUMNS)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train as TRL does; losses that keep a state go on with the checkpoint's."""
+        """Train as TRL does; losses that keep a state and a reference that moves go on with the checkpoint's.
+
+        Raises:
+            ConfigError: a reference that moves, in a checkpoint of DeepSpeed or FSDP.
+            ValueError: the checkpoint lacks them.
+        """
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(str(self.args.output_dir))
-        states = Path(folder) / TERMS_FILE if folder else None
-        if states is not None and states.is_file():
-            kept = json.loads(states.read_text(encoding="utf-8"))
-            for entry in self._stateful():
-                entry.term.load_state_dict(kept[entry.name])
+        if folder:
+            restore_terms(self._stateful(), Path(folder))
+            if self.args.sync_ref_model:
+                sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+                restore_reference(self.accelerator.unwrap_model(self.ref_model), Path(folder), sharded=sharded)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -335,6 +339,10 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         states = {entry.name: entry.term.state_dict() for entry in self._stateful()}
         if self.args.should_save and states:
             write_atomically(Path(output_dir or self.args.output_dir) / TERMS_FILE, json.dumps(states).encode())
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if self.args.sync_ref_model and output_dir not in (None, self.args.output_dir) and not sharded:
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            reference.save_pretrained(Path(str(output_dir)) / REFERENCE_FOLDER)
 
     def _stateful(self) -> list[Weighted]:
         return [entry for entry in self.losses if hasattr(entry.term, "state_dict")]
