@@ -272,6 +272,10 @@ def test_losses_are_read_by_name_with_their_weights():
     [
         ([], r"losses: the list is empty.* The usual list is \[{name: text}\]"),
         ([{"name": "visuel"}], "losses.0.name: no preference term called 'visuel'; did you mean 'visual'"),
+        ([{"name": ["text"]}], r"losses.0.name: no preference term called \['text'\]"),
+        (["text"], "losses.0: 'text' is no entry; write {name: text}"),
+        ([{"name": "anchor", "delta": float("nan")}], "losses.0: delta is nan; a finite reward is to exceed it"),
+        ([{"name": "opa_dpo", "delta": float("inf")}], "losses.0: delta is inf; a finite reward"),
         ([{"name": "text+visual"}], r"losses.0.name: no preference term called 'text\+visual'"),
         ([{"name": "text", "weight": 0}], "losses.0.weight: 0 is no positive number; leave the entry out"),
         (
@@ -293,9 +297,12 @@ def test_trainer_mapping_is_checked_by_name_and_type(tmp_path):
     assert (arguments.max_length, arguments.beta, arguments.report_to) == (None, 0.1, [])
     assert arguments.bf16 == (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     with pytest.raises(ConfigError) as error:
-        training_arguments({"lerning_rate": 1, "beta": "high", "output_dir": "x"}, output=tmp_path, seed=0)
+        training_arguments(
+            {"lerning_rate": 1, "beta": "high", "output_dir": "x", "trust_remote_code": True}, output=tmp_path, seed=0
+        )
     assert "trainer.lerning_rate: unknown key (value 1); did you mean 'learning_rate'?" in str(error.value)
     assert "trainer.beta: Input should be a valid number" in str(error.value)
+    assert "trainer.trust_remote_code: has no effect here (set `model.trust_remote_code`); leave" in str(error.value)
     assert "trainer.output_dir: the recipe sets this field; set `output` instead." in str(error.value)
 
 

@@ -30,6 +30,7 @@ DPO_WITHOUT_EFFECT = {
     "dataset_num_proc": "rows are prepared batch by batch",
     "precompute_ref_batch_size": "the reference's pass takes the batches of training",
     "model_init_kwargs": "`model` says how the model is loaded",
+    "trust_remote_code": "set `model.trust_remote_code`",
     "pad_token": "the processor has one",
 }
 """Fields of `DPOConfig` that say nothing about pairs with pictures, and why."""
@@ -47,6 +48,7 @@ SFT_WITHOUT_EFFECT = {
     "dataset_kwargs": "rows are prepared batch by batch",
     "dataset_num_proc": "rows are prepared batch by batch",
     "model_init_kwargs": "`model` says how the model is loaded",
+    "trust_remote_code": "set `model.trust_remote_code`",
     "pad_token": "the processor has one",
 }
 """Fields of `SFTConfig` that say nothing about conversations with pictures, and why."""
