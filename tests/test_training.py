@@ -21,6 +21,8 @@ from prefalign.config import ConfigError, build, load
 from prefalign.families import tower
 from prefalign.losses import TERMS, VIEWS, Weighted, read_losses, views_of
 from prefalign.models import ModelConfig, load_model, load_processor
+from prefalign.records import Pair
+from prefalign.store import OutputConfig, write_records
 from prefalign.training.arguments import training_arguments
 from prefalign.training.checks import needs_reference
 from prefalign.training.lora import LoraSettings, check_trainable
@@ -28,7 +30,7 @@ from prefalign.training.policy import load_policy
 from prefalign.training.preference import PRIVATE, PreferenceTrainer
 from prefalign.training.runs import is_finished
 from prefalign.training.upkeep import audit_gradients, train_and_save
-from tests.training_runs import largest_difference, losses, make_trainer, weights, write_pairs
+from tests.training_runs import largest_difference, losses, make_pair, make_trainer, weights, write_pairs
 
 LN2 = math.log(2)
 
@@ -216,6 +218,8 @@ def test_adapter_in_a_frozen_tower_is_refused(tiny_llava):
     wide = get_peft_model(model, LoraSettings(r=2, target_modules=r".*\.q_proj").to_peft())
     with pytest.raises(ConfigError, match="lora.target_modules reaches .*vision.* `freeze` names the vision tower"):
         check_trainable(wide, ["vision"])
+    with pytest.raises(ConfigError, match="freeze: there is no tower called 'vison'; did you mean 'vision'"):
+        check_trainable(wide, ["vison"])
     wide.requires_grad_(False)
     with pytest.raises(ConfigError, match="freeze: vision, projector, language_model leaves nothing to train"):
         check_trainable(wide, ["vision", "projector", "language_model"])
@@ -232,7 +236,24 @@ def test_tensors_without_gradient_are_named(tiny_llava, pairs, tmp_path, caplog)
         parameter.grad = None if tower(name) == "vision" else torch.zeros_like(parameter)
     with pytest.raises(ValueError, match="none of the 39 trainable tensors of the vision tower got a gradient"):
         audit_gradients(model.named_parameters())
-    assert len(audit_gradients(model.named_parameters(), saw_pictures=False)) == 39
+    assert audit_gradients(model.named_parameters(), saw_pictures=False) == []
+
+
+@pytest.mark.parametrize("eval_on_start", [False, True])
+def test_the_audit_waits_for_a_picture_in_training(eval_on_start, tiny_llava, tmp_path, caplog):
+    """The first batch holds none, which is no fault of the projector; the evaluation before it does not count."""
+    rows = [replace(make_pair(number, images=int(number > 1)), rejected_images=[]) for number in range(8)]
+    write_records("test", rows, output=OutputConfig(tmp_path / "pairs"), record=Pair, settings={}, seed=0)
+    settings = {"train_sampling_strategy": "sequential", "frozen": (), "save_strategy": "no", "max_steps": 2}
+    trainer = make_trainer(
+        tiny_llava, tmp_path / "pairs", tmp_path, evaluates=True, eval_on_start=eval_on_start, **settings
+    )
+    with caplog.at_level(logging.WARNING, logger="prefalign.training.upkeep"):
+        trainer.train()
+    assert trainer.saw_pictures
+    (warning,) = caplog.messages  # LLaVA's last layer, once a picture has been seen
+    assert "vision_tower" in warning
+    assert int(warning.split()[0]) < 39, warning
 
 
 @pytest.mark.parametrize("logging_steps", [1, 100])

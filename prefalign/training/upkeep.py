@@ -140,18 +140,19 @@ class _LogBeforeSave(TrainerCallback):
 
 
 class _GradientAudit(TrainerCallback):
-    """After the first backward pass, name trainable tensors that got no gradient."""
+    """After the first backward pass, and after the first one with a picture, name trainable tensors that got no gradient."""
 
     def __init__(self, trainer: Upkeep):
         self.trainer = trainer
-        self.done = False
+        self.looked = self.done = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         if self.done or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             return
-        self.done = True
-        audit_gradients(trainer.model.named_parameters(), saw_pictures=trainer.saw_pictures)
+        if trainer.saw_pictures or not self.looked:
+            audit_gradients(trainer.model.named_parameters(), saw_pictures=trainer.saw_pictures)
+        self.looked, self.done = True, trainer.saw_pictures
 
 
 def audit_gradients(parameters: Iterable[tuple[str, torch.nn.Parameter]], *, saw_pictures: bool = True) -> list[str]:
@@ -159,23 +160,26 @@ def audit_gradients(parameters: Iterable[tuple[str, torch.nn.Parameter]], *, saw
 
     Args:
         parameters: names and parameters after a backward pass.
-        saw_pictures: whether the pass held a picture; without one a vision tower rightly gets nothing.
+        saw_pictures: whether the pass held a picture; without one tower and projector rightly get nothing, and are left out.
 
     Raises:
         ValueError: nothing in a whole tower that is meant to train got a gradient.
     """
-    trainable = [(name, parameter.grad is not None) for name, parameter in parameters if parameter.requires_grad]
+    trainable = [
+        (name, parameter.grad is not None)
+        for name, parameter in parameters
+        if parameter.requires_grad and (saw_pictures or tower(name) == "language_model")
+    ]
     without = [name for name, has_gradient in trainable if not has_gradient]
     for part in sorted({tower(name) for name in without}):
         if any(has_gradient for name, has_gradient in trainable if tower(name) == part):
             continue
-        if part == "language_model" or saw_pictures:
-            names = [name for name in without if tower(name) == part]
-            raise ValueError(
-                f"none of the {len(names)} trainable tensors of the {part} tower got a gradient in the first step "
-                f"({names[0]}, ...): they would never change. Freeze that tower, or turn off reentrant gradient "
-                "checkpointing (trainer.gradient_checkpointing_kwargs: {use_reentrant: false})."
-            )
+        names = [name for name in without if tower(name) == part]
+        raise ValueError(
+            f"none of the {len(names)} trainable tensors of the {part} tower got a gradient in the first step "
+            f"({names[0]}, ...): they would never change. Freeze that tower, or turn off reentrant gradient "
+            "checkpointing (trainer.gradient_checkpointing_kwargs: {use_reentrant: false})."
+        )
     if without:
         logger.warning(
             "%d of %d trainable tensors got no gradient in the first step and will not change: %s%s",
