@@ -202,6 +202,16 @@ def test_a_folder_belongs_to_one_run(tmp_path):
         open_run(tmp_path / "letters", run_files(config, "{}"))
 
 
+def test_a_kill_while_a_folder_is_claimed_leaves_no_check_out(tmp_path):
+    files = run_files({"seed": 0}, "{}") | base_file("x", "aaaa")
+    claim_run(tmp_path, {name: files[name] for name in list(files)[:1]})
+    claim_run(tmp_path, files)
+    with pytest.raises(RunError, match="pairs: their manifest is another one now.*; model: its weights are others now"):
+        open_run(tmp_path, run_files({"seed": 0}, '{"rows_out": 3}') | base_file("x", "bbbb"))
+    claim_run(tmp_path, run_files({"seed": 0}, '{"rows_out": 3}'))
+    assert (tmp_path / "pairs_manifest.json").read_text() == "{}"
+
+
 def test_recipe_resumes_by_itself(tiny_llava, pairs, tmp_path, capsys):
     """A kill while checkpoint-4 was written leaves checkpoint-2; the same command ends with the same files."""
     values = {
