@@ -2,6 +2,7 @@
 
 import copy
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from PIL import Image
 from prefalign.families import image_token_ids
 from prefalign.images import ImageError, encode_png
 from prefalign.models import ModelConfig, load_processor
+from prefalign.records import Pair, assistant_message
+from prefalign.store import OutputConfig, write_records
 from prefalign.training.collator import PreferenceCollator
 from prefalign.training.documents import PromptTooLong, decode
 from prefalign.training.pairs import keep_fitting, load_pairs, pairs_manifest
@@ -119,6 +122,22 @@ def test_rows_that_do_not_fit_are_counted_and_named(tiny_llava: Path, tmp_path: 
     shortest = min(prompts.values())
     with pytest.raises(ValueError, match=f"no row fits max_length 4: the shortest prompt needs {shortest + 1}"):
         keep_fitting(dataset, PreferenceCollator(processor, max_length=4))
+
+
+def test_answers_that_a_cut_makes_one_text_are_counted(tiny_llava: Path, tmp_path: Path):
+    """The answers of even rows differ in their last word, those of odd ones in their first."""
+    rows = [replace(make_pair(0), id=f"pair-{number}") for number in range(4)]
+    for number, pair in enumerate(rows):
+        texts = ("{} on a red square", "a red square on {}")[number % 2 == 0]
+        pair.chosen, pair.rejected = ([assistant_message(texts.format(word))] for word in ("mat", "dog"))
+    write_records("test", rows, output=OutputConfig(tmp_path / "pairs"), record=Pair, settings={}, seed=0)
+    dataset, processor = load_pairs(tmp_path / "pairs"), load_processor(ModelConfig(str(tiny_llava)))
+    longest = max(PreferenceCollator(processor).lengths(row).prompt for row in dataset)
+    _, fit = keep_fitting(dataset, PreferenceCollator(processor, max_length=longest + 3))
+    assert (fit.answers_cut, fit.same_texts, fit.same_when_cut) == (4, 0, 2)
+    assert "4 rows lose the end of an answer to max_length; 2 have one text as both answers once cut" in fit.summary()
+    assert keep_fitting(dataset, PreferenceCollator(processor, max_length=200))[1].same_when_cut == 0
+    assert keep_fitting(dataset, PreferenceCollator(processor, VISUAL, max_length=longest + 3))[1].same_when_cut == 0
 
 
 def test_pictures_and_placeholders_must_agree(tiny_llava: Path):

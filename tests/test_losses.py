@@ -96,6 +96,7 @@ DENSE = {
         ({"gamma": 5, "normalise": False}, 13 + 3.5),
         # blocks of 3 are now too short: everything is changed, and the weight cancels
         ({"gamma": 5, "min_block": 4}, 5 / 8 - 0.5 / 7),
+        ({"gamma": 0.1, "min_block": 4}, 5 / 8 - 0.5 / 7),  # although the weights then add up to less than 1
         ({"gamma": 1, "normalise": False}, 5 - 0.5),
     ],
 )

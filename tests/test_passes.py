@@ -5,6 +5,7 @@ import pytest
 from prefalign.config import ConfigError
 from prefalign.records import Pair
 from prefalign.store import OutputConfig, write_records
+from prefalign.training import collator
 from prefalign.training.reference import cache_reference
 from tests.training_runs import largest_difference, losses, make_pair, make_trainer, weights, write_pairs
 
@@ -53,6 +54,31 @@ def test_a_budget_is_kept_and_each_row_is_in_one_part(tiny_llava, pairs, tmp_pat
     assert all(len(part["rows"]) == 1 for part in trainer.data_collator(rows)["parts"])
 
 
+def test_held_out_batches_are_run_in_parts_too(tiny_llava, pairs, tmp_path, caplog):
+    """Rows 2 and 5 alone take more than 60 tokens, which is said once."""
+    found = []
+    for budget in (None, 60):
+        trainer = make_trainer(
+            tiny_llava, pairs, tmp_path, losses=("text", "visual"), tokens_per_pass=budget, evaluates=True,
+            per_device_eval_batch_size=6, max_steps=1, save_strategy="no",
+        )  # fmt: skip
+        trainer.train()
+        sizes = []
+        trainer.model.get_input_embeddings().register_forward_hook(
+            lambda _, ids, out, sizes=sizes: sizes.append(ids[0].numel())
+        )
+        found.append((trainer.evaluate(), sizes))
+    (whole, one), (parts, several) = found
+    assert max(several) < max(one)
+    assert len(several) > len(one)
+    for name in ("eval_loss", "eval_rewards/margins", "eval_visual/margins", "eval_logps/chosen"):
+        assert parts[name] == pytest.approx(whole[name], abs=1e-4), name
+    assert parts.keys() == whole.keys()
+    told = [record.message for record in caplog.records if "tokens_per_pass is 60 and row pair-" in record.message]
+    assert len(told) == 1
+    assert "such a row is a pass of its own" in told[0]
+
+
 def test_pairs_of_one_prompt_share_a_part(tiny_llava, tmp_path):
     ranked = [make_pair(0) for _ in range(3)]
     for number, pair in enumerate(ranked):
@@ -74,6 +100,14 @@ def test_a_budget_counts_the_padding_of_its_layout(layout, most, tiny_llava, pai
         tokens = part["plain"]["input_ids"] if layout == "plain" else part["packed"]["tokens"]["input_ids"]
         assert tokens.numel() <= most
     assert 1 < len(batch["parts"]) < 6
+
+
+def test_pictures_are_stacked_for_the_parts_alone(tiny_llava, pairs, tmp_path, monkeypatch):
+    trainer, stacked = make_trainer(tiny_llava, pairs, tmp_path, tokens_per_pass=120, fast_path="off"), []
+    stack = collator.stack_vision
+    monkeypatch.setattr(collator, "stack_vision", lambda parts: stacked.append(len(parts)) or stack(parts))
+    batch = trainer.data_collator([trainer.train_dataset[number] for number in range(6)])
+    assert stacked == [2 * len(part["rows"]) for part in batch["parts"]]
 
 
 def test_budgets_that_make_no_sense(tiny_llava, pairs, tmp_path):

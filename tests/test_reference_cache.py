@@ -194,6 +194,16 @@ def test_other_losses_compute_the_views_that_are_missing_and_leave_the_rest(benc
     assert fill(make(bench, rows_of(3), entries="text"), fresh).computed == 0
 
 
+def test_with_a_cut_losses_on_other_pictures_need_another_folder(bench, tmp_path):
+    """Both prompts of a row have to fit, and the longest one decides where its answers end."""
+    fill(make(bench, rows_of(2), max_length=100), tmp_path)
+    with pytest.raises(
+        StaleReference, match=r"made otherwise \(max_length.prompts with: \['images', 'rejected_images'\] -> "
+    ):
+        fill(make(bench, rows_of(2), entries="text", max_length=100), tmp_path)
+    assert fill(make(bench, rows_of(2), entries="visual", max_length=100), tmp_path).computed == 0
+
+
 def test_another_ld_alpha_needs_no_new_pass_and_gives_its_own_sums(bench, tmp_path):
     """TRL's own cache gives back the sums of the first."""
     case = Case("llava", "text", "frozen", "1", 3, False, "online")

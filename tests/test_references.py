@@ -9,15 +9,17 @@ import torch
 from peft import get_peft_model
 from PIL import Image
 
-from prefalign.config import ConfigError
-from prefalign.families import core
+from prefalign import bundled
+from prefalign.config import ConfigError, build
+from prefalign.families import core, tower
 from prefalign.losses import read_losses
 from prefalign.models import ModelConfig, freeze, load_model
+from prefalign.training import preference_run
 from prefalign.training.documents import picture_bytes
 from prefalign.training.forward import FrozenTower
 from prefalign.training.lora import LoraSettings
 from prefalign.training.preference import PreferenceTrainer
-from prefalign.training.reference import StaleReference, cache_reference
+from prefalign.training.reference import StaleReference, cache_reference, row_key
 from prefalign.training.routes import find_route
 from tests.launching import ROOT, history, needs_deepspeed, start, without
 from tests.tiny_vlms import save_tiny
@@ -128,6 +130,53 @@ def test_another_config_of_the_same_weights_is_another_reference(tiny_llava, pai
     trainer.model.config.vision_feature_layer = -1
     with pytest.raises(StaleReference, match=r"made otherwise \(config: "):
         cache_reference(trainer, tmp_path / "cache", reference="start")
+
+
+def test_a_second_model_is_loaded_for_losses_that_look_at_it_only(tiny_llava, pairs, tmp_path, monkeypatch):
+    """Weights as ZeRO-3 leaves them cannot be copied, so the reference is loaded from its path."""
+    recipe, load, models = bundled.load_stage("train_preference"), preference_run.load_policy, []
+    monkeypatch.setattr(preference_run, "load_policy", lambda *of, **how: models.append(load(*of, **how)) or models[-1])
+    for entry, expected in (("simpo", 1), ("text", 2)):
+        values = {"model": {"model_name_or_path": str(tiny_llava), "device": "cpu"}, "pairs": str(pairs), "output": str(tmp_path),
+                  "reference": "online", "losses": [{"name": entry}]}  # fmt: skip
+        config = build(recipe.Config, values)
+        inputs = preference_run.read_inputs(config, output=tmp_path, trainer={})
+        models.clear()
+        begin = preference_run.load_start(config, inputs)
+        for parameter in begin.model.parameters():
+            parameter.ds_id = 0
+        preference_run.build_trainer(config, inputs, begin)
+        assert len(models) == expected
+    config.reference_folder = tmp_path / "cache"
+    with pytest.raises(ConfigError, match="reference_folder: nothing is kept there while reference is 'online'"):
+        preference_run.read_inputs(config, output=tmp_path, trainer={})
+
+
+def test_what_is_frozen_is_held_once(tiny_llava, pairs, tmp_path):
+    trainer = make_trainer(tiny_llava, pairs, tmp_path, frozen=("vision", "language_model"))
+    held = dict(trainer.ref_model.named_parameters())
+    for name, weight in trainer.model.named_parameters():
+        assert (held[name] is weight) == (not weight.requires_grad), name
+    assert {tower(name) for name, weight in trainer.model.named_parameters() if weight.requires_grad} == {"projector"}
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses(trainer)[3] != pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_picture_given_by_path_is_what_is_in_the_file(tmp_path):
+    row = {
+        "id": "a",
+        "images": [{"bytes": None, "path": str(tmp_path / "a.png")}],
+        "prompt": [],
+        "chosen": [],
+        "rejected": [],
+    }
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "a.png")
+    before = row_key(row)
+    Image.new("RGB", (8, 8), (0, 0, 255)).save(tmp_path / "a.png")
+    assert row_key(row) != before
+    encoded = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
+    assert row_key({**row, "images": [encoded]}) == row_key(row)
 
 
 def test_a_picture_changed_in_place_is_not_the_one_before():

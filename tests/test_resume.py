@@ -61,6 +61,33 @@ def test_resume_equals_the_uninterrupted_run(family, lora, request, pairs, tmp_p
     assert all((tmp_path / "straight" / f"checkpoint-{step}" / "processor_config.json").is_file() for step in (2, 4))
 
 
+def test_a_reference_that_moves_comes_back(tiny_llava, pairs, tmp_path):
+    """Mixed with the policy after each step: the one that the run started with would be another loss."""
+    settings = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.6}
+    straight = make_trainer(tiny_llava, pairs, tmp_path / "straight", **settings)
+    straight.train()
+    resumed = make_trainer(tiny_llava, pairs, tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    assert without_clock(resumed.state.log_history) == without_clock(straight.state.log_history)
+    for one, two in ((straight.model, resumed.model), (straight.ref_model, resumed.ref_model)):
+        assert largest_difference(weights(one), weights(two)) == 0.0
+    straight.save_model()
+    assert not (tmp_path / "straight" / "reference_model").exists()
+    shutil.rmtree(tmp_path / "straight" / "checkpoint-2" / "reference_model")
+    with pytest.raises(ValueError, match="holds no reference_model, the reference that trainer.sync_ref_model moved"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+
+
+def test_a_loss_without_its_state_does_not_go_on(tiny_llava, pairs, tmp_path):
+    trainer = make_trainer(tiny_llava, pairs, tmp_path, losses=("bco",), max_steps=2)
+    trainer.train()
+    (tmp_path / "checkpoint-2" / "terms.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"checkpoint-2 holds no state of the loss bco \(terms.json\), which would start at"
+    ):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_every_weight_of_a_checkpoint_comes_back(tiny_llava, pairs, tmp_path):
     """What `Trainer` does instead restores none of LLaVA's weights and says nothing (transformers #43701)."""
     trainer = make_trainer(tiny_llava, pairs, tmp_path)
@@ -173,6 +200,16 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     (tmp_path / "letters" / "a.txt").write_text("mine")
     with pytest.raises(RunError, match="is not empty and holds no run of prefalign"):
         open_run(tmp_path / "letters", run_files(config, "{}"))
+
+
+def test_a_kill_while_a_folder_is_claimed_leaves_no_check_out(tmp_path):
+    files = run_files({"seed": 0}, "{}") | base_file("x", "aaaa")
+    claim_run(tmp_path, {name: files[name] for name in list(files)[:1]})
+    claim_run(tmp_path, files)
+    with pytest.raises(RunError, match="pairs: their manifest is another one now.*; model: its weights are others now"):
+        open_run(tmp_path, run_files({"seed": 0}, '{"rows_out": 3}') | base_file("x", "bbbb"))
+    claim_run(tmp_path, run_files({"seed": 0}, '{"rows_out": 3}'))
+    assert (tmp_path / "pairs_manifest.json").read_text() == "{}"
 
 
 def test_recipe_resumes_by_itself(tiny_llava, pairs, tmp_path, capsys):

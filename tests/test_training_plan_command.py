@@ -49,6 +49,7 @@ def test_disk_counts_what_is_kept_at_once(toy, pairs):
         ({"save_strategy": "no"}, 0),
         ({"save_strategy": "epoch"}, 3),
         ({"save_strategy": "epoch", "save_total_limit": 1}, 2),
+        ({"save_steps": 1, "save_total_limit": 1, "metric_for_best_model": "loss"}, 3),  # best, last, and the new one
     ],
 )
 def test_checkpoints_of_ten_steps(tmp_path, settings, expected):

@@ -6,6 +6,10 @@ import pytest
 import torch
 from trl import DPOConfig
 
+from prefalign.config import ConfigError
+from prefalign.losses import read_losses
+from prefalign.training.arguments import training_arguments
+from prefalign.training.checks import check_settings
 from tests.equality import Bench, Case, compare, step
 from tests.training_runs import largest_difference, weights
 
@@ -71,6 +75,38 @@ def test_no_hook_is_left_behind_in_any_step(training, bench):
     trainer.train()
     assert trainer.model.is_gradient_checkpointing
     assert not trainer.model.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("losses", "settings", "message"),
+    [
+        (["text"], {"beta": 0}, "trainer.beta is 0.0, no scale of a reward: at 0 nothing has a gradient"),
+        (["text"], {"beta": float("nan")}, "trainer.beta is nan, no scale"),
+        (["text"], {"loss_weights": [-1.0]}, r"trainer.loss_weights is \[-1.0\]; a weight is a positive number"),
+        (["text"], {"label_smoothing": 0.5}, "trainer.label_smoothing is 0.5; .* from 0 to below 0.5: at a half"),
+        (["text"], {"loss_type": []}, "trainer.loss_type: the list is empty, so `text` has no loss"),
+        (["visual"], {"loss_type": ["ipo"]}, r"trainer.loss_type is \['ipo'\], and only the loss `text` reads it, .* \(visual\)"),
+        (["visual"], {"loss_weights": [3.0]}, r"trainer.loss_weights is \[3.0\], and only the loss `text`"),
+        (["visual"], {"ld_alpha": 0.3}, "trainer.ld_alpha is 0.3, and only"),
+        (["visual"], {"use_weighting": True}, "trainer.use_weighting is True, and only"),
+        (["visual"], {"label_smoothing": 0.1}, "trainer.label_smoothing is 0.1, and only"),
+        (["visual"], {"f_divergence_type": "forward_kl"}, "trainer.f_divergence_type is 'forward_kl', and only"),
+        (["visual"], {"discopop_tau": 0.1}, r"trainer.discopop_tau is 0.1, .* or add {name: text} to `losses`"),
+        (["simpo"], {"sync_ref_model": True}, r"sync_ref_model: the losses \(simpo\) look at no reference, so there is none"),
+    ],
+)  # fmt: skip
+def test_settings_that_train_nothing_or_the_opposite_are_refused(losses, settings, message, tmp_path):
+    def check(adapts=False, **more):
+        args = training_arguments(more, output=tmp_path, seed=0)
+        terms = read_losses([{"name": name} for name in losses], beta=0.1)
+        check_settings(terms, args, reference="online", tokens_per_pass=None, brings_reference=False, adapts=adapts)
+
+    check()
+    with pytest.raises(ConfigError, match=message):
+        check(**settings)
+    if losses == ["text"]:
+        with pytest.raises(ConfigError, match="trainer.sync_ref_model: with an adapter the reference is the model"):
+            check(adapts=True, sync_ref_model=True)
 
 
 def test_a_reference_that_follows_the_policy_is_stock_trls_and_leaves_the_frozen_tower_alone(bench):

@@ -55,7 +55,8 @@ def test_the_seed_decides_the_order(pairs):
 
 def test_one_pair_is_too_few(tmp_path):
     with pytest.raises(
-        ValueError, match=r"pairs holds 1 pair, and KTO shows each prompt the answer to another one\. Take 2 or"
+        ValueError,
+        match=r"pairs holds too few pairs \(1\): KTO shows a prompt the answer of another\. Take 2 or",
     ):
         load_unpaired(write(tmp_path / "pairs", 1))
 

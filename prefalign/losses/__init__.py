@@ -88,9 +88,12 @@ def read_losses(entries: Sequence[Mapping[str, Any]], *, beta: float) -> list[We
     problems, found = [], []
     for number, entry in enumerate(entries):
         place = f"losses.{number}"
+        if not isinstance(entry, Mapping):
+            problems.append(f"{place}: {entry!r} is no entry; write {{name: {entry}}}.")
+            continue
         settings = dict(entry)
         name, weight = settings.pop("name", None), settings.pop("weight", 1.0)
-        if name not in TERMS:
+        if not isinstance(name, str) or name not in TERMS:
             problems.append(
                 f"{place}.name: no preference term called {name!r}; {nearest(str(name), list(TERMS))} Methods of several terms, "
                 "such as mDPO, are lists: see configs/recipes/train_preference_*.yaml."

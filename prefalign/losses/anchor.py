@@ -11,6 +11,7 @@ Differs from the authors' code:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -42,6 +43,8 @@ class Anchor:
     def __post_init__(self) -> None:
         if len(set(self.below_zero)) < len(self.below_zero):
             raise ValueError(f"below_zero names a view twice: {', '.join(self.below_zero)}; once is enough")
+        if not math.isfinite(self.delta):
+            raise ValueError(f"delta is {self.delta}; a finite reward is to exceed it (published: 0)")
 
     @property
     def views(self) -> tuple[str, ...]:

@@ -65,7 +65,7 @@ class DDPO:
     def _logratios(self, side: Scores, changed: torch.Tensor) -> torch.Tensor:
         weights = segment_weights(side, changed, self.gamma)
         total = weighted_logratios(side, weights)
-        return total / weights.sum(dim=1).clamp(min=1) if self.normalise else total
+        return total / weights.sum(dim=1).clamp(min=min(1.0, self.gamma)) if self.normalise else total
 
 
 def segment_weights(side: Scores, changed: torch.Tensor, gamma: float) -> torch.Tensor:

@@ -56,6 +56,8 @@ class OPADPO:
                     f"{name} is {value}, and a part's weight is 0 or more; below 0 it would train the opposite (published: image "
                     "0.2, anchor 1)"
                 )
+        if not math.isfinite(self.delta):
+            raise ValueError(f"delta is {self.delta}; a finite reward is to exceed it (published: 0)")
 
     def loss(self, scores: Mapping[str, Scores]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """See `Term.loss`."""

@@ -30,6 +30,7 @@ DPO_WITHOUT_EFFECT = {
     "dataset_num_proc": "rows are prepared batch by batch",
     "precompute_ref_batch_size": "the reference's pass takes the batches of training",
     "model_init_kwargs": "`model` says how the model is loaded",
+    "trust_remote_code": "set `model.trust_remote_code`",
     "pad_token": "the processor has one",
 }
 """Fields of `DPOConfig` that say nothing about pairs with pictures, and why."""
@@ -47,6 +48,7 @@ SFT_WITHOUT_EFFECT = {
     "dataset_kwargs": "rows are prepared batch by batch",
     "dataset_num_proc": "rows are prepared batch by batch",
     "model_init_kwargs": "`model` says how the model is loaded",
+    "trust_remote_code": "set `model.trust_remote_code`",
     "pad_token": "the processor has one",
 }
 """Fields of `SFTConfig` that say nothing about conversations with pictures, and why."""
@@ -59,7 +61,8 @@ def defaults() -> dict[str, Any]:
 
     `max_length` None (nothing is cut), bfloat16 only on a GPU that has it, no tracker, plain log lines without a
     terminal. `use_cpu` where there is nothing else: without it `torchrun` on a CPU trains separate models side by side.
-    Everything else is TRL's default, `beta` 0.1 and gradient checkpointing included.
+    `logging_nan_inf_filter` off: it logs a loss that is not a number as 0, and `Upkeep` stops at one. Everything else
+    is TRL's default, `beta` 0.1 and gradient checkpointing included.
     """
     on_gpu = torch.cuda.is_available()
     return {
@@ -67,6 +70,7 @@ def defaults() -> dict[str, Any]:
         "max_length": None,
         "bf16": on_gpu and torch.cuda.is_bf16_supported(),
         "report_to": "none",
+        "logging_nan_inf_filter": False,
         "disable_tqdm": not sys.stderr.isatty(),
         "dataloader_pin_memory": on_gpu,
     }

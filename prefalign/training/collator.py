@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -32,10 +33,12 @@ class Lengths:
     Attributes:
         prompt: prompt with its image tokens, the longest of its picture sides.
         total: that prompt and the longer answer, end of turn included.
+        alike: tokens at the start of the answers that are the same in all of them; 0 where they are one text.
     """
 
     prompt: int
     total: int
+    alike: int
 
 
 @dataclass
@@ -103,25 +106,25 @@ class PreferenceCollator:
         parts = [self._batch([rows[row] for row in group], read.part(group)) for group in groups]
         for part, group in zip(parts, groups, strict=True):
             part |= {"rows": group, "weight": len(group) / len(rows)}
-        return {**self._two(read, len(rows))[0], "parts": parts}
+        return {**self._two(self._plain(read, self._padding()), len(rows)), "parts": parts}
 
-    def _two(self, read: Documents, rows: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """TRL's layout of the first two views, and the plain layout of all."""
-        plain = self._plain(read, self._padding())
+    def _two(self, plain: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+        """TRL's layout of the first two views, of the tokens of all."""
         views = list(self.views)
         places = [view * rows + row for view in (0, min(1, len(views) - 1)) for row in range(rows)]
         two = {key: plain[key][places] for key in ("input_ids", "attention_mask", "completion_mask")}
         columns = int(two["attention_mask"].sum(dim=1).max())
-        return {key: value[:, :columns] for key, value in two.items()}, plain
+        return {key: value[:, :columns] for key, value in two.items()}
 
     def _batch(self, rows: Sequence[Mapping[str, Any]], read: Documents) -> dict[str, Any]:
         padding = self._padding()
-        two, plain = self._two(read, len(rows))
-        batch: dict[str, Any] = dict(two)
+        plain = self._plain(read, padding)
+        batch: dict[str, Any] = dict(self._two(plain, len(rows)))
         batch["ids"] = [row.get("id") for row in rows]
         batch["answers"] = self._answers(read, padding)
         if self.layout == "plain":
-            batch["plain"] = plain
+            shown = [read.documents[number].vision for view in self.views for number, _ in read.places[view]]
+            batch["plain"] = plain | stack_vision(shown)
             labels = int(plain["completion_mask"].sum())
             lengths = [int(batch["answers"][VIEWS[view].answer]["mask"].sum()) for view in self.views]
             batch["index"] = dict(zip(self.views, torch.arange(labels).split(lengths), strict=True))
@@ -137,14 +140,17 @@ class PreferenceCollator:
         """Tokens that one row needs."""
         documents = self.reader.read([row]).documents
         prompt = max(len(document.prompt) for document in documents)
-        return Lengths(prompt, prompt + max(len(answer) for document in documents for answer in document.answers))
+        answers = [answer.tolist() for document in documents for answer in document.answers]
+        differs = (len(set(tokens)) > 1 for tokens in zip_longest(*answers))
+        alike = next((place for place, differ in enumerate(differs) if differ), 0)
+        return Lengths(prompt, prompt + max(map(len, answers)), alike)
 
     def _padding(self) -> int:
         tokenizer = self.processor.tokenizer
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def _plain(self, read: Documents, padding: int) -> dict[str, torch.Tensor]:
-        """Every view of every row as prompt and answer, padded at the right."""
+        """Tokens of every view of every row, prompt and answer, padded at the right."""
         rows = [
             (read.documents[number], read.documents[number].answers[branch])
             for view in self.views
@@ -162,8 +168,6 @@ class PreferenceCollator:
         for key in rows[0][0].types:
             whole = [torch.cat([document.types[key], self._types(key, answer)]) for document, answer in rows]
             inputs[key] = _padded(whole, 0)
-        if self.layout == "plain":
-            inputs |= stack_vision([document.vision for document, _ in rows])
         return inputs
 
     def _types(self, key: str, answer: torch.Tensor) -> torch.Tensor:
@@ -252,7 +256,7 @@ class PreferenceCollator:
             if have != wanted:
                 raise ValueError(
                     f"the cached reference log-probs of view {view!r} have {have} tokens and the answers {wanted}: "
-                    f"they were made with another tokenizer or template. Delete {self.cache.folder} and start again."
+                    f"they were made with another tokenizer, template or cut. Delete {self.cache.folder} and start again."
                 )
         return reference
 

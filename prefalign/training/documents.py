@@ -257,9 +257,11 @@ def decode(picture: EncodedImage | Image.Image) -> Image.Image:
 
 
 def picture_bytes(picture: EncodedImage | Image.Image) -> bytes:
-    """What tells one picture from another: its encoded bytes, its path, or its pixels."""
+    """What tells one picture from another: its encoded bytes, read from its file where it is given by path, or its pixels."""
     if isinstance(picture, Mapping):
-        return picture["bytes"] if picture["bytes"] is not None else str(picture["path"]).encode()
+        encoded = picture["bytes"] if picture["bytes"] is not None else read_image(Path(str(picture["path"])))["bytes"]
+        assert encoded is not None
+        return encoded
     return f"{picture.size} ".encode() + decode(picture).tobytes()
 
 

@@ -306,7 +306,10 @@ class FrozenTower:
 
 
 def frozen_tower(model: PreTrainedModel) -> torch.nn.Module | None:
-    """The largest part of the vision side that holds nothing trainable: the module under the backbone that is the tower."""
+    """The vision tower where nothing in it trains: a module right under the backbone.
+
+    None for Qwen's `visual` while the merger inside it trains: its blocks then run for policy and reference each.
+    """
     for name, module in families.core(model).model.named_children():
         parameters = list(module.parameters())
         if families.tower(f"{name}.") == "vision" and parameters and not any(p.requires_grad for p in parameters):

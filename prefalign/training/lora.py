@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prefalign.config import ConfigError
+from prefalign.config import ConfigError, nearest
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -114,10 +114,13 @@ def check_trainable(model: nn.Module, frozen: Sequence[str]) -> None:
     """Check that something trains, and nothing in a frozen tower.
 
     Raises:
-        ConfigError: an adapter sits in a tower that is meant to stay as it is, or everything is frozen.
+        ConfigError: no such tower; an adapter sits in a tower that is meant to stay as it is, or everything is frozen.
     """
-    from prefalign.families import tower
+    from prefalign.families import TOWERS, tower
 
+    for name in frozen:
+        if name not in TOWERS:
+            raise ConfigError(f"freeze: there is no tower called {name!r}; {nearest(name, TOWERS)}")
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise ConfigError(f"freeze: {', '.join(frozen)} leaves nothing to train. Take one off the list.")

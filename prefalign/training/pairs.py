@@ -134,11 +134,15 @@ def check_texts(dataset: Dataset, views: Sequence[str], folder: Path) -> None:
 
 def _same_texts(dataset: Dataset, views: Sequence[str]) -> Iterator[bool]:
     """For each row, whether a run compares a text with itself on the same pictures."""
-    one_picture = len({VIEWS[view].images for view in views}) == 1 and len(views) > 1
+    one_picture = _compares_on_one_picture(views)
     table = dataset.with_format("arrow").select_columns(["chosen", "rejected"])
     for batch in table.iter(batch_size=1000):
         for row in batch.to_pylist():
             yield one_picture and same_answer(*(message_text(row[side]) for side in ("chosen", "rejected")))
+
+
+def _compares_on_one_picture(views: Sequence[str]) -> bool:
+    return len({VIEWS[view].images for view in views}) == 1 and len(views) > 1
 
 
 def rows_without(dataset: Dataset, column: str) -> int:
@@ -160,8 +164,9 @@ class Fit:
         rows_in: rows looked at.
         rows_used: rows kept.
         too_long: id to tokens of the prompt, for rows dropped because the prompt fills `max_length`.
-        answers_cut: rows kept whose answer loses its end.
+        answers_cut: rows kept of which an answer loses its end.
         same_texts: rows kept that compare a text with itself on the same pictures, which has no gradient.
+        same_when_cut: rows kept that do so only because `max_length` cuts both answers before they differ.
         stored_pictures: with a `negative`, rows kept that show `rejected_images` of their own instead.
     """
 
@@ -170,6 +175,7 @@ class Fit:
     too_long: dict[str, int] = field(default_factory=dict)
     answers_cut: int = 0
     same_texts: int = 0
+    same_when_cut: int = 0
     stored_pictures: int = 0
 
     @property
@@ -187,9 +193,13 @@ class Fit:
                 f"max_length {self.needed} keeps all of them"
             )
         if self.answers_cut:
-            parts.append(f"{self.answers_cut} answers are cut to max_length")
+            parts.append(f"{self.answers_cut} rows lose the end of an answer to max_length")
         if self.same_texts:
             parts.append(f"{self.same_texts} have one text as both answers, from which a comparison learns nothing")
+        if self.same_when_cut:
+            parts.append(
+                f"{self.same_when_cut} have one text as both answers once cut; a greater max_length tells them apart"
+            )
         if self.stored_pictures:
             made = self.rows_used - self.stored_pictures
             parts.append(f"{self.stored_pictures} show the other picture stored with them, {made} one made on the fly")
@@ -207,6 +217,7 @@ def keep_fitting(dataset: Dataset, collator: PreferenceCollator) -> tuple[Datase
     if collator.max_length is None:
         return dataset, _counted(dataset, collator, Fit(rows_in=len(dataset), rows_used=len(dataset)))
     fit = Fit(rows_in=len(dataset), rows_used=0)
+    one_picture = _compares_on_one_picture(collator.views)
     keep = []
     for index, row in enumerate(tqdm(dataset, desc="count tokens", unit="row", disable=None)):
         lengths = collator.lengths(row)
@@ -214,6 +225,7 @@ def keep_fitting(dataset: Dataset, collator: PreferenceCollator) -> tuple[Datase
             fit.too_long[row["id"]] = lengths.prompt
             continue
         fit.answers_cut += lengths.total > collator.max_length
+        fit.same_when_cut += one_picture and collator.max_length - lengths.prompt <= lengths.alike
         keep.append(index)
     fit.rows_used = len(keep)
     if not keep:

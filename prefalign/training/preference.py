@@ -13,9 +13,8 @@ import copy
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,12 +31,13 @@ from prefalign import families
 from prefalign.config import ConfigError
 from prefalign.losses import Scores, Weighted, read_losses, views_of
 from prefalign.manifest import write_atomically
+from prefalign.training.checkpoints import REFERENCE_FOLDER, TERMS_FILE, restore_reference, restore_terms
 from prefalign.training.checks import check_settings, needs_reference
 from prefalign.training.collator import PreferenceCollator, blank_vision
 from prefalign.training.forward import FrozenTower, frozen_tower, share, unshare
 from prefalign.training.pairs import COLUMNS
 from prefalign.training.routes import find_route
-from prefalign.training.scoring import FIELDS, has_pictures, run, view_scores
+from prefalign.training.scoring import FIELDS, has_pictures, run, tokens_in, view_scores
 from prefalign.training.upkeep import Upkeep
 
 if TYPE_CHECKING:
@@ -53,9 +53,6 @@ PRIVATE = (
     "_compute_loss",
     "_set_signature_columns_if_needed",
 )
-
-TERMS_FILE = "terms.json"
-"""State of loss terms that keep one, beside every saved model."""
 
 
 class PreferenceTrainer(Upkeep, DPOTrainer):
@@ -78,8 +75,9 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         fast_path: `auto` shares prompts and pictures where the family allows it exactly; `off` takes TRL's layout.
         reference: `online` runs the reference in every step; `cached` reads its log-probs from a cache that
             `reference.cache_reference` fills before training, and keeps no reference model.
-        tokens_per_pass: most tokens of one forward pass. A batch that holds more is run in parts, which hold what fits instead of
-            a fixed number of rows; the loss stays the mean over its rows. None: a batch is one pass.
+        tokens_per_pass: most tokens of one forward pass. A batch that holds more, held-out ones too, is run in parts, which hold
+            what fits instead of a fixed number of rows; the loss stays the mean over its rows. A single row that is longer is a
+            pass of its own, with one warning. None: a batch is one pass.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -112,12 +110,16 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         self.needs_reference = needs_reference(self.losses, args.loss_type)
         self.starts_from_adapter = is_peft_model(model)
         self.reference = reference
+        self.tokens_per_pass = tokens_per_pass or 0
+        self.warned_of_a_long_row = False
+        adapts = peft_config is not None or self.starts_from_adapter
         check_settings(
             self.losses,
             args,
             reference=reference,
             tokens_per_pass=tokens_per_pass,
             brings_reference=ref_model is not None,
+            adapts=adapts,
         )
         unshare(model)
         self.route = find_route(model, fast_path)
@@ -133,7 +135,6 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
             image_token_id=families.image_token_ids(model.config)[0],
             tokens_per_pass=tokens_per_pass,
         )
-        adapts = peft_config is not None or self.starts_from_adapter
         online = self.needs_reference and reference == "online"
         still = frozen_tower(model)
         if not online:
@@ -145,9 +146,10 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
                     "cannot be copied, and TRL would load its path once more, at whatever revision is the default there. Set "
                     "reference to 'cached', or give `ref_model`, loaded as the policy was."
                 )
-            # a frozen tower is the same in both, so both may use the one, unless the reference is written to
-            shares = still is not None and not args.sync_ref_model and not args.fsdp_plugin_args
-            ref_model = copy.deepcopy(model, {id(still): still} if shares else {})
+            # what is frozen is the same in both, so both may use the one, unless the reference is written to
+            shared = [still, *(weight for weight in model.parameters() if not weight.requires_grad)]
+            written = args.sync_ref_model or args.fsdp_plugin_args
+            ref_model = copy.deepcopy(model, {} if written else {id(part): part for part in shared if part is not None})
             ref_model.requires_grad_(False).eval()
         super().__init__(
             model=model,
@@ -181,54 +183,68 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         self._signature_columns = list(COLUMNS)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train as TRL does; losses that keep a state go on with the checkpoint's."""
+        """Train as TRL does; losses that keep a state and a reference that moves go on with the checkpoint's.
+
+        Raises:
+            ConfigError: a reference that moves, in a checkpoint of DeepSpeed or FSDP.
+            ValueError: the checkpoint lacks them.
+        """
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(str(self.args.output_dir))
-        states = Path(folder) / TERMS_FILE if folder else None
-        if states is not None and states.is_file():
-            kept = json.loads(states.read_text(encoding="utf-8"))
-            for entry in self._stateful():
-                entry.term.load_state_dict(kept[entry.name])
+        if folder:
+            restore_terms(self._stateful(), Path(folder))
+            if self.args.sync_ref_model:
+                sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+                restore_reference(self.accelerator.unwrap_model(self.ref_model), Path(folder), sharded=sharded)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As transformers does, but DeepSpeed's 16 bits are not for the reference's log-probs: their sums would be rounded."""
         prepared = super()._prepare_inputs(inputs)
         if "reference" in inputs:
-            device = self.args.device
-            prepared["reference"] = {view: logps.to(device) for view, logps in inputs["reference"].items()}
+            prepared["reference"] = {view: logps.to(self.args.device) for view, logps in inputs["reference"].items()}
         return prepared
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Held-out batches are run whole."""
-        collator = self.data_collator
-        self.data_collator = replace(collator, tokens_per_pass=None)
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = collator
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """A step on a batch, or on its parts one after the other: gradients add up, metrics are means over the batch's rows."""
+        step = super().training_step
         if "parts" not in inputs:
-            return super().training_step(model, inputs, *args, **kwargs)
-        before = self._metrics["train"]
+            return step(model, inputs, *args, **kwargs)
+        return self._over_parts(inputs, "train", lambda part: step(model, part, *args, **kwargs))
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """The loss of a held-out batch, or of its parts one after the other, which give no logits."""
+        step = super().prediction_step
+        if "parts" not in inputs:
+            return step(model, inputs, prediction_loss_only, ignore_keys)
+        return self._over_parts(inputs, "eval", lambda part: step(model, part, True, ignore_keys)[0]), None, None
+
+    def _over_parts(self, inputs: dict[str, Any], mode: str, run_part: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        before = self._metrics[mode]
         means: dict[str, float] = defaultdict(float)
         total = torch.zeros((), device=self.accelerator.device)
         for part in inputs["parts"]:
-            self._metrics["train"] = defaultdict(list)
-            total = total + super().training_step(model, part, *args, **kwargs)
-            for name, values in self._metrics["train"].items():
+            if not self.warned_of_a_long_row and len(part["ids"]) == 1 and tokens_in(part) > self.tokens_per_pass:
+                self.warned_of_a_long_row = True
+                logger.warning(
+                    "tokens_per_pass is %d and row %s alone takes %d: such a row is a pass of its own.",
+                    self.tokens_per_pass, part["ids"][0], tokens_in(part),
+                )  # fmt: skip
+            self._metrics[mode] = defaultdict(list)
+            total = total + run_part(part)
+            for name, values in self._metrics[mode].items():
                 means[name] += part["weight"] * values[-1]
-        self._metrics["train"] = before
+        self._metrics[mode] = before
         for name, value in means.items():
             before[name].append(value)
         before["num_tokens"] = [self._total_train_tokens]
         return total
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        self.saw_pictures = self.saw_pictures or has_pictures(inputs)
+        self.saw_pictures = self.saw_pictures or (self.model.training and has_pictures(inputs))
         reference = self._reference(inputs)
         policy = run(model, inputs, full_logits=bool(self.full_logits))
         if self.frozen is not None:
@@ -335,6 +351,9 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         states = {entry.name: entry.term.state_dict() for entry in self._stateful()}
         if self.args.should_save and states:
             write_atomically(Path(output_dir or self.args.output_dir) / TERMS_FILE, json.dumps(states).encode())
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if self.args.sync_ref_model and output_dir not in (None, self.args.output_dir) and not sharded:
+            self.accelerator.unwrap_model(self.ref_model).save_pretrained(Path(str(output_dir)) / REFERENCE_FOLDER)
 
     def _stateful(self) -> list[Weighted]:
         return [entry for entry in self.losses if hasattr(entry.term, "state_dict")]

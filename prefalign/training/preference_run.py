@@ -73,6 +73,10 @@ def read_inputs(config: Any, *, output: Path, trainer: Mapping[str, Any]) -> Inp
         ConfigError: settings that contradict each other, or a `negative` that makes nothing.
         ValueError: pairs that are not whole, or lack what a loss reads.
     """
+    if config.reference_folder is not None and config.reference == "online":
+        raise ConfigError(
+            "reference_folder: nothing is kept there while reference is 'online'. Leave it out, or set reference to 'cached'."
+        )
     arguments: Any = training_arguments(trainer, output=output, seed=config.seed)
     check_quantised(config.model, config.lora, arguments)
     check_held_out(arguments, config.eval_pairs)
@@ -131,7 +135,8 @@ def build_trainer(config: Any, inputs: Inputs, start: Start) -> PreferenceTraine
         ConfigError: settings that contradict each other.
     """
     # weights that are shared out cannot be copied, so the reference is loaded once more
-    loads_reference = config.reference == "online" and config.lora is None and in_parts(start.model)
+    online = config.reference == "online" and needs_reference(inputs.losses, inputs.arguments.loss_type)
+    loads_reference = online and config.lora is None and in_parts(start.model)
     return PreferenceTrainer(
         start.model,
         ref_model=load_policy(config.model, None, device=str(inputs.arguments.device)) if loads_reference else None,

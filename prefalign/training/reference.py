@@ -4,7 +4,8 @@
     folder/part-*.arrow      entries: key, and per view one number for each token of the answer
 
 A key hashes the row's texts and the bytes of its pictures, so shuffling, subsetting and appending rows keep what is there.
-Another reference, precision, route or processor refuses the folder. Since single tokens are kept, `ld_alpha`, norms and
+Another reference, precision, route or processor refuses the folder; so do losses on other pictures where `max_length` is set,
+since the longest prompt of a row decides where its answers are cut. Since single tokens are kept, `ld_alpha`, norms and
 token weights need no new pass. (TRL's own cache is keyed by data set and model alone and stores sums: with another `ld_alpha` it
 returns the old ones.)
 """
@@ -174,7 +175,7 @@ def cache_settings(trainer: PreferenceTrainer, reference: str) -> dict[str, Any]
         "quantisation": json.loads(json.dumps(_plain(quantised), default=str)),
         "route": trainer.route.layout,
         "processor": hashlib.sha256(json.dumps(prepared, sort_keys=True, default=str).encode()).hexdigest()[:16],
-        "max_length": collator.max_length,
+        "max_length": _cut(collator.max_length, trainer.views),
         "negative": None if collator.negative is None else {**asdict(collator.negative), "seed": collator.seed},
     }
 
@@ -310,6 +311,15 @@ def _runnable(trainer: PreferenceTrainer) -> Any:
     from trl.models import prepare_deepspeed
 
     return prepare_deepspeed(trainer.model, trainer.accelerator)
+
+
+def _cut(max_length: int | None, views: Sequence[str]) -> dict[str, Any] | None:
+    """What decides where answers end: they are left what the longest prompt of a row does not take."""
+    sides = {VIEWS[view].images for view in views}
+    # without pictures a prompt is never the longest
+    return (
+        None if max_length is None else {"tokens": max_length, "prompts with": sorted(side for side in sides if side)}
+    )
 
 
 def _plain(config: Any) -> Any:

@@ -126,9 +126,12 @@ def _count(processes: int) -> str:
 
 
 def claim_run(folder: Path, files: Mapping[str, str]) -> None:
-    """Make a folder that `open_run` found free the run's own. One process does this, just before training."""
-    if not (folder / CONFIG_FILE).is_file():
-        for name, text in files.items():
+    """Make a folder that `open_run` found free the run's own. One process does this, just before training.
+
+    What is there stays; what is missing is written, so that a kill in between leaves no check of `open_run` out.
+    """
+    for name, text in files.items():
+        if not (folder / name).is_file():
             write_atomically(folder / name, text.encode())
 
 

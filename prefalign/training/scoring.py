@@ -82,6 +82,11 @@ def has_pictures(batch: Mapping[str, Any]) -> bool:
     return bool(batch["packed"]["vision"]) if "packed" in batch else "pixel_values" in batch["plain"]
 
 
+def tokens_in(batch: Mapping[str, Any]) -> int:
+    """Tokens that a forward pass over a collated batch takes, padding included."""
+    return int((batch["packed"]["tokens"] if "packed" in batch else batch["plain"])["input_ids"].numel())
+
+
 def _spread(values: torch.Tensor, mask: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Values of labels, (N,) or (N, V), at their places in (B, A) or (B, A, V); 0 elsewhere."""
     empty = values.new_zeros((*mask.shape, *values.shape[1:]))

@@ -51,7 +51,7 @@ def load_unpaired(folder: Path, *, seed: int = 0) -> Dataset:
     count = len(pairs)
     if count < 2:
         raise ValueError(
-            f"{folder} holds 1 pair, and KTO shows each prompt the answer to another one. Take 2 or more; dozens to learn."
+            f"{folder} holds too few pairs ({count}): KTO shows a prompt the answer of another. Take 2 or more, dozens to learn."
         )
     sides = [
         pairs.remove_columns(other).rename_column(side, "completion").add_column("label", [side == "chosen"] * count)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -41,6 +42,7 @@ class Upkeep(Trainer):
 
     Raises:
         ValueError: in the first step, if nothing in a tower that is meant to train got a gradient.
+        FloatingPointError: a logged training loss, or a weight that is to be saved, is not a finite number.
     """
 
     _total_train_tokens: int
@@ -63,7 +65,18 @@ class Upkeep(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as TRL does, with `train_loss` over the whole run and not only over what followed a resume."""
+        """Log as TRL does, with `train_loss` over the whole run and not only over what followed a resume.
+
+        Raises:
+            FloatingPointError: the training loss is not a finite number; there is a log before every checkpoint.
+        """
+        for name in ("loss", "train_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise FloatingPointError(
+                    f"{name} is {logs[name]} at step {self.state.global_step}: the weights are broken or about to be, and every "
+                    "later step would be too. Nothing more is saved. Lower trainer.learning_rate, or take trainer.bf16 in place "
+                    "of fp16 or model.dtype float32, and start anew or from a checkpoint before this step."
+                )
         logged = [(entry["step"], entry["loss"]) for entry in self.state.log_history if "loss" in entry]
         if "train_loss" in logs and logged and logged[-1][0] == self.state.global_step:
             starts = [0, *(step for step, _ in logged[:-1])]
@@ -88,10 +101,25 @@ class Upkeep(Trainer):
         return self.is_deepspeed_enabled or self.is_fsdp_enabled or is_peft_model(self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        _check_finite(trained if state_dict is None else state_dict)
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             for name, text in self.files.items():
                 write_atomically(Path(output_dir or str(self.args.output_dir)) / name, text.encode())
+
+
+def _check_finite(weights: Mapping[str, torch.Tensor]) -> None:
+    """Check weights that are to be saved; a last step can break them after a finite loss."""
+    broken = [
+        name for name, weight in weights.items() if weight.is_floating_point() and not bool(weight.isfinite().all())
+    ]
+    if broken:
+        raise FloatingPointError(
+            f"{len(broken)} of {len(weights)} tensors to save hold numbers that are not finite ({', '.join(broken[:3])}): this "
+            "model answers nothing, so it is not saved. Lower trainer.learning_rate, or take trainer.bf16 in place of fp16 or "
+            "model.dtype float32, and start anew or from an earlier checkpoint."
+        )
 
 
 class _LogBeforeSave(TrainerCallback):
@@ -112,18 +140,19 @@ class _LogBeforeSave(TrainerCallback):
 
 
 class _GradientAudit(TrainerCallback):
-    """After the first backward pass, name trainable tensors that got no gradient."""
+    """After the first backward pass, and after the first one with a picture, name trainable tensors that got no gradient."""
 
     def __init__(self, trainer: Upkeep):
         self.trainer = trainer
-        self.done = False
+        self.looked = self.done = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         if self.done or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             return
-        self.done = True
-        audit_gradients(trainer.model.named_parameters(), saw_pictures=trainer.saw_pictures)
+        if trainer.saw_pictures or not self.looked:
+            audit_gradients(trainer.model.named_parameters(), saw_pictures=trainer.saw_pictures)
+        self.looked, self.done = True, trainer.saw_pictures
 
 
 def audit_gradients(parameters: Iterable[tuple[str, torch.nn.Parameter]], *, saw_pictures: bool = True) -> list[str]:
@@ -131,23 +160,26 @@ def audit_gradients(parameters: Iterable[tuple[str, torch.nn.Parameter]], *, saw
 
     Args:
         parameters: names and parameters after a backward pass.
-        saw_pictures: whether the pass held a picture; without one a vision tower rightly gets nothing.
+        saw_pictures: whether the pass held a picture; without one tower and projector rightly get nothing, and are left out.
 
     Raises:
         ValueError: nothing in a whole tower that is meant to train got a gradient.
     """
-    trainable = [(name, parameter.grad is not None) for name, parameter in parameters if parameter.requires_grad]
+    trainable = [
+        (name, parameter.grad is not None)
+        for name, parameter in parameters
+        if parameter.requires_grad and (saw_pictures or tower(name) == "language_model")
+    ]
     without = [name for name, has_gradient in trainable if not has_gradient]
     for part in sorted({tower(name) for name in without}):
         if any(has_gradient for name, has_gradient in trainable if tower(name) == part):
             continue
-        if part == "language_model" or saw_pictures:
-            names = [name for name in without if tower(name) == part]
-            raise ValueError(
-                f"none of the {len(names)} trainable tensors of the {part} tower got a gradient in the first step "
-                f"({names[0]}, ...): they would never change. Freeze that tower, or turn off reentrant gradient "
-                "checkpointing (trainer.gradient_checkpointing_kwargs: {use_reentrant: false})."
-            )
+        names = [name for name in without if tower(name) == part]
+        raise ValueError(
+            f"none of the {len(names)} trainable tensors of the {part} tower got a gradient in the first step "
+            f"({names[0]}, ...): they would never change. Freeze that tower, or turn off reentrant gradient "
+            "checkpointing (trainer.gradient_checkpointing_kwargs: {use_reentrant: false})."
+        )
     if without:
         logger.warning(
             "%d of %d trainable tensors got no gradient in the first step and will not change: %s%s",
