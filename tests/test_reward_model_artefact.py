@@ -126,7 +126,7 @@ def test_scores_that_are_no_numbers_are_found(copied):
         RewardModel.load(folder, device="cpu")
 
 
-def test_a_base_with_other_weights_is_refused(folders, copied, tmp_path):
+def test_a_base_with_other_weights_is_refused(folders, copied, tmp_path, tiny_idefics3):
     folder = copied("adapter")
     other = save_tiny("llava", tmp_path / "other", seed=1)
     settings = json.loads((folder / "adapter_config.json").read_text())
@@ -135,8 +135,9 @@ def test_a_base_with_other_weights_is_refused(folders, copied, tmp_path):
     message = r"trained on '.*base' with other weights than .*other has \(fingerprint \w+, here \w+\).*Use the weights"
     with pytest.raises(RewardModelError, match=message):
         RewardModel.load(folder, device="cpu")
-    with pytest.raises(RewardModelError, match="other weights than the model that is to carry it has"):
-        RewardModel.load(folders / "adapter", onto=policy_on(other))
+    for checkpoint in (other, tiny_idefics3):
+        with pytest.raises(RewardModelError, match="other weights than the model that is to carry it has"):
+            RewardModel.load(folders / "adapter", onto=policy_on(checkpoint))
 
 
 def policy_on(checkpoint, dropout=0.5):
