@@ -106,6 +106,11 @@ def hidden_states(model: PreTrainedModel, packed: Mapping[str, Any]) -> torch.Te
     return base.model(**_document_inputs(base, packed)).last_hidden_state[0]
 
 
+def is_shared(model: PreTrainedModel) -> bool:
+    """Whether `share` has wrapped a model."""
+    return bool(vars(families.core(model)).get(_UNDO))
+
+
 def unshare(model: PreTrainedModel) -> None:
     """Take off what `share` and TRL's head put on a model, before it is trained once more in the same process."""
     base = families.core(model)
