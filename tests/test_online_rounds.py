@@ -1,6 +1,7 @@
 """The loop of rounds: its arrows, what it records, that an interruption changes nothing, and mixing."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 import pytest
 
 from prefalign import bundled, config, store
+from prefalign.config import ConfigError
 from prefalign.manifest import read_manifest
 from prefalign.models import ModelConfig
 from prefalign.online import annotating, round_training
@@ -105,6 +107,31 @@ def test_a_finished_run_is_left_alone_and_another_config_refused(straight, promp
     assert "acc. online" in capsys.readouterr().out
     with pytest.raises(RunError, match=r"another config \(margin: 0.0 -> 0.5\).*give another `output`"):
         run(prompts, folder, margin=0.5, **CHECKED)
+
+
+def test_resume_says_whether_a_run_has_begun(straight, prompts, tmp_path):
+    folder, results = straight
+    assert run(prompts, folder, resume=True, **CHECKED) == results
+    with pytest.raises(RunError, match=r"resume is false and .* holds a run"):
+        run(prompts, folder, resume=False, **CHECKED)
+    with pytest.raises(RunError, match=r"resume is true and .* holds no run"):
+        run(prompts, tmp_path / "new", resume=True)
+
+
+def test_other_offline_pairs_are_another_run(prompts, tmp_path):
+    offline = write_offline(tmp_path / "offline", prompts)
+    one_round = {"rounds": {"count": 1, "prompts": 2}, "offline": offline, "p_offline": 1.0}
+    run(None, tmp_path / "run", **one_round)
+    shutil.rmtree(offline)
+    write_offline(offline, prompts, 3)
+    with pytest.raises(RunError, match=r"offline: their manifest is another one now"):
+        run(None, tmp_path / "run", **one_round)
+
+
+def test_several_processes_are_refused(prompts, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"2 processes were started.*Start one process"):
+        run(prompts, tmp_path / "run")
 
 
 class Interruption(RuntimeError):
