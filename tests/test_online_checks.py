@@ -16,15 +16,19 @@ from prefalign.online.settings import check_settings, unread
 from prefalign.records import Prompt, user_message
 from prefalign.store import read_records
 from tests.online_runs import online_config, write_prompts
-from tests.tiny_vlms import picture
+from tests.tiny_vlms import PLAIN, picture, save_tiny
 
 TEXTS = ["a red square", "a dog jumps over", "now"]
 
 
-@pytest.fixture(params=["tiny_llava", "tiny_idefics3"])
-def policy(request):
-    config = ModelConfig(str(request.getfixturevalue(request.param)), device="cpu")
+def load_tiny(family, folder):
+    config = ModelConfig(str(save_tiny(family, folder / family)), device="cpu")
     return load_model(config), load_processor(config)
+
+
+@pytest.fixture(params=["llava", "idefics3"])
+def policy(request, tmp_path):
+    return load_tiny(request.param, tmp_path)
 
 
 def requests(shift=0):
@@ -32,8 +36,9 @@ def requests(shift=0):
     return [Request(f"row-{n}", messages, [picture(n + shift)]) for n in range(len(TEXTS))]
 
 
-def test_engine_and_trainer_agree_and_the_model_is_left_as_it_was(policy):
-    model, processor = policy
+@pytest.mark.parametrize("family", PLAIN)
+def test_engine_and_trainer_agree_and_the_model_is_left_as_it_was(family, tmp_path):
+    model, processor = load_tiny(family, tmp_path)
     engine = TransformersEngine(model, processor)
     before = engine.logprobs(requests(), TEXTS)
     trained = trainer_logprobs(model, processor, requests(), TEXTS)

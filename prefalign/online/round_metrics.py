@@ -125,8 +125,9 @@ def warnings_of(rounds: Sequence[Mapping[str, Any]], before: Mapping[str, Any] |
         recall = (before or {}).get("recall"), measured["evaluation"].get("recall")
         if None not in recall and recall[0] - recall[1] > LESS_SAID:
             found.append(
-                f"round {measured['round']}: recall is {recall[1]:.3f} and was {recall[0]:.3f} before the run: answers say less, and "
-                "what is not said cannot be invented. Raise the weight of recall in the rewards or trainer.beta, or lower p_offline."
+                f"round {measured['round']}: recall is {recall[1]:.3f} and was {recall[0]:.3f} before the run: answers say "
+                "less, and what is not said cannot be invented. Raise trainer.beta or the weight of recall in the rewards, or "
+                "lower p_offline."
             )
         rewards = {source: values.get("accuracies") for source, values in measured["rewards"].items()}
         offline, online = rewards.get("offline"), rewards.get("online")
