@@ -13,7 +13,7 @@ from prefalign import bundled, config, store
 from prefalign.config import ConfigError
 from prefalign.manifest import read_manifest
 from prefalign.models import ModelConfig
-from prefalign.online import annotating, round_training
+from prefalign.online import annotating, round_training, rounds
 from prefalign.online.mixing import offline_prompts
 from prefalign.online.sampling import Draw
 from prefalign.records import Candidates, Pair, Prompt
@@ -298,3 +298,11 @@ def test_a_reference_of_other_rows_is_refused(prompts, tmp_path):
         round_training.train_round(settings, model, all_of_them, tmp_path / "a", reference=known, **again)
     with pytest.raises(StaleReference, match=r"reference: .* -> another"):
         round_training.train_round(settings, model, few, tmp_path / "b", reference="another", **again)
+
+
+def test_after_the_last_prompt_the_first_comes_again(prompts, tmp_path):
+    config = online_config(prompts, tmp_path / "run", rounds={"prompts": 4})
+    rounds.gather_prompts(config)
+    ids = [prompt.id for prompt in read_records(prompts, Prompt)]
+    slices = [[p.id for p in read_records(rounds._slice(config, n, len(ids)), Prompt)] for n in (1, 2, 3)]
+    assert slices == [ids[:4], [*ids[4:], *ids[:2]], ids[2:]]
