@@ -214,9 +214,9 @@ def _train(config: OnlineConfig, number: int, start: ModelConfig, mixed: Path) -
 
 
 def _free() -> None:
-    """Give the memory of an arrow's models back before the next one loads its own."""
-    gc.collect()
+    """Give a GPU's memory back before the next arrow loads its models: a trainer is a cycle, which only a collection ends."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -227,6 +227,8 @@ def _check(config: OnlineConfig, number: int, engine: TransformersEngine, prompt
     requests, answers = drawn_answers(engine, _first(prompts, config.check.prompts),
                                       max_new_tokens=config.sampling.max_new_tokens, seed=config.seed)  # fmt: skip
     texts = [answer.text for answer in answers]
+    if not texts:
+        return  # a policy that says nothing gives no pair either, and the pairs' manifest says so
     arguments: Any = training_arguments(config.trl, output=config.output, seed=config.seed)
     autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     trained = trainer_logprobs(engine.model, engine.processor, requests, texts, autocast=autocast)
