@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from prefalign.online.settings import OnlineConfig, check_settings
+from prefalign.online.settings import OnlineConfig, check_settings, unread
 
 
 @dataclass
@@ -26,6 +26,8 @@ def main(config: Config) -> dict[str, Any] | None:
     from prefalign.training.upkeep import plain_lines_without_a_terminal
 
     check_settings(config)
+    if names := unread(config):
+        print(f"not read by trainer.algorithm {config.algorithm}: {', '.join(names)}")
     plain_lines_without_a_terminal()
     if config.algorithm == "online_dpo":
         from prefalign.online.rounds import run_rounds
