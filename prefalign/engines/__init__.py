@@ -122,6 +122,7 @@ class Completion:
         contrast: what a decoding with `Sampling.contrast` did; None where there was no picture to take away.
         attention: what `Sampling.attention_layer` asked for, of the tokens in `token_ids` that were fed back: what
             `Engine.attention` gives for this completion. None where it was not asked for, or the request failed.
+        end_token: id of the end-of-sequence that ended it, of several that may; None where none did.
     """
 
     id: str
@@ -131,6 +132,7 @@ class Completion:
     error: str | None = None
     contrast: Contrasted | None = None
     attention: ImageAttention | None = field(default=None, compare=False)
+    end_token: int | None = field(default=None, compare=False)
 
 
 @dataclass

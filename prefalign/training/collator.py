@@ -105,6 +105,15 @@ class PreferenceCollator:
             part |= {"rows": group, "weight": len(group) / len(rows)}
         return {**self._two(read, len(rows))[0], "parts": parts}
 
+    def collate(self, read: Documents, ids: Sequence[str]) -> dict[str, Any]:
+        """A batch of documents that were made or read before: a rollout's prompts with the answers drawn to them.
+
+        Args:
+            read: documents and the places of each row's views.
+            ids: the rows' ids.
+        """
+        return self._batch([{"id": identity} for identity in ids], read)
+
     def _two(self, read: Documents, rows: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """TRL's layout of the first two views, and the plain layout of all."""
         plain = self._plain(read, self._padding())
