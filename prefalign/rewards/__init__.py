@@ -86,7 +86,7 @@ class Combined:
 
         Returns:
             `<entry>/<term>` for every term as its reward gives it, and `total`, (N,) float32 each. `total` is NaN where a term
-            with a weight is.
+            with a weight is, unless a reward with the setting `replace` decides it alone (`shaping.MissingEos`).
 
         Raises:
             ValueError: an entry gives no term that has a weight.
@@ -95,6 +95,7 @@ class Combined:
 
         found: dict[str, torch.Tensor] = {}
         total = torch.zeros(len(responses))
+        replaced = torch.zeros(len(responses))
         for entry in self.entries:
             terms = entry.reward.score(responses)
             weights = {term: entry.weight_of(term) for term in terms}
@@ -106,9 +107,11 @@ class Combined:
             for term, values in terms.items():
                 values = values.float().cpu()
                 found[f"{entry.name}/{term}"] = values
-                if weights[term]:
+                if weights[term] and getattr(entry.reward, "replace", False):
+                    replaced = replaced + weights[term] * values
+                elif weights[term]:
                     total = total + weights[term] * values
-        return {**found, "total": total}
+        return {**found, "total": torch.where(replaced == 0, total, replaced)}
 
 
 def read_rewards(entries: Sequence[Mapping[str, Any]]) -> Combined:

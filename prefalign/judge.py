@@ -1,0 +1,351 @@
+"""Ask a model for a judgement: what it is asked, how its replies are read, and the replies kept on disk.
+
+A reply is JSON or it counts as missing; nothing is guessed. An unreadable reply is asked for twice more. Replies are kept by
+model, prompt, pictures and sampling, so that a rerun asks nothing.
+
+Sources: attribute scores 0 to 4 as in HelpSteer and arXiv 2402.10884; pairwise criteria as in arXiv 2407.02477, section 3. The
+wording is ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import re
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from prefalign.engines import Completion, Engine, Request, Sampling
+from prefalign.images import EncodedImage, ImageError, open_image, sha256
+from prefalign.records import Message, canonical_json, message_text, user_message
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+logger = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
+
+RUBRIC = {
+    "helpfulness": (
+        "does the answer serve the request?",
+        "of no use, or about something else",
+        "serves a part of it, or takes some work to use",
+        "all that was asked for, ready to use",
+    ),
+    "correctness": (
+        "are its statements true and complete?",
+        "mostly false, or built on something that is not there",
+        "true in the main, with a false or missing point",
+        "nothing false, nothing missing",
+    ),
+    "coherence": (
+        "is it clear, and in agreement with itself?",
+        "hard to follow, or contradicts itself",
+        "can be followed, with a jump or a repetition",
+        "clear throughout",
+    ),
+    "complexity": (
+        "how much knowledge or reasoning does it show?",
+        "anyone could have written it at a glance",
+        "some thought or background",
+        "the reasoning of an expert",
+    ),
+    "verbosity": (
+        "how much detail does it give for what was asked?",
+        "as short as it can be",
+        "about as long as expected",
+        "far more than was asked",
+    ),
+}
+"""Attribute to what is asked, and what 0, 2 and 4 mean."""
+
+CRITERIA = """\
+First compare what is false: things, colours, numbers, positions or relations that are not so. The answer with fewer of these
+is better. If they are equal in that, the more helpful one is better: it answers what was asked, with details that are right and
+exact. A longer answer is not better for being longer, and vague words count for nothing."""
+
+REMINDER = "\n\nYour last reply could not be read. Reply with the JSON object and nothing else."
+
+
+def grading_prompt(
+    conversation: str, response: str, attributes: Sequence[str], known: str = "", *, pictures: bool
+) -> str:
+    """What a judge is asked to score one response by attributes, in the order given."""
+    lines = []
+    for name in attributes:
+        question, low, middle, high = RUBRIC[name]
+        lines.append(f"- {name}: {question} 0: {low}. 2: {middle}. 4: {high}.")
+    form = ", ".join(f'"{name}": <0-4>' for name in attributes)
+    return (
+        f"Grade the last answer of a conversation{' about the picture shown' if pictures else ''}. Give a whole number "
+        "from 0 to 4 for each attribute; 1 and 3 lie between what is described.\n\n" + "\n".join(lines) + f"\n\n{known}"
+        f"Conversation:\n{conversation}\n\nAnswer to grade:\n{response.strip()}\n\n"
+        f"Reply with one JSON object and nothing else: {{{form}}}"
+    )
+
+
+def comparison_prompt(conversation: str, first: str, second: str, known: str = "", *, pictures: bool) -> str:
+    """What a judge is asked to compare two responses, called A and B."""
+    return (
+        f"Compare two answers to the end of a conversation{' about the picture shown' if pictures else ''}.\n"
+        f"{CRITERIA}\n\n{known}"
+        f"Conversation:\n{conversation}\n\nAnswer A:\n{first.strip()}\n\nAnswer B:\n{second.strip()}\n\n"
+        'Reply with one JSON object and nothing else: {"reason": "<one sentence>", "better": "<A, B or tie>", '
+        '"confidence": <0-100>}'
+    )
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    """A conversation as text, a line for each turn."""
+    names = {"user": "User", "assistant": "Assistant", "system": "System"}
+    return "\n".join(f"{names.get(turn['role'], turn['role'])}: {message_text([turn]).strip()}" for turn in messages)
+
+
+def known_text(facts: Mapping[str, Any], answer: str | None = None) -> str:
+    """What is known of the pictures, as lines for a prompt: captions, rationales, objects, reference answer; "" without any."""
+    lines = [
+        f"- {line}" for key in ("captions", "rationales") for line in facts.get(key) or [] if isinstance(line, str)
+    ]
+    things = [_thing_line(thing) for thing in facts.get("objects") or []]
+    if things:
+        lines.append(f"- objects: {'; '.join(things)}")
+    if answer:
+        lines.append(f"- a correct answer: {answer.strip()}")
+    return "What is known of the picture:\n" + "\n".join(lines) + "\n\n" if lines else ""
+
+
+def read_grades(text: str, attributes: Sequence[str]) -> dict[str, int] | None:
+    """The scores in a reply.
+
+    Args:
+        text: the reply: a JSON object, alone, in a code fence or among words.
+        attributes: the names it must hold; others are left out.
+
+    Returns:
+        A whole number from 0 to 4 by attribute; None if the reply holds no such object, or several that differ.
+    """
+    found = [
+        {name: entry[name] for name in attributes}
+        for entry in _objects(text)
+        if all(
+            isinstance(entry.get(name), int) and not isinstance(entry[name], bool) and 0 <= entry[name] <= 4
+            for name in attributes
+        )
+    ]
+    return found[0] if found and all(one == found[0] for one in found) else None
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What a judge said of answers A and B: `better` is `A`, `B` or `tie`, `confidence` in [0, 1] if it gave one."""
+
+    better: str
+    confidence: float | None = None
+    reason: str = ""
+
+
+def read_vote(text: str) -> Vote | None:
+    """The vote in a reply: a JSON object with `better`, or a reply that is "A", "B" or "tie" and nothing else; else None."""
+    votes = [vote for entry in _objects(text) if (vote := _vote(entry)) is not None]
+    if votes:
+        return votes[0] if len({vote.better for vote in votes}) == 1 else None
+    bare = re.fullmatch(r"\W*(?:answer\s+)?(a|b|tie)\W*", text, re.IGNORECASE)
+    return Vote(_SIDES[bare[1].lower()]) if bare else None
+
+
+@dataclass
+class Question:
+    """Something to ask a judge.
+
+    Attributes:
+        id: names it in logs; not part of what a reply is kept under.
+        text: the prompt.
+        images: pictures to show, in order.
+    """
+
+    id: str
+    text: str
+    images: Sequence[EncodedImage | Image.Image] = ()
+
+
+@dataclass
+class Judge:
+    """Puts questions to a model and reads the replies.
+
+    Attributes:
+        engine: the model.
+        prompt_version: names the wording; with the model it is the judge's version.
+        sampling: how replies are drawn; greedy unless set.
+        cache: file that replies are kept in (SQLite, shared by processes); None keeps none.
+        retries: how often an unreadable reply is asked for again.
+        counts: questions since the start, by `asked` (requests to the model), `cached`, `read` and `missing`.
+    """
+
+    engine: Engine
+    prompt_version: str
+    sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=256, temperature=0.0))
+    cache: Path | None = None
+    retries: int = 2
+    counts: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def version(self) -> str:
+        """Model and wording."""
+        return f"{self.engine.fingerprint}/{self.prompt_version}"
+
+    def ask(self, questions: Sequence[Question], read: Callable[[str], Answer | None]) -> list[Answer | None]:
+        """Ask, read, and ask again what could not be read; all of a round in one call of the engine.
+
+        Args:
+            questions: what to ask.
+            read: makes an answer of a reply, or None of one that it cannot read.
+
+        Returns:
+            One answer for each question; None for what is missing.
+        """
+        answers: list[Answer | None] = [None] * len(questions)
+        for attempt in range(self.retries + 1):
+            open_rows = [row for row, answer in enumerate(answers) if answer is None]
+            for row, reply in zip(
+                open_rows, self._replies([questions[row] for row in open_rows], attempt), strict=True
+            ):
+                answers[row] = read(reply) if reply is not None else None
+        missing = [question.id for question, answer in zip(questions, answers, strict=True) if answer is None]
+        self.counts["missing"] += len(missing)
+        self.counts["read"] += len(questions) - len(missing)
+        if missing:
+            logger.warning(
+                "%d of %d judgements are missing: no readable reply in %d attempts (first: %s).",
+                len(missing), len(questions), self.retries + 1, missing[0],
+            )  # fmt: skip
+        return answers
+
+    def _replies(self, questions: Sequence[Question], attempt: int) -> list[str | None]:
+        texts = [question.text + (REMINDER if attempt else "") for question in questions]
+        # a greedy model would say the same again: the second time it is reminded, from then on it is drawn from
+        sampling = self.sampling
+        if attempt > 1 and not sampling.temperature:
+            sampling = dataclasses.replace(sampling, temperature=0.7)
+        keys = [self._key(question, text, sampling, attempt) for question, text in zip(questions, texts, strict=True)]
+        known = self._kept(keys)
+        fresh = {key: row for row, key in enumerate(keys) if key not in known}
+        requests = []
+        for key, row in fresh.items():
+            try:
+                images = [open_image(one) if isinstance(one, dict) else one for one in questions[row].images]
+            except ImageError as error:
+                logger.warning("judge: %s: %s", questions[row].id, error)
+                continue
+            requests.append(Request(key, [user_message(texts[row], len(images))], images, seed=attempt))
+        completions = self.engine.generate(requests, sampling) if requests else []
+        said = {request.id: completion for request, completion in zip(requests, completions, strict=True)}
+        self._keep(said)
+        self.counts["asked"] += len(said)
+        self.counts["cached"] += len(set(keys) & set(known))
+        for key, completion in said.items():
+            if completion.finish_reason == "error":
+                logger.warning("judge: %s: %s", questions[fresh[key]].id, completion.error)
+            else:
+                known[key] = completion.text
+        return [known.get(key) for key in keys]
+
+    def _key(self, question: Question, text: str, sampling: Sampling, attempt: int) -> str:
+        content = {
+            "judge": self.version,
+            "text": text,
+            "images": [_picture_hash(image) for image in question.images],
+            "sampling": dataclasses.asdict(sampling),
+            "attempt": attempt,
+        }
+        return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+    def _kept(self, keys: Sequence[str]) -> dict[str, str]:
+        if self.cache is None or not self.cache.is_file():
+            return {}
+        with closing(self._open()) as base:
+            rows = (
+                (key, base.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()) for key in set(keys)
+            )
+            return {key: row[0] for key, row in rows if row is not None}
+
+    def _keep(self, said: Mapping[str, Completion]) -> None:
+        rows = [(key, self.version, one.text) for key, one in said.items() if one.finish_reason != "error"]
+        if self.cache is None or not rows:
+            return
+        self.cache.parent.mkdir(parents=True, exist_ok=True)
+        with closing(self._open()) as base, base:
+            base.executemany("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", rows)
+
+    def _open(self) -> sqlite3.Connection:
+        assert self.cache is not None
+        try:
+            base = sqlite3.connect(self.cache, timeout=60)
+            base.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, judge TEXT, reply TEXT)")
+        except sqlite3.DatabaseError as error:
+            raise ValueError(
+                f"cache {self.cache.name!r} holds no judge's replies ({error}). Name another file, or delete it to ask again."
+            ) from error
+        return base
+
+
+def wording_version(name: str, *texts: str) -> str:
+    """Version of a wording: its name and a hash, so that a changed word is another version."""
+    return f"{name}-{hashlib.sha256(''.join(texts).encode()).hexdigest()[:8]}"
+
+
+_SIDES = {"a": "A", "b": "B", "tie": "tie"}
+
+
+def _vote(entry: Mapping[str, Any]) -> Vote | None:
+    better = entry.get("better")
+    side = _SIDES.get(re.sub(r"^answer\s+", "", better.strip().lower())) if isinstance(better, str) else None
+    if side is None:
+        return None
+    stated, reason = entry.get("confidence"), entry.get("reason")
+    confidence = None
+    if isinstance(stated, (int, float)) and not isinstance(stated, bool) and 0 <= stated <= 100:
+        confidence = stated / 100
+    return Vote(side, confidence, reason.strip() if isinstance(reason, str) else "")
+
+
+def _objects(text: str) -> list[dict[str, Any]]:
+    """The JSON objects in a text that are in no other one; none that has a key twice."""
+    decoder = json.JSONDecoder(object_pairs_hook=_unique)
+    found, position = [], text.find("{")
+    while position >= 0:
+        try:
+            entry, end = decoder.raw_decode(text, position)
+        except ValueError:
+            end = position + 1
+        else:
+            found.append(entry)
+        position = text.find("{", end)
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def _thing_line(thing: Any) -> str:
+    if not isinstance(thing, Mapping):
+        return str(thing)
+    words = [thing.get(key) for key in ("size", "colour", "name")]
+    named = " ".join(word for word in words if isinstance(word, str))
+    place = thing.get("place")
+    return f"{named} ({place})" if isinstance(place, str) else named
+
+
+def _picture_hash(image: EncodedImage | Image.Image) -> str:
+    if isinstance(image, dict):
+        return sha256(image)
+    return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()

@@ -1,0 +1,163 @@
+"""Train a reward model that sees the picture and, in a rating turn, the facts: a vision-language model with a scalar head.
+
+Paper: Fact-RLHF, arXiv 2309.14525. With `attributes` one score for each (HelpSteer's five); with `prompt.plain` the question and
+answer models of Align2LLaVA, arXiv 2409.18541.
+
+Needs: a pairs folder (the output of any stage that makes pairs; facts, margins and scores are used where rows have them) and a
+model. Started again with the same config it goes on from its last checkpoint. Several processes: `torchrun --nproc_per_node N`.
+The output folder is the reward model: rewards name it as `path`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from prefalign.models import ModelConfig
+from prefalign.rewards.augmentation import RatingPrompt
+from prefalign.training.lora import LoraSettings
+
+
+@dataclass
+class Config:
+    """One training run.
+
+    Attributes:
+        model: starting weights: the policy's own, for one base with several adapters in PPO.
+        pairs: folder of pairs to train on.
+        output: folder of the run, and of the reward model.
+        eval_pairs: folder of held-out pairs; measured at the end with facts and without, and their answers make the score scale.
+        attributes: names of the scores. Several need `meta.scores` of both sides in each row, or rows with `meta.attribute`.
+        objective: `ranking`: Bradley-Terry; `regression`: squared error of `meta.scores`.
+        prompt: how a conversation and an answer become the text that is scored.
+        facts: show the rows' facts in the rating turn.
+        drop_facts: share of training rows shown without facts, so that the model can also score without.
+        centring: kind of the term that keeps scores around zero, weighted by `trainer.center_rewards_coefficient`: `squared` (TRL)
+            or `abs_mean` (Fact-RLHF, which depends on how a batch is cut).
+        margins: ask for a lead of the row's `margin`.
+        rejected_pictures: show the rejected answer on `rejected_images`, where a row has them.
+        fast_path: `auto` runs prompt and pictures once per pair where the family allows it exactly; `off` repeats them.
+        reference_rows: pairs whose answers make the score scale.
+        trainer: fields of TRL's `RewardConfig` by name.
+        lora: train an adapter; without it all weights that are not frozen.
+        freeze: towers that stay as they are: `vision`, `projector`, `language_model`.
+        resume: "auto" goes on from the last checkpoint if there is one; true demands one; false refuses one.
+        seed: order of rows and facts, start of head and adapter.
+    """
+
+    model: ModelConfig
+    pairs: Path
+    output: Path
+    eval_pairs: Path | None = None
+    attributes: list[str] = field(default_factory=lambda: ["reward"])
+    objective: Literal["ranking", "regression"] = "ranking"
+    prompt: RatingPrompt = field(default_factory=RatingPrompt)
+    facts: bool = True
+    drop_facts: float = 0.15
+    centring: Literal["squared", "abs_mean"] = "squared"
+    margins: bool = False
+    rejected_pictures: bool = False
+    fast_path: Literal["auto", "off"] = "auto"
+    reference_rows: int = 256
+    trainer: dict[str, Any] = field(default_factory=dict)
+    lora: LoraSettings | None = None
+    freeze: list[str] = field(default_factory=lambda: ["vision"])
+    resume: Literal["auto"] | bool = "auto"
+    seed: int = 0
+
+
+def main(config: Config) -> None:
+    """Train, or go on training, and save a reward model that proves itself when it is loaded."""
+    from transformers import set_seed
+
+    from prefalign.config import to_mapping
+    from prefalign.models import fingerprint, freeze, load_processor, parameter_table
+    from prefalign.rewards.rows import check_rows, keep_fitting, load_reward_pairs
+    from prefalign.rewards.trainer import RewardTrainer, reward_arguments
+    from prefalign.rewards.vlm import BaseModel, RewardModel
+    from prefalign.training.arguments import check_precision
+    from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
+    from prefalign.training.lora import check_quantised, check_trainable
+    from prefalign.training.policy import load_policy
+    from prefalign.training.runs import base_file, claim_run, full_disk_explained, is_finished, open_run, run_files
+    from prefalign.training.upkeep import plain_lines_without_a_terminal, train_and_save
+
+    plain_lines_without_a_terminal()
+    prepare_processes(config.trainer)
+    arguments = reward_arguments(config.trainer, output=config.output, seed=config.seed)
+    check_quantised(config.model, config.lora, arguments)
+    folders = [config.pairs, *([config.eval_pairs] if config.eval_pairs else [])]
+    datasets = [load_reward_pairs(folder) for folder in folders]
+    for folder, dataset in zip(folders, datasets, strict=True):
+        check_rows(dataset, folder, config.attributes, objective=config.objective, margins=config.margins,
+                   rejected_pictures=config.rejected_pictures)  # fmt: skip
+    manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]
+    files = run_files(to_mapping(config), *manifests)
+    main_process, processes = arguments.process_index == 0, arguments.world_size
+    open_run(config.output, files, resume=config.resume, processes=processes)
+
+    processor = load_processor(config.model)
+    model = load_policy(config.model, config.lora, device=str(arguments.device))
+    check_precision(model.dtype, arguments)
+    base = BaseModel(config.model.model_name_or_path, config.model.model_revision, fingerprint(model),
+                     str(model.dtype).removeprefix("torch."), config.model.load_in_4bit)  # fmt: skip
+    files |= base_file(base.name, base.fingerprint, changed=bool(getattr(model, "is_quantized", False)))
+    checkpoint = open_run(config.output, files, resume=config.resume, processes=processes)
+    if is_finished(config.output):
+        if main_process:
+            print(f"{config.output} is finished; nothing to do.")
+        return
+    if config.lora is None:
+        freeze(model, config.freeze)
+    else:
+        from peft import get_peft_model
+
+        set_seed(config.seed)
+        model = get_peft_model(model, config.lora.to_peft())
+    reward_model = RewardModel(model, processor, base=base, attributes=config.attributes, rating=config.prompt,
+                               fast_path=config.fast_path, seed=config.seed)  # fmt: skip
+    trainer = RewardTrainer(
+        reward_model,
+        args=arguments,
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1] if config.eval_pairs else None,
+        objective=config.objective,
+        centring=config.centring,
+        margins=config.margins,
+        facts=config.facts,
+        drop_facts=config.drop_facts,
+        rejected_pictures=config.rejected_pictures,
+        reference_rows=config.reference_rows,
+        files=files,
+    )
+    running = running_processes(trainer.accelerator, config.trainer)
+    check_trainable(reward_model.model, config.freeze)
+    used = [keep_fitting(dataset, trainer.data_collator, arguments.max_length) for dataset in datasets]
+    trainer.train_dataset, kept = used[0]
+    if config.eval_pairs:
+        trainer.eval_dataset = used[1][0]
+    if main_process:
+        for row in parameter_table(reward_model):
+            print(f"{row['tower']:<15}{row['parameters']:>16,} parameters{row['trainable']:>16,} trainable")
+        print(f"{kept.rows_used} pairs, {kept.summary()}; {running}")
+        if config.eval_pairs:
+            print(f"{used[1][1].rows_used} held-out pairs, {used[1][1].summary()}")
+        if checkpoint:
+            print(f"going on from {checkpoint.name}")
+    with full_disk_explained(config.output):
+        if main_process:
+            claim_run(config.output, files)
+        claim_processes(config.output, running, main_process=main_process)
+    eval_counts = {f"eval_{name}": count for name, count in used[1][1].counts().items()} if config.eval_pairs else None
+    train_and_save(
+        trainer, config.output, checkpoint=checkpoint, rows=vars(kept), counts=kept.counts(), eval_counts=eval_counts
+    )
+    if main_process:
+        print(f"saved {config.output}")
+
+
+if __name__ == "__main__":
+    from prefalign.cli import run_file
+
+    run_file(__file__)

@@ -1,0 +1,408 @@
+"""Judges: how replies are read, both orders, retries, the cache; with a witness that knows the truth and a model that babbles."""
+
+import hashlib
+import json
+import math
+import re
+import sqlite3
+
+import pytest
+
+from prefalign.config import ConfigError
+from prefalign.engines import Completion, Sampling
+from prefalign.images import encode_png
+from prefalign.judge import (
+    RUBRIC,
+    Judge,
+    Question,
+    Vote,
+    comparison_prompt,
+    grading_prompt,
+    known_text,
+    read_grades,
+    read_vote,
+    transcript,
+)
+from prefalign.models import ModelConfig
+from prefalign.records import assistant_message, message_text, user_message
+from prefalign.rewards import Response, read_comparator, read_rewards
+from prefalign.rewards.comparing import ByReward
+from prefalign.rewards.judged import JudgedAttributes, PairwiseJudge
+from prefalign.rewards.objects import Objects
+from prefalign.scenes import language, world
+from tests.tiny_vlms import picture
+
+ASKED = [user_message("Describe the picture.", 1)]
+FIVE = {"helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 1, "verbosity": 2}
+
+
+class Witness:
+    """An engine that recognises pictures, knows their truth, and answers what it is asked as it is asked to."""
+
+    capabilities = frozenset({"sample"})
+    fingerprint = "witness"
+
+    def __init__(self, scenes):
+        self.facts = {pixels(world.draw(scene)): language.facts(scene) for scene in scenes}
+        self.requests = []
+
+    def generate(self, requests, sampling):
+        self.requests += requests
+        return [Completion(request.id, self.reply(request)) for request in requests]
+
+    def reply(self, request):
+        text = message_text(request.messages)
+        facts = self.facts[pixels(request.images[0])]
+        if found := re.search(r"Answer A:\n(.*)\n\nAnswer B:\n(.*)\n\n", text):
+            first, second = (self.worth(answer, facts) for answer in found.groups())
+            better = "tie" if first == second else "A" if first > second else "B"
+            return json.dumps({"reason": "I looked.", "better": better, "confidence": 90 if better == "A" else 80})
+        answer = re.search(r"Answer to grade:\n(.*)\n\n", text)[1]
+        names = re.findall(r'"(\w+)": <0-4>', text)
+        return "```json\n" + json.dumps(dict.fromkeys(names, 4 if self.worth(answer, facts) == 0 else 1)) + "\n```"
+
+    def worth(self, answer, facts):
+        found = Objects().score([Response("", [], [], answer, facts=facts)])
+        return (found["invented"] + found["wrong"]).item()
+
+
+class Scripted(Witness):
+    """Says what it was told to, one line after the other, the last for ever."""
+
+    fingerprint = "scripted"
+
+    def __init__(self, *replies):
+        self.replies, self.requests, self.samplings = list(replies), [], []
+
+    def generate(self, requests, sampling):
+        self.samplings.append(sampling)
+        return super().generate(requests, sampling)
+
+    def reply(self, request):
+        return self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+
+
+def pixels(image):
+    return hashlib.sha256(image.tobytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Two scenes of which each has a shape that the other lacks."""
+    one = world.scene("test_fair", 0)
+    other = next(s for s in (world.scene("test_fair", i) for i in range(1, 50)) if s.shapes.isdisjoint(one.shapes))
+    return one, other
+
+
+def response(scene, text, **more):
+    return Response("row", [encode_png(world.draw(scene))], ASKED, text, facts=language.facts(scene), **more)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        json.dumps(FIVE),
+        json.dumps(FIVE, indent=2),
+        f"```json\n{json.dumps(FIVE)}\n```",
+        f"Here are the grades:\n{json.dumps(FIVE)}\nThe answer names a cup {{which is not there}}.",
+        json.dumps({"reason": "clear", **FIVE}),
+        f"{json.dumps(FIVE)}\n{json.dumps(FIVE)}",
+    ],
+)
+def test_grades_that_can_be_read(reply):
+    assert read_grades(reply, list(RUBRIC)) == FIVE
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "4",
+        "helpfulness: 3, correctness: 4, coherence: 4, complexity: 1, verbosity: 2",
+        json.dumps({**FIVE, "correctness": 4.0}),
+        json.dumps({**FIVE, "correctness": "4"}),
+        json.dumps({**FIVE, "correctness": 5}),
+        json.dumps({**FIVE, "correctness": -1}),
+        json.dumps({**FIVE, "correctness": True}),
+        json.dumps({**FIVE, "correctness": None}),
+        json.dumps({name: value for name, value in FIVE.items() if name != "verbosity"}),
+        json.dumps(FIVE)[:-1],
+        json.dumps(FIVE).replace("3", "<0-4>"),
+        json.dumps(FIVE)[:-1] + ', "verbosity": 3}',
+        f"{json.dumps(FIVE)} or rather {json.dumps({**FIVE, 'verbosity': 3})}",
+        json.dumps({"grades": FIVE}),
+        json.dumps(list(FIVE.values())),
+    ],
+)
+def test_grades_that_cannot_be_read_are_missing(reply):
+    assert read_grades(reply, list(RUBRIC)) is None
+
+
+@pytest.mark.parametrize(
+    ("reply", "vote"),
+    [
+        ('{"reason": "B invents a cup.", "better": "A", "confidence": 85}', Vote("A", 0.85, "B invents a cup.")),
+        ('```json\n{"better": "b"}\n```', Vote("B")),
+        ('Well.\n{"better": "Answer B", "confidence": 300}', Vote("B")),
+        ('{"better": "TIE", "confidence": 50}', Vote("tie", 0.5)),
+        ('{"better": "A", "confidence": true, "reason": 3}', Vote("A")),
+        ("A", Vote("A")),
+        ("**Answer B.**", Vote("B")),
+        ("tie", Vote("tie")),
+        ("A is better because it is shorter.", None),
+        ("Both A and B are fine.", None),
+        ('{"better": "A"} no wait {"better": "B"}', None),
+        ('{"better": "C"}', None),
+        ('{"better": 1}', None),
+        ('{"winner": "A"}', None),
+        ('{"better": "A", "better": "B"}', None),
+        ('{"better": "<A, B or tie>"}', None),
+        ("A person stands there.", None),
+        ("", None),
+    ],
+)
+def test_votes(reply, vote):
+    assert read_vote(reply) == vote
+
+
+def test_what_a_judge_is_asked():
+    text = grading_prompt("User: What?", " A cup. ", ["coherence", "helpfulness"], "KNOWN\n\n", pictures=True)
+    assert "about the picture shown" in text
+    assert "KNOWN\n\nConversation:\nUser: What?\n\nAnswer to grade:\nA cup.\n" in text
+    assert text.endswith('{"coherence": <0-4>, "helpfulness": <0-4>}')
+    assert "correctness" not in text
+    for question, *anchors in (RUBRIC["coherence"], RUBRIC["helpfulness"]):
+        assert question in text
+        assert all(f"{value}: {anchor}" in text for value, anchor in zip((0, 2, 4), anchors, strict=True))
+    both = comparison_prompt("User: What?", "A cup.", "A cat.", pictures=False)
+    assert "picture" not in both
+    assert both.index("Answer A:\nA cup.") < both.index("Answer B:\nA cat.")
+
+
+def test_transcript_and_facts():
+    turns = [*ASKED, assistant_message("A cup."), user_message("What colour?")]
+    assert transcript(turns) == "User: Describe the picture.\nAssistant: A cup.\nUser: What colour?"
+    assert known_text({}) == ""
+    facts = {"captions": ["A cup."], "rationales": ["Cups are round."],
+             "objects": ["spoon", {"name": "cup", "colour": "red", "size": "small", "place": "left"}]}  # fmt: skip
+    assert known_text(facts, "Red.") == (
+        "What is known of the picture:\n- A cup.\n- Cups are round.\n- objects: spoon; small red cup (left)\n"
+        "- a correct answer: Red.\n\n"
+    )
+
+
+def test_a_witness_names_the_true_answer_and_another_picture_turns_it_around(scenes):
+    one, other = scenes
+    true, false = language.caption(one), language.caption(other)
+    pairwise = PairwiseJudge(engine=Witness(scenes))
+    verdict, swapped = pairwise.compare(
+        [(response(one, true), response(one, false)), (response(one, false), response(one, true))]
+    )
+    assert (verdict.winner, swapped.winner) == ("first", "second")
+    assert verdict.votes == ("first", "first")
+    assert verdict.confidence == pytest.approx(0.85)
+    assert verdict.reason == "I looked."
+    (turned,) = pairwise.compare([(response(other, true), response(other, false))])
+    assert turned.winner == "second"
+
+
+def test_a_judge_that_always_names_the_first_has_no_verdict(scenes):
+    pair = (response(scenes[0], "A star."), response(scenes[0], "A ring."))
+    (verdict,) = PairwiseJudge(engine=Scripted('{"better": "A"}')).compare([pair])
+    assert verdict.winner is None
+    assert verdict.votes == ("first", "second")
+    assert "the two orders disagree: first, then second" in verdict.reason
+    (half,) = PairwiseJudge(engine=Scripted('{"better": "A"}', "I cannot say.")).compare([pair])
+    assert (half.winner, half.votes) == (None, ("first", None))
+    assert half.reason == "no readable reply"
+    (tie,) = PairwiseJudge(engine=Scripted("tie")).compare([pair])
+    assert (tie.winner, tie.confidence) == ("tie", None)
+
+
+def test_the_same_text_twice_ties_without_a_question(scenes):
+    witness = Witness(scenes)
+    pair = (response(scenes[0], "A star."), response(scenes[0], "A star."))
+    (verdict,) = PairwiseJudge(engine=witness).compare([pair])
+    assert (verdict.winner, verdict.reason) == ("tie", "the same text")
+    assert not witness.requests
+
+
+def test_two_prompts_cannot_be_compared(scenes):
+    other = response(scenes[0], "A ring.")
+    other.messages = [user_message("Why?", 1)]
+    with pytest.raises(ValueError, match="answer different prompts"):
+        PairwiseJudge(engine=Witness(scenes)).compare([(response(scenes[0], "A star."), other)])
+
+
+def test_grades_follow_the_picture(scenes):
+    one, other = scenes
+    reward = JudgedAttributes(engine=Witness(scenes))
+    found = reward.score([response(one, language.caption(one)), response(other, language.caption(one))])
+    assert list(found) == list(RUBRIC)
+    assert all(values.tolist() == [4, 1] for values in found.values())
+    assert reward.judge.counts == {"asked": 2, "read": 2, "missing": 0, "cached": 0}
+
+
+def test_the_order_of_attributes_is_the_seeds():
+    def order(seed, text):
+        engine = Scripted(json.dumps(FIVE))
+        JudgedAttributes(engine=engine, seed=seed).score([Response("row", [], ASKED[:0], text)])
+        return tuple(re.findall(r'"(\w+)": <0-4>', message_text(engine.requests[0].messages)))
+
+    assert order(0, "a") == order(0, "a")
+    assert len({order(seed, "a") for seed in range(8)}) > 4
+    assert len({order(0, text) for text in "abcdefgh"}) > 4
+
+
+def test_an_unreadable_reply_is_asked_for_twice_more_and_then_missing():
+    engine = Scripted("Fine.", "Four!", json.dumps(FIVE))
+    found = JudgedAttributes(engine=engine).score([Response("row", [], [user_message("Hi")], "Hello.")])
+    assert found["correctness"].item() == 4
+    assert len(engine.requests) == 3
+    texts = [message_text(request.messages) for request in engine.requests]
+    assert ["could not be read" in text for text in texts] == [False, True, True]
+    assert [sampling.temperature for sampling in engine.samplings] == [0, 0, 0.7]
+    reward = JudgedAttributes(engine=Scripted("Fine."))
+    found = reward.score([Response("row", [], [user_message("Hi")], "Hello.")])
+    assert all(math.isnan(values.item()) for values in found.values())
+    assert reward.judge.counts == {"asked": 3, "read": 0, "missing": 1, "cached": 0}
+
+
+def test_a_rerun_asks_nothing_and_another_picture_wording_or_model_asks_again(scenes, tmp_path):
+    one, other = scenes
+    cache = str(tmp_path / "new" / "replies.sqlite")
+    rows = [response(one, "A star."), response(one, "A ring."), response(one, "A star.")]
+
+    def asked(rows, engine=None, **settings):
+        engine = engine or Witness(scenes)
+        JudgedAttributes(engine=engine, cache=cache, **settings).score(rows)
+        return len(engine.requests)
+
+    assert asked(rows) == 2  # the third is the first again
+    assert asked(rows) == 0
+    assert asked([response(other, "A star.")]) == 1
+    assert asked(rows, facts=True) == 2
+    assert asked(rows, sampling=Sampling(max_new_tokens=64, temperature=0.0)) == 2
+    newer = Witness(scenes)
+    newer.fingerprint = "newer"
+    assert asked(rows, newer) == 2
+    assert asked(rows) == 0
+    asking = (
+        JudgedAttributes(engine=Witness([])),
+        JudgedAttributes(engine=Witness([]), facts=True),
+        JudgedAttributes(engine=newer),
+    )
+    with sqlite3.connect(cache) as base:
+        assert {row[0] for row in base.execute("SELECT judge FROM replies")} == {reward.version for reward in asking}
+
+
+def test_unreadable_replies_are_kept_too(tmp_path):
+    row = Response("row", [], [user_message("Hi")], "Hello.")
+    for asked in (3, 0):
+        engine = Scripted("Fine.")
+        reward = JudgedAttributes(engine=engine, cache=str(tmp_path / "replies.sqlite"))
+        assert math.isnan(reward.score([row])["correctness"].item())
+        assert len(engine.requests) == asked
+        assert reward.judge.counts["missing"] == 1
+
+
+def test_a_file_that_is_no_cache(tmp_path):
+    (tmp_path / "notes.txt").write_text("not a database, but long enough to be taken for one" * 20)
+    judge = Judge(Scripted("Fine."), "v", cache=tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match=r"cache 'notes.txt' holds no judge's replies"):
+        judge.ask([Question("a", "Well?")], read_vote)
+
+
+def test_a_judge_without_pictures_is_told_the_facts_or_does_not_judge(scenes):
+    engine = Scripted('{"better": "A"}', '{"better": "B"}')
+    pairwise = PairwiseJudge(engine=engine, pictures=False)
+    first, second = response(scenes[0], "A star."), response(scenes[0], "A ring.")
+    assert pairwise.compare([(first, second)])[0].winner == "first"
+    assert not engine.requests[0].images
+    assert language.facts(scenes[0])["captions"][0] in message_text(engine.requests[0].messages)
+    first.facts = second.facts = {}
+    (verdict,) = pairwise.compare([(first, second)])
+    assert (verdict.winner, len(engine.requests)) == (None, 2)
+    assert "no facts" in verdict.reason
+    graded = JudgedAttributes(engine=engine, pictures=False)
+    assert math.isnan(graded.score([first])["helpfulness"].item())
+    assert graded.judge.counts["missing"] == 1
+
+
+def test_a_picture_that_cannot_be_opened_is_missing_alone(scenes):
+    broken = response(scenes[0], "A star.")
+    broken.images = [{"bytes": b"no picture", "path": "a.png"}]
+    found = JudgedAttributes(engine=Witness(scenes)).score([broken, response(scenes[0], "A star.")])
+    assert found["helpfulness"].isnan().tolist() == [True, False]
+
+
+def test_a_model_that_babbles_is_counted_missing(tiny_llava, tmp_path):
+    model = ModelConfig(str(tiny_llava), device="cpu")
+    settings = {
+        "model": model,
+        "sampling": Sampling(max_new_tokens=4, temperature=0.0),
+        "cache": str(tmp_path / "c.sqlite"),
+    }
+    rows = [Response(f"{side}", [picture(side)], ASKED, "A dog.") for side in (0, 1)]
+    reward = JudgedAttributes(**settings, attributes=["correctness"])
+    assert reward.score(rows)["correctness"].isnan().all()
+    assert reward.judge.counts == {"asked": 6, "read": 0, "missing": 2, "cached": 0}  # two pictures, three attempts
+    with sqlite3.connect(tmp_path / "c.sqlite") as base:
+        assert base.execute("SELECT count(*) FROM replies").fetchone()[0] == 6  # no request failed
+    again = JudgedAttributes(**settings, attributes=["correctness"])
+    assert again.score(rows)["correctness"].isnan().all()
+    assert again.judge.counts == {"asked": 0, "read": 0, "missing": 2, "cached": 6}
+    assert again.version == reward.version
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "neither is given"),
+        ({"engine": "gpt"}, "engine is a str, which cannot generate"),
+        ({"engine": "gpt", "model": {"model_name_or_path": "a"}}, "both are given"),
+        (
+            {"model": {"model_name_or_path": "a"}, "attributes": ["honesty"]},
+            r"attributes \['honesty'\]: there is a rubric",
+        ),
+        ({"model": {"model_name_or_path": "a"}, "attributes": []}, r"attributes \[\]"),
+        ({"model": {"name": "a"}}, "model.name: unknown key"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        read_rewards([{"name": "judge", **settings}])
+
+
+def test_a_judge_from_a_config_loads_no_model_yet():
+    assert isinstance(read_comparator({"name": "judge", "model": {"model_name_or_path": "nowhere"}}), PairwiseJudge)
+
+
+def test_by_reward():
+    facts = {"world": "scenes", "objects": [{"shape": "star", "colour": "red"}]}
+    texts = ["A red star.", "A red star and a ring.", "A blue star.", "A star."]
+    true, invented, wrong, plain = (Response("row", [], ASKED, text, facts=facts) for text in texts)
+    unknown = Response("row", [], ASKED, "A star.")
+    judge = read_comparator(
+        {"name": "rewards", "rewards": [{"name": "objects", "weight": {"invented": 1, "wrong": 0.5}}]}
+    )
+    pairs = [(true, invented), (invented, true), (true, wrong), (true, plain), (true, unknown)]
+    verdicts = judge.compare(pairs)
+    assert [verdict.winner for verdict in verdicts] == ["first", "second", "first", "tie", None]
+    assert verdicts[0].reason == "totals 0 and -1"
+    assert "no total" in verdicts[4].reason
+    wider = ByReward([{"name": "objects", "weight": {"invented": 1, "wrong": 0.5}}], margin=0.5)
+    assert [verdict.winner for verdict in wider.compare(pairs)] == ["first", "second", "tie", "tie", None]
+    assert wider.version != judge.version
+    assert wider.compare([]) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"margin": -1.0, "rewards": [{"name": "objects"}]}, "margin is -1.0"),
+     ({"rewards": [{"name": "object"}]}, "did you mean 'objects'"),
+     ({"rewards": []}, "the list is empty")],
+)  # fmt: skip
+def test_by_reward_settings_that_cannot_be(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        read_comparator({"name": "rewards", **settings})
