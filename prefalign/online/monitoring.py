@@ -133,7 +133,7 @@ class Alarms:
             f"the KL to the reference is {kl:.3g} nats per answer. The reward was learned on answers nearer to the reference and says "
             "little out here. Raise kl_coef, set kl_target, or stop earlier.",
         )
-        self.low_variance = self.low_variance + 1 if now("val/explained_variance") < 0 else 0
+        self.low_variance = self.low_variance + 1 if now("val/explained_variance") < -0.05 else 0
         raised |= self._raise(
             "explained_variance",
             self.low_variance >= 3 and iteration >= 5,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from prefalign import families
 from prefalign.config import ConfigError
@@ -92,6 +92,7 @@ class PPOTrainer(Upkeep):
     ):
         args.check()
         _check_processes(args)
+        set_seed(args.seed)  # the start of the adapters
         self.rewards = rewards
         self.watch = watch
         self.route = find_route(model, fast_path)
