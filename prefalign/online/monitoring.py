@@ -164,12 +164,14 @@ class Alarms:
             f"answers lose their variety: entropy is {lively:.0%} and the share of distinct word pairs {varied:.0%} of what they were. "
             "Raise kl_coef, lower the learning rate, or stop earlier.",
         )
-        raised |= self._raise(
-            "blind_reward",
-            now("probe/blank_picture_gap") < 1e-6,
-            "the reward of an answer is the same when its picture is blanked: the reward does not look, so the policy will learn "
-            "nothing about pictures from it. Grade the reward model, or set blank_picture_probe to 0 if this is meant.",
-        )
+        for name in [name for name in metrics if name.endswith("/blank_picture_gap")]:
+            entry = name.split("/")[1]
+            raised |= self._raise(
+                f"blind_reward/{entry}",
+                now(name) < 1e-6,
+                f"the reward {entry!r} gives answers the same score when their picture is blanked: it does not look, so the policy "
+                "will learn nothing about pictures from it. Grade the reward model, or set blank_picture_probe to 0 if this is meant.",
+            )
         gained = now("objective/scores") - then("objective/scores")
         for name in sorted(name for name in metrics if name.startswith("watch/") and not name.endswith("/std")):
             lost = then(name) - now(name)

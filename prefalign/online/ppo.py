@@ -33,6 +33,8 @@ from prefalign.online.monitoring import Alarms, Tally, correlation, distinct
 from prefalign.online.roles import Roles
 from prefalign.online.rollout import VIEW, Rollout, draw, encode_once
 from prefalign.online.sampler import RolloutBatches
+from prefalign.rewards.judged import JudgedAttributes
+from prefalign.rewards.learned import LearnedReward
 from prefalign.training.collator import PreferenceCollator
 from prefalign.training.documents import Reader, decode
 from prefalign.training.routes import find_route
@@ -48,6 +50,9 @@ if TYPE_CHECKING:
 
 STATE_FILE = "ppo_state.json"
 """Reward scale, KL coefficient and alarms, beside every saved model."""
+
+PROBED = (LearnedReward, JudgedAttributes)
+"""Rewards that are meant to look at the picture; the others judge by the facts."""
 
 ROLLOUTS = "rollouts"
 """Folder of the answers that were drawn, a file for each iteration and process."""
@@ -423,11 +428,13 @@ class PPOTrainer(Upkeep):
                     tally.add(f"{prefix}/{name}/std", _one(float(values[~values.isnan()].std(correction=0))))
         rollout.scores |= {f"watch/{name}": values for name, values in watched.items()}
         some = [number for number, response in enumerate(responses) if response.images][: self.args.blank_picture_probe]
-        if self.args.blank_picture_probe:
-            probed = self.rewards.score([replace(responses[number], images=_blank(responses[number].images)) for number in some])
-            gap = (rollout.scores["total"][some] - probed["total"]) if some else torch.empty(0)
-            tally.add("probe/blank_picture_gap", gap.abs())
-            tally.add("probe/blank_picture_drop", gap)
+        blanked = [replace(responses[number], images=_blank(responses[number].images)) for number in some]
+        for entry in self.rewards.entries:
+            if some and isinstance(entry.reward, PROBED):
+                terms = entry.reward.score(blanked)
+                gaps = [rollout.scores[f"{entry.name}/{term}"][some] - values.cpu() for term, values in terms.items()]
+                tally.add(f"probe/{entry.name}/blank_picture_gap", torch.stack(gaps).abs().amax(dim=0))
+                tally.add(f"probe/{entry.name}/blank_picture_drop", torch.stack(gaps).mean(dim=0))
         return tally.means()
 
     def _plan(self, rollout: Rollout, *, random: int) -> None:

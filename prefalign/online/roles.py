@@ -213,13 +213,15 @@ class Roles(nn.Module):
         self.activate("policy")
         yield self.policy
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **settings: Any
+    ) -> None:
         """As transformers does, without reentrance, and without its hooks that ask for gradients in a frozen tower."""
-        settings = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
+        how = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
         for model in (self.policy, self.value):
             if model is not None:
                 core = families.core(model)
-                core.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+                core.activation_checkpointing_enable(activation_checkpointing_kwargs=how, **settings)
                 core.disable_input_require_grads()
 
     def _head(self, states: torch.Tensor) -> torch.Tensor:
