@@ -197,15 +197,16 @@ def test_all_weights_leave_reference_and_frozen_tower(tiny_llava, prompts, tmp_p
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_a_letter_is_learned(tiny_llava, prompts, tmp_path, lora):
     """Test (h): +1 for each letter a, within 50 iterations."""
-    settings = {"learning_rate": 3e-2, "r": 16} if lora else {"learning_rate": 5e-3}
+    settings = {"learning_rate": 1e-2, "value_learning_rate": 3e-3, "r": 16} if lora else {"learning_rate": 5e-3}
     trainer = make_ppo(tiny_llava, prompts, tmp_path, lora=lora, num_mini_batches=1, per_device_train_batch_size=32,
-                       num_generations=4, num_ppo_epochs=2, max_steps=24, save_strategy="no", kl_coef=0.0,
+                       num_generations=4, num_ppo_epochs=2, max_steps=28 if lora else 16, save_strategy="no", kl_coef=0.0,
                        missing_eos_penalty=None, lr_scheduler_type="constant", gradient_checkpointing=True, **settings)  # fmt: skip
     trainer.train()
     scores = history(trainer, "objective/scores")
     assert scores[0] < 0.6
     assert sum(scores[-3:]) / 3 > 4 * max(scores[0], 0.25)
     assert history(trainer, "objective/kl")[-1] > 2
+    assert "clip_fraction" in trainer.alarms.warned  # the steps are as wide as a test needs them
 
 
 def test_checkpointed_gradients_are_those_without(tiny_llava, prompts, tmp_path):
