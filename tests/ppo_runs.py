@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from prefalign.models import ModelConfig, freeze, load_model, load_processor
 from prefalign.online.arguments import PPOConfig
 from prefalign.online.ppo import PPOTrainer
 from prefalign.online.prompts import load_prompts
+from prefalign.online.roles import VALUE
+from prefalign.online.rollout import VIEW, Rollout, encode_once, read_prompts
 from prefalign.records import Prompt, user_message
 from prefalign.rewards import Combined, Response, Weighted
 from prefalign.store import OutputConfig, write_records
 from prefalign.training.arguments import training_arguments
-from prefalign.training.documents import decode
+from prefalign.training.documents import Documents, decode
 from prefalign.training.lora import LoraSettings
 from tests.tiny_vlms import picture
 
@@ -100,3 +102,43 @@ def begun(trainer: PPOTrainer, rows: Sequence[int] | None = None) -> PPOTrainer:
 def history(trainer: PPOTrainer, name: str) -> list[float]:
     """A logged metric, in order."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def perturb(trainer: PPOTrainer, adapter: str, seed: int = 0, scale: float = 0.3) -> None:
+    """Give an adapter an effect."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in trainer.roles.policy.named_parameters():
+        if f".{adapter}." in name and "lora_B" in name:
+            parameter.data = scale * torch.randn(parameter.shape, generator=generator)
+
+
+def passes(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
+    """What policy, reference and value said of the rollout."""
+    kept = trainer.rollout
+    return {name: getattr(kept, name).clone() for name in ("logps", "ref_logps", "values")}
+
+
+def lively(trainer: PPOTrainer) -> PPOTrainer:
+    """Policy and value adapters and the value head with weights of their own."""
+    perturb(trainer, "default", 1)
+    perturb(trainer, VALUE, 2)
+    with torch.no_grad():
+        trainer.roles.value_head.weight.normal_(generator=torch.Generator().manual_seed(3))
+    return trainer
+
+
+def re_read(trainer: PPOTrainer, rows: Sequence[Any], said: Sequence[torch.Tensor]) -> Rollout:
+    """The first rollout once more, with these rows' pictures and the tokens that were said."""
+    read = read_prompts(trainer.reader, rows)
+    each = len(said) // len(rows)
+    where = [number for number, _ in read.places[VIEW] for _ in range(each)]
+    places = [(number, read.documents[number].branch(tokens)) for number, tokens in zip(where, said, strict=True)]
+    kept = trainer.rollout
+    assert kept is not None
+    kept.documents = Documents(read.documents, {VIEW: places})
+    kept.answers = [replace(answer, response=replace(answer.response, images=list(row["images"])))
+                    for answer, row in zip(kept.answers, [row for row in rows for _ in range(each)], strict=True)]  # fmt: skip
+    if trainer.keeps_features:
+        encode_once(kept, trainer.roles.policy, trainer.collator, device=torch.device("cpu"), most=2)
+    trainer._run_through(kept)
+    return kept

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,38 +9,15 @@ import torch
 from prefalign.config import ConfigError
 from prefalign.models import ModelConfig, load_model
 from prefalign.online.advantages import masked_mean
-from prefalign.online.roles import VALUE
 from prefalign.rewards import Response
 from prefalign.training.lora import LoraSettings
-from tests.ppo_runs import Brightness, Letters, begun, history, make_ppo, write_prompts
+from tests.ppo_runs import Brightness, Letters, begun, history, lively, make_ppo, passes, re_read, write_prompts
 from tests.training_runs import largest_difference, weights
 
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     return write_prompts(tmp_path_factory.mktemp("prompts") / "rows")
-
-
-def perturb(trainer, adapter, seed=0, scale=0.3):
-    """Give an adapter an effect."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in trainer.roles.policy.named_parameters():
-        if f".{adapter}." in name and "lora_B" in name:
-            parameter.data = scale * torch.randn(parameter.shape, generator=generator)
-
-
-def passes(trainer):
-    kept = trainer.rollout
-    return {name: getattr(kept, name).clone() for name in ("logps", "ref_logps", "values")}
-
-
-def lively(trainer):
-    """Policy and value adapters and the value head with weights of their own."""
-    perturb(trainer, "default", 1)
-    perturb(trainer, VALUE, 2)
-    with torch.no_grad():
-        trainer.roles.value_head.weight.normal_(generator=torch.Generator().manual_seed(3))
-    return trainer
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
@@ -86,23 +62,6 @@ def test_swapping_two_pictures_changes_reward_log_probs_and_value(tiny_llava, pr
     again = trainer.rewards.score([answer.response for answer in swapped.answers])["total"]
     assert (again[:2] != scores[:2]).all()
     assert torch.equal(again[2:], scores[2:])
-
-
-def re_read(trainer, rows, said):
-    """The first rollout once more, with these rows' pictures and the tokens that were said."""
-    from prefalign.online.rollout import VIEW, encode_once, read_prompts
-    from prefalign.training.documents import Documents
-
-    read = read_prompts(trainer.reader, rows)
-    places = [(number, read.documents[number].branch(tokens)) for (number, _), tokens in zip(read.places[VIEW], said, strict=True)]
-    kept = trainer.rollout
-    kept.documents = Documents(read.documents, {VIEW: places})
-    kept.answers = [replace(answer, response=replace(answer.response, images=list(row["images"])))
-                    for answer, row in zip(kept.answers, rows, strict=True)]  # fmt: skip
-    if trainer.keeps_features:
-        encode_once(kept, trainer.roles.policy, trainer.collator, device=torch.device("cpu"), most=2)
-    trainer._run_through(kept)
-    return kept
 
 
 def test_pictures_encoded_once_give_what_encoding_in_every_pass_gives(tiny_llava, prompts, tmp_path):
