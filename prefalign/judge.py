@@ -110,12 +110,15 @@ def transcript(messages: Sequence[Message]) -> str:
 
 def known_text(facts: Mapping[str, Any], answer: str | None = None) -> str:
     """What is known of the pictures, as lines for a prompt: captions, rationales, objects, reference answer; "" without any."""
-    lines = [
-        f"- {line}" for key in ("captions", "rationales") for line in facts.get(key) or [] if isinstance(line, str)
-    ]
-    things = [_thing_line(thing) for thing in facts.get("objects") or []]
-    if things:
-        lines.append(f"- objects: {'; '.join(things)}")
+    pictures = facts.get("pictures") or [facts]
+    lines = []
+    for number, known in enumerate(pictures, 1):
+        start = f"- picture {number}: " if len(pictures) > 1 else "- "
+        lines += [
+            start + line for key in ("captions", "rationales") for line in known.get(key) or [] if isinstance(line, str)
+        ]
+        if things := [_thing_line(thing) for thing in known.get("objects") or []]:
+            lines.append(f"{start}objects: {'; '.join(things)}")
     if answer:
         lines.append(f"- a correct answer: {answer.strip()}")
     return "What is known of the picture:\n" + "\n".join(lines) + "\n\n" if lines else ""
@@ -260,7 +263,7 @@ class Judge:
         content = {
             "judge": self.version,
             "text": text,
-            "images": [_picture_hash(image) for image in question.images],
+            "images": [picture_hash(image) for image in question.images],
             "sampling": dataclasses.asdict(sampling),
             "attempt": attempt,
         }
@@ -298,6 +301,13 @@ class Judge:
 def wording_version(name: str, *texts: str) -> str:
     """Version of a wording: its name and a hash, so that a changed word is another version."""
     return f"{name}-{hashlib.sha256(''.join(texts).encode()).hexdigest()[:8]}"
+
+
+def picture_hash(image: EncodedImage | Image.Image) -> str:
+    """Hex SHA-256 of a picture's content: the encoded bytes, or mode, size and pixels of a decoded one."""
+    if isinstance(image, dict):
+        return sha256(image)
+    return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
 
 
 _SIDES = {"a": "A", "b": "B", "tie": "tie"}
@@ -343,9 +353,3 @@ def _thing_line(thing: Any) -> str:
     named = " ".join(word for word in words if isinstance(word, str))
     place = thing.get("place")
     return f"{named} ({place})" if isinstance(place, str) else named
-
-
-def _picture_hash(image: EncodedImage | Image.Image) -> str:
-    if isinstance(image, dict):
-        return sha256(image)
-    return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()

@@ -33,7 +33,7 @@ class Config:
         prompt: how a conversation and an answer become the text that is scored.
         facts: show the rows' facts in the rating turn.
         drop_facts: share of training rows shown without facts, so that the model can also score without.
-        centring: kind of the term that keeps scores around zero, weighted by `trainer.center_rewards_coefficient`: `squared` (TRL)
+        centring: kind of the term that keeps scores around zero, times `trainer.center_rewards_coefficient`: `squared` (TRL)
             or `abs_mean` (Fact-RLHF, which depends on how a batch is cut).
         margins: ask for a lead of the row's `margin`.
         rejected_pictures: show the rejected answer on `rejected_images`, where a row has them.

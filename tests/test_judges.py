@@ -27,7 +27,7 @@ from prefalign.models import ModelConfig
 from prefalign.records import assistant_message, message_text, user_message
 from prefalign.rewards import Response, read_comparator, read_rewards
 from prefalign.rewards.comparing import ByReward
-from prefalign.rewards.judged import JudgedAttributes, PairwiseJudge
+from prefalign.rewards.judged import COMPARING, GRADING, JudgedAttributes, PairwiseJudge
 from prefalign.rewards.objects import Objects
 from prefalign.scenes import language, world
 from tests.tiny_vlms import picture
@@ -179,6 +179,11 @@ def test_what_a_judge_is_asked():
     assert both.index("Answer A:\nA cup.") < both.index("Answer B:\nA cat.")
 
 
+def test_a_change_of_wording_is_noticed():
+    """A change of wording is another judge: its replies are asked for anew, and scores are not comparable."""
+    assert (GRADING, COMPARING) == ("grades-08bcb48e", "pairs-9689500e")
+
+
 def test_transcript_and_facts():
     turns = [*ASKED, assistant_message("A cup."), user_message("What colour?")]
     assert transcript(turns) == "User: Describe the picture.\nAssistant: A cup.\nUser: What colour?"
@@ -189,6 +194,8 @@ def test_transcript_and_facts():
         "What is known of the picture:\n- A cup.\n- Cups are round.\n- objects: spoon; small red cup (left)\n"
         "- a correct answer: Red.\n\n"
     )
+    two = {**facts, "pictures": [{"captions": ["A cup."]}, {"objects": ["dog"]}]}
+    assert "- picture 1: A cup.\n- picture 2: objects: dog\n" in known_text(two)
 
 
 def test_a_witness_names_the_true_answer_and_another_picture_turns_it_around(scenes):
@@ -230,8 +237,9 @@ def test_the_same_text_twice_ties_without_a_question(scenes):
 def test_two_prompts_cannot_be_compared(scenes):
     other = response(scenes[0], "A ring.")
     other.messages = [user_message("Why?", 1)]
-    with pytest.raises(ValueError, match="answer different prompts"):
-        PairwiseJudge(engine=Witness(scenes)).compare([(response(scenes[0], "A star."), other)])
+    for wrong in (other, response(scenes[1], "A ring.")):
+        with pytest.raises(ValueError, match="answer different prompts or pictures"):
+            PairwiseJudge(engine=Witness(scenes)).compare([(response(scenes[0], "A star."), wrong)])
 
 
 def test_grades_follow_the_picture(scenes):

@@ -1,14 +1,17 @@
 """The object-list reward: by hand, against the world's own parser and truth, and against CHAIR."""
 
 import math
+import random
 
 import pytest
+import torch
 
 from prefalign.config import ConfigError
 from prefalign.evals import chair
 from prefalign.rewards import Response, read_rewards
-from prefalign.rewards.objects import Objects
-from prefalign.scenes import language, world
+from prefalign.rewards.objects import Objects, Reader
+from prefalign.scenes import language, measure, world
+from tests.test_chair import SYNONYMS
 
 STREET = {"objects": ["dog", {"name": "car", "colour": "red"}, {"name": "car", "colour": "blue"}]}
 NAMES = {"dog": ["puppy"], "cat": ["kitten"], "car": ["taxi"], "hot dog": [], "person": ["man", "woman"], "knife": []}
@@ -51,6 +54,9 @@ def test_a_response_that_names_nothing_invents_nothing_and_recalls_nothing():
         ("There is no car.", 1),
         ("There are no green cars.", 0),
         ("I cannot see any dogs.", 1),
+        ("I don't see a dog.", 1),
+        ("There are no visible cars.", 1),
+        ("No, there is a car.", 0),
         ("There isn't a cat.", 0),
         ("A large dog.", 0),  # the facts do not say how large it is
     ],
@@ -114,6 +120,14 @@ def test_facts_without_objects_give_no_score():
     assert math.isnan(empty["recall"])
 
 
+def test_of_several_pictures_the_objects_of_all_are_there():
+    first, second = ({"world": "scenes", "objects": [{"shape": shape}]} for shape in ("star", "ring"))
+    both = {**first, "pictures": [first, second]}
+    assert scores("A star, a ring and a heart.", both)["invented"] == -1
+    assert scores("A star.", both)["recall"] == 0.5
+    assert all(math.isnan(value) for value in scores("A star.", {**both, "pictures": [first, {}]}).values())
+
+
 def test_scenes_need_no_settings_and_true_texts_lose_nothing():
     reward = Objects()
     for index in range(20):
@@ -149,6 +163,31 @@ def test_reads_scenes_as_the_world_reads_itself():
     assert seen > 500
 
 
+def test_sums_over_false_texts_are_the_worlds_own_measure():
+    """CHAIRi and recall as `scenes.measure` counts them, for captions of other pictures."""
+    pictures = [world.scene("test_fair", index) for index in range(60)]
+    texts = [language.caption(world.scene("test_biased", index)) for index in range(60)]
+    truth = measure.captioned(pictures, texts)
+    reward = Objects()
+    found = reward.score(
+        [
+            Response("", [], [], text, facts=language.facts(picture))
+            for picture, text in zip(pictures, texts, strict=True)
+        ]
+    )
+    affirmed = sum(not mention.denied for text in texts for mention in reward.scenes_reader.mentions(text))
+    kinds = torch.tensor([len(picture.shapes) for picture in pictures])
+    assert -found["invented"].sum().item() / affirmed == pytest.approx(truth["chair_i"], abs=1e-6)
+    assert (found["recall"] * kinds).sum().item() / kinds.sum().item() == pytest.approx(truth["recall"], abs=1e-6)
+    assert 0.2 < truth["chair_i"] < 0.8
+
+
+@pytest.mark.parametrize("text", ["A star on the top left.", "At the top left there is a star."])
+def test_places_with_another_preposition(text):
+    (mention,) = Objects().scenes_reader.mentions(text)
+    assert mention.said == {"place": "top left"}
+
+
 def test_another_pictures_facts_change_the_number():
     one, other = world.scene("test_fair", 0), world.scene("test_adversarial", 0)
     assert one.shapes != other.shapes
@@ -180,3 +219,38 @@ def test_settings_that_cannot_be(settings, message):
 def test_facts_that_name_no_object(thing):
     with pytest.raises(ValueError, match=r"response row: facts.objects holds .* which names no object"):
         scores("A cat.", {"objects": [thing]})
+
+
+def test_reads_random_captions_as_chair_does(tmp_path):
+    file = tmp_path / "synonyms.txt"
+    file.write_text(SYNONYMS)
+    words = chair.vocabulary(chair.read_synonyms(file))
+    reader = Reader(words, {}, [])
+    names = [*words.nodes, *words.merges]
+    others = [
+        "a",
+        "the",
+        "two",
+        "of",
+        "wooden",
+        "table's",
+        "with",
+        ",",
+        ";",
+        "-",
+        "blue",
+        "dogs",
+        "men",
+        "buses",
+        "knives",
+        "no",
+    ]
+    draw = random.Random(0)
+
+    def drawn():
+        word = draw.choice(names if draw.random() < 0.6 else others)
+        return word + "s" if draw.random() < 0.2 else word.replace(" ", "-") if draw.random() < 0.1 else word
+
+    for _ in range(2000):
+        text = " ".join(drawn() for _ in range(draw.randint(1, 6)))
+        assert [mention.kind for mention in reader.mentions(text)] == chair.mentions(text, words), text

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -181,7 +181,7 @@ def read_comparator(entry: Mapping[str, Any]) -> Comparator:
     return comparator
 
 
-def as_trl_functions(rewards: Combined) -> list[Any]:
+def as_trl_functions(rewards: Combined, *, end_token_ids: Collection[int] = ()) -> list[Any]:
     """The rewards as one function for TRL's GRPO, RLOO and online trainers (`reward_funcs`).
 
     TRL hands over `prompts`, `completions` and the data set's columns as lists of equal length; columns `image` or `images`,
@@ -190,29 +190,41 @@ def as_trl_functions(rewards: Combined) -> list[Any]:
 
     Args:
         rewards: from `read_rewards`.
+        end_token_ids: tokens that end a turn (`families.end_token_ids`): a completion whose last token is none of them ran into
+            the length limit. TRL says it in no other way.
+
+    Raises:
+        ValueError: a reward looks at whether responses are finished, and no `end_token_ids` are given.
     """
     import json
+
+    blind = [entry.name for entry in rewards.entries if getattr(entry.reward, "needs_finished", False)]
+    if blind and not end_token_ids:
+        raise ValueError(
+            f"reward {blind[0]!r} needs to know which completions are finished, and TRL hands over their tokens only. Give "
+            "`end_token_ids`, such as families.end_token_ids(processor, model.generation_config)."
+        )
 
     from prefalign.records import message_text, normalise_messages
 
     def total(prompts: list[Any], completions: list[Any], log_metric: Any = None, **columns: Any) -> list[float | None]:
         count = len(prompts)
-        images = columns.get("images") or [[image] for image in columns.get("image") or []] or [[]] * count
+        single = columns.get("image") or [None] * count
+        images = columns.get("images") or [[] if image is None else [image] for image in single]
         facts = columns.get("facts") or ["{}"] * count
         answers = columns.get("answer") or [None] * count
         ids = columns.get("id") or [str(number) for number in range(count)]
-        lengths = (
-            [len(tokens) for tokens in columns["completion_ids"]] if "completion_ids" in columns else [None] * count
-        )
+        drawn = columns.get("completion_ids") or [None] * count
         responses = [
             Response(
                 id=ids[row],
-                images=list(images[row]),
+                images=list(images[row] or []),
                 messages=normalise_messages(prompts[row]),
                 text=message_text(normalise_messages(completions[row])),
                 answer=answers[row],
                 facts=json.loads(facts[row]) if isinstance(facts[row], str) else dict(facts[row] or {}),
-                tokens=lengths[row],
+                finished=not end_token_ids or not drawn[row] or drawn[row][-1] in end_token_ids,
+                tokens=None if drawn[row] is None else len(drawn[row]),
             )
             for row in range(count)
         ]

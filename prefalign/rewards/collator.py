@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from prefalign.records import Message, message_text, normalise_messages
+from prefalign.records import Message, normalise_messages
 from prefalign.rewards.augmentation import RatingPrompt, shown_facts
 from prefalign.rewards.rows import as_mapping, directions, scores_of
 from prefalign.training.collator import PreferenceCollator
-from prefalign.training.documents import Documents, Reader, name
+from prefalign.training.documents import Documents, Reader
 
 
 @dataclass
@@ -115,12 +115,8 @@ class RewardCollator(PreferenceCollator):
             `targets` (2, B, A); and what `RewardModel.forward` takes: `packed` or `plain`, and `places` (M,).
 
         Raises:
-            ValueError: placeholders and pictures of a side disagree, or a row lacks scores or an answer.
+            ValueError: placeholders and pictures of a side disagree, or a row lacks scores.
         """
-        for row in rows:
-            for side in ("chosen", "rejected"):
-                if not message_text(normalise_messages(row[side])).strip():
-                    raise ValueError(f"row {name(row)}: the {side} answer is empty; there is nothing to rate.")
         batch: dict[str, Any] = {
             "direction": torch.tensor([directions(row, self.attributes) for row in rows]),
             "margin": torch.tensor([float(row.get("margin") or 0.0) for row in rows]),

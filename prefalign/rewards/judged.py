@@ -28,6 +28,7 @@ from prefalign.judge import (
     comparison_prompt,
     grading_prompt,
     known_text,
+    picture_hash,
     read_grades,
     read_vote,
     transcript,
@@ -187,22 +188,26 @@ class PairwiseJudge(_Asking):
         """One verdict for each pair, in order. Responses that are the same text tie without being asked about.
 
         Raises:
-            ValueError: for a pair of two different prompts.
+            ValueError: for a pair of two different prompts, or of one prompt about different pictures.
         """
-        asked = [pair for pair in pairs if self._to_ask(*pair)]
+        asked = [self._to_ask(*pair) for pair in pairs]
         questions = [
-            self._question(one, other) for first, second in asked for one, other in ((first, second), (second, first))
+            self._question(one, other)
+            for (first, second), ask in zip(pairs, asked, strict=True)
+            if ask
+            for one, other in ((first, second), (second, first))
         ]
         votes = iter(self.judge.ask(questions, read_vote))
         return [
-            _verdict(next(votes), next(votes)) if self._to_ask(first, second) else self._unasked(first, second)
-            for first, second in pairs
+            _verdict(next(votes), next(votes)) if ask else self._unasked(*pair)
+            for pair, ask in zip(pairs, asked, strict=True)
         ]
 
     def _to_ask(self, first: Response, second: Response) -> bool:
-        if first.messages != second.messages:
+        pictures = [[picture_hash(image) for image in response.images] for response in (first, second)]
+        if first.messages != second.messages or pictures[0] != pictures[1]:
             raise ValueError(
-                f"responses {first.id} and {second.id} answer different prompts, so neither is the better one. "
+                f"responses {first.id} and {second.id} answer different prompts or pictures, so neither is the better one. "
                 "Compare responses to one prompt."
             )
         return not same_answer(first.text, second.text) and self._can_judge(first)

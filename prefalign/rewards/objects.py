@@ -1,7 +1,8 @@
 """Object-list reward: what a response names that is not in the picture, what it says wrong of what is, and what it misses.
 
-The truth is `facts["objects"]`: a list of names, or of mappings with `name` (or `shape`) and attributes. In rows of the embedded
-world (`facts["world"]` is `scenes`) this is the true reward that experiments are judged by.
+The truth is `facts["objects"]`: a list of names, or of mappings with `name` (or `shape`) and attributes; where
+`facts["pictures"]` describes several pictures, the objects of all of them. In rows of the embedded world (`facts["world"]` is
+`scenes`) this is the true reward that experiments are judged by.
 
 Equation, for a response with mentions m (repeats kept) and a picture with kinds of objects G:
     invented  = -#(m that affirm a kind not in G)            CHAIR's numerator, per response, negated
@@ -34,9 +35,9 @@ TERMS = ("invented", "wrong", "precision", "recall")
 
 _IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "goose": "geese",
               "foot": "feet", "tooth": "teeth", "leaf": "leaves", "loaf": "loaves", "knife": "knives", "wife": "wives",
-              "shelf": "shelves", "scarf": "scarves", "calf": "calves", "ox": "oxen", "axe": "axes"}  # fmt: skip
+              "shelf": "shelves", "scarf": "scarves", "calf": "calves", "ox": "oxen", "wolf": "wolves"}  # fmt: skip
 _NO = (
-    r"no|zero|without(?: any| an?)?|nor an?|not an?|"
+    r"no(?: (?:visible|obvious|clear|signs? of)(?: any| an?)?)?|zero|without(?: any| an?)?|nor an?|not an?|"
     r"(?:is|are|was|were|do|does|can|could)(?: not|n't|not)(?: (?:see|show|have|any|an?))*"
 )
 
@@ -67,7 +68,8 @@ class Objects:
         objects: names by kind instead, such as `{dog: [puppy]}`. Rows of the embedded world need neither.
         attributes: groups of words of which an object has one at a time; a group's name is its key in `facts["objects"]`, and
             what the facts do not say of an object is not checked.
-        places: phrases for places; the place in `facts["objects"]` is the phrase after "the".
+        places: phrases for places; the place in `facts["objects"]` is what comes after "the", whichever of the prepositions a
+            text has.
     """
 
     synonyms: str | None = None
@@ -112,7 +114,8 @@ class Objects:
         return {term: torch.tensor([row[number] for row in rows]) for number, term in enumerate(TERMS)}
 
     def _row(self, response: Response) -> tuple[float, float, float, float]:
-        if "objects" not in response.facts:
+        pictures = response.facts.get("pictures") or [response.facts]
+        if any("objects" not in picture for picture in pictures):
             return (math.nan,) * 4
         reader = self.scenes_reader if response.facts.get("world") == "scenes" else self.reader
         if reader is None:
@@ -120,7 +123,7 @@ class Objects:
                 f"response {response.id}: its facts are of a real picture, and no names of objects are set, so that "
                 "nothing could be found that is not there. Set `synonyms` to CHAIR's file of names, or `objects`."
             )
-        things = [reader.thing(thing, response.id) for thing in response.facts["objects"]]
+        things = [reader.thing(thing, response.id) for picture in pictures for thing in picture["objects"]]
         kinds = {thing["kind"] for thing in things}
         found = reader.mentions(response.text, kinds)
         affirmed = [mention for mention in found if not mention.denied]
@@ -151,7 +154,8 @@ class Reader:
                 self._kinds.setdefault(plural, kind)
         words = _any_of(self.groups)
         self._attributes = rf"(?:(?:{words})(?:,| and|,? but)? )*"
-        self._places = _any_of(places)
+        cut = [place.split(" the ", 1) for place in places]
+        self._places = rf"(?:{_any_of(before for before, _ in cut)}) the (?:{_any_of(name for _, name in cut)})"
         self._phrase = self._pattern(self._kinds)
         self._after = re.compile(rf"(?: is| are)? ({self._places})(?! of)\b", re.IGNORECASE)
         self._before = re.compile(rf"({self._places}) there (?:is|are) (?:an? |the )?$", re.IGNORECASE)
@@ -197,7 +201,11 @@ class Reader:
         phrase = self._pattern(kinds) if missing else self._phrase
         found = []
         text = text.replace("\u2019", "'")
-        for match in phrase.finditer(text):
+        matches = list(phrase.finditer(text))
+        toilet = any(match["noun"].lower().startswith("toilet") for match in matches)
+        for match in matches:
+            if toilet and match["noun"].lower() in ("seat", "seats"):  # as CHAIR: not a chair
+                continue
             kind = kinds[re.sub(r"[\s-]+", " ", match["noun"].lower())]
             if not kind:
                 continue
@@ -235,15 +243,13 @@ def _holds(mention: Mention, things: Sequence[Mapping[str, str]]) -> bool:
 def _plurals(name: str) -> list[str]:
     head, _, last = name.rpartition(" ")
     start = f"{head} " if head else ""
-    if last in _IRREGULAR:
-        return [start + _IRREGULAR[last]]
-    ends = [f"{last}s"]
+    ends = [] if last.endswith("s") else [f"{last}s"]
     if last.endswith(("s", "x", "z", "ch", "sh", "o")):
         ends.append(f"{last}es")
     if re.search("[^aeiou]y$", last):
         ends.append(f"{last[:-1]}ies")
-    for single, plural in (("man", "men"), ("child", "children"), ("person", "people")):
-        if last.endswith(single):
+    for single, plural in _IRREGULAR.items():
+        if last == single or (single in ("man", "child", "person") and last.endswith(single)):
             ends.append(last.removesuffix(single) + plural)
     return [start + end for end in ends]
 

@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from prefalign.evals import yesno
 from prefalign.rewards.reward import Response
@@ -44,6 +44,8 @@ class MissingEos:
 
     penalty: float = 8.0
     replace: bool = False
+
+    needs_finished: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_penalty(self.penalty)

@@ -154,9 +154,9 @@ class RewardModel(nn.Module):
         if out is not None and out.weight is not embeddings.weight:
             out.requires_grad_(False)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
         """As of a transformers model."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+        self.model.gradient_checkpointing_enable(**settings)
 
     def gradient_checkpointing_disable(self) -> None:
         """As of a transformers model."""

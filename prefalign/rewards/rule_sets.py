@@ -1,0 +1,357 @@
+"""Rule sets: which answers to linked questions can stand together, and how answers are read as categories.
+
+`bone_marrow` is the table of Dr-LLaVA (arXiv 2405.19567; released code `AlaaLab/Dr-LLaVA`, RewardModel_HEME); the others are for
+general pictures. A text is read by whole words and phrases: a phrase that is negated ("no clot") is not said, the longest
+phrase at a place counts ("no abnormal cells" names no abnormal cells), and a text that says two categories, none, or that it does
+not know, abstains.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from prefalign.evals import yesno
+from prefalign.rewards.shaping import read_choice
+
+_UNSURE = re.compile(
+    r"\b(?:(?:not|un)[ -]?(?:sure|certain)|(?:don't|do not|cannot|can't) (?:really )?(?:know|tell|say)|hard to (?:say|tell))\b"
+)
+_NEGATED = re.compile(
+    r"\b(?:no|not|cannot|without|never|neither|nor|rather than|instead of|absence of|lacks?|lack of|free of|rules? out|\w+n't)"
+    r"(?:[\s-]+[\w'/]+){0,3}[\s-]*$"
+)
+_CLAUSE = re.compile(r"[.;:,!?\n]|\b(?:but|and)\b|\balthough\b|\bwhile\b")
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
+Reader = Callable[[str, str, Mapping[str, Any]], "str | None"]
+"""Takes an answer, the variable asked for and `facts["rules"]`; gives the category, or None."""
+
+
+@dataclass(frozen=True)
+class Variable:
+    """What one of the linked questions asks for.
+
+    Attributes:
+        phrases: regular expressions by category, in lower case, put between word boundaries.
+        opposites: what a negated category says ("not suitable" is bad); a category without one says nothing when negated.
+        strong: categories that count alone, whatever else is said.
+        weak: categories that count only if nothing else is said.
+        read: a function that reads answers instead of phrases; its categories are open.
+    """
+
+    phrases: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    opposites: Mapping[str, str] = field(default_factory=dict)
+    strong: tuple[str, ...] = ()
+    weak: tuple[str, ...] = ()
+    read: Reader | None = None
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        named = [(phrase, category) for category, phrases in self.phrases.items() for phrase in phrases]
+        named.sort(key=lambda entry: -len(entry[0]))
+        groups = "|".join(
+            f"(?P<_{list(self.phrases).index(category)}_{number}>{phrase})"
+            for number, (phrase, category) in enumerate(named)
+        )
+        return re.compile(rf"(?<![\w-])(?:{groups})(?![\w-])")
+
+    def parse(self, text: str) -> str | None:
+        """The category that a text says by the phrases; None if it abstains."""
+        plain = " ".join(text.lower().replace("\u2019", "'").split())
+        if _UNSURE.search(plain):
+            return None
+        said = set()
+        for found in self._pattern.finditer(plain):
+            category = list(self.phrases)[int(str(found.lastgroup).split("_")[1])]
+            before = _CLAUSE.split(plain[: found.start()])[-1]
+            if _NEGATED.search(before):
+                said |= {self.opposites[category]} if category in self.opposites else set()
+            else:
+                said.add(category)
+        for strong in self.strong:
+            if strong in said:
+                return strong
+        said = (said - set(self.weak)) or said
+        return said.pop() if len(said) == 1 else None
+
+
+@dataclass(frozen=True)
+class RuleSet:
+    """Linked questions and the answers to them that can stand together.
+
+    Attributes:
+        variables: by name.
+        rows: the combinations that are possible; None: all answers have to be the same category.
+        released: the reading of the authors' code, a list of rules by variable (see `read_as_released`).
+    """
+
+    variables: Mapping[str, Variable]
+    rows: tuple[Mapping[str, str], ...] | None = None
+    released: Mapping[str, Sequence[tuple[str, Sequence[Sequence[str]], Sequence[str]]]] = field(default_factory=dict)
+
+    def parse(self, variable: str, text: str, rules: Mapping[str, Any]) -> str | None:
+        """The category of an answer to one of the questions; None for "no match".
+
+        Args:
+            variable: what was asked.
+            text: the answer.
+            rules: `facts["rules"]` of the row, for what its reading depends on.
+        """
+        known = self.variables[variable]
+        return known.read(text, variable, rules) if known.read is not None else known.parse(text)
+
+    def agree(self, said: Sequence[tuple[str, str | None]]) -> bool:
+        """Whether (variable, category) pairs can stand together; a None never does."""
+        if any(category is None for _, category in said):
+            return False
+        if self.rows is None:
+            return len({category for _, category in said}) == 1
+        return any(all(row.get(variable) == category for variable, category in said) for row in self.rows)
+
+    def domain(self, variable: str) -> list[str] | None:
+        """The categories of a variable; None if they are open."""
+        known = self.variables[variable]
+        return list(known.phrases) if known.read is None else None
+
+
+def read_as_released(rules: Sequence[tuple[str, Sequence[Sequence[str]], Sequence[str]]], text: str) -> str | None:
+    """Read a text as Dr-LLaVA's code does, by parts of words: the first rule (category, groups, excluded) that holds.
+
+    A rule holds if the text contains one string of each group, and none that is excluded.
+    """
+    plain = text.lower()
+    for category, groups, excluded in rules:
+        if all(any(part in plain for part in group) for group in groups) and not any(
+            part in plain for part in excluded
+        ):
+            return category
+    return None
+
+
+def read_rule_set(name: str, entry: Mapping[str, Any]) -> RuleSet:
+    """A rule set of a config: `variables` (phrases by category, by variable) and `rows` (category by variable).
+
+    Raises:
+        ValueError: for a phrase that is no regular expression, or a row with an unknown variable or category.
+    """
+    unknown = sorted(set(entry) - {"variables", "rows"})
+    if unknown or not entry.get("variables") or not entry.get("rows"):
+        raise ValueError(
+            f"rule set {name!r} has {', '.join(entry) or 'nothing'}; it consists of `variables` (phrases by category, "
+            "for each variable) and `rows` (the combinations of categories that are possible)."
+        )
+    try:
+        variables = {
+            variable: Variable({str(key): list(value) for key, value in phrases.items()})
+            for variable, phrases in entry["variables"].items()
+        }
+        for variable in variables.values():
+            variable.parse("")
+    except re.error as error:
+        raise ValueError(
+            f"rule set {name!r}: {error.pattern!r} is no regular expression ({error}). Escape its signs."
+        ) from error
+    for row in entry["rows"]:
+        for variable, category in row.items():
+            if variable not in variables or category not in variables[variable].phrases:
+                raise ValueError(
+                    f"rule set {name!r}: a row has {variable}: {category}, which no answer could be read as. Its variables are "
+                    + "; ".join(f"{known} ({', '.join(value.phrases)})" for known, value in variables.items())
+                )
+    return RuleSet(variables, tuple(dict(row) for row in entry["rows"]))
+
+
+def _yes_no(text: str, variable: str, rules: Mapping[str, Any]) -> str | None:
+    return yesno.robust(text)
+
+
+def _number(text: str) -> int | None:
+    plain = re.sub(r"\b(?:no one|none|nothing|there (?:are|is) no|no)\b", "zero", text.lower())
+    found = re.findall(rf"(?<!\d[.,])\b(\d+|{'|'.join(_NUMBERS)})\b(?![.,]\d)", plain)
+    numbers = {int(word) if word.isdigit() else _NUMBERS.index(word) for word in found}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def _count(text: str, variable: str, rules: Mapping[str, Any]) -> str | None:
+    number = _number(text)
+    return None if number is None else str(number)
+
+
+def _any_or_none(text: str, variable: str, rules: Mapping[str, Any]) -> str | None:
+    number = _number(text)
+    return None if number is None else "some" if number else "none"
+
+
+def _listed(text: str, variable: str, rules: Mapping[str, Any]) -> str | None:
+    """How many things a text lists: its marked lines, or the parts of its first sentence."""
+    lines = [line for line in text.splitlines() if re.match(r"\s*(?:[-*\u2022]|\d+[.)])\s+\S", line)]
+    if lines:
+        return str(len(lines))
+    sentence = re.split(r"[.!?](?:\s|$)", text.strip())[0]
+    if not sentence or _UNSURE.search(sentence.lower()):
+        return None
+    if re.match(r"\W*(?:none|nothing|there (?:is|are) (?:no|nothing)|no)\b", sentence.lower()):
+        return "0"
+    listed = re.split(r"(?i):|\b(?:are|is|shows?|see|include|contains?)\b", sentence)[-1]
+    return str(len([part for part in re.split(r",\s*(?:and\s+)?|\s+and\s+|;", listed) if part.strip()]))
+
+
+def _option(text: str, variable: str, rules: Mapping[str, Any]) -> str | None:
+    """What the option that an answer takes says, by `rules["options"][variable]`."""
+    options = rules["options"][variable]
+    letter = read_choice(text, "".join(options))
+    return None if letter is None else str(options[letter]).lower()
+
+
+def _value(text: str, variable: str, rules: Mapping[str, Any]) -> str | None:
+    """Whether an answer names `rules["value"]` ("yes") or another of `rules["values"]` ("no")."""
+    values = [str(value).lower() for value in rules["values"]]
+    said = Variable({value: [re.escape(value)] for value in values}).parse(text)
+    return None if said is None else "yes" if said == str(rules["value"]).lower() else "no"
+
+
+_POOR = ("inadequate", "(?:low|poor|insufficient)(?:[ -]| in |image |the )*quality", "(?:too|very) poor", "insufficient",
+         "unsuitable", "quality is (?:too )?(?:low|poor|inadequate|insufficient)", "too few (?:nucleated )?cells",
+         "lacks (?:sufficient |enough |nucleated )*cells")  # fmt: skip
+_SIGNS = "(?:signs?|evidence|indications?) of "
+_ILL = ("disease", "cancer(?:ous)?", "malignan(?:t|cy|cies)", "blood cancer")
+
+_FAULTS = ("low", "poor", "insuffici", "inadequate", "not", "no ", "devoid", "free", "absent")  # of the released code
+
+_BONE_MARROW = RuleSet(
+    variables={
+        "quality": Variable(
+            {
+                "good": ("suitable", "adequate", "appropriate", "optimal", "usable", "acceptable", "sufficient", "good", "fit",
+                         "high[ -]quality", "can be used"),
+                "bad": ("unsuitable", "inadequate", "inappropriate", "suboptimal", "unusable", "unacceptable", "insufficient",
+                        "bad",                         "poor", "low[ -]quality", "cannot be (?:\\w+ )?(?:used|utilized)"),
+            },
+            opposites={"good": "bad", "bad": "good"},
+        ),
+        "analysis": Variable(
+            {
+                "adequate": ("adequate", "suitable", "optimal", "ideal", "excellent", "prime"),
+                "blood": ("(?:red )?blood(?: cells)?", "bloody", "blood-\\w+", "rbcs?"),
+                "clot": ("clot(?:s|ted|ting)?",),
+            }
+        ),
+        "abnormality": Variable(
+            {
+                "normal": ("normal", "healthy", "unremarkable", "benign"),
+                "abnormal": ("abnormal(?:ity|ities)?", "irregular(?:ity|ities)?", "disorder", *_ILL),
+                "inadequate": (*_POOR, "impossible", "not feasible"),
+            },
+            opposites={"normal": "abnormal", "abnormal": "normal"},
+            strong=("inadequate",),
+        ),
+        "cells": Variable(
+            {
+                "none": (f"no (?:{_SIGNS})?(?:abnormal|unusual|atypical)(?: cells?)?(?: growth| proliferation)?",
+                         "no abnormalit(?:y|ies)", "none", "normal(?: cells?| cellular)?(?: growth)?", "typical",
+                         "without abnormalities"),
+                "myeloblasts": ("myeloblasts?", "blast cells?", "blasts"),
+                "plasma cells": ("plasma cells?",),
+                "inadequate": _POOR,
+            },
+            strong=("inadequate",),
+        ),
+        "diagnosis": Variable(
+            {
+                "normal": ("normal", "healthy"),
+                "AML": ("acute myeloid leuka?emia", "aml"),
+                "MM": ("multiple myeloma", "myeloma", "(?<!\\d )mm"),
+                "inadequate": _POOR,
+                "cancer": _ILL,
+            },
+            opposites={"cancer": "normal"},
+            strong=("inadequate",),
+            weak=("cancer",),
+        ),
+    },
+    rows=tuple(
+        dict(zip(("quality", "analysis", "abnormality", "cells", "diagnosis"), row, strict=True))
+        for row in (
+            ("good", "adequate", "normal", "none", "normal"),
+            ("good", "adequate", "abnormal", "myeloblasts", "AML"),
+            ("good", "adequate", "abnormal", "plasma cells", "MM"),
+            ("bad", "blood", "inadequate", "inadequate", "inadequate"),
+            ("bad", "clot", "inadequate", "inadequate", "inadequate"),
+        )
+    ),
+    released={
+        "quality": (
+            ("good", (("effective", "appropriate", "suit", "apt ", "optimal"),),
+             (" not ", " no ", " inadequate ", " unsuitable")),
+            ("bad", (("no", "inadequate", "unsuitable"),), ()),
+        ),
+        "analysis": (
+            ("adequate", (("optimal", "advantageous", "suitable", "adequate", "well", "prime"),
+                          ("near", "close", "adjacent", "proximity", "vicinity", "proximate")), ()),
+            ("blood", (("blood", "rbc"),), ()),
+            ("clot", (("unsuit", "hinder", "less", "negative", "adverse"), ("particles",)),
+             ("near", "close", "adjacent", "proximity to", "vicinity")),
+        ),
+        "abnormality": (
+            ("abnormal", (("malig", "cancer", " disorder"),), ()),
+            ("abnormal", (("medical", "illne"), ("display",)), ()),
+            ("normal", ((" normal", "no abnormali"),), ()),
+            ("inadequate", (("inadequate", "impossible", "low-quality", "low quality", "unclear ", "unsuitable",
+                             "insufficient"),), ()),
+            ("inadequate", (("quality",), ("low", "poor", "insuffici", "inadequate", "subpar")), ()),
+        ),
+        "cells": (
+            ("plasma cells", (("plasma",),), ()),
+            ("myeloblasts", (("myeloblast",),), ()),
+            ("inadequate", (("quality",), _FAULTS), ()),
+            ("none", (("no ", "not", "devoid", "free", "absent", "absence"),), ()),
+        ),
+        "diagnosis": (
+            ("normal", (("blood cancer",), ("not", "no ", "devoid", "free", "absent", "absence")), (" quality",)),
+            ("normal", ((" healthy",),), ()),
+            ("MM", (("multiple myeloma", "mm"),), ()),
+            ("AML", (("acute myeloid leukemia", "aml"),), ()),
+            # the code looks for each letter of "quality", not for the word
+            ("inadequate", (tuple("quality"), _FAULTS), ()),
+            ("cancer", (("blood cancer",),), ()),
+        ),
+    },
+)  # fmt: skip
+
+_SIDES = Variable(
+    {
+        "left": ("left", "left side", "left-hand side"),
+        "right": ("right", "right side", "right-hand side"),
+        "above": ("above", "over", "on top of"),
+        "below": ("below", "under", "underneath", "beneath"),
+    }
+)
+
+RULE_SETS: dict[str, RuleSet] = {
+    "bone_marrow": _BONE_MARROW,
+    "existence_count": RuleSet(
+        {"exists": Variable(read=_yes_no), "count": Variable(read=_any_or_none)},
+        ({"exists": "yes", "count": "some"}, {"exists": "no", "count": "none"}),
+    ),
+    "existence_absence": RuleSet(
+        {"exists": Variable(read=_yes_no), "absent": Variable(read=_yes_no)},
+        ({"exists": "yes", "absent": "no"}, {"exists": "no", "absent": "yes"}),
+    ),
+    "attribute": RuleSet({"is": Variable(read=_yes_no), "which": Variable(read=_value)}),
+    "count_list": RuleSet({"count": Variable(read=_count), "list": Variable(read=_listed)}),
+    "sides": RuleSet(
+        {"there": _SIDES, "back": _SIDES},
+        tuple({"there": one, "back": other} for one, other in
+              (("left", "right"), ("right", "left"), ("above", "below"), ("below", "above"))),
+    ),
+    "choice": RuleSet({"first": Variable(read=_option), "second": Variable(read=_option)}),
+}  # fmt: skip
+"""Name in `facts["rules"]["set"]` to rule set.
+
+`existence_count`: is there an X, how many; `existence_absence`: is there an X, is there no X; `attribute`: is it red, which
+colour is it; `count_list`: how many, name them; `sides`: where is X seen from Y, and Y from X; `choice`: options in two orders.
+"""
