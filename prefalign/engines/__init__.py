@@ -43,6 +43,8 @@ class Request:
         seed: seed of the stage.
         image_mask: hide a share of the image tokens (needs capability `image_mask`).
         stop_at_sentence: end the completion at its first sentence end.
+        given: token ids that follow the prompt: earlier answers of a conversation as they were drawn, with the questions between
+            them. Not together with `prefix`; the messages end before them.
     """
 
     id: str
@@ -52,6 +54,7 @@ class Request:
     seed: int = 0
     image_mask: ImageMask | None = None
     stop_at_sentence: bool = False
+    given: list[int] = field(default_factory=list)
 
 
 @dataclass

@@ -199,6 +199,8 @@ class TransformersEngine:
         if score:
             prompt, completion = families.render_answer(self.processor, request.messages, answer, request.prefix)
             return Row(index, request, prompt, self._tokens(completion))
+        if request.given:
+            return Row(index, request, families.render(self.processor, request.messages), list(request.given))
         if families.rewrites_prompt(self.processor):
             prompt = families.render(self.processor, request.messages)
             return Row(index, request, prompt, self._tokens(request.prefix.rstrip()))

@@ -39,6 +39,10 @@ class PPOConfig(TrainingArguments):
         missing_eos_score: put in the place of that score instead; None: the score stays.
         target_kl: leave out the rest of an iteration's updates once the approximate KL to the policy that drew exceeds 1.5 times
             this; None: never.
+        conversations: draw whole conversations: the questions of a row's `facts.rules.questions` one after the other.
+        permute_questions: in an order drawn for each row and iteration; else that of the row.
+        turn_rewards: give what a turn earns by itself (rewards with `turn_scores`) at the end of that turn; else all of it at the
+            end of the conversation.
         rollout_batch_size: rows of one generation batch; None: `per_device_train_batch_size`.
         blank_picture_probe: answers of a rollout whose score is compared with that for a blank picture; 0: none.
         log_rollouts: write the answers of every rollout with their scores as JSON lines.
@@ -66,6 +70,9 @@ class PPOConfig(TrainingArguments):
     missing_eos_penalty: float | None = 1.0
     missing_eos_score: float | None = None
     target_kl: float | None = None
+    conversations: bool = False
+    permute_questions: bool = True
+    turn_rewards: bool = True
     rollout_batch_size: int | None = None
     blank_picture_probe: int = 8
     log_rollouts: bool = True

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +30,7 @@ from prefalign.engines import Sampling
 from prefalign.engines.transformers import TransformersEngine
 from prefalign.manifest import write_atomically
 from prefalign.online import advantages as maths
+from prefalign.online.conversations import linked, spread_turns, turn_rewards
 from prefalign.online.monitoring import Alarms, Tally, correlation, distinct
 from prefalign.online.roles import Roles
 from prefalign.online.rollout import VIEW, Rollout, draw, encode_once
@@ -290,7 +292,7 @@ class PPOTrainer(Upkeep):
         self.roles.eval()
         with self.roles.as_policy():
             rollout = draw(rows, engine=self.engine, reader=self.reader, sampling=self.sampling, iteration=iteration,
-                           seed=args.seed, generations=args.num_generations)  # fmt: skip
+                           seed=args.seed, generations=args.num_generations, plan=self._conversation())  # fmt: skip
         self.rollout = rollout
         self.saw_pictures = self.saw_pictures or any(document.vision for document in rollout.documents.documents)
         rollout.scores = dict(self.rewards.score([answer.response for answer in rollout.answers]))
@@ -306,6 +308,10 @@ class PPOTrainer(Upkeep):
         self._note(metrics)
         if args.log_rollouts:
             self._write(rollout)
+
+    def _conversation(self) -> Any:
+        args = self.args
+        return partial(linked, permute=args.permute_questions, seed=args.seed) if args.conversations else None
 
     @torch.no_grad()
     def _run_through(self, rollout: Rollout) -> None:
@@ -336,8 +342,10 @@ class PPOTrainer(Upkeep):
         args, mask, tally = self.args, rollout.mask, self._tally()
         answered = mask.any(dim=1)
         k1, k3 = maths.kl_terms(rollout.logps, rollout.ref_logps)
-        scores = self._scores(rollout).to(mask.device)
-        rewards = maths.place_rewards(scores, k1, mask, kl_coef=self.kl.coef)
+        scores = self._scores(rollout)
+        placed = self._by_turn(rollout, scores) if args.conversations and args.turn_rewards else scores
+        scores = scores.to(mask.device)
+        rewards = maths.place_rewards(placed.to(mask.device), k1, mask, kl_coef=self.kl.coef)
         if args.whiten_rewards:
             rewards = maths.whiten(rewards, mask, shift_mean=False, total=self._sum)
         estimates, rollout.returns = maths.gae(rewards, rollout.values, mask, gamma=args.gamma, lam=args.lam)
@@ -392,6 +400,16 @@ class PPOTrainer(Upkeep):
         elif args.missing_eos_penalty:
             scores = scores - args.missing_eos_penalty * unfinished
         return scores
+
+    def _by_turn(self, rollout: Rollout, scores: torch.Tensor) -> torch.Tensor:
+        """(B, T) the same scores, what a turn earns by itself at its own end."""
+        earned = turn_rewards(self.rewards, [answer.response for answer in rollout.answers])
+        deviation = self.reward_scale[1] if self.reward_scale is not None and self.args.normalise_rewards else 1.0
+        rows = [
+            spread_turns(one / deviation, score, answer.turn, answer.drawn)
+            for one, score, answer in zip(earned, scores.tolist(), rollout.answers, strict=True)
+        ]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def _measure(self, scores: torch.Tensor) -> tuple[float, float]:
         """Mean and deviation of the scores of the first rollout, whose policy is the reference, over all processes."""

@@ -9,16 +9,17 @@ Legend of shapes: `B` answers of this process, `T` tokens of the longest.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from prefalign import families
-from prefalign.engines import Request, Sampling
+from prefalign.engines import Sampling
+from prefalign.online.conversations import Conversation, Course, single
 from prefalign.online.features import join_features, split_features
-from prefalign.records import assistant_message, normalise_messages
+from prefalign.records import assistant_message, message_text
 from prefalign.rewards import Response
 from prefalign.training.documents import Document, Documents, Reader, decode
 from prefalign.training.forward import encode_pictures
@@ -117,7 +118,7 @@ class Rollout:
             yield json.dumps(
                 {
                     "id": answer.response.id,
-                    "question": answer.response.messages[-1]["content"][-1].get("text", ""),
+                    "question": message_text(answer.response.messages),
                     "text": answer.response.text,
                     "finished": answer.response.finished,
                     "tokens": answer.response.tokens,
@@ -137,8 +138,9 @@ def draw(
     iteration: int,
     seed: int,
     generations: int = 1,
+    plan: Callable[[Mapping[str, Any], str], Conversation] | None = None,
 ) -> Rollout:
-    """Draw answers to some prompts.
+    """Draw answers to some prompts, or conversations that begin with them.
 
     The noise of an answer follows from the seed, its row, the iteration and its number alone: processes and batches do not
     change it, and no two of them draw the same.
@@ -147,38 +149,36 @@ def draw(
         rows: prompts with `id`, `images`, `messages`, and where known `answer` and `facts`.
         engine: on the policy.
         reader: prepares prompts (`views` is `[VIEW]`).
-        sampling: how to draw.
+        sampling: how to draw; `max_new_tokens` holds for each turn.
         iteration: number of the rollout.
         seed: of the run.
         generations: answers to each prompt.
+        plan: from a row and what its order is drawn by (row and iteration), the conversation to be had; None: one answer.
     """
-    read = read_prompts(reader, rows)
-    requests, responses = [], []
-    for row in rows:
-        messages = normalise_messages(row["messages"])
+    plan = plan or (lambda row, drawn_by: single(row))
+    plans = [plan(row, f"{row['id']}/{iteration}") for row in rows]
+    read = read_prompts(reader, [{**row, "messages": one.messages} for row, one in zip(rows, plans, strict=True)])
+    courses = []
+    for row, one in zip(rows, plans, strict=True):
         pictures = [decode(picture) for picture in row["images"]]
-        for number in range(generations):
-            identity = f"{row['id']}/{iteration}/{number}"
-            requests.append(Request(identity, messages, pictures, seed=seed))
-            responses.append(
-                Response(identity, list(row["images"]), messages, "", row.get("answer"), facts_of(row))
-            )  # fmt: skip
+        courses += [Course(f"{row['id']}/{iteration}/{number}", one, pictures) for number in range(generations)]
+    while waiting := [course for course in courses if course.is_open]:
+        requests = [course.request(seed) for course in waiting]
+        for course, completion in zip(waiting, engine.generate(requests, sampling), strict=True):
+            course.take(completion, reader.processor)
     end = families.turn_end_id(reader.processor)
     answers, places = [], []
-    for number, (completion, response) in enumerate(zip(engine.generate(requests, sampling), responses, strict=True)):
-        tokens = list(completion.token_ids)
-        if completion.end_token is not None:
-            tokens.append(completion.end_token)
-        drawn = torch.ones(max(1, len(tokens)), dtype=torch.bool)
-        if not tokens:  # nothing could be drawn, and a document needs a branch
-            tokens, drawn = [end], ~drawn
-        response = replace(
-            response, text=completion.text, finished=completion.finish_reason == "stop", tokens=int(drawn.sum())
-        )
-        made = torch.tensor(tokens)
-        answers.append(Answer(response, made, drawn, torch.zeros_like(made), completion.error))
+    for number, course in enumerate(courses):
+        row = rows[number // generations]
+        # where nothing could be drawn a document still needs a branch
+        tokens, drawn, turn = (torch.tensor(part) for part in (course.tokens or [end], course.drawn or [False], course.turn or [0]))
+        response = Response(
+            course.identity, list(row["images"]), course.messages, course.texts[-1] if course.texts else "", row.get("answer"),
+            course.plan.facts, finished=course.finished, tokens=int(drawn.sum()),
+        )  # fmt: skip
+        answers.append(Answer(response, tokens, drawn, turn, course.failed))
         document = read.places[VIEW][number // generations][0]
-        places.append((document, read.documents[document].branch(made)))
+        places.append((document, read.documents[document].branch(tokens)))
     return Rollout(iteration, answers, Documents(read.documents, {VIEW: places}))
 
 
@@ -192,12 +192,6 @@ def read_prompts(reader: Reader, rows: Sequence[Mapping[str, Any]]) -> Documents
     for document in read.documents:
         document.answers.clear()
     return read
-
-
-def facts_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of a row's pictures."""
-    facts = row.get("facts") or {}
-    return json.loads(facts) if isinstance(facts, str) else dict(facts)
 
 
 def encode_once(rollout: Rollout, model: Any, collator: PreferenceCollator, *, device: torch.device, most: int) -> None:
