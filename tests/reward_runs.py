@@ -13,12 +13,12 @@ from peft import get_peft_model
 from prefalign import bundled
 from prefalign.config import build
 from prefalign.models import ModelConfig, fingerprint, freeze, load_model, load_processor
-from prefalign.records import Pair
+from prefalign.records import Pair, Prompt, assistant_message
 from prefalign.rewards.augmentation import RatingPrompt
 from prefalign.rewards.rows import load_reward_pairs
 from prefalign.rewards.trainer import RewardTrainer, bradley_terry, reward_arguments
 from prefalign.rewards.vlm import BaseModel, RewardModel
-from prefalign.store import OutputConfig, write_records
+from prefalign.store import OutputConfig, read_records, write_records
 from prefalign.training.lora import LoraSettings
 from tests.training_runs import make_pair
 
@@ -26,6 +26,7 @@ STAGE = bundled.load_stage("train_reward_model")
 RATING = RatingPrompt(
     ask="Is the answer right?{facts}\nOne mark.", lead="In the image there is:", opening="The mark is"
 )
+FIVE = ["helpfulness", "correctness", "coherence", "complexity", "verbosity"]
 FACTS = ["A red square.", "A blue background.", "The lazy dog.", "A large red circle at the top left."]
 
 
@@ -118,3 +119,15 @@ def stage_config(checkpoint: Path, pairs: Path, output: Path, **more: Any) -> An
         **more,
     }  # fmt: skip
     return build(STAGE.Config, values)
+
+
+def graded_by_chance(prompts: Path, output: Path) -> Path:
+    """Pairs from a folder of prompts: chosen is the reference answer, rejected the same with a word gone; scores by chance."""
+    pairs = []
+    for number, prompt in enumerate(read_records(prompts, Prompt)):
+        answer = str(prompt.answer)
+        scores = {name: (number + place) % 5 for place, name in enumerate(FIVE)}
+        meta = {"scores": {"chosen": scores, "rejected": dict.fromkeys(FIVE, 2)}}
+        sides = [[assistant_message(text)] for text in (answer, answer.replace(" the ", " ", 1))]
+        pairs.append(Pair(prompt.id, prompt.images, prompt.messages, *sides, "test", facts=prompt.facts, meta=meta))
+    return write_reward_pairs(output, pairs)

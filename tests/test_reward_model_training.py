@@ -15,6 +15,7 @@ from prefalign.rewards.rows import check_rows, directions, keep_fitting, load_re
 from prefalign.rewards.trainer import bradley_terry, reward_arguments
 from prefalign.rewards.vlm import RewardModel
 from tests.reward_runs import (
+    FIVE,
     STAGE,
     assert_close,
     make_reward_model,
@@ -27,7 +28,6 @@ from tests.tiny_vlms import picture
 from tests.training_runs import largest_difference, losses, weights
 
 CLOCK = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
-FIVE = ["helpfulness", "correctness", "coherence", "complexity", "verbosity"]
 
 
 @pytest.fixture(scope="module")

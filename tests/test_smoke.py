@@ -223,3 +223,19 @@ def test_merge_models_config(name, tmp_path):
     made = start(name, "merge_models", changes)
     assert len(made) >= 4
     assert all((folder / "model.safetensors").is_file() for folder in made)
+
+
+@pytest.mark.parametrize("name", names("train_reward_model"))
+def test_reward_model_config(name, prompts, tmp_path):
+    from prefalign.rewards.learned import LearnedReward
+    from tests.reward_runs import graded_by_chance
+
+    pairs = graded_by_chance(prompts, tmp_path / "pairs")
+    trainer = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "bf16": False,
+               "save_steps": 1, "eval_steps": 1}  # fmt: skip
+    changes = {"model": MODEL, "pairs": pairs, "output": tmp_path / "out", "trainer": trainer}
+    if config.read_yaml(bundled.configs()[name]).get("eval_pairs"):
+        changes["eval_pairs"] = pairs
+    start(name, "train_reward_model", changes)
+    assert json.loads((tmp_path / "out" / "all_results.json").read_text())["rows_in"] == 6
+    assert LearnedReward(tmp_path / "out", device="cpu").model.calibration.with_facts.rows == 12

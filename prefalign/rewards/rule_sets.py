@@ -229,7 +229,7 @@ _BONE_MARROW = RuleSet(
                 "good": ("suitable", "adequate", "appropriate", "optimal", "usable", "acceptable", "sufficient", "good", "fit",
                          "high[ -]quality", "can be used"),
                 "bad": ("unsuitable", "inadequate", "inappropriate", "suboptimal", "unusable", "unacceptable", "insufficient",
-                        "bad",                         "poor", "low[ -]quality", "cannot be (?:\\w+ )?(?:used|utilized)"),
+                        "bad", "poor", "low[ -]quality", "cannot be (?:\\w+ )?(?:used|utilized)"),
             },
             opposites={"good": "bad", "bad": "good"},
         ),

@@ -21,7 +21,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from prefalign.config import ConfigError
 from prefalign.manifest import write_atomically
-from prefalign.rewards.rows import COLUMNS, as_mapping
+from prefalign.rewards.rows import COLUMNS, as_mapping, scores_of
 from prefalign.rewards.vlm import RewardModel
 from prefalign.training.arguments import training_arguments
 from prefalign.training.upkeep import Upkeep
@@ -158,6 +158,13 @@ class RewardTrainer(Upkeep, Trainer):
             rejected_pictures=rejected_pictures,
             targets=objective == "regression",
         )
+        if objective == "regression":
+            # the head alone would need thousands of small steps to reach the scores' mean
+            scores = torch.tensor(
+                [scores_of(row, model.attributes) for row in train_dataset.select_columns(["id", "meta"])]
+            )
+            with torch.no_grad():
+                model.head.bias.copy_(scores.mean(dim=(0, 2)))
         super().__init__(
             model=model,
             args=args,
@@ -268,8 +275,8 @@ class RewardTrainer(Upkeep, Trainer):
         for number in range(min(self.reference_rows, len(dataset))):
             row = dataset[number]
             other = row["rejected_images"] if self.data_collator.rejected_pictures else None
-            rows.append({**row, "facts": as_mapping(row["facts"])})
-            rows.append({**rows[-1], "chosen": row["rejected"], "images": other or row["images"]})
+            known = {**row, "facts": {} if other else as_mapping(row["facts"])}
+            rows += [known, {**known, "chosen": row["rejected"], "images": other or row["images"]}]
         model = self.accelerator.unwrap_model(self.model)
         model.calibrate(rows, batch_size=2 * self.args.per_device_eval_batch_size)
 
