@@ -30,6 +30,7 @@ class Config:
         rewards: what an answer is worth: entries {name, weight, settings}, whose weighted sum is learned. Names are those of
             `prefalign.rewards.REWARDS`. A reward model that is a LoRA on the policy's base becomes one more adapter of it, and the
             values start from its weights.
+        reward_model: folder of the reward model that entries `{name: reward_model}` without a `path` mean.
         watch: more such entries that are logged and never learned: what the policy should not lose while the reward rises.
         trainer: fields of `prefalign.online.arguments.PPOConfig` by name.
         lora: train an adapter; without it all weights that are not frozen.
@@ -43,6 +44,7 @@ class Config:
     prompts: Path
     output: Path
     rewards: list[dict[str, Any]]
+    reward_model: Path | None = None
     watch: list[dict[str, Any]] = field(default_factory=list)
     trainer: dict[str, Any] = field(default_factory=dict)
     lora: LoraSettings | None = None
@@ -50,6 +52,12 @@ class Config:
     fast_path: Literal["auto", "off"] = "auto"
     resume: Literal["auto"] | bool = "auto"
     seed: int = 0
+
+
+def _with_path(entry: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    """A reward's entry, its model's folder filled in."""
+    wants = entry.get("name") == "reward_model" and "path" not in entry and folder is not None
+    return {**entry, "path": str(folder)} if wants else entry
 
 
 def main(config: Config) -> None:
@@ -77,7 +85,7 @@ def main(config: Config) -> None:
     arguments = training_arguments(config.trainer, output=config.output, seed=config.seed, kind=PPOConfig)
     arguments.check()
     check_quantised(config.model, config.lora, arguments)
-    rewards = read_rewards(config.rewards)
+    rewards = read_rewards([_with_path(entry, config.reward_model) for entry in config.rewards])
     watch = read_rewards(config.watch) if config.watch else None
     prompts = load_prompts(config.prompts)
     manifest = (config.prompts / "manifest.json").read_text(encoding="utf-8")
