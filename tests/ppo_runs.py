@@ -44,14 +44,18 @@ class Brightness:
         return {"brightness": torch.tensor([m + len(r.text) / 100 for m, r in zip(means, responses, strict=True)])}
 
 
-def write_prompts(folder: Path, count: int = 8, images: int = 1, sizes: Sequence[tuple[int, int]] = ((40, 48),)) -> Path:
+def write_prompts(
+    folder: Path, count: int = 8, images: int = 1, sizes: Sequence[tuple[int, int]] = ((40, 48),)
+) -> Path:
     """A finished folder of prompts."""
     prompts = [
         Prompt(f"prompt-{number}", [encode_png(picture(10 * number + i, sizes[number % len(sizes)])) for i in range(images)],
                [user_message("what is in the picture" + " now" * (number % 3) + " ?", images)], answer="a dog")
         for number in range(count)
     ]  # fmt: skip
-    write_records("test", prompts, output=OutputConfig(folder, block_size=5), record=Prompt, settings={"n": count}, seed=0)
+    write_records(
+        "test", prompts, output=OutputConfig(folder, block_size=5), record=Prompt, settings={"n": count}, seed=0
+    )
     return folder
 
 
@@ -76,7 +80,13 @@ def make_ppo(
     model = load_model(config) if model is None else model
     if not lora:
         freeze(model, frozen)
-    base = {"per_device_train_batch_size": 2, "num_mini_batches": 2, "max_new_tokens": 6, "max_steps": 4, "save_steps": 2}
+    base = {
+        "per_device_train_batch_size": 2,
+        "num_mini_batches": 2,
+        "max_new_tokens": 6,
+        "max_steps": 4,
+        "save_steps": 2,
+    }
     base |= {"learning_rate": 1e-3, "gradient_checkpointing": False, "disable_tqdm": True, "blank_picture_probe": 0}
     arguments = training_arguments({**base, **settings}, output=output, seed=3, kind=PPOConfig)
     return PPOTrainer(

@@ -253,7 +253,10 @@ def test_updates_stop_once_the_policy_has_moved_too_far(tiny_llava, prompts, tmp
                        target_kl=1e-4, learning_rate=3e-2, max_steps=4, save_strategy="no")  # fmt: skip
     ends = []
     update = trainer._end_update
-    trainer._end_update = lambda: (update(), ends.append({n: p.clone() for n, p in trainer.roles.parameters_of("policy")}))
+    trainer._end_update = lambda: (
+        update(),
+        ends.append({n: p.clone() for n, p in trainer.roles.parameters_of("policy")}),
+    )
     trainer.train()
     assert len(ends) == 2  # the second update's log-probs are far from those that drew
     assert 1.0 in history(trainer, "policy/stopped_early")
@@ -282,7 +285,9 @@ def test_rollouts_are_written_with_every_term(tiny_llava, prompts, tmp_path):
     assert set(lines[0]["scores"]) == {"toy/letters", "total", "watch/watched/brightness"}
     assert lines[0]["scores"]["toy/letters"] == lines[0]["text"].count("a")
     logged = trainer.state.log_history[0]
-    assert logged["watch/watched/brightness"] == pytest.approx(sum(line["scores"]["watch/watched/brightness"] for line in lines) / 4)
+    assert logged["watch/watched/brightness"] == pytest.approx(
+        sum(line["scores"]["watch/watched/brightness"] for line in lines) / 4
+    )
     assert {"objective/kl", "objective/entropy", "objective/non_score_reward", "objective/rlhf_reward", "objective/scores",
             "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg", "loss/value_avg",
             "val/clipfrac_avg", "val/ratio", "val/explained_variance", "objective/eos_rate", "objective/length",

@@ -120,7 +120,9 @@ def test_questions_are_asked_in_an_order_drawn_for_each_iteration():
         assert [block["type"] for block in one.messages[0]["content"]] == ["image", "text"]
         texts = [one.messages[0]["content"][-1]["text"], *one.later]
         assert texts == one.facts["rules"]["questions"]
-        assert dict(zip(one.facts["rules"]["asked"], texts, strict=True)) == dict(zip(RULES["asked"], RULES["questions"], strict=True))
+        assert dict(zip(one.facts["rules"]["asked"], texts, strict=True)) == dict(
+            zip(RULES["asked"], RULES["questions"], strict=True)
+        )
         assert one.facts["rules"]["reference"] == RULES["reference"]
     kept = linked(row, "r/3", permute=False, seed=0)
     assert kept.facts["rules"] == RULES
@@ -131,7 +133,9 @@ def test_questions_are_asked_in_an_order_drawn_for_each_iteration():
 def test_a_turn_earns_at_its_own_end_and_a_conversation_no_more_than_its_total():
     said = [user_message("Is there a star?", 1), assistant_message("Yes."), user_message("How many?")]
     response = Response("r", [], said, "There are two stars.", facts={"rules": RULES})
-    rewards = Combined([Weighted("rules", Symbolic(), {"correct": 2.0, "consistent": 0.5}), Weighted("letters", Letters())])
+    rewards = Combined(
+        [Weighted("rules", Symbolic(), {"correct": 2.0, "consistent": 0.5}), Weighted("letters", Letters())]
+    )
     earned = turn_rewards(rewards, [response])[0]
     assert earned.tolist() == [2.0, 2.5]  # right; right and consistent with the first
     total = float(rewards.score([response])["total"])

@@ -117,7 +117,14 @@ def test_two_processes_are_one(folder, mode):
         assert largest_difference(saved(one), saved(two)) < 2e-5
         pairs = zip(history(one), history(two), strict=True)
         for first, second in pairs:
-            for name in ("loss", "objective/scores", "objective/kl", "objective/kl_coef", "val/error", "loss/value_avg"):
+            for name in (
+                "loss",
+                "objective/scores",
+                "objective/kl",
+                "objective/kl_coef",
+                "val/error",
+                "loss/value_avg",
+            ):
                 assert (name in first) == (name in second)
                 assert second.get(name, 0) == pytest.approx(first.get(name, 0), abs=2e-5), name
     said = sorted(answers(folder / mode / "lora"), key=lambda line: line["id"])

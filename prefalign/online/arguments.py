@@ -114,7 +114,8 @@ class PPOConfig(TrainingArguments):
         positive = ("num_ppo_epochs", "num_mini_batches", "num_generations", "max_new_tokens", "temperature", "kl_horizon",
                     "cliprange", "cliprange_value")  # fmt: skip
         found: list[tuple[bool, str]] = [
-            (getattr(self, name) <= 0, f"trainer.{name} must be above 0, got {getattr(self, name)}.") for name in positive
+            (getattr(self, name) <= 0, f"trainer.{name} must be above 0, got {getattr(self, name)}.")
+            for name in positive
         ]
         found += [
             (

@@ -138,7 +138,9 @@ class Course:
             return
         ended = completion.end_token is not None
         number = len(self.texts)
-        self._add([*completion.token_ids, *([completion.end_token] if completion.end_token is not None else [])], number, True)
+        self._add(
+            [*completion.token_ids, *([completion.end_token] if completion.end_token is not None else [])], number, True
+        )
         self.texts.append(completion.text)
         self.finished = self.finished and ended
         if number < len(self.plan.later):

@@ -46,7 +46,9 @@ class Tally:
         names = sorted(self.sums)
         both = self.total(torch.stack([self.sums[name][0] for name in names]))
         self.sums = {}
-        return {name: float(both[row, 0] / both[row, 1]) if both[row, 1] else math.nan for row, name in enumerate(names)}
+        return {
+            name: float(both[row, 0] / both[row, 1]) if both[row, 1] else math.nan for row, name in enumerate(names)
+        }
 
 
 def distinct(tokens: Sequence[Sequence[int]], size: int) -> float:

@@ -493,14 +493,18 @@ class PPOTrainer(Upkeep):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as transformers does, with the means of all metrics since the last log."""
         if "loss" in logs:
-            known = {name: [value for value in values if not math.isnan(value)] for name, values in self._logged.items()}
+            known = {
+                name: [value for value in values if not math.isnan(value)] for name, values in self._logged.items()
+            }
             logs |= {name: sum(values) / len(values) for name, values in known.items() if values}
             self._logged.clear()
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as transformers does; the reward's scale, the KL coefficient and the alarms go on with the checkpoint's."""
-        folder = get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint is True else resume_from_checkpoint
+        folder = (
+            get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint is True else resume_from_checkpoint
+        )
         if folder:
             self._load_state(json.loads((Path(str(folder)) / STATE_FILE).read_text(encoding="utf-8")))
         self._at = 0

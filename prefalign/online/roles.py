@@ -151,7 +151,9 @@ class Roles(nn.Module):
         def is_value(name: str) -> bool:
             return name.startswith(("value.", "value_head.")) or (self.adapts and _is_of(name, VALUE))
 
-        return [(name, p) for name, p in self.named_parameters() if p.requires_grad and is_value(name) == (role == VALUE)]
+        return [
+            (name, p) for name, p in self.named_parameters() if p.requires_grad and is_value(name) == (role == VALUE)
+        ]
 
     def forward(self, role: Role, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Run one role on a batch.
@@ -238,7 +240,9 @@ class Roles(nn.Module):
         else:
             self.policy.save_pretrained(folder)
             self.value.save_pretrained(value)
-        save_file({name: tensor.contiguous() for name, tensor in self.value_head.state_dict().items()}, value / HEAD_FILE)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.value_head.state_dict().items()}, value / HEAD_FILE
+        )
 
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote; the reference is what the run started from, and is not in it."""
@@ -257,7 +261,9 @@ def _is_of(name: str, adapter: str) -> bool:
 
 
 def _copy_adapter(model: Any, source: str, target: str) -> None:
-    state = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model, adapter_name=source).items()}
+    state = {
+        name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model, adapter_name=source).items()
+    }
     set_peft_model_state_dict(model, state, adapter_name=target)
 
 

@@ -171,7 +171,9 @@ def draw(
     for number, course in enumerate(courses):
         row = rows[number // generations]
         # where nothing could be drawn a document still needs a branch
-        tokens, drawn, turn = (torch.tensor(part) for part in (course.tokens or [end], course.drawn or [False], course.turn or [0]))
+        tokens, drawn, turn = (
+            torch.tensor(part) for part in (course.tokens or [end], course.drawn or [False], course.turn or [0])
+        )
         response = Response(
             course.identity, list(row["images"]), course.messages, course.texts[-1] if course.texts else "", row.get("answer"),
             course.plan.facts, finished=course.finished, tokens=int(drawn.sum()),
@@ -221,7 +223,8 @@ def encode_once(rollout: Rollout, model: Any, collator: PreferenceCollator, *, d
         packed = collator.collate(read, [""] * len(part))["packed"]
         dtype = families.core(model).dtype
         packed["vision"] = {
-            key: value.to(device, dtype if value.is_floating_point() else None) for key, value in packed["vision"].items()
+            key: value.to(device, dtype if value.is_floating_point() else None)
+            for key, value in packed["vision"].items()
         }
         counts = [int((document.prompt == collator.image_token_id).sum()) for document in part]
         found = split_features(encode_pictures(model, packed), counts)
