@@ -23,8 +23,8 @@ class Config:
     """One training run.
 
     Attributes:
-        model: the policy's starting weights, which are the reference too. An adapter is trained on where `lora` describes it (its
-            start is then the reference), and merged without `lora`.
+        model: the policy's starting weights, which are the reference too. An adapter is trained on where `lora` describes it
+            (its start is then the reference), and merged without `lora`.
         prompts: folder of prompts to answer.
         output: folder of the run: checkpoints, final model or adapter with its processor, answers of every rollout, logs.
         rewards: what an answer is worth: entries {name, weight, settings}, whose weighted sum is learned. Names are those of

@@ -59,7 +59,7 @@ def test_swapping_two_pictures_changes_reward_log_probs_and_value(tiny_llava, pr
         moved = (values - before[name]).abs().masked_fill(~swapped.mask, 0).amax(dim=1)
         assert (moved[:2] > 1e-3).all(), name
         assert (moved[2:] < 1e-5).all(), name
-    again = trainer.rewards.score([answer.response for answer in swapped.answers])["total"]
+    again = trainer.scorer.rewards.score([answer.response for answer in swapped.answers])["total"]
     assert (again[:2] != scores[:2]).all()
     assert torch.equal(again[2:], scores[2:])
 
@@ -214,14 +214,14 @@ def test_scores_are_normalised_clipped_and_lowered_for_unfinished_answers(tiny_l
     trainer.rollout.scores["total"] = raw
     for number, answer in enumerate(trainer.rollout.answers):
         answer.response.finished = number != 1
-    trainer.reward_scale = None
+    trainer.scorer.scale = None
     mean, deviation = raw.mean().item(), raw.std(correction=0).item()
     wanted = ((raw - mean) / deviation).clamp(-1, 1) - torch.tensor([0, 2.0, 0, 0])
-    assert torch.allclose(trainer._scores(trainer.rollout), wanted)
+    assert torch.allclose(trainer.scorer.shaped(trainer.rollout), wanted)
     trainer.rollout.scores["total"] = raw + 100  # later rollouts are measured by the first
-    assert torch.allclose(trainer._scores(trainer.rollout), torch.tensor([1.0, -1.0, 1.0, 1.0]))
+    assert torch.allclose(trainer.scorer.shaped(trainer.rollout), torch.tensor([1.0, -1.0, 1.0, 1.0]))
     trainer.args.missing_eos_score = -5.0
-    assert trainer._scores(trainer.rollout)[1] == -5
+    assert trainer.scorer.shaped(trainer.rollout)[1] == -5
 
 
 def test_minibatches_hold_every_answer_once_and_count_tokens(tiny_llava, prompts, tmp_path):

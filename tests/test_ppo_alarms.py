@@ -74,7 +74,7 @@ def test_clip_fraction_and_first_ratio():
 
 def test_numbers_that_are_not_known_raise_nothing():
     alarms = Alarms(exact=True)
-    unknown = {name: math.nan for name in WELL}
+    unknown = dict.fromkeys(WELL, math.nan)
     assert alarms.rollout(unknown, 0) == {}
     assert alarms.rollout(unknown, 9) == {}
 
@@ -86,8 +86,8 @@ def test_a_fault_between_rollout_and_update_is_noticed(tiny_llava, tmp_path, fau
                               per_device_train_batch_size=4, save_strategy="no"))  # fmt: skip
     plan = trainer._plan
 
-    def break_it(rollout, *, random):
-        plan(rollout, random=random)
+    def break_it(rollout):
+        plan(rollout)
         if fault == "temperature":
             rollout.logps = rollout.logps * 0.9
         elif fault == "picture":

@@ -60,8 +60,8 @@ def test_given_and_drawn_tokens_are_those_of_the_template(family, ends, tmp_path
         assert whole[-len(course.tokens) :] == course.tokens
     drawn = [token for token, mine in zip(course.tokens, course.drawn, strict=True) if mine]
     stops = [[end] if ends else [], [end] if ends else [], [end]]
-    assert drawn == sum((ids + stop for ids, stop in zip(texts, stops, strict=True)), [])
-    assert [course.turn.count(number) for number in range(3)][0] == len(texts[0]) + len(stops[0])
+    assert drawn == [token for ids, stop in zip(texts, stops, strict=True) for token in ids + stop]
+    assert course.turn.count(0) == len(texts[0]) + len(stops[0])
 
 
 def test_answers_are_drawn_after_the_very_tokens_that_are_trained_on(tiny_idefics3, prompts, tmp_path):

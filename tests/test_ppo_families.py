@@ -50,7 +50,7 @@ def check_family(checkpoint, folder):
     scores = kept.scores["total"].clone()
     rows[0]["images"], rows[1]["images"] = rows[1]["images"], rows[0]["images"]
     re_read(trainer, rows, said)
-    again = trainer.rewards.score([answer.response for answer in kept.answers])["total"]
+    again = trainer.scorer.rewards.score([answer.response for answer in kept.answers])["total"]
     assert (again[:4] != scores[:4]).all()
     for name, values in passes(trainer).items():
         moved = (values - whole[name]).abs().masked_fill(~kept.mask, 0).amax(dim=1)

@@ -49,7 +49,7 @@ def make(tiny_llava, folders, output, **settings):
     adapter, remark = share_base(rewards, model)
     assert (adapter, remark) == ("reward", "; the reward model is an adapter of the policy's base")
     trainer = make_ppo(tiny_llava, folders / "prompts", output, model=model, reward_adapter=adapter, **settings)
-    trainer.rewards = rewards
+    trainer.scorer.rewards = rewards
     return trainer
 
 
@@ -59,7 +59,7 @@ def test_scores_and_adapter_are_the_same_before_and_after_training(tiny_llava, f
     start = weights(trainer.roles)
     begun(trainer)
     responses = [answer.response for answer in trainer.rollout.answers]
-    before = trainer.rewards.score(responses)["total"]
+    before = trainer.scorer.rewards.score(responses)["total"]
     assert len(set(before.tolist())) == len(before)
     alone = learned(folders / "adapter").score(responses)["total"]
     assert torch.allclose(before, alone, atol=1e-4)
@@ -72,7 +72,7 @@ def test_scores_and_adapter_are_the_same_before_and_after_training(tiny_llava, f
     }
     assert changed == {"A.default.weight", "B.default.weight", "A.value.weight", "B.value.weight", "value_head.weight",
                        "value_head.bias"}  # fmt: skip
-    assert torch.equal(trainer.rewards.score(responses)["total"], before)
+    assert torch.equal(trainer.scorer.rewards.score(responses)["total"], before)
     first = trainer.state.log_history[0]
     assert first["probe/learned/blank_picture_gap"] > 0.01
     assert not [name for name in first if name.startswith("alarms/blind")]
@@ -94,9 +94,9 @@ def test_values_start_from_the_reward_model(tiny_llava, folders, tmp_path):
 def test_a_picture_moves_a_learned_reward(tiny_llava, folders, tmp_path):
     trainer = begun(make(tiny_llava, folders, tmp_path))
     responses = [answer.response for answer in trainer.rollout.answers]
-    before = trainer.rewards.score(responses)["total"]
+    before = trainer.scorer.rewards.score(responses)["total"]
     responses[0].images, responses[1].images = responses[1].images, responses[0].images
-    after = trainer.rewards.score(responses)["total"]
+    after = trainer.scorer.rewards.score(responses)["total"]
     assert (after[:2] - before[:2]).abs().min() > 1e-3
     assert torch.allclose(after[2:], before[2:], atol=1e-4)
 
@@ -111,7 +111,7 @@ def test_reward_models_that_keep_their_own_weights(tiny_llava, folders, tmp_path
         None, "; the reward model has weights of its own (it was trained on another base than the policy)"
     )  # fmt: skip
     trainer = make_ppo(tiny_llava, folders / "prompts", tmp_path / "run", save_strategy="no")
-    trainer.rewards = rewards
+    trainer.scorer.rewards = rewards
     trainer.train()
     assert history(trainer, "val/ratio")[0] == pytest.approx(1, abs=1e-6)
     (tmp_path / "nothing").mkdir()

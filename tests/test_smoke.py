@@ -248,8 +248,8 @@ def reward_model(folder, prompts):
 
     pairs = graded_by_chance(prompts, folder / "reward_pairs")
     trainer = {"max_steps": 1, "per_device_train_batch_size": 2, "save_steps": 1, "bf16": False}
-    start("reward_models/train_reward_model_scenes", "train_reward_model",
-          {"model": MODEL, "pairs": pairs, "output": folder / "reward", "trainer": trainer, "lora": {"r": 2, "alpha": 4}})  # fmt: skip
+    changes = {"model": MODEL, "pairs": pairs, "output": folder / "reward", "trainer": trainer, "lora": {"r": 2, "alpha": 4}}
+    start("reward_models/train_reward_model_scenes", "train_reward_model", changes)
     return folder / "reward"
 
 

@@ -1,7 +1,7 @@
 """The arithmetic of PPO as pure functions: rewards per token, advantages, losses, KL estimates.
 
-Papers: PPO, arXiv 1707.06347; GAE, arXiv 1506.02438; the details that matter on language models, Huang, Liu and von Werra, "The N
-Implementation Details of RLHF with PPO" (2023). Departures from released code: means run over real tokens only, summed over the
+Papers: PPO, arXiv 1707.06347; GAE, arXiv 1506.02438; the details that matter on language models, Huang, Liu and von Werra,
+"The N Implementation Details of RLHF with PPO" (2023). Departures from released code: means run over real tokens only, summed over the
 whole minibatch (LLaVA-RLHF and align-anything average padding in), and the KL part of the reward is not clamped.
 
 Legend of shapes: `B` answers, `T` tokens of the longest. Log-probs and values at `t` are read at the position before token `t`, the
@@ -130,8 +130,8 @@ def policy_loss(
     """PPO's clipped surrogate (arXiv 1707.06347, equation 7), summed over real tokens.
 
     Returns:
-        The sum, which the caller divides by the tokens of the whole minibatch, and the sums `approxkl` (k3 of old and new policy),
-        `clipfrac`, `ratio` and `tokens`.
+        The sum, which the caller divides by the tokens of the whole minibatch, and the sums `approxkl` (k3 of old and new
+        policy), `clipfrac`, `ratio` and `tokens`.
     """
     difference = (logps - old_logps).masked_fill(~mask, 0.0)
     ratio = difference.exp()

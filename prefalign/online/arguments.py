@@ -104,7 +104,7 @@ class PPOConfig(TrainingArguments):
         Raises:
             ConfigError: one line for each that does not.
         """
-        problems = [message for wrong, message in self._problems() if wrong]
+        problems = [message for wrong, message in [*self._problems(), *self._process_problems()] if wrong]
         if problems:
             raise ConfigError("\n  ".join(problems))
 
@@ -127,33 +127,47 @@ class PPOConfig(TrainingArguments):
         found += [
             (
                 self.per_device_train_batch_size % max(1, self.num_generations) != 0,
-                f"trainer.per_device_train_batch_size is {self.per_device_train_batch_size} answers and num_generations "
-                f"{self.num_generations}: the answers to one prompt would be cut apart. Make the first a multiple of the second.",
+                (
+                    f"trainer.per_device_train_batch_size is {self.per_device_train_batch_size} answers and "
+                    f"num_generations {self.num_generations}: the answers to one prompt would be cut apart. Make the "
+                    "first a multiple of the second."
+                ),
             ),
             (
                 saves == "steps" and self.save_steps % max(1, updates) != 0,
-                f"trainer.save_steps is {self.save_steps} and an iteration makes {updates} optimizer steps (num_ppo_epochs x "
-                "num_mini_batches): a checkpoint in the middle of one would lose its rollout, so a resumed run would draw anew "
-                f"and be another run. Set save_steps to a multiple of {updates}.",
+                (
+                    f"trainer.save_steps is {self.save_steps} and an iteration makes {updates} optimizer steps "
+                    "(num_ppo_epochs x num_mini_batches): a checkpoint in the middle of one would lose its rollout, "
+                    f"so a resumed run would draw anew and be another run. Set save_steps to a multiple of {updates}."
+                ),
             ),
             (
                 saves not in ("steps", "no"),
-                f"trainer.save_strategy is {saves!r}; checkpoints are written at the end of iterations only, counted in steps. "
-                "Use 'steps' or 'no'.",
+                (
+                    f"trainer.save_strategy is {saves!r}; checkpoints are written at the end of iterations only, "
+                    "counted in steps. Use 'steps' or 'no'."
+                ),
             ),
             (
                 self.max_steps > 0 and self.max_steps % max(1, updates) != 0,
-                f"trainer.max_steps is {self.max_steps} and an iteration makes {updates} optimizer steps: the last rollout would be "
-                f"drawn and not be used up. Set max_steps to a multiple of {updates}.",
+                (
+                    f"trainer.max_steps is {self.max_steps} and an iteration makes {updates} optimizer steps: the last "
+                    f"rollout would be drawn and not be used up. Set max_steps to a multiple of {updates}."
+                ),
             ),
             (
                 self.missing_eos_penalty is not None and self.missing_eos_penalty < 0,
-                f"trainer.missing_eos_penalty is taken off the score and must be 0 or more, got {self.missing_eos_penalty}.",
+                (
+                    "trainer.missing_eos_penalty is taken off the score and must be 0 or more, got "
+                    f"{self.missing_eos_penalty}."
+                ),
             ),
             (
                 bool(self.missing_eos_penalty) and self.missing_eos_score is not None,
-                f"trainer.missing_eos_penalty ({self.missing_eos_penalty}) and missing_eos_score ({self.missing_eos_score}) both say "
-                "what an unfinished answer is worth. Set one of them to null.",
+                (
+                    f"trainer.missing_eos_penalty ({self.missing_eos_penalty}) and missing_eos_score "
+                    f"({self.missing_eos_score}) both say what an unfinished answer is worth. Set one of them to null."
+                ),
             ),
             (self.kl_coef < 0, f"trainer.kl_coef must be 0 or more, got {self.kl_coef}."),
             (
@@ -162,13 +176,38 @@ class PPOConfig(TrainingArguments):
             ),
             (
                 self.load_best_model_at_end or str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no",
-                "trainer.eval_strategy and load_best_model_at_end: PPO has no loss on held-out rows. Evaluate the checkpoints with "
-                "`prefalign run evaluate_model`, and leave both out.",
+                (
+                    "trainer.eval_strategy and load_best_model_at_end: PPO has no loss on held-out rows. Evaluate the "
+                    "checkpoints with `prefalign run evaluate_model`, and leave both out."
+                ),
             ),
             (
                 bool((self.gradient_checkpointing_kwargs or {}).get("use_reentrant")),
-                "trainer.gradient_checkpointing_kwargs: reentrant checkpointing needs gradients at the embeddings of a frozen base "
-                "and recomputes its tower. Leave use_reentrant out.",
+                (
+                    "trainer.gradient_checkpointing_kwargs: reentrant checkpointing needs gradients at the embeddings "
+                    "of a frozen base and recomputes its tower. Leave use_reentrant out."
+                ),
             ),
         ]
         return found
+
+    def _process_problems(self) -> list[tuple[bool, str]]:
+        stage = 0 if self.deepspeed_plugin is None else int(self.deepspeed_plugin.zero_stage)
+        return [
+            (
+                stage == 3 or bool(self.fsdp_plugin_args),
+                (
+                    "PPO runs on DDP and DeepSpeed ZeRO-1 and ZeRO-2: ZeRO-3 and FSDP share out the weights, which "
+                    "generation and the reference would gather for every token. Train an adapter, with ZeRO-2 or "
+                    "without."
+                ),
+            ),
+            (
+                self.n_gpu > 1,
+                (
+                    f"one process sees {self.n_gpu} GPUs, and transformers would copy the model to all of them in "
+                    "every pass. Start the recipe with torchrun or `accelerate launch`, or make one GPU visible "
+                    "(CUDA_VISIBLE_DEVICES=0)."
+                ),
+            ),
+        ]

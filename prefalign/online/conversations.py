@@ -1,8 +1,8 @@
 """Conversations in a rollout: linked questions asked one after the other, every answer drawn, every question given.
 
 Source:
-    Dr-LLaVA, arXiv 2405.19567; released code `AlaaLab/Dr-LLaVA`, models/ppo_trainer.py: the questions are permuted for each sample,
-    the picture stands in whichever comes first, and log-probs, KL and losses run over the answers' tokens alone.
+    Dr-LLaVA, arXiv 2405.19567; released code `AlaaLab/Dr-LLaVA`, models/ppo_trainer.py: the questions are permuted for each
+    sample, the picture stands in whichever comes first, and log-probs, KL and losses run over the answers' tokens alone.
 Differs from the authors' code:
     Any number of questions; earlier answers are kept as the tokens that were drawn instead of being read and written again; every
     turn may be rewarded at its own end (`turn_rewards`), which with gamma 1 has the same return at the first turn.
@@ -73,9 +73,9 @@ def linked(row: Mapping[str, Any], drawn_by: str, *, permute: bool, seed: int) -
     questions, asked = list(rules.get("questions") or []), list(rules.get("asked") or [])
     if not questions or len(questions) != len(asked):
         raise ValueError(
-            f"row {row['id']}: facts.rules has {len(questions)} `questions` and {len(asked)} names in `asked`, and a conversation needs "
-            "one name for each question. Use rows of linked questions (`prefalign.scenes.linked` shows their form), or set "
-            "trainer.conversations to false."
+            f"row {row['id']}: facts.rules has {len(questions)} `questions` and {len(asked)} names in `asked`, and a "
+            "conversation needs one name for each question. Use rows of linked questions (`prefalign.scenes.linked` "
+            "shows their form), or set trainer.conversations to false."
         )
     order = list(range(len(questions)))
     if permute:

@@ -29,11 +29,11 @@ def split_features(features: Any, counts: Sequence[int]) -> list[dict[str, Any]]
     flat = _flat(pooled)
     if sum(counts) != len(flat):
         raise ValueError(
-            f"the pictures gave {len(flat)} features for {sum(counts)} image tokens of the prompts, so features would move to "
-            "other places. The processor and the model do not belong together."
+            f"the pictures gave {len(flat)} features for {sum(counts)} image tokens of the prompts, so features would "
+            "move to other places. The processor and the model do not belong together."
         )
     deep = [_flat(layer) for layer in getattr(features, "deepstack_features", None) or []]
-    parts = []
+    parts: list[dict[str, Any]] = []
     for start, count in zip(_starts(counts), counts, strict=True):
         if count == 0:
             parts.append({})

@@ -1,13 +1,13 @@
 """What a PPO run says about itself: numbers added up over processes, and warnings when they mean that something is wrong.
 
-The alarms are those of the table in docs/ppo.md. Each is logged as `alarms/<name>` 1 in the steps where it holds, and warned of once.
+The alarms are those of the table in docs/ppo.md. Each is logged as `alarms/<name>` 1 in the steps where it holds, and is warned of
+once.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -92,9 +92,9 @@ class Alarms:
         return self._raise(
             "first_ratio",
             furthest > allowed,
-            f"before any update the policy gives the tokens that it drew other log-probs: the ratio is off by {furthest:.2g} "
-            f"(allowed {allowed:g}). The passes differ in dropout, temperature, pictures, mask or active adapter, so the clipped "
-            "loss compares two models. Run in float32 to tell rounding from a fault.",
+            "before any update the policy gives the tokens that it drew other log-probs: the ratio is off by "
+            f"{furthest:.2g} (allowed {allowed:g}). The passes differ in dropout, temperature, pictures, mask or "
+            "active adapter, so the clipped loss compares two models. Run in float32 to tell rounding from a fault.",
         )
 
     def rollout(self, metrics: Mapping[str, float], iteration: int) -> dict[str, float]:
@@ -115,64 +115,66 @@ class Alarms:
 
         kl, length = now("objective/kl"), now("objective/length")
         per_token = abs(kl) / length if length else 0.0
-        raised = {}
+        raised: dict[str, float] = {}
         if iteration == 0:
             raised |= self._raise(
                 "kl_at_start",
                 per_token > (1e-4 if self.exact else 1e-2),
-                f"the KL to the reference is {kl:.3g} nats per answer before the first update, and it should be about 0: the "
-                "reference is not the model that the policy starts from.",
+                f"the KL to the reference is {kl:.3g} nats per answer before the first update, and it should be about "
+                "0: the reference is not the model that the policy starts from.",
             )
         raised |= self._raise(
             "negative_kl",
             kl < -1.0,
-            f"the KL to the reference is {kl:.3g} nats per answer, far below 0: answers are not drawn from the policy whose "
-            "log-probs are taken (top_p, top_k, another temperature, or kernels that differ).",
+            f"the KL to the reference is {kl:.3g} nats per answer, far below 0: answers are not drawn from the policy "
+            "whose log-probs are taken (top_p, top_k, another temperature, or kernels that differ).",
         )
         raised |= self._raise(
             "far_from_reference",
             kl > 50.0,
-            f"the KL to the reference is {kl:.3g} nats per answer. The reward was learned on answers nearer to the reference and says "
-            "little out here. Raise kl_coef, set kl_target, or stop earlier.",
+            f"the KL to the reference is {kl:.3g} nats per answer. The reward was learned on answers nearer to the "
+            "reference and says little out here. Raise kl_coef, set kl_target, or stop earlier.",
         )
         self.low_variance = self.low_variance + 1 if now("val/explained_variance") < -0.05 else 0
         raised |= self._raise(
             "explained_variance",
             self.low_variance >= 3 and iteration >= 5,
-            f"the values explain less than nothing of the returns ({now('val/explained_variance'):.3g}) for the third iteration in a "
-            "row: advantages are noisier than without them. Lower value_learning_rate, raise value_warmup_iterations, or look at "
-            "the scale of the reward.",
+            f"the values explain less than nothing of the returns ({now('val/explained_variance'):.3g}) for the third "
+            "iteration in a row: advantages are noisier than without them. Lower value_learning_rate, raise "
+            "value_warmup_iterations, or look at the scale of the reward.",
         )
         longer = length / then("objective/length") if then("objective/length") else math.nan
         fewer_ends = then("objective/eos_rate") - now("objective/eos_rate")
         raised |= self._raise(
             "verbosity",
             longer > 1.5 and fewer_ends > 0.1,
-            f"answers are {longer:.2g} times as long as at the start and end by themselves {fewer_ends:.0%} less often: the policy "
-            "gains by talking on. Raise missing_eos_penalty, or add a length term to the reward.",
+            f"answers are {longer:.2g} times as long as at the start and end by themselves {fewer_ends:.0%} less "
+            "often: the policy gains by talking on. Raise missing_eos_penalty, or add a length term to the reward.",
         )
         biased = now("objective/score_length_correlation")
         raised |= self._raise(
             "length_reward",
             abs(biased) > 0.5 and (longer > 1.25 or longer < 0.8),
-            f"score and length go together (correlation {biased:.2f}) and answers are {longer:.2g} times as long as at the start: the "
-            "policy learns length. Grade the reward with length controlled, or add a length term against it.",
+            f"score and length go together (correlation {biased:.2f}) and answers are {longer:.2g} times as long as at "
+            "the start: the policy learns length. Grade the reward with length controlled, or add a length term "
+            "against it.",
         )
         lively = now("objective/entropy_per_token") / then("objective/entropy_per_token")
         varied = now("objective/distinct_2") / then("objective/distinct_2")
         raised |= self._raise(
             "collapse",
             lively < 0.3 or varied < 0.4,
-            f"answers lose their variety: entropy is {lively:.0%} and the share of distinct word pairs {varied:.0%} of what they were. "
-            "Raise kl_coef, lower the learning rate, or stop earlier.",
+            f"answers lose their variety: entropy is {lively:.0%} and the share of distinct word pairs {varied:.0%} of "
+            "what they were. Raise kl_coef, lower the learning rate, or stop earlier.",
         )
         for name in [name for name in metrics if name.endswith("/blank_picture_gap")]:
             entry = name.split("/")[1]
             raised |= self._raise(
                 f"blind_reward/{entry}",
                 now(name) < 1e-6,
-                f"the reward {entry!r} gives answers the same score when their picture is blanked: it does not look, so the policy "
-                "will learn nothing about pictures from it. Grade the reward model, or set blank_picture_probe to 0 if this is meant.",
+                f"the reward {entry!r} gives answers the same score when their picture is blanked: it does not look, "
+                "so the policy will learn nothing about pictures from it. Grade the reward model, or set "
+                "blank_picture_probe to 0 if this is meant.",
             )
         gained = now("objective/scores") - then("objective/scores")
         for name in sorted(name for name in metrics if name.startswith("watch/") and not name.endswith("/std")):
@@ -180,8 +182,9 @@ class Alarms:
             raised |= self._raise(
                 f"hacking/{name.removeprefix('watch/')}",
                 gained > 0 and lost > max(0.05, 2 * self.start.get(f"{name}/std", 0.0) / 8),
-                f"the reward has risen by {gained:.3g} while {name} has fallen by {lost:.3g}: the policy has found what the reward "
-                "likes and you do not. Stop at an earlier checkpoint, raise kl_coef, or mend the reward.",
+                f"the reward has risen by {gained:.3g} while {name} has fallen by {lost:.3g}: the policy has found "
+                "what the reward likes and you do not. Stop at an earlier checkpoint, raise kl_coef, or mend the "
+                "reward.",
             )
         return raised
 
@@ -191,8 +194,8 @@ class Alarms:
         return self._raise(
             "clip_fraction",
             clipped > 0.3,
-            f"{clipped:.0%} of the tokens are clipped in an update (0.05 to 0.2 is usual): the policy moves too fast. Lower the "
-            "learning rate or num_ppo_epochs, or set target_kl.",
+            f"{clipped:.0%} of the tokens are clipped in an update (0.05 to 0.2 is usual): the policy moves too fast. "
+            "Lower the learning rate or num_ppo_epochs, or set target_kl.",
         )
 
     def _raise(self, name: str, holds: bool, message: str) -> dict[str, float]:

@@ -14,13 +14,12 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
@@ -30,15 +29,15 @@ from prefalign.engines import Sampling
 from prefalign.engines.transformers import TransformersEngine
 from prefalign.manifest import write_atomically
 from prefalign.online import advantages as maths
-from prefalign.online.conversations import linked, spread_turns, turn_rewards
-from prefalign.online.monitoring import Alarms, Tally, correlation, distinct
+from prefalign.online.conversations import linked
+from prefalign.online.estimates import describe, estimate
+from prefalign.online.monitoring import Alarms, Tally
 from prefalign.online.roles import Roles
 from prefalign.online.rollout import VIEW, Rollout, draw, encode_once
-from prefalign.online.sampler import RolloutBatches
-from prefalign.rewards.judged import JudgedAttributes
-from prefalign.rewards.learned import LearnedReward
+from prefalign.online.sampler import RolloutBatches, visits
+from prefalign.online.scores import Scorer
 from prefalign.training.collator import PreferenceCollator
-from prefalign.training.documents import Reader, decode
+from prefalign.training.documents import Reader
 from prefalign.training.routes import find_route
 from prefalign.training.upkeep import Upkeep
 
@@ -53,9 +52,6 @@ if TYPE_CHECKING:
 STATE_FILE = "ppo_state.json"
 """Reward scale, KL coefficient and alarms, beside every saved model."""
 
-PROBED = (LearnedReward, JudgedAttributes)
-"""Rewards that are meant to look at the picture; the others judge by the facts."""
-
 ROLLOUTS = "rollouts"
 """Folder of the answers that were drawn, a file for each iteration and process."""
 
@@ -69,7 +65,7 @@ class PPOTrainer(Upkeep):
         train_dataset: prompts as `prompts.load_prompts` gives them.
         processing_class: the model's processor, saved with every checkpoint.
         rewards: what answers are worth, as `rewards.read_rewards` gives it.
-        watch: rewards that are logged as `watch/...` and never trained on: an alarm goes off when they fall while the reward rises.
+        watch: rewards that are logged as `watch/...` and never learned: an alarm goes off when they fall while the reward rises.
         peft_config: wrap `model` in a new adapter.
         reward_adapter: name of a reward model's adapter on `model`; the value adapter starts as a copy of it.
         value_model: where all weights train, what the value starts from; by default a copy of the policy.
@@ -81,6 +77,7 @@ class PPOTrainer(Upkeep):
     """
 
     args: PPOConfig
+    optimizer: Any
 
     def __init__(
         self,
@@ -98,17 +95,11 @@ class PPOTrainer(Upkeep):
         fast_path: Literal["auto", "off"] = "auto",
     ):
         args.check()
-        _check_processes(args)
         set_seed(args.seed)  # the start of the adapters
-        self.rewards = rewards
-        self.watch = watch
         self.route = find_route(model, fast_path)
-        config = families.core(model).config
+        image_token = families.image_token_ids(families.core(model).config)[0]
         self.collator = PreferenceCollator(
-            processing_class,
-            [VIEW],
-            layout=self.route.layout,
-            image_token_id=families.image_token_ids(config)[0],
+            processing_class, [VIEW], layout=self.route.layout, image_token_id=image_token
         )
         self.reader = Reader(processing_class, [VIEW], families.missing_end(processing_class))
         roles = Roles(
@@ -134,16 +125,17 @@ class PPOTrainer(Upkeep):
         needed = prompts * args.world_size
         if len(train_dataset) < needed:
             raise ConfigError(
-                f"a rollout asks {needed} prompts (num_mini_batches x gradient_accumulation_steps x per_device_train_batch_size / "
-                f"num_generations in {args.world_size} process(es)) and there are {len(train_dataset)}. Give more prompts or lower one "
-                "of these."
+                f"a rollout asks {needed} prompts (num_mini_batches x gradient_accumulation_steps x "
+                f"per_device_train_batch_size / num_generations in {args.world_size} process(es)) and there are "
+                f"{len(train_dataset)}. Give more prompts or lower one of these."
             )
         self.engine = TransformersEngine(
             roles.policy, processing_class, batch_size=args.rollout_batch_size or args.per_device_train_batch_size
         )
         self.sampling = Sampling(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+        self.plan = partial(linked, permute=args.permute_questions, seed=args.seed) if args.conversations else None
         self.alarms = Alarms(exact=families.core(model).dtype == torch.float32 and not (args.bf16 or args.fp16))
-        self.reward_scale: tuple[float, float] | None = None
+        self.scorer = Scorer(rewards, watch, args, self._sum)
         self.kl = maths.AdaptiveKL(args.kl_coef, args.kl_target or 1.0, args.kl_horizon)
         self.rollout: Rollout | None = None
         self._at = 0
@@ -152,8 +144,6 @@ class PPOTrainer(Upkeep):
         self._tokens: list[float] = []
         self._logged: dict[str, list[float]] = defaultdict(list)
         self._update = self._tally()
-
-    # ---------------------------------------------------------------- data
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Numbers of rows; rows themselves are read once per rollout."""
@@ -182,8 +172,6 @@ class PPOTrainer(Upkeep):
             kind, settings = self.get_optimizer_cls_and_kwargs(args, self.roles)
             self.optimizer = kind([group for group in groups if group["params"]], **settings)
         return self.optimizer
-
-    # ---------------------------------------------------------------- one visit
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One visit to the rollout, drawn if it is the first: forward and backward pass of the policy, then of the value.
@@ -281,8 +269,6 @@ class PPOTrainer(Upkeep):
         batch = self.rollout.batch(numbers, self.collator)
         return self.rollout.with_features(self._prepare_inputs(batch))
 
-    # ---------------------------------------------------------------- a rollout
-
     def _begin(self, numbers: Sequence[int]) -> None:
         """Draw, score and run through the models; plan the visits."""
         args = self.args
@@ -290,28 +276,30 @@ class PPOTrainer(Upkeep):
         self._stopped = False
         rows = [self.train_dataset[number] for number in numbers]
         self.roles.eval()
-        with self.roles.as_policy():
-            rollout = draw(rows, engine=self.engine, reader=self.reader, sampling=self.sampling, iteration=iteration,
-                           seed=args.seed, generations=args.num_generations, plan=self._conversation())  # fmt: skip
+        self.roles.activate("policy")
+        rollout = draw(rows, engine=self.engine, reader=self.reader, sampling=self.sampling, iteration=iteration,
+                       seed=args.seed, generations=args.num_generations, plan=self.plan)  # fmt: skip
         self.rollout = rollout
         self.saw_pictures = self.saw_pictures or any(document.vision for document in rollout.documents.documents)
-        rollout.scores = dict(self.rewards.score([answer.response for answer in rollout.answers]))
-        metrics = self._reward_metrics(rollout)
+        tally = self._tally()
+        self.scorer.score(rollout, tally)
         self.roles.activate("policy")
         if self.keeps_features:
             encode_once(rollout, self.roles.policy, self.collator, device=args.device,
                         most=args.per_device_train_batch_size)  # fmt: skip
         self._run_through(rollout)
-        metrics |= self._estimate(rollout)
-        self._plan(rollout, random=iteration)
+        shaped = self.scorer.shaped(rollout)
+        estimate(rollout, self.scorer.placed(rollout, shaped), args, kl_coef=self.kl.coef, total=self._sum)
+        describe(rollout, shaped, tally, kl_coef=self.kl.coef)
+        answers = args.answers_per_iteration * args.world_size
+        metrics = tally.means() | {"objective/kl_coef": self.kl.coef, "episode": float((iteration + 1) * answers)}
+        if args.kl_target is not None:
+            self.kl.update(metrics["objective/kl"], answers)
+        self._plan(rollout)
         metrics |= self.alarms.rollout(metrics, iteration)
         self._note(metrics)
         if args.log_rollouts:
             self._write(rollout)
-
-    def _conversation(self) -> Any:
-        args = self.args
-        return partial(linked, permute=args.permute_questions, seed=args.seed) if args.conversations else None
 
     @torch.no_grad()
     def _run_through(self, rollout: Rollout) -> None:
@@ -337,139 +325,17 @@ class PPOTrainer(Upkeep):
         scored = ~rollout.scores["total"].isnan() & torch.tensor([answer.failed is None for answer in rollout.answers])
         rollout.mask = drawn & scored.to(drawn.device)[:, None]
 
-    def _estimate(self, rollout: Rollout) -> dict[str, float]:
-        """Rewards per token, advantages and returns."""
-        args, mask, tally = self.args, rollout.mask, self._tally()
-        answered = mask.any(dim=1)
-        k1, k3 = maths.kl_terms(rollout.logps, rollout.ref_logps)
-        scores = self._scores(rollout)
-        placed = self._by_turn(rollout, scores) if args.conversations and args.turn_rewards else scores
-        scores = scores.to(mask.device)
-        rewards = maths.place_rewards(placed.to(mask.device), k1, mask, kl_coef=self.kl.coef)
-        if args.whiten_rewards:
-            rewards = maths.whiten(rewards, mask, shift_mean=False, total=self._sum)
-        estimates, rollout.returns = maths.gae(rewards, rollout.values, mask, gamma=args.gamma, lam=args.lam)
-        rollout.advantages = maths.whiten(estimates, mask, total=self._sum)
-
-        def per_answer(values: torch.Tensor) -> torch.Tensor:
-            return values.masked_fill(~mask, 0.0).sum(dim=1)[answered]
-
-        tally.add("objective/kl", per_answer(k1))
-        tally.add("objective/kl_k3", per_answer(k3))
-        tally.add("objective/entropy", per_answer(rollout.entropy))
-        tally.add("objective/entropy_per_token", rollout.entropy[mask])
-        tally.add("objective/non_score_reward", per_answer(-self.kl.coef * k1))
-        tally.add("objective/scores", rollout.scores["total"].to(mask.device)[answered])
-        tally.add("objective/scores_shaped", scores[answered])
-        tally.add("objective/rlhf_reward", per_answer(-self.kl.coef * k1) + scores[answered])
-        tally.add("objective/missing", (~answered).float())
-        tally.add("objective/length", rollout.drawn().sum(dim=1)[answered.cpu()].float())
-        finished = torch.tensor([answer.response.finished for answer in rollout.answers])
-        tally.add("objective/eos_rate", finished.float())
-        tally.add("val/mean", rollout.values[mask])
-        tally.add("returns/mean", rollout.returns[mask])
-        tally.add("returns/var", (rollout.returns[mask] - rollout.returns[mask].mean()) ** 2)
-        tally.add("val/error", (rollout.values[mask] - rollout.returns[mask]) ** 2)
-        tally.add("val/explained_variance", _one(maths.explained_variance(rollout.values, rollout.returns, mask)))
-        texts = [answer.tokens[answer.drawn].tolist() for answer in rollout.answers]
-        tally.add("objective/distinct_1", _one(distinct(texts, 1)))
-        tally.add("objective/distinct_2", _one(distinct(texts, 2)))
-        lengths = rollout.drawn().sum(dim=1).float()
-        tally.add("objective/score_length_correlation", _one(correlation(rollout.scores["total"], lengths)))
-        metrics = tally.means()
-        metrics["objective/kl_coef"] = self.kl.coef
-        if args.kl_target is not None:
-            self.kl.update(metrics["objective/kl"], args.answers_per_iteration * args.world_size)
-        seen = (rollout.iteration + 1) * args.answers_per_iteration * args.world_size
-        return metrics | {"episode": float(seen)}
-
-    def _scores(self, rollout: Rollout) -> torch.Tensor:
-        """(B,) what the answers are worth: total reward, normalised and clipped, and what an unfinished answer loses."""
+    def _plan(self, rollout: Rollout) -> None:
         args = self.args
-        scores = rollout.scores["total"].clone()
-        if args.normalise_rewards:
-            if self.reward_scale is None:
-                self.reward_scale = self._measure(scores)
-            mean, deviation = self.reward_scale
-            scores = (scores - mean) / deviation
-        if args.reward_clip is not None:
-            scores = scores.clamp(-args.reward_clip, args.reward_clip)
-        unfinished = torch.tensor([not answer.response.finished for answer in rollout.answers])
-        if args.missing_eos_score is not None:
-            scores = torch.where(unfinished & ~scores.isnan(), torch.full_like(scores, args.missing_eos_score), scores)
-        elif args.missing_eos_penalty:
-            scores = scores - args.missing_eos_penalty * unfinished
-        return scores
-
-    def _by_turn(self, rollout: Rollout, scores: torch.Tensor) -> torch.Tensor:
-        """(B, T) the same scores, what a turn earns by itself at its own end."""
-        earned = turn_rewards(self.rewards, [answer.response for answer in rollout.answers])
-        deviation = self.reward_scale[1] if self.reward_scale is not None and self.args.normalise_rewards else 1.0
-        rows = [
-            spread_turns(one / deviation, score, answer.turn, answer.drawn)
-            for one, score, answer in zip(earned, scores.tolist(), rollout.answers, strict=True)
-        ]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
-    def _measure(self, scores: torch.Tensor) -> tuple[float, float]:
-        """Mean and deviation of the scores of the first rollout, whose policy is the reference, over all processes."""
-        known = scores[~scores.isnan()].double().to(self.args.device)
-        count, first = self._sum(torch.stack([_one(len(known), known.device), known.sum()])).tolist()
-        if count < 2:
-            raise ValueError(
-                f"{int(count)} of the first rollout's answers got a score, and their mean and deviation are what later scores are "
-                "measured by. Look at why the rewards are missing (the rollouts' JSON lines show the terms), or set "
-                "normalise_rewards to false."
-            )
-        mean = first / count
-        deviation = math.sqrt(float(self._sum(((known - mean) ** 2).sum()[None])) / count)
-        if deviation < 1e-6:
-            self.alarms._raise(
-                "constant_reward",
-                True,
-                f"all {int(count)} answers of the first rollout got the same score ({mean:.4g}): there is nothing to learn yet, and "
-                "scores are not divided by their deviation. Draw more answers, or look at the reward.",
-            )
-            deviation = 1.0
-        return mean, deviation
-
-    def _reward_metrics(self, rollout: Rollout) -> dict[str, float]:
-        """Every term of the rewards and of what is watched, and the probe with blank pictures."""
-        tally = self._tally()
-        responses = [answer.response for answer in rollout.answers]
-        watched = dict(self.watch.score(responses)) if self.watch is not None else {}
-        watched.pop("total", None)
-        for prefix, terms in (("rewards", rollout.scores), ("watch", watched)):
-            for name, values in terms.items():
-                if name != "total":
-                    tally.add(f"{prefix}/{name}", values)
-                    tally.add(f"{prefix}/{name}/std", _one(float(values[~values.isnan()].std(correction=0))))
-        rollout.scores |= {f"watch/{name}": values for name, values in watched.items()}
-        some = [number for number, response in enumerate(responses) if response.images][: self.args.blank_picture_probe]
-        blanked = [replace(responses[number], images=_blank(responses[number].images)) for number in some]
-        for entry in self.rewards.entries:
-            if some and isinstance(entry.reward, PROBED):
-                terms = entry.reward.score(blanked)
-                gaps = [rollout.scores[f"{entry.name}/{term}"][some] - values.cpu() for term, values in terms.items()]
-                tally.add(f"probe/{entry.name}/blank_picture_gap", torch.stack(gaps).abs().amax(dim=0))
-                tally.add(f"probe/{entry.name}/blank_picture_drop", torch.stack(gaps).mean(dim=0))
-        return tally.means()
-
-    def _plan(self, rollout: Rollout, *, random: int) -> None:
-        """Which answers each visit of the iteration takes: in each pass all prompts in a new order, answers of one together."""
-        args = self.args
-        generator = torch.Generator().manual_seed((args.seed * 1_000_003 + random) * 1_000_003 + args.process_index)
-        together = args.num_generations
-        prompts = len(rollout.answers) // together
-        each = args.per_device_train_batch_size // together
-        self._schedule = []
-        for _ in range(args.num_ppo_epochs):
-            order = torch.randperm(prompts, generator=generator).tolist()
-            for start in range(0, prompts, each):
-                some = order[start : start + each]
-                self._schedule.append([together * prompt + number for prompt in some for number in range(together)])
+        self._schedule = visits(
+            len(rollout.answers),
+            passes=args.num_ppo_epochs,
+            size=args.per_device_train_batch_size,
+            together=args.num_generations,
+            seed=(args.seed * 1_000_003 + rollout.iteration) * 1_000_003 + args.process_index,
+        )
         counts = [int(rollout.mask[numbers].sum()) for numbers in self._schedule]
-        per_update = torch.tensor(counts, device=args.device).view(-1, args.gradient_accumulation_steps).sum(dim=1)
+        per_update = torch.tensor(counts).view(-1, args.gradient_accumulation_steps).sum(dim=1)
         self._tokens = self._sum(per_update.double()).tolist()
 
     def _write(self, rollout: Rollout) -> None:
@@ -477,8 +343,6 @@ class PPOTrainer(Upkeep):
         folder.mkdir(parents=True, exist_ok=True)
         text = "".join(f"{line}\n" for line in rollout.lines())
         write_atomically(folder / f"{rollout.iteration:06d}-{self.args.process_index}.jsonl", text.encode())
-
-    # ---------------------------------------------------------------- logs and checkpoints
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values.to(self.args.device), "sum")
@@ -511,10 +375,11 @@ class PPOTrainer(Upkeep):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _state(self) -> dict[str, Any]:
-        return {"reward_scale": self.reward_scale, "kl_coef": self.kl.coef, "alarms": asdict(self.alarms)}
+        return {"reward_scale": self.scorer.scale, "kl_coef": self.kl.coef, "alarms": asdict(self.alarms)}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
-        self.reward_scale = tuple(state["reward_scale"]) if state["reward_scale"] else None  # type: ignore[assignment]
+        scale = state["reward_scale"]
+        self.scorer.scale = (scale[0], scale[1]) if scale else None
         self.kl.coef = state["kl_coef"]
         self.alarms = Alarms(**state["alarms"])
 
@@ -536,26 +401,3 @@ class PPOTrainer(Upkeep):
 
 def _numbers(rows: Sequence[int]) -> dict[str, torch.Tensor]:
     return {"rows": torch.tensor(list(rows))}
-
-
-def _one(value: float, device: Any = None) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float64, device=device)
-
-
-def _blank(images: Sequence[Any]) -> list[Image.Image]:
-    """Grey pictures of the same sizes."""
-    return [Image.new("RGB", decode(image).size, (127, 127, 127)) for image in images]
-
-
-def _check_processes(args: PPOConfig) -> None:
-    stage = getattr(args.deepspeed_plugin, "zero_stage", 0) if args.deepspeed_plugin is not None else 0
-    if stage == 3 or args.fsdp_plugin_args:
-        raise ConfigError(
-            "PPO runs on DDP and DeepSpeed ZeRO-1 and ZeRO-2: ZeRO-3 and FSDP share out the weights, which generation and the "
-            "reference would gather for every token. Train an adapter, with ZeRO-2 or without."
-        )
-    if args.n_gpu > 1:
-        raise ConfigError(
-            f"one process sees {args.n_gpu} GPUs, and transformers would copy the model to all of them in every pass. Start the recipe "
-            "with torchrun or `accelerate launch`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
-        )

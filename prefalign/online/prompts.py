@@ -73,8 +73,9 @@ def keep_fitting(
     fit.rows_used = len(kept)
     if not kept:
         raise ValueError(
-            f"none of the {len(dataset)} prompts leaves room for {max_new_tokens} new tokens in max_length {max_length} (the first has "
-            f"{next(iter(fit.too_long.values()))}). Raise trainer.max_length, or lower trainer.max_new_tokens."
+            f"none of the {len(dataset)} prompts leaves room for {max_new_tokens} new tokens in max_length "
+            f"{max_length} (the first has {next(iter(fit.too_long.values()))}). Raise trainer.max_length, or lower "
+            "trainer.max_new_tokens."
         )
     return dataset.select(kept), fit
 
@@ -94,8 +95,8 @@ def load_prompts(folder: Path) -> Dataset:
     manifest = read_manifest(folder)
     if manifest is None or not manifest.complete:
         raise ValueError(
-            f"{folder} holds no finished rows (no manifest.json). Give the output folder of a stage that makes prompts or pairs; if "
-            "one was interrupted, start it again with the same config and it resumes."
+            f"{folder} holds no finished rows (no manifest.json). Give the output folder of a stage that makes prompts "
+            "or pairs; if one was interrupted, start it again with the same config and it resumes."
         )
     if manifest.rows_out == 0:
         raise ValueError(f"{folder} holds 0 rows; there is nothing to ask.")
@@ -103,8 +104,8 @@ def load_prompts(folder: Path) -> Dataset:
     present = set(pq.read_schema(shards[0]).names)
     if not {"messages", "facts"} <= present and "prompt" not in present:
         raise ValueError(
-            f"the rows of {folder} have no question that is open (they have {', '.join(sorted(present))}). Give a folder of prompts "
-            "(`prefalign scenes export`, or any stage's input) or of pairs."
+            f"the rows of {folder} have no question that is open (they have {', '.join(sorted(present))}). Give a "
+            "folder of prompts (`prefalign scenes export`, or any stage's input) or of pairs."
         )
     question, kind = ("prompt", Pair) if "prompt" in present else ("messages", Prompt)
     wanted = ("id", "images", question, "answer", "facts")

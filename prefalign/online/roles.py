@@ -6,8 +6,8 @@
 | reference | no adapter; a frozen copy of the policy's where the run starts from one | a frozen copy |
 | value | adapter `value` and a head in float32 | a copy that trains, and a head in float32 |
 
-Parts that train in no role (a frozen tower) are there once. The reward is no part of this: see `prefalign.rewards`; a reward model
-may be one more adapter of the same base, and is left as it was.
+Parts that train in no role (a frozen tower) are there once. The reward is no part of this, see `prefalign.rewards`; a reward
+model may be one more adapter of the same base, and is left as it was.
 
 Legend of shapes: `B` answers, `A` tokens of the longest, `N` labels of all answers of a batch.
 """
@@ -15,8 +15,7 @@ Legend of shapes: `B` answers, `A` tokens of the longest, `N` labels of all answ
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -105,7 +104,6 @@ class Roles(nn.Module):
                 add_fused_lm_head(core, temperature=temperature, outputs=FIELDS)
             share(role, layout)
         self._flags = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
-        self._active: Role = "policy"
 
     def _models(self) -> list[Any]:
         return [model for model in (self.policy, self.reference, self.value) if model is not None]
@@ -116,7 +114,8 @@ class Roles(nn.Module):
         if source not in policy.peft_config:
             raise ConfigError(
                 f"the value adapter is to start from the adapter {source!r}, and the policy's base has "
-                f"{', '.join(policy.peft_config)}. Load the reward model onto the policy first, or start from the policy's adapter."
+                f"{', '.join(policy.peft_config)}. Load the reward model onto the policy first, or start from the "
+                "policy's adapter."
             )
         policy.add_adapter(VALUE, copy.deepcopy(policy.peft_config[source]))
         if reward_adapter is not None:
@@ -179,7 +178,7 @@ class Roles(nn.Module):
             output = run(model, batch)
             found = {name: output[name] for name in FIELDS}
         if torch.is_grad_enabled():
-            nothing = sum(0.0 * p.sum() for p, trains in self._flags if trains)
+            nothing = torch.stack([0.0 * p.sum().float() for p, trains in self._flags if trains]).sum()
             found = {name: value + nothing.to(value.dtype) for name, value in found.items()}
         return found
 
@@ -202,18 +201,11 @@ class Roles(nn.Module):
             names = {"policy": self.adapter, "value": VALUE, "reference": self.reference_adapter}
             self.policy.set_adapter(names[role])
         self.restore_flags()
-        self._active = role
 
     def restore_flags(self) -> None:
         """Train what trained at the start, after something else (a reward model on the same base) switched adapters."""
         for parameter, trains in self._flags:
             parameter.requires_grad_(trains)
-
-    @contextmanager
-    def as_policy(self) -> Iterator[Any]:
-        """The policy with its adapter active, for generation."""
-        self.activate("policy")
-        yield self.policy
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **settings: Any

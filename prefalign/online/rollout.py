@@ -226,7 +226,8 @@ def encode_once(rollout: Rollout, model: Any, collator: PreferenceCollator, *, d
             key: value.to(device, dtype if value.is_floating_point() else None)
             for key, value in packed["vision"].items()
         }
-        counts = [int((document.prompt == collator.image_token_id).sum()) for document in part]
+        assert collator.image_token_id is not None
+        counts = [int(document.prompt.eq(collator.image_token_id).sum()) for document in part]
         found = split_features(encode_pictures(model, packed), counts)
         rollout.features |= {document.pictures: one for document, one in zip(part, found, strict=True)}
     for document in rollout.documents.documents:

@@ -1,4 +1,4 @@
-"""Which rows each process answers in each iteration."""
+"""Which rows each process answers in each iteration, and which answers each update takes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 class RolloutBatches:
     """A batch sampler: the rows of a rollout, again and again as often as its updates visit it, then those of the next.
 
-    Every process asks for it with its own number and gets its own rows; rows that do not fill a rollout are left to the next pass,
-    which has another order. The order follows from the seed and the pass alone, so a resumed run goes on in it.
+    Every process asks for it with its own number and gets its own rows; rows that do not fill a rollout are left to the next
+    pass, which has another order. The order follows from the seed and the pass alone, so a resumed run goes on in it.
 
     Args:
         rows: how many there are.
@@ -51,3 +51,23 @@ class RolloutBatches:
             mine = order[start + self.process * self.prompts :][: self.prompts]
             for _ in range(self.visits):
                 yield list(mine)
+
+
+def visits(answers: int, *, passes: int, size: int, together: int, seed: int) -> list[list[int]]:
+    """Numbers of the answers of each forward pass of an iteration: every pass over the rollout in a new order of its prompts.
+
+    Args:
+        answers: how many there are.
+        passes: over all of them.
+        size: answers of one forward pass.
+        together: answers to one prompt, which follow each other and share a forward pass.
+        seed: of the orders.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    planned = []
+    for _ in range(passes):
+        order = torch.randperm(answers // together, generator=generator).tolist()
+        for start in range(0, len(order), size // together):
+            some = order[start : start + size // together]
+            planned.append([together * prompt + number for prompt in some for number in range(together)])
+    return planned
