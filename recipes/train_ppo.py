@@ -28,8 +28,8 @@ class Config:
         prompts: folder of prompts to answer.
         output: folder of the run: checkpoints, final model or adapter with its processor, answers of every rollout, logs.
         rewards: what an answer is worth: entries {name, weight, settings}, whose weighted sum is learned. Names are those of
-            `prefalign.rewards.REWARDS`. A reward model that is a LoRA on the policy's base becomes one more adapter of it, and the
-            values start from its weights.
+            `prefalign.rewards.REWARDS`. A reward model that is a LoRA on the policy's base becomes one more adapter of it, and
+            the values start from its weights.
         reward_model: folder of the reward model that entries `{name: reward_model}` without a `path` mean.
         watch: more such entries that are logged and never learned: what the policy should not lose while the reward rises.
         trainer: fields of `prefalign.online.arguments.PPOConfig` by name.

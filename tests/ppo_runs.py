@@ -149,6 +149,6 @@ def re_read(trainer: PPOTrainer, rows: Sequence[Any], said: Sequence[torch.Tenso
     kept.answers = [replace(answer, response=replace(answer.response, images=list(row["images"])))
                     for answer, row in zip(kept.answers, [row for row in rows for _ in range(each)], strict=True)]  # fmt: skip
     if trainer.keeps_features:
-        encode_once(kept, trainer.roles.policy, trainer.collator, device=torch.device("cpu"), most=2)
+        kept.features = encode_once(read.documents, trainer.roles.policy, trainer.collator, most=2)
     trainer._run_through(kept)
     return kept

@@ -71,11 +71,12 @@ def test_pictures_encoded_once_give_what_encoding_in_every_pass_gives(tiny_llava
     tower.register_forward_hook(lambda *_: calls.append(1))
     begun(trainer)
     once = passes(trainer)
+    assert len(calls) == 2  # four pictures, two at a time, and no more for drawing and three passes
     calls.clear()
     rows = [trainer.train_dataset[number] for number in range(4)]
     said = [answer.tokens for answer in trainer.rollout.answers]
     re_read(trainer, rows, said)
-    assert len(calls) == 2  # four pictures, two at a time, and no more in three passes
+    assert len(calls) == 2
     trainer.keeps_features, trainer.rollout.features = False, None
     calls.clear()
     re_read(trainer, rows, said)
@@ -159,7 +160,8 @@ def test_a_letter_is_learned(tiny_llava, prompts, tmp_path, lora):
     settings = {"learning_rate": 1e-2, "value_learning_rate": 3e-3, "r": 16} if lora else {"learning_rate": 5e-3}
     trainer = make_ppo(tiny_llava, prompts, tmp_path, lora=lora, num_mini_batches=1, per_device_train_batch_size=32,
                        num_generations=4, num_ppo_epochs=2, max_steps=28 if lora else 16, save_strategy="no", kl_coef=0.0,
-                       missing_eos_penalty=None, lr_scheduler_type="constant", gradient_checkpointing=True, **settings)  # fmt: skip
+                       missing_eos_penalty=None, lr_scheduler_type="constant", gradient_checkpointing=True,
+                       **settings)  # fmt: skip
     trainer.train()
     scores = history(trainer, "objective/scores")
     assert scores[0] < 0.6
@@ -230,7 +232,7 @@ def test_minibatches_hold_every_answer_once_and_count_tokens(tiny_llava, prompts
     plan, mask = trainer._schedule, trainer.rollout.mask
     assert [len(numbers) for numbers in plan] == [2] * 12
     for epoch in range(3):
-        assert sorted(sum(plan[4 * epoch : 4 * epoch + 4], [])) == list(range(8))
+        assert sorted(number for numbers in plan[4 * epoch : 4 * epoch + 4] for number in numbers) == list(range(8))
     assert all(numbers[0] // 2 == numbers[1] // 2 for numbers in plan)  # the answers to one prompt together
     assert plan[:4] != plan[4:8]
     wanted = [int(mask[plan[2 * update] + plan[2 * update + 1]].sum()) for update in range(6)]

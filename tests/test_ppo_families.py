@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from prefalign.engines import Request
+from prefalign.engines.transformers import TransformersEngine
+from prefalign.training.documents import decode
 from tests.ppo_runs import Brightness, begun, lively, make_ppo, passes, re_read, write_prompts
 from tests.tiny_vlms import PLAIN, save_tiny
 
@@ -34,6 +37,14 @@ def check_family(checkpoint, folder):
     trainer = begun(lively(make_ppo(checkpoint, prompts, folder / "run", **settings)))
     kept, whole = trainer.rollout, passes(trainer)
     assert len(kept.answers) == 8
+
+    plain_engine = TransformersEngine(trainer.roles.policy, trainer.processing_class)
+    requests = [Request(answer.response.id, answer.response.messages, [decode(image) for image in answer.response.images], seed=3)
+                for answer in kept.answers]  # fmt: skip
+    trainer.roles.activate("policy")
+    for answer, alone in zip(kept.answers, plain_engine.generate(requests, trainer.sampling), strict=True):
+        assert answer.response.text == alone.text
+        assert answer.tokens.tolist()[: len(alone.token_ids)] == alone.token_ids
 
     for order in ([6, 7, 0, 1], [4, 5], [2, 3, 6, 7, 4, 5]):
         for role, name, values in (("policy", "log_probs", whole["logps"]), ("value", "values", whole["values"])):

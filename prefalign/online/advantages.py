@@ -1,12 +1,12 @@
 """The arithmetic of PPO as pure functions: rewards per token, advantages, losses, KL estimates.
 
 Papers: PPO, arXiv 1707.06347; GAE, arXiv 1506.02438; the details that matter on language models, Huang, Liu and von Werra,
-"The N Implementation Details of RLHF with PPO" (2023). Departures from released code: means run over real tokens only, summed over the
-whole minibatch (LLaVA-RLHF and align-anything average padding in), and the KL part of the reward is not clamped.
+"The N Implementation Details of RLHF with PPO" (2023). Departures from released code: means run over real tokens only, summed
+over the whole minibatch (LLaVA-RLHF and align-anything average padding in), and the KL part of the reward is not clamped.
 
-Legend of shapes: `B` answers, `T` tokens of the longest. Log-probs and values at `t` are read at the position before token `t`, the
-state that emits it. `mask` (B, T) bool is true at tokens that the policy drew, its end of turn included; the false ones between
-them (the next question of a conversation) are passed over as if they were not there.
+Legend of shapes: `B` answers, `T` tokens of the longest. Log-probs and values at `t` are read at the position before token `t`,
+the state that emits it. `mask` (B, T) bool is true at tokens that the policy drew, its end of turn included; the false ones
+between them (the next question of a conversation) are passed over as if they were not there.
 """
 
 from __future__ import annotations

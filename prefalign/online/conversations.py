@@ -95,6 +95,7 @@ class Course:
         identity: of the answer.
         plan: what is asked.
         pictures: decoded.
+        number: of the answer in its rollout.
         tokens: ids after the prompt: answers as they were drawn and the questions between them.
         drawn: of each, whether the policy drew it.
         turn: of each, the answer that it belongs to, or that a question leads to.
@@ -106,6 +107,7 @@ class Course:
     identity: str
     plan: Conversation
     pictures: list[Image.Image]
+    number: int = 0
     tokens: list[int] = field(default_factory=list)
     drawn: list[bool] = field(default_factory=list)
     turn: list[int] = field(default_factory=list)

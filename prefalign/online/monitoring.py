@@ -1,7 +1,7 @@
 """What a PPO run says about itself: numbers added up over processes, and warnings when they mean that something is wrong.
 
-The alarms are those of the table in docs/ppo.md. Each is logged as `alarms/<name>` 1 in the steps where it holds, and is warned of
-once.
+The alarms are those of the table in docs/ppo.md. Each is logged as `alarms/<name>` 1 in the steps where it holds, and is
+warned of once.
 """
 
 from __future__ import annotations
@@ -72,12 +72,14 @@ class Alarms:
 
     Attributes:
         exact: the models compute in float32, so equal passes agree to 1e-3 and not to 1e-2 only.
+        answers: how many an iteration draws in all processes.
         start: metrics of the first iteration.
         warned: names of the alarms that have been warned of.
         low_variance: iterations in a row in which the values explained less than nothing.
     """
 
     exact: bool
+    answers: int = 64
     start: dict[str, float] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)
     low_variance: int = 0
@@ -181,7 +183,7 @@ class Alarms:
             lost = then(name) - now(name)
             raised |= self._raise(
                 f"hacking/{name.removeprefix('watch/')}",
-                gained > 0 and lost > max(0.05, 2 * self.start.get(f"{name}/std", 0.0) / 8),
+                gained > 0 and lost > 3 * self.start.get(f"{name}/std", 0.0) * math.sqrt(2 / self.answers),
                 f"the reward has risen by {gained:.3g} while {name} has fallen by {lost:.3g}: the policy has found "
                 "what the reward likes and you do not. Stop at an earlier checkpoint, raise kl_coef, or mend the "
                 "reward.",

@@ -26,14 +26,14 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 from prefalign import families
 from prefalign.config import ConfigError
 from prefalign.engines import Sampling
-from prefalign.engines.transformers import TransformersEngine
 from prefalign.manifest import write_atomically
 from prefalign.online import advantages as maths
 from prefalign.online.conversations import linked
 from prefalign.online.estimates import describe, estimate
 from prefalign.online.monitoring import Alarms, Tally
+from prefalign.online.prepared import PreparedEngine
 from prefalign.online.roles import Roles
-from prefalign.online.rollout import VIEW, Rollout, draw, encode_once
+from prefalign.online.rollout import VIEW, Rollout, draw
 from prefalign.online.sampler import RolloutBatches, visits
 from prefalign.online.scores import Scorer
 from prefalign.training.collator import PreferenceCollator
@@ -129,12 +129,13 @@ class PPOTrainer(Upkeep):
                 f"per_device_train_batch_size / num_generations in {args.world_size} process(es)) and there are "
                 f"{len(train_dataset)}. Give more prompts or lower one of these."
             )
-        self.engine = TransformersEngine(
+        self.engine = PreparedEngine(
             roles.policy, processing_class, batch_size=args.rollout_batch_size or args.per_device_train_batch_size
         )
         self.sampling = Sampling(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
         self.plan = partial(linked, permute=args.permute_questions, seed=args.seed) if args.conversations else None
-        self.alarms = Alarms(exact=families.core(model).dtype == torch.float32 and not (args.bf16 or args.fp16))
+        exact = families.core(model).dtype == torch.float32 and not (args.bf16 or args.fp16)
+        self.alarms = Alarms(exact, args.answers_per_iteration * args.world_size)
         self.scorer = Scorer(rewards, watch, args, self._sum)
         self.kl = maths.AdaptiveKL(args.kl_coef, args.kl_target or 1.0, args.kl_horizon)
         self.rollout: Rollout | None = None
@@ -277,16 +278,14 @@ class PPOTrainer(Upkeep):
         rows = [self.train_dataset[number] for number in numbers]
         self.roles.eval()
         self.roles.activate("policy")
-        rollout = draw(rows, engine=self.engine, reader=self.reader, sampling=self.sampling, iteration=iteration,
-                       seed=args.seed, generations=args.num_generations, plan=self.plan)  # fmt: skip
+        rollout = draw(rows, engine=self.engine, reader=self.reader, collator=self.collator, encodes=self.keeps_features,
+                       sampling=self.sampling, iteration=iteration, seed=args.seed, generations=args.num_generations,
+                       plan=self.plan)  # fmt: skip
         self.rollout = rollout
-        self.saw_pictures = self.saw_pictures or any(document.vision for document in rollout.documents.documents)
+        self.saw_pictures = self.saw_pictures or any(document.pictures for document in rollout.documents.documents)
         tally = self._tally()
         self.scorer.score(rollout, tally)
         self.roles.activate("policy")
-        if self.keeps_features:
-            encode_once(rollout, self.roles.policy, self.collator, device=args.device,
-                        most=args.per_device_train_batch_size)  # fmt: skip
         self._run_through(rollout)
         shaped = self.scorer.shaped(rollout)
         estimate(rollout, self.scorer.placed(rollout, shaped), args, kl_coef=self.kl.coef, total=self._sum)
@@ -299,7 +298,7 @@ class PPOTrainer(Upkeep):
         metrics |= self.alarms.rollout(metrics, iteration)
         self._note(metrics)
         if args.log_rollouts:
-            self._write(rollout)
+            rollout.write(Path(str(args.output_dir)) / ROLLOUTS, args.process_index)
 
     @torch.no_grad()
     def _run_through(self, rollout: Rollout) -> None:
@@ -337,12 +336,6 @@ class PPOTrainer(Upkeep):
         counts = [int(rollout.mask[numbers].sum()) for numbers in self._schedule]
         per_update = torch.tensor(counts).view(-1, args.gradient_accumulation_steps).sum(dim=1)
         self._tokens = self._sum(per_update.double()).tolist()
-
-    def _write(self, rollout: Rollout) -> None:
-        folder = Path(str(self.args.output_dir)) / ROLLOUTS
-        folder.mkdir(parents=True, exist_ok=True)
-        text = "".join(f"{line}\n" for line in rollout.lines())
-        write_atomically(folder / f"{rollout.iteration:06d}-{self.args.process_index}.jsonl", text.encode())
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values.to(self.args.device), "sum")
@@ -383,6 +376,7 @@ class PPOTrainer(Upkeep):
         self.kl.coef = state["kl_coef"]
         self.alarms = Alarms(**state["alarms"])
 
+    # transformers' and Upkeep's own know one model, and these are several
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.roles.load(Path(resume_from_checkpoint))
 

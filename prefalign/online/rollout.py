@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from prefalign import families
 from prefalign.engines import Sampling
+from prefalign.manifest import write_atomically
 from prefalign.online.conversations import Conversation, Course, single
 from prefalign.online.features import join_features, split_features
 from prefalign.records import assistant_message, message_text
@@ -25,7 +27,7 @@ from prefalign.training.documents import Document, Documents, Reader, decode
 from prefalign.training.forward import encode_pictures
 
 if TYPE_CHECKING:
-    from prefalign.engines.transformers import TransformersEngine
+    from prefalign.online.prepared import PreparedEngine
     from prefalign.training.collator import PreferenceCollator
 
 VIEW = "chosen"
@@ -111,6 +113,12 @@ class Rollout:
         spread = values.new_zeros(mask.shape).masked_scatter(mask, values[batch["index"][VIEW].to(values.device)])
         return torch.nn.functional.pad(spread, (0, width - spread.shape[1]))
 
+    def write(self, folder: Path, process: int) -> None:
+        """Write `lines` to a file of the iteration and the process."""
+        folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(f"{line}\n" for line in self.lines())
+        write_atomically(folder / f"{self.iteration:06d}-{process}.jsonl", text.encode())
+
     def lines(self) -> Iterator[str]:
         """One line of JSON for each answer."""
         for number, answer in enumerate(self.answers):
@@ -132,8 +140,10 @@ class Rollout:
 def draw(
     rows: Sequence[Mapping[str, Any]],
     *,
-    engine: TransformersEngine,
+    engine: PreparedEngine,
     reader: Reader,
+    collator: PreferenceCollator,
+    encodes: bool,
     sampling: Sampling,
     iteration: int,
     seed: int,
@@ -149,6 +159,8 @@ def draw(
         rows: prompts with `id`, `images`, `messages`, and where known `answer` and `facts`.
         engine: on the policy.
         reader: prepares prompts (`views` is `[VIEW]`).
+        collator: likewise makes batches.
+        encodes: encode each picture once, for this and all later passes.
         sampling: how to draw; `max_new_tokens` holds for each turn.
         iteration: number of the rollout.
         seed: of the run.
@@ -158,12 +170,19 @@ def draw(
     plan = plan or (lambda row, drawn_by: single(row))
     plans = [plan(row, f"{row['id']}/{iteration}") for row in rows]
     read = read_prompts(reader, [{**row, "messages": one.messages} for row, one in zip(rows, plans, strict=True)])
-    courses = []
+    features = encode_once(read.documents, engine.model, collator, most=engine.batch_size) if encodes else None
+    by_answer = [read.documents[document] for document, _ in read.places[VIEW] for _ in range(generations)]
+    courses: list[Course] = []
     for row, one in zip(rows, plans, strict=True):
         pictures = [decode(picture) for picture in row["images"]]
-        courses += [Course(f"{row['id']}/{iteration}/{number}", one, pictures) for number in range(generations)]
+        for number in range(generations):
+            courses.append(Course(f"{row['id']}/{iteration}/{number}", one, pictures, len(courses)))
     while waiting := [course for course in courses if course.is_open]:
         requests = [course.request(seed) for course in waiting]
+        engine.documents = {
+            request.id: by_answer[course.number] for request, course in zip(requests, waiting, strict=True)
+        }
+        engine.features = features
         for course, completion in zip(waiting, engine.generate(requests, sampling), strict=True):
             course.take(completion, reader.processor)
     end = families.turn_end_id(reader.processor)
@@ -181,7 +200,7 @@ def draw(
         answers.append(Answer(response, tokens, drawn, turn, course.failed))
         document = read.places[VIEW][number // generations][0]
         places.append((document, read.documents[document].branch(tokens)))
-    return Rollout(iteration, answers, Documents(read.documents, {VIEW: places}))
+    return Rollout(iteration, answers, Documents(read.documents, {VIEW: places}), features)
 
 
 def read_prompts(reader: Reader, rows: Sequence[Mapping[str, Any]]) -> Documents:
@@ -196,24 +215,30 @@ def read_prompts(reader: Reader, rows: Sequence[Mapping[str, Any]]) -> Documents
     return read
 
 
-def encode_once(rollout: Rollout, model: Any, collator: PreferenceCollator, *, device: torch.device, most: int) -> None:
-    """Encode each distinct list of pictures of a rollout and let its pixels go.
+def encode_once(
+    documents: Sequence[Document], model: Any, collator: PreferenceCollator, *, most: int
+) -> dict[str, dict[str, Any]]:
+    """Encode each distinct list of pictures and let its pixels go.
 
     Right only while neither tower nor projector trains, and for models whose documents are shared.
 
     Args:
-        rollout: changed in place.
+        documents: of a rollout; of their `vision` only sizes are kept.
         model: any of the run's models: they share the tower.
         collator: the run's.
-        device: where features stay.
         most: documents that are encoded at a time.
+
+    Returns:
+        Features by digest of the pictures, on the model's device.
     """
+    assert collator.image_token_id is not None
+    core = families.core(model)
     distinct: dict[str, Document] = {}
-    for document in rollout.documents.documents:
+    for document in documents:
         if document.vision:
             distinct.setdefault(document.pictures, document)
-    rollout.features = {}
     waiting = list(distinct.values())
+    features: dict[str, dict[str, Any]] = {}
     for start in range(0, len(waiting), most):
         part = waiting[start : start + most]
         read = Documents(
@@ -221,14 +246,13 @@ def encode_once(rollout: Rollout, model: Any, collator: PreferenceCollator, *, d
             {VIEW: [(number, 0) for number in range(len(part))]},
         )
         packed = collator.collate(read, [""] * len(part))["packed"]
-        dtype = families.core(model).dtype
         packed["vision"] = {
-            key: value.to(device, dtype if value.is_floating_point() else None)
+            key: value.to(core.device, core.dtype if value.is_floating_point() else None)
             for key, value in packed["vision"].items()
         }
-        assert collator.image_token_id is not None
         counts = [int(document.prompt.eq(collator.image_token_id).sum()) for document in part]
         found = split_features(encode_pictures(model, packed), counts)
-        rollout.features |= {document.pictures: one for document, one in zip(part, found, strict=True)}
-    for document in rollout.documents.documents:
+        features |= {document.pictures: one for document, one in zip(part, found, strict=True)}
+    for document in documents:
         document.vision = {key: value for key, value in document.vision.items() if key.endswith("grid_thw")}
+    return features

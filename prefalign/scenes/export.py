@@ -26,8 +26,8 @@ def export(
     Args:
         output: folder to write; an equal finished export there is kept.
         split: name of a split, as in `world.SPLITS`; it follows from `regime` if left out.
-        kind: kind of prompt, as in `data.rows`; `linked`, which writes conversations of linked questions (`linked.rows`); or `twin`,
-            which writes counterfactual pairs (`twins.pairs`).
+        kind: kind of prompt, as in `data.rows`; `linked`, which writes conversations of linked questions (`linked.rows`); or
+            `twin`, which writes counterfactual pairs (`twins.pairs`).
         regime: where reference answers come from: `seen`, `fair` or `none` (not for twins). Left out, rows of any split have one.
         start: first index within the split.
         stop: index after the last.
