@@ -71,7 +71,7 @@ def main(config: Config) -> None:
     from prefalign.online.arguments import PPOConfig
     from prefalign.online.ppo import PPOTrainer
     from prefalign.online.prompts import keep_fitting, load_prompts
-    from prefalign.online.reward_adapters import share_base
+    from prefalign.online.reward_adapters import share_base, value_start
     from prefalign.rewards import read_rewards
     from prefalign.training.arguments import check_precision, training_arguments
     from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
@@ -111,6 +111,7 @@ def main(config: Config) -> None:
     elif not goes_on:
         model = get_peft_model(model, config.lora.to_peft())
     reward_adapter, how = share_base(rewards, model) if config.lora else (None, "")
+    value_model = None if config.lora else value_start(rewards, model)
     prompts, fit = keep_fitting(prompts, processor, arguments.max_length, arguments.max_new_tokens)
     trainer = PPOTrainer(
         model,
@@ -120,6 +121,7 @@ def main(config: Config) -> None:
         rewards=rewards,
         watch=watch,
         reward_adapter=reward_adapter,
+        value_model=value_model,
         files=files,
         fast_path=config.fast_path,
     )

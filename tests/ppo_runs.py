@@ -72,6 +72,7 @@ def make_ppo(
     model: Any = None,
     r: int = 4,
     reward_adapter: str | None = None,
+    value_model: Any = None,
     **settings: Any,
 ) -> PPOTrainer:
     """A trainer of a tiny model: four answers of up to 6 tokens in an iteration, an update for two of them."""
@@ -99,6 +100,7 @@ def make_ppo(
         fast_path=fast_path,
         peft_config=LoraSettings(r=r, alpha=2 * r).to_peft() if lora and not given else None,
         reward_adapter=reward_adapter,
+        value_model=value_model,
     )
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from prefalign.models import ModelConfig, load_model
-from prefalign.online.reward_adapters import share_base
+from prefalign.config import ConfigError
+from prefalign.models import ModelConfig, freeze, load_model
+from prefalign.online.reward_adapters import share_base, value_start
 from prefalign.rewards import Combined, Weighted
 from prefalign.rewards.artefact import RewardModelError
 from prefalign.rewards.learned import LearnedReward
@@ -110,6 +111,7 @@ def test_reward_models_that_keep_their_own_weights(tiny_llava, folders, tmp_path
     assert share_base(learned(folders / "adapter"), other) == (
         None, "; the reward model has weights of its own (it was trained on another base than the policy)"
     )  # fmt: skip
+    assert value_start(learned(folders / "adapter"), other) is None
     trainer = make_ppo(tiny_llava, folders / "prompts", tmp_path / "run", save_strategy="no")
     trainer.scorer.rewards = rewards
     trainer.train()
@@ -117,3 +119,31 @@ def test_reward_models_that_keep_their_own_weights(tiny_llava, folders, tmp_path
     (tmp_path / "nothing").mkdir()
     with pytest.raises(RewardModelError, match="is no reward model"):
         share_base(learned(tmp_path / "nothing"), policy(tiny_llava))
+
+
+def test_where_all_weights_train_values_start_from_the_reward_models(tiny_llava, folders, tmp_path):
+    rewards = learned(folders / "full")
+    model = load_model(ModelConfig(str(tiny_llava), device="cpu", dtype="float32"))
+    freeze(model, ["vision", "projector"])
+    start = value_start(rewards, model)
+    with torch.no_grad():
+        start.model.language_model.layers[0].mlp.up_proj.weight.mul_(2)  # as reward training would have moved it
+    wanted = start.model.language_model.layers[0].mlp.up_proj.weight.clone()
+    trainer = make_ppo(tiny_llava, folders / "prompts", tmp_path, model=model, value_model=start, save_strategy="no")
+    value = trainer.roles.value
+    assert torch.equal(value.model.language_model.layers[0].mlp.up_proj.weight, wanted)
+    assert value.model.vision_tower is trainer.roles.policy.model.vision_tower
+    assert value.model.language_model is not trainer.roles.policy.model.language_model
+    trainer.train()
+    assert not torch.equal(value.model.language_model.layers[0].mlp.up_proj.weight, wanted)
+    assert history(trainer, "val/ratio")[0] == pytest.approx(1, abs=1e-6)
+    other = load_model(ModelConfig(str(save_tiny("idefics3", tmp_path / "other")), device="cpu"))
+    assert value_start(rewards, other) is None
+    with pytest.raises(ConfigError, match="are not of one architecture"):
+        make_ppo(tiny_llava, folders / "prompts", tmp_path, model=freeze_parts(tiny_llava), value_model=other)
+
+
+def freeze_parts(checkpoint):
+    model = load_model(ModelConfig(str(checkpoint), device="cpu"))
+    freeze(model, ["vision", "projector"])
+    return model

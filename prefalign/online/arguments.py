@@ -169,6 +169,10 @@ class PPOConfig(TrainingArguments):
                     f"({self.missing_eos_score}) both say what an unfinished answer is worth. Set one of them to null."
                 ),
             ),
+            (
+                self.target_kl is not None and bool(self.fp16),
+                "trainer.target_kl leaves out updates, which fp16's loss scale does not allow for. Use bf16, or set it to null.",
+            ),
             (self.kl_coef < 0, f"trainer.kl_coef must be 0 or more, got {self.kl_coef}."),
             (
                 self.kl_target is not None and self.kl_coef == 0,

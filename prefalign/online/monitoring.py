@@ -84,18 +84,18 @@ class Alarms:
     warned: list[str] = field(default_factory=list)
     low_variance: int = 0
 
-    def first_ratio(self, furthest: float) -> dict[str, float]:
+    def first_ratio(self, distance: float) -> dict[str, float]:
         """Check the ratio before the first update on a rollout.
 
         Args:
-            furthest: the largest distance of any token's ratio from 1.
+            distance: mean distance of the tokens' ratios from 1.
         """
         allowed = 1e-3 if self.exact else 1e-2
         return self._raise(
             "first_ratio",
-            furthest > allowed,
+            distance > allowed,
             "before any update the policy gives the tokens that it drew other log-probs: the ratio is off by "
-            f"{furthest:.2g} (allowed {allowed:g}). The passes differ in dropout, temperature, pictures, mask or "
+            f"{distance:.2g} (allowed {allowed:g}). The passes differ in dropout, temperature, pictures, mask or "
             "active adapter, so the clipped loss compares two models. Run in float32 to tell rounding from a fault.",
         )
 

@@ -9,8 +9,10 @@ Legend of shapes: `B` answers of this process in an iteration, `T` tokens of the
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -140,6 +142,7 @@ class PPOTrainer(Upkeep):
         self.kl = maths.AdaptiveKL(args.kl_coef, args.kl_target or 1.0, args.kl_horizon)
         self.rollout: Rollout | None = None
         self._at = 0
+        self._began = 0.0
         self._stopped = False
         self._schedule: list[list[int]] = []
         self._tokens: list[float] = []
@@ -163,15 +166,10 @@ class PPOTrainer(Upkeep):
         """One optimizer over the parameters of policy and value, which have a learning rate each."""
         if self.optimizer is None:
             args = self.args
-            decay = set(self.get_decay_parameter_names(self.roles))
+            decay = self.get_decay_parameter_names(self.roles)
             rates = {"policy": args.learning_rate, "value": args.value_learning_rate or args.learning_rate}
-            groups = [
-                {"params": [p for name, p in self.roles.parameters_of(role) if (name in decay) == decays],
-                 "weight_decay": args.weight_decay if decays else 0.0, "lr": rates[role]}
-                for role in ("policy", "value") for decays in (True, False)
-            ]  # fmt: skip
             kind, settings = self.get_optimizer_cls_and_kwargs(args, self.roles)
-            self.optimizer = kind([group for group in groups if group["params"]], **settings)
+            self.optimizer = kind(self.roles.groups(rates, decay, args.weight_decay), **settings)
         return self.optimizer
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -183,15 +181,14 @@ class PPOTrainer(Upkeep):
             num_items_in_batch: not used; losses are sums over tokens of the whole minibatch.
         """
         args = self.args
-        if self._at == 0:
+        if not self._at:
             self._begin(inputs["rows"].tolist())
         assert self.rollout is not None
         at, self._at = self._at, (self._at + 1) % args.visits_per_iteration
         update, micro = divmod(at, args.gradient_accumulation_steps)
-        loss = torch.zeros((), device=args.device)
+        loss, numbers = torch.zeros((), device=args.device), self._schedule[at]
         if not self._stopped:
             model.train()
-            numbers = self._schedule[at]
             share = args.world_size / max(1.0, self._tokens[update])
             batch = self._prepared(numbers)
             if self.rollout.iteration >= args.value_warmup_iterations:
@@ -202,10 +199,11 @@ class PPOTrainer(Upkeep):
             value = self._value_loss(model, batch, numbers) * args.vf_coef * share
             self._backward(value)
             loss = loss + value.detach()
-            if micro == args.gradient_accumulation_steps - 1:
+            if micro + 1 == args.gradient_accumulation_steps:
                 self._end_update()
         if self._at == 0:
             self.rollout = None
+            self._note({"time/updates": time.perf_counter() - self._began})
         return loss
 
     def _policy_loss(self, model: Any, batch: dict[str, Any], numbers: Sequence[int], *, first: bool) -> torch.Tensor:
@@ -223,8 +221,8 @@ class PPOTrainer(Upkeep):
         self._update.add("policy/entropy_avg", maths.masked_sum(entropy, mask), tokens)
         self._update.add("loss/policy_avg", loss, tokens)
         if first:
-            furthest = ((logps.detach() - old).exp() - 1).masked_fill(~mask, 0.0).abs().max()
-            self._note(self.alarms.first_ratio(float(self.accelerator.gather(furthest[None]).max())))
+            distance = maths.masked_mean(((logps.detach() - old).exp() - 1).abs(), mask)
+            self._note(self.alarms.first_ratio(float(self.accelerator.gather(distance[None]).max())))
         return loss
 
     def _value_loss(self, model: Any, batch: dict[str, Any], numbers: Sequence[int]) -> torch.Tensor:
@@ -272,31 +270,35 @@ class PPOTrainer(Upkeep):
 
     def _begin(self, numbers: Sequence[int]) -> None:
         """Draw, score and run through the models; plan the visits."""
-        args = self.args
+        args, self._stopped = self.args, False
         iteration = self.state.global_step // args.updates_per_iteration
-        self._stopped = False
         rows = [self.train_dataset[number] for number in numbers]
+        clock = [time.perf_counter()]
         self.roles.eval()
         self.roles.activate("policy")
         rollout = draw(rows, engine=self.engine, reader=self.reader, collator=self.collator, encodes=self.keeps_features,
                        sampling=self.sampling, iteration=iteration, seed=args.seed, generations=args.num_generations,
                        plan=self.plan)  # fmt: skip
         self.rollout = rollout
-        self.saw_pictures = self.saw_pictures or any(document.pictures for document in rollout.documents.documents)
+        clock.append(time.perf_counter())
+        self.saw_pictures |= any(document.pictures for document in rollout.documents.documents)
         tally = self._tally()
         self.scorer.score(rollout, tally)
-        self.roles.activate("policy")
+        clock.append(time.perf_counter())
         self._run_through(rollout)
+        clock.append(time.perf_counter())
         shaped = self.scorer.shaped(rollout)
         estimate(rollout, self.scorer.placed(rollout, shaped), args, kl_coef=self.kl.coef, total=self._sum)
         describe(rollout, shaped, tally, kl_coef=self.kl.coef)
-        answers = args.answers_per_iteration * args.world_size
-        metrics = tally.means() | {"objective/kl_coef": self.kl.coef, "episode": float((iteration + 1) * answers)}
+        drawn = self.alarms.answers
+        metrics = tally.means() | {"objective/kl_coef": self.kl.coef, "episode": float((iteration + 1) * drawn)}
         if args.kl_target is not None:
-            self.kl.update(metrics["objective/kl"], answers)
+            self.kl.update(metrics["objective/kl"], drawn)
         self._plan(rollout)
         metrics |= self.alarms.rollout(metrics, iteration)
-        self._note(metrics)
+        times = zip(("rollout", "scoring", "forwards"), itertools.pairwise(clock), strict=True)
+        self._note(metrics | {f"time/{name}": end - start for name, (start, end) in times})
+        self._began = time.perf_counter()
         if args.log_rollouts:
             rollout.write(Path(str(args.output_dir)) / ROLLOUTS, args.process_index)
 

@@ -15,7 +15,7 @@ Legend of shapes: `B` answers, `A` tokens of the longest, `N` labels of all answ
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,10 +54,11 @@ class Roles(nn.Module):
         temperature: that every log-prob is taken at.
         peft_config: wrap `model` in an adapter.
         reward_adapter: with an adapter, name of the reward model's on the same base; the value adapter starts as a copy of it.
-        value_model: with all weights, what the value starts from (the reward model); by default a copy of the policy.
+        value_model: with all weights, what the value starts from (a reward model's weights), which becomes part of this; by
+            default a copy of the policy.
 
     Raises:
-        ConfigError: `reward_adapter` names no adapter of the policy's base.
+        ConfigError: `reward_adapter` names no adapter of the policy's base, or `value_model` is of another architecture.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Roles(nn.Module):
             self._adapters(reward_adapter, keeps_start=continues and _moved(model, self.adapter))
         else:
             self.reference = _frozen_copy(model)
-            self.value = value_model if value_model is not None else _copy_of_what_trains(model)
+            self.value = _copy_of_what_trains(model) if value_model is None else _like(value_model, model)
             self.value.requires_grad_(False)
             for (_, theirs), (_, mine) in zip(self.value.named_parameters(), model.named_parameters(), strict=True):
                 theirs.requires_grad_(mine.requires_grad)
@@ -153,6 +154,21 @@ class Roles(nn.Module):
         return [
             (name, p) for name, p in self.named_parameters() if p.requires_grad and is_value(name) == (role == VALUE)
         ]
+
+    def groups(self, rates: Mapping[str, float], decay: Collection[str], weight_decay: float) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer.
+
+        Args:
+            rates: learning rates of `policy` and `value`.
+            decay: names of the parameters that decay.
+            weight_decay: by how much.
+        """
+        groups = [
+            {"params": [p for name, p in self.parameters_of(role) if (name in decay) == decays],
+             "weight_decay": weight_decay if decays else 0.0, "lr": rates[role]}
+            for role in ("policy", "value") for decays in (True, False)
+        ]  # fmt: skip
+        return [group for group in groups if group["params"]]
 
     def forward(self, role: Role, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Run one role on a batch.
@@ -277,6 +293,22 @@ def _copy_of_what_trains(model: Any) -> Any:
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             still[id(module)] = module
     return copy.deepcopy(model, still)
+
+
+def _like(value: Any, policy: Any) -> Any:
+    """A value model of the policy's architecture, which gets the policy's own parts where they do not train."""
+    shapes = [{name: parameter.shape for name, parameter in model.named_parameters()} for model in (value, policy)]
+    if shapes[0] != shapes[1]:
+        strange = sorted(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
+        raise ConfigError(
+            f"the value model and the policy are not of one architecture (they differ in {', '.join(strange[:2])}), and both run "
+            "on the same prompts. Leave `value_model` out to start the values from the policy."
+        )
+    for name, part in families.core(policy).model.named_children():
+        parameters = list(part.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            setattr(families.core(value).model, name, part)
+    return value
 
 
 def _disable_dropout(model: nn.Module) -> None:
