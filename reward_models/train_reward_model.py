@@ -73,8 +73,8 @@ def main(config: Config) -> None:
 
     from prefalign.config import to_mapping
     from prefalign.models import fingerprint, freeze, load_processor, parameter_table
-    from prefalign.rewards.rows import check_rows, keep_fitting, load_reward_pairs
-    from prefalign.rewards.trainer import RewardTrainer, reward_arguments
+    from prefalign.rewards.rows import check_rows, check_settings, keep_fitting, load_reward_pairs
+    from prefalign.rewards.trainer import RewardTrainer, check_whole, reward_arguments
     from prefalign.rewards.vlm import BaseModel, RewardModel
     from prefalign.training.arguments import check_precision
     from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
@@ -86,12 +86,13 @@ def main(config: Config) -> None:
     plain_lines_without_a_terminal()
     prepare_processes(config.trainer)
     arguments = reward_arguments(config.trainer, output=config.output, seed=config.seed)
+    check_whole(arguments)
     check_quantised(config.model, config.lora, arguments)
     folders = [config.pairs, *([config.eval_pairs] if config.eval_pairs else [])]
     datasets = [load_reward_pairs(folder) for folder in folders]
     for folder, dataset in zip(folders, datasets, strict=True):
-        check_rows(dataset, folder, config.attributes, objective=config.objective, margins=config.margins,
-                   rejected_pictures=config.rejected_pictures)  # fmt: skip
+        check_rows(dataset, folder, config.attributes, objective=config.objective)
+    check_settings(datasets[0], config.pairs, margins=config.margins, rejected_pictures=config.rejected_pictures)
     manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]
     files = run_files(to_mapping(config), *manifests)
     main_process, processes = arguments.process_index == 0, arguments.world_size

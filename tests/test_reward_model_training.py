@@ -11,8 +11,8 @@ from trl import RewardTrainer as TextRewardTrainer
 
 from prefalign.config import ConfigError
 from prefalign.images import encode_png
-from prefalign.rewards.rows import check_rows, directions, keep_fitting, load_reward_pairs
-from prefalign.rewards.trainer import bradley_terry, reward_arguments
+from prefalign.rewards.rows import check_rows, check_settings, directions, keep_fitting, load_reward_pairs
+from prefalign.rewards.trainer import bradley_terry, check_whole, reward_arguments
 from prefalign.rewards.vlm import RewardModel
 from tests.reward_runs import (
     FIVE,
@@ -234,8 +234,10 @@ def test_directions_come_from_scores_or_from_the_attribute_a_row_is_about():
 # --- rows and settings ---
 
 
-def check(folder, pairs, attributes=("reward",), **settings):
-    check_rows(load_reward_pairs(write_reward_pairs(folder, pairs)), folder, attributes, **settings)
+def check(folder, pairs, attributes=("reward",), objective="ranking", **settings):
+    rows = load_reward_pairs(write_reward_pairs(folder, pairs))
+    check_rows(rows, folder, attributes, objective=objective)
+    check_settings(rows, folder, **{"margins": False, "rejected_pictures": False, **settings})
 
 
 def test_rows_that_teach_nothing_are_refused_before_a_model_is_loaded(tmp_path):
@@ -287,6 +289,15 @@ def test_settings_of_trls_text_trainer_without_effect_are_refused(tmp_path):
     ):
         reward_arguments({"eos_token": "x"}, output=tmp_path, seed=0)
     assert reward_arguments({}, output=tmp_path, seed=0).center_rewards_coefficient == 0.001
+
+
+@pytest.mark.parametrize(
+    "shared", [{"fsdp_plugin_args": {"x": 1}}, {"deepspeed_plugin": SimpleNamespace(zero_stage=3)}]
+)
+def test_weights_that_are_shared_out_are_refused(shared):
+    with pytest.raises(ConfigError, match="ZeRO-3 and FSDP share out the weights.*Use DDP or ZeRO-2"):
+        check_whole(SimpleNamespace(**{"fsdp_plugin_args": None, "deepspeed_plugin": None, **shared}))
+    check_whole(SimpleNamespace(fsdp_plugin_args=None, deepspeed_plugin=SimpleNamespace(zero_stage=2)))
 
 
 # --- the stage ---

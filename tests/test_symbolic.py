@@ -162,6 +162,7 @@ SENTENCES = [
     ("diagnosis", "No signs of disease.", "normal", "inadequate"),  # any letter of "quality" counts
     ("diagnosis", "It is a kind of blood cancer.", "cancer", "cancer"),
     ("diagnosis", "Either AML or MM.", None, "MM"),
+    ("diagnosis", "I am not sure; it may be AML.", None, "AML"),
 ]  # fmt: skip
 
 

@@ -90,10 +90,8 @@ def check_rows(
     attributes: Sequence[str],
     *,
     objective: str = "ranking",
-    margins: bool = False,
-    rejected_pictures: bool = False,
 ) -> None:
-    """Check before a model is loaded that the rows have what a run learns from; pictures are not read.
+    """Check before a model is loaded that rows say which answer is better; pictures are not read.
 
     Raises:
         ValueError: names the setting, what rows lack, and what to do.
@@ -110,6 +108,14 @@ def check_rows(
             f"in all {len(dataset)} pairs of {folder} both answers have the same scores, so none says which is better. Take "
             "pairs with different scores, or `objective: regression`."
         )
+
+
+def check_settings(dataset: Dataset, folder: Path, *, margins: bool, rejected_pictures: bool) -> None:
+    """Check that some row to train on has what a setting uses; held-out pairs may come from another method.
+
+    Raises:
+        ValueError: names the setting, and what to do.
+    """
     if margins and not any(dataset["margin"]):
         raise ValueError(
             f"margins is true, and none of the {len(dataset)} pairs of {folder} has a `margin`. Leave it out, or take "

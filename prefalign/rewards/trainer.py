@@ -59,6 +59,20 @@ def reward_arguments(settings: Mapping[str, Any], *, output: Path, seed: int) ->
     )
 
 
+def check_whole(arguments: RewardConfig) -> None:
+    """Check that every process holds all weights, which the head's pass beside the model's own forward needs.
+
+    Raises:
+        ConfigError: DeepSpeed ZeRO-3 or FSDP, which share them out.
+    """
+    if arguments.fsdp_plugin_args or getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3:
+        raise ConfigError(
+            "DeepSpeed ZeRO-3 and FSDP share out the weights, and a reward model runs its language model without the "
+            "vocabulary's head, beside the forward pass that they gather weights for. Use DDP or ZeRO-2,"
+            " with `lora` for a large model."
+        )
+
+
 def bradley_terry(
     chosen: torch.Tensor,
     rejected: torch.Tensor,
