@@ -70,7 +70,7 @@ def main(config: Config) -> None:
     from prefalign.models import fingerprint, freeze, load_processor, parameter_table
     from prefalign.online.arguments import PPOConfig
     from prefalign.online.ppo import PPOTrainer
-    from prefalign.online.prompts import keep_fitting, load_prompts
+    from prefalign.online.prompt_rows import keep_fitting, load_prompts
     from prefalign.online.reward_adapters import share_base, value_start
     from prefalign.rewards import read_rewards
     from prefalign.training.arguments import check_precision, training_arguments

@@ -13,7 +13,7 @@ from prefalign.images import encode_png
 from prefalign.models import ModelConfig, freeze, load_model, load_processor
 from prefalign.online.arguments import PPOConfig
 from prefalign.online.ppo import PPOTrainer
-from prefalign.online.prompts import load_prompts
+from prefalign.online.prompt_rows import load_prompts
 from prefalign.online.roles import VALUE
 from prefalign.online.rollout import VIEW, Rollout, encode_once, read_prompts
 from prefalign.records import Prompt, user_message

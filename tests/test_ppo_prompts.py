@@ -7,7 +7,7 @@ import torch
 
 from prefalign.models import ModelConfig, load_processor
 from prefalign.online.features import join_features, split_features
-from prefalign.online.prompts import keep_fitting, load_prompts
+from prefalign.online.prompt_rows import keep_fitting, load_prompts
 from prefalign.online.sampler import RolloutBatches, visits
 from prefalign.records import Example
 from prefalign.store import OutputConfig, write_records

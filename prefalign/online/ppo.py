@@ -64,7 +64,7 @@ class PPOTrainer(Upkeep):
     Args:
         model: policy; a full model or a `PeftModel` whose adapter trains. May be built in memory.
         args: settings.
-        train_dataset: prompts as `prompts.load_prompts` gives them.
+        train_dataset: prompts as `prompt_rows.load_prompts` gives them.
         processing_class: the model's processor, saved with every checkpoint.
         rewards: what answers are worth, as `rewards.read_rewards` gives it.
         watch: rewards that are logged as `watch/...` and never learned: an alarm goes off when they fall while the reward rises.
