@@ -271,3 +271,31 @@ def test_ppo_config(name, prompts, tmp_path, request):
     assert abs(history[0]["objective/kl"]) < 1e-3
     lines = (tmp_path / "out" / "rollouts" / "000000-0.jsonl").read_text().splitlines()
     assert len(lines) == 4
+
+
+@pytest.mark.parametrize("name", names("train_online"))
+def test_online_config(name, folder, prompts, tmp_path):
+    """Every algorithm; a judge's place is taken by a rule, since the tiny model cannot judge."""
+    values = config.read_yaml(bundled.configs()[name])
+    algorithm = values["trainer"]["algorithm"]
+    changes = {"model": MODEL, "data": {"path": prompts}, "output": tmp_path / "out", "sampling": {"max_new_tokens": 96},
+               "trainer": {"max_steps": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "bf16": False,
+                           "save_steps": 1}}  # fmt: skip
+    if algorithm == "online_dpo":
+        changes |= {"rounds": {"count": 2, "prompts": 6}, "check": {"prompts": 1}}
+    if values.get("evaluation"):
+        changes["evaluation"] = {"scenes": {"pictures": 2}, "draws": 20}
+    if values.get("offline"):
+        start("datagen/povid_scenes", "povid", {"data": {"path": prompts}, "output": {"path": folder / "for_online"}})
+        changes["offline"] = folder / "for_online"
+    if values.get("annotator"):
+        rule = {"name": "objects", "weight": {"invented": 1.0, "recall": 1.0}}
+        values["annotator"] = {"name": "rewards", "rewards": [rule]}
+    module = bundled.load_stage("train_online")
+    results = module.main(config.build(module.Config, config.merge(values, changes), source=name))
+    if algorithm == "online_dpo":
+        assert [measured["round"] for measured in results["rounds"]] == [1, 2]
+        assert all(sum(measured["pairs"].values()) >= 1 for measured in results["rounds"])
+    else:
+        history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+        assert history[-1]["step"] == 1

@@ -111,7 +111,8 @@ def training_arguments(
         raise ConfigError("\n  ".join(problems))
     if isinstance(values.get("deepspeed"), str):
         values["deepspeed"] = str(bundled.find(values["deepspeed"]))
-    arguments = kind(**{**defaults(), **values, "output_dir": str(output), "seed": seed})
+    start = {name: value for name, value in defaults().items() if name in known}  # GRPO has no max_length
+    arguments = kind(**{**start, **values, "output_dir": str(output), "seed": seed})
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.world_size != started:
         raise ConfigError(

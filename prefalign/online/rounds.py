@@ -1,0 +1,295 @@
+"""The semi-online loop: rounds of sample -> annotate -> pair -> mix -> DPO, each arrow a folder that resumes by itself.
+
+    prompts/                    all prompts of the run, read once
+    round-1/prompts/            the round's slice
+    round-1/check.json          engine against trainer, and KL of the policy that samples to the reference
+    round-1/candidates/         its answers
+    round-1/pairs/              annotated pairs
+    round-1/mixed/              with the offline pairs that were drawn
+    round-1/policy/             the policy after the round (of the last round: policy/)
+    round-1/evaluation/         how it does, if the run evaluates
+    round-1/metrics.json
+    reference/                  log-probs of the reference, shared by all rounds
+
+Source: Amirloo et al., arXiv 2407.02477, sections 3.2 and 3.3, with rounds in place of steps: weights move between rounds only,
+so that any engine can sample and the trainer stays the offline one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefalign import bundled
+from prefalign import config as settings
+from prefalign.config import ConfigError
+from prefalign.engines.transformers import TransformersEngine, load_engine
+from prefalign.manifest import read_manifest, write_atomically
+from prefalign.models import ModelConfig
+from prefalign.online.annotating import annotate, read_annotator
+from prefalign.online.checking import (
+    DEFAULT_BOUND,
+    check_gap,
+    divergence,
+    drawn_answers,
+    token_gap,
+    trainer_logprobs,
+)
+from prefalign.online.mixing import mix, offline_prompts
+from prefalign.online.prompts import gather_prompts
+from prefalign.online.round_metrics import round_metrics, table, warnings_of
+from prefalign.online.round_training import TrainingSettings, fill_reference, policy_config, train_round
+from prefalign.online.sampling import Draw, sample
+from prefalign.online.settings import OnlineConfig
+from prefalign.records import Prompt, row_seed
+from prefalign.sources import DataConfig
+from prefalign.store import OutputConfig, read_records, write_records
+from prefalign.training.arguments import training_arguments
+from prefalign.training.pairs import pairs_manifest
+from prefalign.training.runs import CONFIG_FILE, RunError, claim_run, open_run, run_files
+
+PROMPTS = "round_prompts"
+
+
+def _folder(config: OnlineConfig, number: int) -> Path:
+    return config.output / f"round-{number}"
+
+
+def policy_folder(config: OnlineConfig, number: int) -> Path | None:
+    """Folder of the policy after a round; None for round 0: what the run starts from."""
+    if number == 0:
+        return None
+    return config.output / "policy" if number == config.rounds.count else _folder(config, number) / "policy"
+
+
+def _training(config: OnlineConfig) -> TrainingSettings:
+    return TrainingSettings(
+        config.losses, {"num_train_epochs": 1, **config.trl}, config.lora, config.freeze, config.fast_path
+    )
+
+
+def run_rounds(config: OnlineConfig) -> dict[str, Any]:
+    """Run all rounds, or go on where an earlier run of them stopped; returns the content of `results.json`.
+
+    Killed at any moment and started again, it ends with the weights of an uninterrupted run: finished arrows are kept, an
+    unfinished one goes on from its last block or checkpoint.
+    """
+    if config.offline is not None:
+        pairs_manifest(config.offline)
+    _claim(config)
+    if config.bdhs is None:
+        read_annotator(config.annotator, config.rewards, config.margin)  # bad settings are to fail here
+    identities = {prompt.id for prompt in read_records(gather_prompts(config), Prompt)}
+    offline = offline_prompts(config.offline, identities) if config.offline is not None else frozenset()
+    done: list[dict[str, Any]] = []
+    for number in range(1, config.rounds.count + 1):
+        file = _folder(config, number) / "metrics.json"
+        if not file.is_file():
+            print(f"\n== round {number} of {config.rounds.count}", flush=True)
+            measured = _round(config, number, len(identities), offline)
+            write_atomically(file, json.dumps(measured, indent=2).encode())
+        done.append(json.loads(file.read_text(encoding="utf-8")))
+    before = _evaluate(config, 0)
+    results = {"before": before, "rounds": done, "warnings": warnings_of(done, before)}
+    write_atomically(config.output / "results.json", json.dumps(results, indent=2).encode())
+    print("\n" + table(results))
+    return results
+
+
+def _claim(config: OnlineConfig) -> None:
+    """Make a free folder the run's own, or find that it is.
+
+    Raises:
+        ConfigError: several processes were started.
+        RunError: the folder holds a run with another config or other offline pairs, or something else; or `resume` cannot be met.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1:
+        raise ConfigError(
+            f"trainer.algorithm is 'online_dpo' and {started} processes were started: each would sample and write into the same "
+            "folders. Start one process; grpo and rloo run in several."
+        )
+    manifest = (config.offline / "manifest.json").read_text(encoding="utf-8") if config.offline is not None else ""
+    files = run_files(settings.to_mapping(config), manifest, data="offline")
+    began = (config.output / CONFIG_FILE).is_file()
+    if config.resume is True and not began:
+        raise RunError(f"resume is true and {config.output} holds no run. Set resume to auto to start anew.")
+    if config.resume is False and began:
+        raise RunError(
+            f"resume is false and {config.output} holds a run, which starting anew would overwrite. Delete the folder, give "
+            "another `output`, or set resume to auto to go on."
+        )
+    open_run(config.output, files)
+    claim_run(config.output, files)
+
+
+def _slice(config: OnlineConfig, number: int, total: int) -> Path:
+    """The prompts of a round, in order; after the last comes the first."""
+    folder = _folder(config, number) / "prompts"
+    size = min(config.rounds.prompts or total, total)
+    start = (number - 1) * size % total
+
+    def rows() -> Iterator[Prompt]:
+        yield from islice(read_records(config.output / "prompts", Prompt), start, min(start + size, total))
+        yield from islice(read_records(config.output / "prompts", Prompt), 0, max(start + size - total, 0))
+
+    write_records(PROMPTS, rows(), output=OutputConfig(folder), record=Prompt,
+                  settings={"start": start, "size": size}, seed=config.seed)  # fmt: skip
+    return folder
+
+
+def _round(config: OnlineConfig, number: int, total: int, offline: frozenset[str]) -> dict[str, Any]:
+    folder = _folder(config, number)
+    prompts = _slice(config, number, total)
+    draw = Draw(offline, config.p_offline, config.seed, number)
+    drawn_online = sum(not draw.takes_offline(prompt.id) for prompt in read_records(prompts, Prompt))
+    start = policy_config(config.model, policy_folder(config, number - 1), lora=config.lora is not None)
+    online = _online_pairs(config, number, prompts, draw, start) if drawn_online else None
+    mix(prompts, online, config.offline, draw, output=folder / "mixed")
+    _train(config, number, start, folder / "mixed")
+    policy = policy_folder(config, number)
+    assert policy is not None
+    return round_metrics(
+        folder,
+        policy,
+        number=number,
+        divergence=_measure_divergence(config, number),
+        evaluation=_evaluate(config, number),
+    )
+
+
+def _online_pairs(config: OnlineConfig, number: int, prompts: Path, draw: Draw, start: ModelConfig) -> Path:
+    """Sample and annotate; each model is loaded for its arrow only."""
+    folder = _folder(config, number)
+    pairs, candidates = folder / "pairs", folder / "candidates"
+    blocks = config.rounds.block_size
+    if read_manifest(pairs if config.bdhs is not None else candidates) is None:
+        engine = load_engine(start, batch_size=config.batch_size)
+        _check(config, number, engine, prompts)
+        if config.bdhs is None:
+            sample(prompts, engine, draw, sampling=config.sampling, responses=config.responses,
+                   output=OutputConfig(candidates, block_size=blocks))  # fmt: skip
+        del engine
+        _free()
+    if read_manifest(pairs) is not None:
+        return pairs
+    if config.bdhs is not None:
+        _bdhs_pairs(config, start, prompts, draw, pairs)
+    else:
+        annotator = read_annotator(config.annotator, config.rewards, config.margin)
+        annotate(prompts, candidates, annotator, seed=config.seed, visit=number,
+                 output=OutputConfig(pairs, block_size=blocks))  # fmt: skip
+        del annotator
+        _free()
+    return pairs
+
+
+def _train(config: OnlineConfig, number: int, start: ModelConfig, mixed: Path) -> None:
+    lora = config.lora is not None
+    previous = config.rounds.reference == "previous"
+    policy = policy_folder(config, number)
+    assert policy is not None
+    reference_folder = _folder(config, number) / "reference" if previous else config.output / "reference"
+    reference_model = start if previous else policy_config(config.model, None, lora=lora)
+    note = mixed / "reference.json"
+    if not note.is_file():
+        reference = fill_reference(_training(config), reference_model, mixed, reference_folder,
+                                   continues=previous and lora and number > 1, seed=config.seed,
+                                   output=_folder(config, number) / "reference_run")  # fmt: skip
+        write_atomically(note, json.dumps({"reference": reference}).encode())
+        _free()
+    reference = json.loads(note.read_text(encoding="utf-8"))["reference"]
+    train_round(_training(config), start, mixed, policy, reference=reference, reference_folder=reference_folder,
+                continues=lora and number > 1, seed=config.seed + number - 1)  # fmt: skip
+    _free()
+
+
+def _free() -> None:
+    """Give a GPU's memory back before the next arrow loads its models: a trainer is a cycle, which only a collection ends."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _check(config: OnlineConfig, number: int, engine: TransformersEngine, prompts: Path) -> None:
+    """Engine against trainer on the policy's own answers, before anything is sampled; written to `check.json`."""
+    if not config.check.prompts:
+        return
+    requests, answers = drawn_answers(engine, _first(prompts, config.check.prompts),
+                                      max_new_tokens=config.sampling.max_new_tokens, seed=config.seed)  # fmt: skip
+    texts = [answer.text for answer in answers]
+    if not texts:
+        return  # a policy that says nothing gives no pair either, and the pairs' manifest says so
+    arguments: Any = training_arguments(config.trl, output=config.output, seed=config.seed)
+    autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    trained = trainer_logprobs(engine.model, engine.processor, requests, texts, autocast=autocast)
+    gap = token_gap(engine, requests, texts, trained)
+    dtype = str(autocast or engine.model.dtype).removeprefix("torch.")
+    check_gap(gap, DEFAULT_BOUND[dtype] if config.check.bound is None else config.check.bound)
+    write_atomically(_folder(config, number) / "check.json", json.dumps(asdict(gap), indent=2).encode())
+
+
+def _measure_divergence(config: OnlineConfig, number: int) -> dict[str, Any]:
+    """KL of the policy after a round to the model that the run starts from; kept in `divergence.json`."""
+    file = _folder(config, number) / "divergence.json"
+    if not config.check.prompts:
+        return {}
+    if not file.is_file():
+        trained = policy_config(config.model, policy_folder(config, number), lora=config.lora is not None)
+        engine = load_engine(trained, batch_size=config.batch_size)
+        prompts = _first(_folder(config, number) / "prompts", config.check.prompts)
+        requests, answers = drawn_answers(
+            engine, prompts, max_new_tokens=config.sampling.max_new_tokens, seed=config.seed
+        )
+        policy = engine.logprobs(requests, answers)
+        del engine
+        _free()
+        reference = load_engine(config.model, batch_size=config.batch_size).logprobs(requests, answers)
+        write_atomically(file, json.dumps(asdict(divergence(policy, reference)), indent=2).encode())
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def _first(prompts: Path, count: int) -> list[Prompt]:
+    return list(islice(read_records(prompts, Prompt), count))
+
+
+def _bdhs_pairs(config: OnlineConfig, start: ModelConfig, prompts: Path, draw: Draw, output: Path) -> None:
+    """Pairs of the stage `bdhs`, its generator being the policy of the round; prompts drawn offline are left out."""
+    drawn = output.with_name("drawn")
+    write_records(PROMPTS, (prompt for prompt in read_records(prompts, Prompt) if not draw.takes_offline(prompt.id)),
+                  output=OutputConfig(drawn), record=Prompt, settings={"visit": draw.visit}, seed=config.seed)  # fmt: skip
+    assert config.bdhs is not None
+    stage = bundled.load_stage("bdhs")
+    stage.main(stage.Config(
+        model=start, data=DataConfig(drawn), output=OutputConfig(output, block_size=config.rounds.block_size), bias=config.bdhs,
+        similarity=config.similarity, sampling=config.sampling, batch_size=config.batch_size,
+        seed=row_seed(config.seed, f"visit {draw.visit}"),
+    ))  # fmt: skip
+
+
+def _evaluate(config: OnlineConfig, number: int) -> dict[str, Any]:
+    """Estimates of `evaluate_model` on the policy after a round; round 0 is what the run starts from."""
+    if config.evaluation is None:
+        return {}
+    folder = _folder(config, number) / "evaluation" if number else config.output / "evaluation"
+    stage = bundled.load_stage("evaluate_model")
+    values = settings.merge(settings.read_yaml(bundled.find(config.evaluation_config)), config.evaluation)
+    policy = policy_config(config.model, policy_folder(config, number), lora=config.lora is not None)
+    values = settings.merge(values, {"model": settings.to_mapping(policy), "output": folder})
+    results = folder / "results.json"
+    if not results.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder.parent / f"{folder.name}.txt").open("w") as log, contextlib.redirect_stdout(log):
+            stage.main(settings.build(stage.Config, values, source=config.evaluation_config))
+    measured = json.loads(results.read_text(encoding="utf-8"))["metrics"]
+    return {name: entry.get("value") for name, entry in measured.items() if not name.startswith("difference.")}

@@ -1,0 +1,181 @@
+"""Settings of the trainers on a policy's own answers; light enough to be read before torch is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from prefalign.config import ConfigError, nearest
+from prefalign.engines import Sampling
+from prefalign.guided import BiasConfig
+from prefalign.models import ModelConfig
+from prefalign.sources import DataConfig
+from prefalign.training.lora import LoraSettings
+
+ALGORITHMS = ("online_dpo", "online_dpo_step", "grpo", "rloo")
+
+
+@dataclass
+class Rounds:
+    """The loop of `online_dpo`.
+
+    Attributes:
+        count: rounds.
+        prompts: prompts of one round (2,000 to 8,000 are usual); after the last prompt the first comes again. 0: all of them.
+        reference: `first` keeps the model that the run starts from as the reference, `previous` takes the policy before a round.
+        block_size: prompts of one block of work: at most so many are sampled or judged again after an interruption.
+    """
+
+    count: int = 3
+    prompts: int = 0
+    reference: Literal["first", "previous"] = "first"
+    block_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.prompts < 0:
+            raise ValueError(
+                f"rounds.count is {self.count} and rounds.prompts {self.prompts}: a run has at least 1 round, of some prompts "
+                "or of all (0)."
+            )
+
+
+@dataclass
+class Check:
+    """What is looked at before and after a round, on the policy's answers to its first prompts.
+
+    Attributes:
+        prompts: how many; 0: no check of the engine and no KL.
+        bound: largest difference of one token's log-prob between engine and trainer; null: what the precision explains.
+    """
+
+    prompts: int = 8
+    bound: float | None = None
+
+
+@dataclass
+class OnlineConfig:
+    """A run on the policy's own answers.
+
+    Attributes:
+        model: the policy's starting weights, which are the reference too.
+        output: folder of the run; the final model or adapter is its `policy/` (with `grpo`, `rloo` and `online_dpo_step` itself).
+        data: prompts; null: those of the offline pairs.
+        offline: folder of offline pairs, for mixed DPO.
+        p_offline: probability that a prompt with an offline pair takes it instead of the policy's answers: 0 is online DPO, 1
+            offline DPO, 0.5 published.
+        rounds: the loop of `online_dpo`.
+        responses: answers to each prompt; of more than two, best and worst make the pair. `grpo` and `rloo` have
+            `trainer.num_generations` instead.
+        sampling: how answers are drawn. `grpo` and `rloo` have `trainer.temperature`, `trainer.top_p` and so on instead.
+        annotator: a pairwise judge (`prefalign.rewards.COMPARATORS`), asked in both orders.
+        rewards: weighted rewards (`prefalign.rewards.REWARDS`), in its place: the higher total is chosen.
+        margin: least difference of two totals.
+        bdhs: online BDHS: chosen is a row's reference answer, rejected what the policy says with its eyes nearly closed; in
+            place of annotator and rewards.
+        similarity: what compares answers for `bdhs`: `lexical` or a sentence-transformers model.
+        engine: what samples.
+        batch_size: rows in one forward pass of the engine.
+        check: checks before and after a round.
+        evaluation: settings over `evaluation_config`, to evaluate the policy before the run and after every round; null: not.
+        evaluation_config: a config of `evaluate_model`.
+        losses: what DPO minimises, as in `train_preference`.
+        trainer: `algorithm` (`online_dpo`, `online_dpo_step`, `grpo` or `rloo`), and fields of TRL's config by name: of
+            `DPOConfig` (for one round; of 1 epoch, unless it says more), `GRPOConfig` or `RLOOConfig`.
+        fast_path: as in `train_preference`.
+        lora: train an adapter; without it all weights that are not frozen.
+        freeze: towers that stay as they are.
+        resume: "auto" goes on where the run stopped; true demands that it has begun, false refuses that.
+        seed: of everything.
+    """
+
+    model: ModelConfig
+    output: Path
+    data: DataConfig | None = None
+    offline: Path | None = None
+    p_offline: float = 0.5
+    rounds: Rounds = field(default_factory=Rounds)
+    responses: int = 2
+    sampling: Sampling = field(default_factory=Sampling)
+    annotator: dict[str, Any] | None = None
+    rewards: list[dict[str, Any]] = field(default_factory=list)
+    margin: float = 0.0
+    bdhs: BiasConfig | None = None
+    similarity: str = "lexical"
+    engine: Literal["transformers", "vllm"] = "transformers"
+    batch_size: int = 16
+    check: Check = field(default_factory=Check)
+    evaluation: dict[str, Any] | None = None
+    evaluation_config: str = "recipes/evaluate_scenes"
+    losses: list[dict[str, Any]] = field(default_factory=lambda: [{"name": "text"}])
+    trainer: dict[str, Any] = field(default_factory=dict)
+    fast_path: Literal["auto", "off"] = "auto"
+    lora: LoraSettings | None = None
+    freeze: list[str] = field(default_factory=lambda: ["vision"])
+    resume: Literal["auto"] | bool = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p_offline <= 1:
+            raise ValueError(
+                f"p_offline {self.p_offline} is a probability: 0 takes no offline pair, 1 takes all, 0.5 is published."
+            )
+        if self.responses < 2:
+            raise ValueError(f"responses is {self.responses}; a pair needs 2 answers to a prompt or more.")
+
+    @property
+    def algorithm(self) -> str:
+        """`trainer.algorithm`."""
+        return str(self.trainer.get("algorithm", "online_dpo"))
+
+    @property
+    def trl(self) -> dict[str, Any]:
+        """`trainer` without `algorithm`: fields of TRL's config."""
+        return {name: value for name, value in self.trainer.items() if name != "algorithm"}
+
+
+UNREAD = {
+    "online_dpo_step": ("rounds", "check", "evaluation"),
+    "grpo": ("rounds", "check", "evaluation", "responses", "sampling", "margin", "batch_size", "losses", "fast_path"),
+}
+UNREAD["rloo"] = UNREAD["grpo"]
+"""Settings that an algorithm has no use for."""
+
+
+def unread(config: OnlineConfig) -> list[str]:
+    """Names of the settings that are not at their default and that the run's algorithm does not read."""
+    start = OnlineConfig(config.model, config.output)
+    return [name for name in UNREAD.get(config.algorithm, ()) if getattr(config, name) != getattr(start, name)]
+
+
+def check_settings(config: OnlineConfig) -> None:
+    """Check that settings do not contradict each other, before anything is loaded.
+
+    Raises:
+        ConfigError: says what contradicts what, and what to do.
+    """
+    if config.algorithm not in ALGORITHMS:
+        raise ConfigError(
+            f"trainer.algorithm: no algorithm {config.algorithm!r}; {nearest(config.algorithm, list(ALGORITHMS))}"
+        )
+    if config.data is None and config.offline is None:
+        raise ConfigError("data: neither `data` nor `offline` is given, so there is no prompt. Give one of them.")
+    if config.algorithm in ("grpo", "rloo"):
+        others = [name for name in ("offline", "annotator", "bdhs") if getattr(config, name) is not None]
+        if others or not config.rewards or config.data is None:
+            raise ConfigError(
+                f"trainer.algorithm is {config.algorithm!r}, which needs `data` and `rewards`"
+                f"{', and does not read ' + ', '.join(others) if others else ''}: it learns from scores of the policy's own "
+                "answers, not from pairs. Give these two, and leave the others out."
+            )
+        return
+    if config.bdhs is not None and (config.annotator is not None or config.rewards):
+        raise ConfigError(
+            "bdhs: its pairs need no annotator (chosen is the reference answer), and one is given. Leave `annotator` and "
+            "`rewards` out, or `bdhs`."
+        )
+    if config.engine == "vllm":
+        raise ConfigError(
+            "engine is 'vllm', and this version of prefalign has no vLLM engine, so nothing would refresh its weights between "
+            "rounds. Set engine to transformers."
+        )

@@ -1,0 +1,65 @@
+"""The shell recipes, on the embedded world and a handful of prompts. Their commands are carried out in this process, in order."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import time
+
+from prefalign import cli
+from prefalign.records import Pair
+from prefalign.store import read_records
+from tests.launching import ROOT
+
+STAND_IN = """#!/bin/sh
+printf '%s\\n' "$@" > "$COMMANDS/writing" && mv "$COMMANDS/writing" "$COMMANDS/request"
+while [ ! -f "$COMMANDS/answer" ]; do sleep 0.02; done
+cat "$COMMANDS/answer" && rm "$COMMANDS/answer"
+"""
+"""Stands where `prefalign` is, and hands each command line over: a process of its own for each would take most of the time."""
+
+
+def carry_out(script, arguments, folder, **environment):
+    """Run a script; the command lines of `prefalign` that it gave."""
+    (folder / "prefalign").write_text(STAND_IN)
+    (folder / "prefalign").chmod(0o755)
+    path = os.pathsep.join([str(folder), os.environ["PATH"]])
+    process = subprocess.Popen(["sh", script, *arguments], cwd=ROOT,
+                               env={**os.environ, "PATH": path, "COMMANDS": str(folder), **environment})  # fmt: skip
+    request, given = folder / "request", []
+    while process.poll() is None:
+        if not request.is_file():
+            time.sleep(0.02)
+            continue
+        given.append(request.read_text().splitlines())
+        request.unlink()
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said):
+                assert cli.main(given[-1]) in (0, None), given[-1]
+        except BaseException:
+            process.kill()
+            raise
+        (folder / "answering").write_text(said.getvalue())
+        (folder / "answering").rename(folder / "answer")
+    assert process.returncode == 0
+    return given
+
+
+def test_mixed_dpo_end_to_end(tmp_path):
+    """`mixed_dpo.sh` ends in `online_dpo.sh`, so both run."""
+    small = ["--rounds.count", "1", "--rounds.prompts", "8", "--evaluation", "null", "--check.prompts", "0",
+             "--trainer.per_device_train_batch_size", "4", "--sampling.max_new_tokens", "64"]  # fmt: skip
+    measured = "--scenes.pictures 8 --scenes.evals [chair] --reliance.conditions [] --draws 100"
+    (tmp_path / "commands").mkdir()
+    arguments = ["configs/recipes/train_online_mixed_scenes.yaml", str(tmp_path / "out"), *small]
+    given = carry_out(
+        "recipes/mixed_dpo.sh", arguments, tmp_path / "commands", PROMPTS="8", EVALUATION_SETTINGS=measured
+    )
+    verbs = [words[1] for words in given if words[0] == "run"]
+    assert verbs == ["bdhs", "train_online", "evaluate_model", "evaluate_model"]
+    sources = {pair.meta["source"] for pair in read_records(tmp_path / "out" / "run" / "round-1" / "mixed", Pair)}
+    assert sources == {"offline", "online"}
+    results = json.loads((tmp_path / "out" / "evaluation" / "policy" / "results.json").read_text())["metrics"]
+    assert {"chair_i", "recall", "difference.chair_i"} <= set(results)
