@@ -5,7 +5,8 @@
 #   PAIRS=runs/pairs PROMPTS=runs/prompts sh recipes/fact_rlhf.sh configs/recipes/train_ppo_fact_rlhf.yaml runs/llava
 #
 # The model is the one that the PPO config names. On a real checkpoint PAIRS is a folder of pairs (with facts), PROMPTS one of
-# prompts; SFT and REWARD are the configs of the steps before. More arguments go to PPO. Started again it goes on where it stopped.
+# prompts; SFT and REWARD are the configs of the steps before, SFT_SETTINGS and REWARD_SETTINGS more settings of theirs. More
+# arguments go to PPO. Started again it goes on where it stopped.
 set -eu
 
 config=${1:-configs/recipes/train_ppo_fact_rlhf_scenes.yaml}
@@ -32,7 +33,9 @@ else
     lora=
 fi
 
-prefalign run train_sft --config "$sft" --model.model_name_or_path "$base" --data "$pairs" --output "$output/sft"
+# shellcheck disable=SC2086
+prefalign run train_sft --config "$sft" --model.model_name_or_path "$base" --data "$pairs" --output "$output/sft" \
+    ${SFT_SETTINGS:-}
 start=$output/sft
 if [ -f "$output/sft/adapter_config.json" ]; then  # policy and reward model are adapters of the merged model
     start=$output/sft_merged
@@ -40,6 +43,6 @@ if [ -f "$output/sft/adapter_config.json" ]; then  # policy and reward model are
 fi
 # shellcheck disable=SC2086
 prefalign run train_reward_model --config "$reward" --model.model_name_or_path "$start" --pairs "$pairs" \
-    --output "$output/reward" $lora
+    --output "$output/reward" $lora ${REWARD_SETTINGS:-}
 prefalign run train_ppo --config "$config" --model.model_name_or_path "$start" --prompts "$prompts" \
     --reward_model "$output/reward" --output "$output/ppo" "$@"
