@@ -22,9 +22,8 @@ from prefalign import families
 from prefalign.records import canonical_json, normalise_messages
 from prefalign.rewards.augmentation import RatingPrompt
 from prefalign.rewards.collator import RewardCollator
-from prefalign.training.attention import SPLIT
 from prefalign.training.documents import digest_of, picture_bytes
-from prefalign.training.forward import hidden_states, share
+from prefalign.training.forward import hidden_states, is_shared, share
 from prefalign.training.routes import find_route
 
 if TYPE_CHECKING:
