@@ -31,6 +31,8 @@ class Config:
             `prefalign.rewards.REWARDS`. A reward model that is a LoRA on the policy's base becomes one more adapter of it, and
             the values start from its weights.
         reward_model: folder of the reward model that entries `{name: reward_model}` without a `path` mean.
+        reward_floor: least accuracy of a reward model on every set that it was graded on (`grade_reward_model`).
+        force_reward: train against a reward model that was not graded, or is below the floor.
         watch: more such entries that are logged and never learned: what the policy should not lose while the reward rises.
         trainer: fields of `prefalign.online.arguments.PPOConfig` by name.
         lora: train an adapter; without it all weights that are not frozen.
@@ -45,6 +47,8 @@ class Config:
     output: Path
     rewards: list[dict[str, Any]]
     reward_model: Path | None = None
+    reward_floor: float = 0.6
+    force_reward: bool = False
     watch: list[dict[str, Any]] = field(default_factory=list)
     trainer: dict[str, Any] = field(default_factory=dict)
     lora: LoraSettings | None = None
@@ -73,6 +77,7 @@ def main(config: Config) -> None:
     from prefalign.online.prompt_rows import keep_fitting, load_prompts
     from prefalign.online.reward_adapters import share_base, value_start
     from prefalign.rewards import read_rewards
+    from prefalign.rewards.grading import check_rewards
     from prefalign.training.arguments import check_precision, training_arguments
     from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
     from prefalign.training.lora import check_quantised, check_trainable
@@ -85,7 +90,9 @@ def main(config: Config) -> None:
     arguments = training_arguments(config.trainer, output=config.output, seed=config.seed, kind=PPOConfig)
     arguments.check()
     check_quantised(config.model, config.lora, arguments)
-    rewards = read_rewards([_with_path(entry, config.reward_model) for entry in config.rewards])
+    entries = [_with_path(entry, config.reward_model) for entry in config.rewards]
+    check_rewards(entries, floor=config.reward_floor, force=config.force_reward)
+    rewards = read_rewards(entries)
     watch = read_rewards(config.watch) if config.watch else None
     prompts = load_prompts(config.prompts)
     manifest = (config.prompts / "manifest.json").read_text(encoding="utf-8")

@@ -341,7 +341,7 @@ def test_ppo_config(name, prompts, tmp_path, request):
         "trainer": trainer,
     }
     if "reward_model" in values:
-        changes["reward_model"] = request.getfixturevalue("reward_model")
+        changes |= {"reward_model": request.getfixturevalue("reward_model"), "force_reward": True}
     if values["trainer"].get("conversations"):
         export(tmp_path / "linked", split="train_biased", kind="linked", start=0, stop=6)
         changes["prompts"] = tmp_path / "linked"
