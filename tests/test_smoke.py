@@ -295,11 +295,12 @@ def test_curate_instructions_config(name, prompts, scored, tmp_path):
 
 
 @pytest.mark.parametrize("name", names("train_reward_model"))
-def test_reward_model_config(name, prompts, tmp_path):
+def test_reward_model_config(name, prompts, pairs, tmp_path):
     from prefalign.rewards.learned import LearnedReward
     from tests.reward_runs import graded_by_chance
 
-    pairs = graded_by_chance(prompts, tmp_path / "pairs")
+    two_sided = config.read_yaml(bundled.configs()[name]).get("rejected_pictures")
+    pairs = pairs / "noised" if two_sided else graded_by_chance(prompts, tmp_path / "pairs")
     trainer = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "bf16": False,
                "save_steps": 1, "eval_steps": 1}  # fmt: skip
     changes = {"model": MODEL, "pairs": pairs, "output": tmp_path / "out", "trainer": trainer}
