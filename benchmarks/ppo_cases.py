@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import tempfile
 import time
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,6 @@ import torch
 import transformers as T
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from PIL import Image
 from preference_cases import SHAPES as PREFERENCE_SHAPES
 from preference_cases import Case, Workbench
 from transformers.trainer_callback import PrinterCallback
@@ -77,7 +75,7 @@ class PPOCase:
 TOY = Case(layers=4, tower_layers=7)  # about a third of the operations of an iteration that encodes in every pass
 CASES = {"576": PPOCase(TOY), "576x4": PPOCase(replace(TOY, pairs=1), generations=4)}
 SHAPES = {
-    f"{name}{suffix}": PPOCase(batch, generations=generations, new_tokens=128, rank=64)
+    f"{name}{suffix}": PPOCase(batch, generations=generations, rank=64)
     for name, batch in PREFERENCE_SHAPES.items()
     for suffix, generations in (("", 1), ("x4", 4))
 }
@@ -98,8 +96,8 @@ class Meter:
 
     counting: bool = False
     compute: bool = True
-    cpu: Counter[str] = field(default_factory=Counter)
-    wall: Counter[str] = field(default_factory=Counter)
+    cpu: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    wall: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     flops: Counter[str] = field(default_factory=Counter)
     pictures: Counter[str] = field(default_factory=Counter)
     part: str = ""
@@ -121,8 +119,10 @@ class Meter:
 
     def clear(self) -> None:
         """Begin an iteration."""
-        for counter in (self.cpu, self.wall, self.flops, self.pictures):
-            counter.clear()
+        self.cpu.clear()
+        self.wall.clear()
+        self.flops.clear()
+        self.pictures.clear()
 
     def watch(self, model: Any) -> None:
         """Count the pictures that a model encodes."""
@@ -250,8 +250,8 @@ class PPOBench:
         """A trainer that has made no step.
 
         Args:
-            kind: `shared`, as the recipe makes it; `repeating`, with `fast_path` off in rollout, reward model and trainer, so that
-                prompts and pictures are run for each answer in each pass; `four`, as `shared` with a base for each role.
+            kind: `shared`, as the recipe makes it; `repeating`, with `fast_path` off in rollout, reward model and trainer, so
+                that prompts and pictures are run for each answer in each pass; `four`, as `shared` with a base for each role.
             output: folder of the run.
             checkpointing: gradient checkpointing.
         """
@@ -343,71 +343,3 @@ def iterate(side: Side) -> tuple[Rollout, torch.Tensor]:
         return loss
 
     return rollout, meter.run("update", update)
-
-
-def picture_flops(case: PPOCase) -> int:
-    """Operations of one picture in vision tower and projector."""
-    bench = PPOBench(case, weightless=True)
-    llava = case.batch.family == "llava"
-    taken = bench.bench.processor(text=["<image>" if llava else "<|image_pad|>"],
-                                  images=[Image.new("RGB", case.batch.size)], return_tensors="pt")  # fmt: skip
-    given = {name: taken[name] for name in ("pixel_values", "image_grid_thw") if name in taken}
-    model = bench.base().model
-    with torch.no_grad():
-        return count_flops(lambda: model.get_image_features(**given), compute=False)
-
-
-@dataclass
-class Counted:
-    """Operations of an iteration.
-
-    Attributes:
-        parts: by part.
-        tower: of them, those of vision tower and projector.
-    """
-
-    parts: Counter[str] = field(default_factory=Counter)
-    tower: int = 0
-
-    @property
-    def total(self) -> int:
-        """Of the whole iteration."""
-        return self.parts.total()
-
-
-def count(case: PPOCase, *, checkpointing: bool = True) -> dict[str, Counted]:
-    """Operations of an iteration on each side, without computing one.
-
-    Whole iterations run on two models without weights, the second a decoder layer longer, with a tower of two layers: decoder
-    layers are alike, and so are the pictures that pass the tower.
-
-    Args:
-        case: which.
-        checkpointing: gradient checkpointing.
-
-    Returns:
-        By side: `ours`, `reencoding`, `repeating`.
-    """
-    few = min(2, case.batch.layers - 1)
-    full = picture_flops(case)
-    found: dict[str, list[tuple[Counter[str], Counter[str]]]] = {name: [] for name in ("ours", "reencoding", "repeating")}
-    for layers in (few, few + 1):
-        short = replace(case, batch=replace(case.batch, layers=layers, tower_layers=2))
-        bench = PPOBench(short, weightless=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            shared = bench.side("shared", Path(scratch))
-            sides = {"ours": shared, "reencoding": replace(shared, reencodes=True),
-                     "repeating": bench.side("repeating", Path(scratch))}  # fmt: skip
-            for name, side in sides.items():
-                side.meter.counting, side.meter.compute = True, False
-                if checkpointing:
-                    side.trainer.roles.activation_checkpointing_enable()
-                iterate(side)
-                found[name].append((side.meter.flops.copy(), side.meter.pictures.copy()))
-    more = full - picture_flops(short)
-    results = {}
-    for name, ((one, pictures), (two, _)) in found.items():
-        steps = case.batch.layers - few
-        parts = Counter({part: one[part] + (two[part] - one[part]) * steps + pictures[part] * more for part in PARTS})
-        results[name] = Counted(parts, pictures.total() * full)
-    return results
