@@ -246,14 +246,13 @@ class PPOBench:
         """An adapter on the language model's linear layers."""
         return LoraConfig(r=self.case.rank, lora_alpha=2 * self.case.rank, target_modules=LANGUAGE_LINEAR)
 
-    def side(self, kind: Kind, output: Path, *, checkpointing: bool = False) -> Side:
+    def side(self, kind: Kind, output: Path) -> Side:
         """A trainer that has made no step.
 
         Args:
             kind: `shared`, as the recipe makes it; `repeating`, with `fast_path` off in rollout, reward model and trainer, so
                 that prompts and pictures are run for each answer in each pass; `four`, as `shared` with a base for each role.
             output: folder of the run.
-            checkpointing: gradient checkpointing.
         """
         torch.manual_seed(0)
         fast_path: Literal["auto", "off"] = "off" if kind == "repeating" else "auto"
@@ -278,7 +277,7 @@ class PPOBench:
         with patch.object(ppo, "Roles", roles):
             trainer = PPOTrainer(
                 policy,
-                args=self.arguments(output, checkpointing=checkpointing),
+                args=self.arguments(output),
                 train_dataset=self.prompts,
                 processing_class=self.bench.processor,
                 rewards=Combined([Weighted("learned", learned)]),
@@ -293,14 +292,14 @@ class PPOBench:
             meter.watch(model)
         return Side(trainer, models, learned.model, meter, reencodes=kind == "repeating")
 
-    def arguments(self, output: Path, *, checkpointing: bool) -> PPOConfig:
+    def arguments(self, output: Path) -> PPOConfig:
         """One minibatch, one pass, a learning rate of 0: every iteration of a side starts from the same weights."""
         on_cpu = self.weightless or self.case.batch.shape == "toy"
         return PPOConfig(
             output_dir=str(output), learning_rate=0.0, max_steps=1, num_generations=self.case.generations,
             per_device_train_batch_size=self.case.answers, max_new_tokens=self.case.new_tokens, blank_picture_probe=0,
             normalise_rewards=False,
-            gradient_checkpointing=checkpointing, use_cpu=on_cpu, bf16=False, dataloader_pin_memory=False, report_to="none",
+            gradient_checkpointing=True, use_cpu=on_cpu, bf16=False, dataloader_pin_memory=False, report_to="none",
             save_strategy="no", logging_strategy="no", log_rollouts=False, disable_tqdm=True,
         )  # fmt: skip
 

@@ -44,7 +44,7 @@ class Counted:
         return self.parts.total()
 
 
-def count(case: PPOCase, *, checkpointing: bool = True) -> dict[str, Counted]:
+def count(case: PPOCase) -> dict[str, Counted]:
     """Operations of an iteration on each side, without computing one.
 
     Whole iterations run on two models without weights, the second a decoder layer longer, with a tower of two layers: decoder
@@ -52,7 +52,6 @@ def count(case: PPOCase, *, checkpointing: bool = True) -> dict[str, Counted]:
 
     Args:
         case: which.
-        checkpointing: gradient checkpointing.
 
     Returns:
         By side: `ours`, `reencoding`, `repeating`.
@@ -71,8 +70,7 @@ def count(case: PPOCase, *, checkpointing: bool = True) -> dict[str, Counted]:
                      "repeating": bench.side("repeating", Path(scratch))}  # fmt: skip
             for name, side in sides.items():
                 side.meter.counting, side.meter.compute = True, False
-                if checkpointing:
-                    side.trainer.roles.activation_checkpointing_enable()
+                side.trainer.roles.activation_checkpointing_enable()  # as `train` would
                 iterate(side)
                 found[name].append((side.meter.flops.copy(), side.meter.pictures.copy()))
     more = full - picture_flops(short)

@@ -125,6 +125,16 @@ def apart(ours: Outcome, theirs: Outcome) -> dict[str, float]:
     return found
 
 
+def start(side: Side) -> None:
+    """Run an iteration inside `train()`, which turns checkpointing on as in any run and gives AdamW its state."""
+    side.trainer.train()
+    for model in (side.trainer.roles.policy, side.trainer.roles.value):
+        flags = (
+            [] if model is None else [getattr(module, "gradient_checkpointing", False) for module in model.modules()]
+        )
+        assert model is None or any(flags), "gradient checkpointing is off"
+
+
 def measure(case: PPOCase, *, rounds: int, on_cuda: bool = False) -> dict[str, Measured]:
     """All three sides of a case."""
     bench = PPOBench(case, dtype=torch.bfloat16 if on_cuda else torch.float32)
@@ -133,7 +143,7 @@ def measure(case: PPOCase, *, rounds: int, on_cuda: bool = False) -> dict[str, M
         sides = {"ours": shared, "reencoding": replace(shared, reencodes=True),
                  "repeating": bench.side("repeating", Path(scratch) / "repeating")}  # fmt: skip
         for side in (shared, sides["repeating"]):
-            side.trainer.train()  # turns checkpointing on as in any run, and gives AdamW its state
+            start(side)
         found = {name: Measured(outcome(side)) for name, side in sides.items()}
         order = random.Random(0)
         for number in range(rounds):
@@ -156,7 +166,7 @@ def peak(case: PPOCase, kind: Kind, *, on_cuda: bool = False) -> tuple[int, int,
     bench = PPOBench(case, dtype=torch.bfloat16 if on_cuda else torch.float32)
     with tempfile.TemporaryDirectory() as scratch:
         side = bench.side(kind, Path(scratch))
-        side.trainer.train()
+        start(side)
         tensors = held(side)
         if on_cuda:
             torch.cuda.reset_peak_memory_stats()

@@ -36,7 +36,9 @@ def tiny(case, **batch):
 
 def test_quick_run_writes_every_row_and_reaches_what_is_counted(benchmark, tmp_path, monkeypatch, capsys):
     """Four answers to one prompt: measured sides agree (else it stops); ratios by count only, time is not looked at."""
-    monkeypatch.setitem(benchmark.CASES, "576x4", tiny(benchmark.CASES["576x4"], size=(112, 112), layers=1, tower_layers=4))
+    monkeypatch.setitem(
+        benchmark.CASES, "576x4", tiny(benchmark.CASES["576x4"], size=(112, 112), layers=1, tower_layers=4)
+    )
     file = tmp_path / "ppo.json"
     arguments = ["--quick", "--json", str(file), "--cases", "576x4", "--counted", ""]
     monkeypatch.setattr(sys, "argv", ["ppo_step.py", *arguments])
