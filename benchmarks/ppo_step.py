@@ -10,7 +10,8 @@ algorithm:
 
 - `reencoding`: no picture features are kept, so every pass runs the vision tower; prompts are shared as in ours;
 - `repeating`: `fast_path` off, in the rollout and the reward model too: every pass runs prompt and picture for each answer,
-  as trainers do that pad rows.
+  as trainers do that pad rows. TRL's head then scores every position on a CPU, which it does not on CUDA; operations are
+  counted so too.
 
 All three run in one process on one thread, on the same prompts, weights and noise, in a new random order each round; they
 draw the same tokens, or the benchmark stops (in bfloat16 it says so). `time` of a part is our median of CPU seconds (on CUDA:
