@@ -50,6 +50,7 @@ bench: $(VENV)/.dev
 	$(OFFLINE) $(BIN)/python benchmarks/generation.py --json runs/bench/generation.json
 	$(OFFLINE) $(BIN)/python benchmarks/pair_truth.py --json runs/bench/pair_truth.json
 	$(OFFLINE) $(BIN)/python benchmarks/preference_step.py --json runs/bench/preference_step.json
+	$(OFFLINE) $(BIN)/python benchmarks/ppo_step.py --json runs/bench/ppo_step.json
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -144,7 +144,6 @@ class Meter:
         places: list[tuple[Any, str, str]] = [
             (ppo, "draw", "rollout"),
             (Combined, "score", "scoring"),
-            (ppo, "encode_once", "forwards"),
             (PPOTrainer, "_run_through", "forwards"),
         ]
         with contextlib.ExitStack() as stack:

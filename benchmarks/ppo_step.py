@@ -5,7 +5,7 @@
 
 An iteration is what `train_ppo` does with adapters and gradient checkpointing: draw the answers, score them with a reward
 model on the same base, log-probs of policy and reference and values, then one update with AdamW. It is split into `rollout`,
-`scoring`, `forwards` and `update`; encoding pictures once for the last two counts as `forwards`. Two baselines run the same
+`scoring`, `forwards` and `update`; encoding pictures once counts as `rollout`. Two baselines run the same
 algorithm:
 
 - `reencoding`: no picture features are kept, so every pass runs the vision tower; prompts are shared as in ours;
