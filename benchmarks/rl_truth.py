@@ -1,0 +1,396 @@
+"""Do learned rewards and training against them help by the truth? On the embedded world, against the base and offline DPO.
+
+    python benchmarks/rl_truth.py [--json FILE] [--seeds 0,1,2] [--parts rm,ppo,online] [--quick] [--keep FOLDER] [--<size> N]
+
+`rm`: reward models with facts and without, trained on captions that the base drew itself, ranked by the truth; graded on held-out
+pairs of fair pictures and of the adversarial half (companions absent). `ppo`: the true hallucination (CHAIRi) and recall of policies
+trained against these models, whose `watch` shows the truth that they never learn from: with facts, without, without the KL term,
+and with a reward that pays for length, which the run's own alarms have to notice. `online`: DPO on answers of the policy as it is,
+of the base, on stored BDHS pairs, and mixed, with equally many updates on equally many prompts.
+
+Every step is a stage with its scenes config; what is in the folder of `--keep` is taken as it is. Each seed has pictures of its own, to
+train on and to measure on, so that the interval over seeds (Student's t) holds both; of one seed it is the bootstrap over pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from prefalign import bundled, config
+from prefalign.evals.statistics import Estimate
+
+Row = dict[str, Any]
+Figures = dict[str, Estimate]
+PPO_VARIANTS = ("facts", "no_facts", "no_kl", "length")
+ONLINE_VARIANTS = ("online", "offline", "offline_bdhs", "mixed")
+HALVES = {"held_out": "test_fair", "adversarial": "test_adversarial"}
+GRADES = ("accuracy", "accuracy_length_controlled", "accuracy_shuffled_picture", "accuracy_blank_picture",
+          "accuracy_without_facts", "object_sensitivity")  # fmt: skip
+TOLD = ("chair_i", "recall", "words_per_caption")
+BATCH = 16
+TRUTH = [{"name": "objects", "weight": {"invented": 1.0, "wrong": 0.25, "recall": 6.0}}]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything.
+
+    Attributes:
+        pictures: whose captions, drawn by the base, reward models learn from.
+        epochs: of reward models.
+        held_out: pictures of each half on which they are graded.
+        ppo_steps: optimizer steps of a PPO run, two to 64 answers.
+        prompts: of a round of online DPO.
+        rounds: of it.
+        tested: pictures on which policies are measured.
+        draws: of the bootstrap.
+    """
+
+    pictures: int = 1024
+    epochs: int = 3
+    held_out: int = 256
+    ppo_steps: int = 60
+    prompts: int = 512
+    rounds: int = 3
+    tested: int = 512
+    draws: int = 2000
+
+
+QUICK = Sizes(24, 1, 16, 2, 16, 2, 8, 100)
+"""Shows that everything runs; the figures mean nothing."""
+
+
+class Workshop:
+    """Runs stages with their scenes configs in the folder of a seed; what is there already is taken as it is.
+
+    Args:
+        root: scratch folder.
+        seed: of everything that is drawn, the pictures with it.
+        sizes: how much.
+    """
+
+    def __init__(self, root: Path, seed: int, sizes: Sizes):
+        self.root, self.seed, self.sizes = root / f"seed-{seed}", seed, sizes
+
+    def run(self, stage: str, name: str, changes: Mapping[str, Any], source: str = "") -> Path:
+        """The folder `name` with what a stage makes; `changes` are over its scenes config, or over `source`."""
+        folder = self.root / name
+        module = bundled.load_stage(stage)
+        file = bundled.find(source or f"{Path(bundled.stages()[stage]).parent.name}/{stage}_scenes")
+        values = config.build(module.Config, config.merge(config.read_yaml(file), changes), source=file.stem)
+        done = folder / "results.json"
+        if done.is_file() and json.loads(done.read_text()).get("config") == config.to_mapping(values):
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        began = time.perf_counter()
+        log = folder.with_suffix(".log")
+        with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            module.main(values)
+        print(f"seed {self.seed}: {name} by {stage}, {time.perf_counter() - began:.0f} s", flush=True)
+        return folder
+
+    def prompts(self, split: str, start: int, count: int) -> Path:
+        """Questions about pictures of a split, of which each seed has `count` of its own behind `start`."""
+        from prefalign.scenes.export import export
+
+        folder = self.root / f"prompts-{split}-{start}"
+        first = start + self.seed * count
+        export(folder, split=split, kind="caption", start=first, stop=first + count)
+        return folder
+
+    def pairs(self, split: str, count: int) -> Path:
+        """Pairs of captions that the base draws: the truest of each picture against a worse one."""
+        name, here = f"pairs-{split}", {"output": {"block_size": 64}, "seed": self.seed}
+        drawn = self.run("sample_responses", f"{name}/drawn", config.merge(here, {
+            "data": {"path": self.prompts(split, 0, count)}, "output": {"path": self.root / name / "drawn"}}))  # fmt: skip
+        scored = self.run("score_responses", f"{name}/scored", {
+            "data": {"path": drawn}, "output": {"path": self.root / name / "scored"}})  # fmt: skip
+        return self.run("select_responses", f"{name}/pairs", config.merge(here, {
+            "data": {"path": scored}, "output": {"path": self.root / name / "pairs"}}))  # fmt: skip
+
+    def reward_model(self, facts: bool) -> dict[str, Any]:
+        """A reward model trained with or without facts, as an entry of `rewards`."""
+        name = "facts" if facts else "no_facts"
+        folder = self.run("train_reward_model", f"rm/{name}", {
+            "pairs": self.pairs("train_fair", self.sizes.pictures), "output": self.root / "rm" / name, "facts": facts,
+            "trainer": {"num_train_epochs": self.sizes.epochs}, "seed": self.seed})  # fmt: skip
+        return {"name": "reward_model", "path": str(folder), "facts": facts}
+
+    def told(self, name: str, policy: Path | str, baseline: Path | None = None) -> tuple[Path, Figures]:
+        """Folder and figures of an evaluation on fair test pictures, with the differences to `baseline`."""
+        scenes = {"splits": ["test_fair"], "start": 2048 + self.seed * self.sizes.tested, "pictures": self.sizes.tested,
+                  "evals": ["chair"]}  # fmt: skip
+        folder = self.run("evaluate_model", f"evaluation/{name}", {
+            "model": {"model_name_or_path": str(policy)}, "scenes": scenes, "reliance": {"conditions": []},
+            "baseline": baseline, "draws": self.sizes.draws, "output": self.root / "evaluation" / name,
+        }, "recipes/evaluate_scenes")  # fmt: skip
+        metrics = json.loads((folder / "results.json").read_text())["metrics"]
+        return folder, {key: estimate(entry) for key, entry in metrics.items()}
+
+
+def estimate(entry: Mapping[str, Any]) -> Estimate:
+    """An estimate as results files store it."""
+    return Estimate(entry["value"], tuple(entry["ci95"]) if entry["ci95"] else None, entry["n"])
+
+
+def reward_models(work: Workshop) -> dict[str, Figures]:
+    """Grades of both reward models on both halves, and by how much facts help."""
+    found: dict[str, Figures] = {}
+    sets = {half: {"path": work.pairs(split, work.sizes.held_out), "domain": "in" if half == "held_out" else "out"}
+            for half, split in HALVES.items()}  # fmt: skip
+    folders = {}
+    for facts in (True, False):
+        variant = "facts" if facts else "no_facts"
+        entry = work.reward_model(facts)
+        folders[variant] = work.run("grade_reward_model", f"grade/{variant}", {
+            "rewards": [entry], "sets": sets, "output": work.root / "grade" / variant, "seed": work.seed})  # fmt: skip
+        graded = json.loads((folders[variant] / "results.json").read_text())["sets"]
+        found[variant] = {f"{half}_{metric}": estimate(graded[half]["metrics"][metric])
+                          for half in HALVES for metric in GRADES if facts or metric != "accuracy_without_facts"}  # fmt: skip
+        found[variant] |= {f"{half}_pairs": Estimate(graded[half]["pairs"], None, 0) for half in HALVES}
+    found["difference"] = {
+        f"{half}_accuracy": paired(folders["facts"], folders["no_facts"], half, work.sizes.draws) for half in HALVES
+    }
+    return found
+
+
+def paired(one: Path, other: Path, half: str, draws: int) -> Estimate:
+    """Accuracy of one grade minus that of another, on the same pairs."""
+    from prefalign.evals.statistics import resample
+
+    graded = []
+    for folder in (one, other):
+        rows = map(json.loads, (folder / "items.jsonl").read_text().splitlines())
+        graded.append({row["id"]: row for row in rows if row["set"] == half and row["margins"]["own"] is not None})
+    shared = sorted(graded[0].keys() & graded[1].keys())
+    right = [[right_of(side[name]["margins"]["own"]) for name in shared] for side in graded]
+    columns = {"one": right[0], "other": right[1], "pairs": [1.0] * len(shared)}
+    drawn = resample(columns, [graded[0][name]["picture"] for name in shared], draws=draws)
+    return drawn.difference(("one", "other"), ("pairs", "pairs"), n=len(shared))[0]
+
+
+def right_of(margin: float) -> float:
+    """1 for a pair put right, half for a tie."""
+    return 0.5 if margin == 0 else float(margin > 0)
+
+
+def changes(work: Workshop, part: str, policies: Mapping[str, Path]) -> dict[str, Figures]:
+    """What policies tell of test pictures, and how that differs from the base."""
+    base, figures = work.told("base", "scenes")
+    found = {"base": {name: figures[name] for name in TOLD}}
+    for variant, policy in policies.items():
+        _, figures = work.told(f"{part}-{variant}", policy, base)
+        found[variant] = {name: figures[name] for name in TOLD}
+        found[variant] |= {f"{name}_change": figures[f"difference.{name}"] for name in TOLD}
+    return found
+
+
+def ppo(work: Workshop) -> dict[str, Figures]:
+    """PPO against both reward models, and offline DPO on the pairs that these learned from."""
+    prompts = work.prompts("train_fair", 16_000, 4 * work.sizes.prompts)
+    facts, no_facts = work.reward_model(True), work.reward_model(False)
+    longer = {"name": "length", "label": "longer", "weight": -16.0, "penalty": 1.0, "max_tokens": 96}  # pays for tokens
+    rewards = {"facts": [facts], "no_facts": [no_facts], "no_kl": [facts], "length": [facts, longer]}
+    runs = {
+        variant: work.run("train_ppo", f"ppo/{variant}", {
+            "prompts": prompts, "output": work.root / "ppo" / variant, "reward_model": None, "rewards": rewards[variant],
+            "watch": [{"name": "objects"}], "seed": work.seed,
+            "trainer": {"max_steps": work.sizes.ppo_steps, "logging_steps": 2, "save_strategy": "no",
+                        **({"kl_coef": 0.0} if variant == "no_kl" else {})},
+        }, "recipes/train_ppo_fact_rlhf_scenes")
+        for variant in PPO_VARIANTS
+    }  # fmt: skip
+    found = changes(work, "ppo", runs | {"offline_dpo": offline_dpo(work)})
+    for variant, folder in runs.items():
+        found[variant] |= logged(folder)
+    return found
+
+
+def offline_dpo(work: Workshop) -> Path:
+    """DPO on the pairs of the reward models, with the settings of the scenes config."""
+    return work.run("train_preference", "dpo", {
+        "pairs": work.pairs("train_fair", work.sizes.pictures), "output": work.root / "dpo",
+        "trainer": {"max_steps": work.sizes.ppo_steps}, "seed": work.seed})  # fmt: skip
+
+
+def logged(folder: Path) -> Figures:
+    """What a PPO run says of itself: reward, truth and KL in its first rollout and its last ones, and in how many alarms rang."""
+    history = [entry for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"]
+               if "objective/scores" in entry]  # fmt: skip
+    last = history[-max(1, len(history) // 6) :]
+
+    def exact(value: float) -> Estimate:
+        return Estimate(value, None, 1)
+
+    def late(name: str) -> Estimate:
+        return exact(statistics.fmean(entry[name] for entry in last))
+
+    watched = [name for name in history[0] if name.startswith("watch/") and not name.endswith("/std")]
+    found = {"reward_before": exact(history[0]["objective/scores"]), "reward_after": late("objective/scores")}
+    found |= {f"{name}/before": exact(history[0][name]) for name in watched}
+    found |= {f"{name}/after": late(name) for name in watched}
+    found["kl"] = late("objective/kl")
+    names = {name for entry in history for name in entry if name.startswith("alarms/")}
+    found |= {name: exact(sum(name in entry for entry in history) / len(history)) for name in sorted(names)}
+    wrong = [name for name in names if name.split("/")[1] in ("hacking", "verbosity", "length_reward")]
+    found["hacking_noticed"] = exact(float(bool(wrong)))
+    return found
+
+
+def online(work: Workshop) -> dict[str, Figures]:
+    """Online, offline and mixed DPO: as many prompts and updates each, the same judge of the policy's own answers."""
+    rounds, each = work.sizes.rounds, work.sizes.prompts
+    prompts = work.prompts("train_fair", 32_000, rounds * each)
+    bdhs = work.run("bdhs", "bdhs", {"data": {"path": prompts}, "output": {"path": work.root / "bdhs"}, "seed": work.seed})
+    steps = max(1, each // BATCH * 3 // 4)  # what is left of the prompts without ties, about
+    trainer = {"max_steps": steps, "per_device_train_batch_size": BATCH, "save_strategy": "no"}
+
+    def loop(variant: str, **more: Any) -> Path:
+        folder = work.run("train_online", f"online/{variant}", config.merge({
+            "data": {"path": prompts}, "output": work.root / "online" / variant, "rounds": {"count": rounds, "prompts": each},
+            "rewards": TRUTH, "trainer": trainer, "evaluation": None, "check": {"prompts": min(16, each)}, "seed": work.seed,
+        }, more), "recipes/train_online_scenes")  # fmt: skip
+        return folder / "policy"
+
+    return changes(work, "online", {
+        "online": loop("online"),
+        "offline": loop("offline", rounds={"count": 1, "prompts": rounds * each}, trainer={"max_steps": rounds * steps}),
+        "offline_bdhs": work.run("train_preference", "online/offline_bdhs", {
+            "pairs": bdhs, "output": work.root / "online" / "offline_bdhs", "seed": work.seed,
+            "trainer": {**trainer, "max_steps": rounds * steps}}),
+        "mixed": loop("mixed", offline=bdhs, p_offline=0.5),
+    })  # fmt: skip
+
+
+PARTS = {"rm": reward_models, "ppo": ppo, "online": online}
+GOALS = {"rm/difference/held_out_accuracy": 0.0, "ppo/length/hacking_noticed": 1.0}
+"""At least this much."""
+CEILINGS = {f"{part}/{variant}/chair_i_change": 0.0 for part, variant in (("ppo", "facts"), ("online", "online"),
+                                                                        ("online", "mixed"))}  # fmt: skip
+"""At most this much."""
+
+
+def rows_of(part: str, by_seed: Mapping[int, Mapping[str, Figures]]) -> list[Row]:
+    """For each figure its value by seed, their mean, and the 95 % interval of that."""
+    rows = []
+    for variant, metric in named(by_seed.values()):
+        seeds = {seed: found[variant][metric] for seed, found in by_seed.items() if metric in found[variant]}
+        known = {seed: value for seed, value in seeds.items() if value.value is not None}
+        if metric.startswith("alarms/"):  # a run that never rang says nothing of it
+            known = {seed: by_seed[seed][variant].get(metric, Estimate(0.0, None, 1)) for seed in by_seed}
+        name = f"{part}/{variant}/{metric}"
+        unit = "words" if "words" in metric else "pairs" if metric.endswith("pairs") else UNITS.get(metric, "share")
+        baseline = baseline_of(part, variant, metric, by_seed)
+        rows += [row(f"{name}/{seed}", value.value, unit, baseline) for seed, value in known.items()]
+        mean, low, high = summed_up(list(known.values()))
+        goal = GOALS.get(name, CEILINGS.get(name))
+        rows.append(row(f"{name}/mean", mean, unit, baseline, goal))
+        if low is not None:
+            rows += [row(f"{name}/low", low, unit, baseline), row(f"{name}/high", high, unit, baseline)]
+    return rows
+
+
+UNITS = {"reward_before": "deviations", "reward_after": "deviations", "kl": "nats per answer"}
+
+
+def named(each: Iterator[Mapping[str, Figures]] | Any) -> list[tuple[str, str]]:
+    """(variant, metric) of all seeds, in order."""
+    return list(dict.fromkeys((variant, metric) for found in each for variant in found for metric in found[variant]))
+
+
+def summed_up(values: Sequence[Estimate]) -> tuple[float | None, float | None, float | None]:
+    """Mean over seeds with its interval; of one seed its own."""
+    numbers = [value.value for value in values if value.value is not None]
+    if not numbers:
+        return None, None, None
+    mean = statistics.fmean(numbers)
+    if len(numbers) == 1:
+        low, high = values[0].ci95 or (None, None)
+        return mean, low, high
+    from scipy import stats
+
+    error = statistics.stdev(numbers) / len(numbers) ** 0.5
+    half = float(stats.t.ppf(0.975, len(numbers) - 1)) * error
+    return mean, mean - half, mean + half
+
+
+def baseline_of(part: str, variant: str, metric: str, by_seed: Mapping[int, Mapping[str, Figures]]) -> float | None:
+    """What a figure is read against: the model without facts, the base, or no change."""
+    if metric.endswith("_change") or variant == "difference":
+        return 0.0
+    other = "no_facts" if part == "rm" else "base"
+    if variant == other:
+        return 0.5 if part == "rm" and "accuracy" in metric else None
+    found = [figures[other][metric] for figures in by_seed.values() if metric in figures.get(other, {})]
+    return summed_up(found)[0]
+
+
+def row(name: str, value: float | None, unit: str, baseline: float | None = None, goal: float | None = None) -> Row:
+    """A figure as it is stored."""
+    shown = [None if number is None else round(number, 4) for number in (value, baseline)]
+    return {"name": f"rl/{name}", "value": shown[0], "unit": unit, "baseline": shown[1], "goal": goal}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The means with their intervals as lines for a terminal."""
+    values = {row["name"]: row["value"] for row in rows}
+    lines = []
+    for row in rows:
+        stem, _, last = row["name"].rpartition("/")
+        if last != "mean":
+            continue
+        value = "none" if row["value"] is None else f"{row['value']:.3f}"
+        known = values.get(f"{stem}/low"), values.get(f"{stem}/high")
+        interval = "" if None in known else f"[{known[0]:.3f}, {known[1]:.3f}]"
+        lines.append(f"{stem:<52} {value:>8} {interval:<18} {row['unit']}{verdict(stem, row)}")
+    return "\n".join(lines)
+
+
+def verdict(stem: str, row: Row) -> str:
+    """The goal of a row, and whether it is missed."""
+    if row["goal"] is None or row["value"] is None:
+        return ""
+    least = stem.removeprefix("rl/") in GOALS
+    missed = row["value"] < row["goal"] if least else row["value"] > row["goal"]
+    return f"   {'least' if least else 'most'} {row['goal']:g}{' MISSED' if missed else ''}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--quick", action="store_true", help="a few rows: shows that it runs, the figures mean nothing")
+    parser.add_argument("--keep", type=Path, help="folder in which everything stays, to go on from")
+    for size in fields(Sizes):
+        parser.add_argument(f"--{size.name}", type=int, help=f"default {size.default}")
+    chosen = parser.parse_args()
+    parts = [name for name in chosen.parts.split(",") if name]
+    if unknown := sorted(set(parts) - set(PARTS)):
+        parser.error(f"unknown part {unknown[0]!r}: known are {', '.join(PARTS)}")
+    given = {name: getattr(chosen, name) for name in asdict(QUICK) if getattr(chosen, name) is not None}
+    sizes = replace(QUICK if chosen.quick else Sizes(), **given)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for part in parts:
+            by_seed = {}
+            for seed in map(int, chosen.seeds.split(",")):
+                by_seed[seed] = PARTS[part](Workshop(chosen.keep or Path(scratch), seed, sizes))
+                found = rows_of(part, by_seed)
+                if chosen.json:
+                    chosen.json.write_text(json.dumps([*rows, *found], indent=2) + "\n")
+            rows += found
+            print(table(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
