@@ -3,13 +3,14 @@
     python benchmarks/rl_truth.py [--json FILE] [--seeds 0,1,2] [--parts rm,ppo,online] [--quick] [--keep FOLDER] [--<size> N]
 
 `rm`: reward models with facts and without, trained on captions that the base drew itself, ranked by the truth; graded on held-out
-pairs of fair pictures and of the adversarial half (companions absent). `ppo`: the true hallucination (CHAIRi) and recall of policies
-trained against these models, whose `watch` shows the truth that they never learn from: with facts, without, without the KL term,
-and with a reward that pays for length, which the run's own alarms have to notice. `online`: DPO on answers of the policy as it is,
-of the base, on stored BDHS pairs, and mixed, with equally many updates on equally many prompts.
+pairs of fair pictures and of the adversarial half (companions absent). `ppo`: the true hallucination (CHAIRi) and recall of
+policies trained against these models, whose `watch` shows the truth that they never learn from: with facts, without, without the
+KL term, and with a reward that pays for length, which the run's own alarms have to notice. `online`: DPO on answers of the policy
+as it is, of the base, on stored BDHS pairs, and mixed, with equally many updates on equally many prompts.
 
-Every step is a stage with its scenes config; what is in the folder of `--keep` is taken as it is. Each seed has pictures of its own, to
-train on and to measure on, so that the interval over seeds (Student's t) holds both; of one seed it is the bootstrap over pictures.
+Every step is a stage with its scenes config; what is in the folder of `--keep` is taken as it is. Each seed has pictures of its
+own, to train on and to measure on, so that the interval over seeds (Student's t) holds both; of one seed it is the bootstrap over
+pictures. `alarms/...` is the share of logged steps in which an alarm of the run rang.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ class Workshop:
         folder.parent.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
         log = folder.with_suffix(".log")
-        with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        with log.open("a") as lines, contextlib.redirect_stdout(lines), contextlib.redirect_stderr(lines):
             module.main(values)
         print(f"seed {self.seed}: {name} by {stage}, {time.perf_counter() - began:.0f} s", flush=True)
         return folder
@@ -125,16 +126,14 @@ class Workshop:
             "trainer": {"num_train_epochs": self.sizes.epochs}, "seed": self.seed})  # fmt: skip
         return {"name": "reward_model", "path": str(folder), "facts": facts}
 
-    def told(self, name: str, policy: Path | str, baseline: Path | None = None) -> tuple[Path, Figures]:
-        """Folder and figures of an evaluation on fair test pictures, with the differences to `baseline`."""
+    def told(self, name: str, policy: Path | str) -> Path:
+        """The folder of an evaluation on fair test pictures."""
         scenes = {"splits": ["test_fair"], "start": 2048 + self.seed * self.sizes.tested, "pictures": self.sizes.tested,
                   "evals": ["chair"]}  # fmt: skip
-        folder = self.run("evaluate_model", f"evaluation/{name}", {
+        return self.run("evaluate_model", f"evaluation/{name}", {
             "model": {"model_name_or_path": str(policy)}, "scenes": scenes, "reliance": {"conditions": []},
-            "baseline": baseline, "draws": self.sizes.draws, "output": self.root / "evaluation" / name,
+            "draws": self.sizes.draws, "output": self.root / "evaluation" / name,
         }, "recipes/evaluate_scenes")  # fmt: skip
-        metrics = json.loads((folder / "results.json").read_text())["metrics"]
-        return folder, {key: estimate(entry) for key, entry in metrics.items()}
 
 
 def estimate(entry: Mapping[str, Any]) -> Estimate:
@@ -156,7 +155,7 @@ def reward_models(work: Workshop) -> dict[str, Figures]:
         graded = json.loads((folders[variant] / "results.json").read_text())["sets"]
         found[variant] = {f"{half}_{metric}": estimate(graded[half]["metrics"][metric])
                           for half in HALVES for metric in GRADES if facts or metric != "accuracy_without_facts"}  # fmt: skip
-        found[variant] |= {f"{half}_pairs": Estimate(graded[half]["pairs"], None, 0) for half in HALVES}
+        found[variant] |= {f"pairs_{half}": Estimate(graded[half]["pairs"], None, 0) for half in HALVES}
     found["difference"] = {
         f"{half}_accuracy": paired(folders["facts"], folders["no_facts"], half, work.sizes.draws) for half in HALVES
     }
@@ -183,15 +182,27 @@ def right_of(margin: float) -> float:
     return 0.5 if margin == 0 else float(margin > 0)
 
 
-def changes(work: Workshop, part: str, policies: Mapping[str, Path]) -> dict[str, Figures]:
-    """What policies tell of test pictures, and how that differs from the base."""
-    base, figures = work.told("base", "scenes")
-    found = {"base": {name: figures[name] for name in TOLD}}
-    for variant, policy in policies.items():
-        _, figures = work.told(f"{part}-{variant}", policy, base)
-        found[variant] = {name: figures[name] for name in TOLD}
-        found[variant] |= {f"{name}_change": figures[f"difference.{name}"] for name in TOLD}
+def changes(work: Workshop, part: str, policies: Mapping[str, Path], offline: str) -> dict[str, Figures]:
+    """What policies tell of test pictures, and how that differs from the base and from the policy of offline DPO."""
+    folders = {variant: work.told(f"{part}-{variant}", policy) for variant, policy in policies.items()}
+    folders = {"base": work.told("base", "scenes")} | folders
+    found: dict[str, Figures] = {}
+    for variant, folder in folders.items():
+        metrics = json.loads((folder / "results.json").read_text())["metrics"]
+        found[variant] = {name: estimate(metrics[name]) for name in TOLD}
+        for other, suffix in (("base", "change"), (offline, "from_offline")):
+            if variant not in ("base", other):
+                found[variant] |= {f"{name}_{suffix}": value for name, value in
+                                   differences(folder, folders[other], work.sizes.draws).items()}  # fmt: skip
     return found
+
+
+def differences(one: Path, other: Path, draws: int) -> Figures:
+    """What the captions of one evaluation tell less what those of the other do, on the same pictures."""
+    from prefalign.evals import scoring, summary
+
+    found, _ = summary.compare(*(scoring.read_items(folder / "items.jsonl") for folder in (one, other)), draws=draws)
+    return {name: estimate(found[f"difference.{name}"]) for name in TOLD}
 
 
 def ppo(work: Workshop) -> dict[str, Figures]:
@@ -204,12 +215,12 @@ def ppo(work: Workshop) -> dict[str, Figures]:
         variant: work.run("train_ppo", f"ppo/{variant}", {
             "prompts": prompts, "output": work.root / "ppo" / variant, "reward_model": None, "rewards": rewards[variant],
             "watch": [{"name": "objects"}], "seed": work.seed,
-            "trainer": {"max_steps": work.sizes.ppo_steps, "logging_steps": 2, "save_strategy": "no",
+            "trainer": {"max_steps": work.sizes.ppo_steps, "logging_steps": 2,
                         **({"kl_coef": 0.0} if variant == "no_kl" else {})},
         }, "recipes/train_ppo_fact_rlhf_scenes")
         for variant in PPO_VARIANTS
     }  # fmt: skip
-    found = changes(work, "ppo", runs | {"offline_dpo": offline_dpo(work)})
+    found = changes(work, "ppo", runs | {"offline_dpo": offline_dpo(work)}, "offline_dpo")
     for variant, folder in runs.items():
         found[variant] |= logged(folder)
     return found
@@ -223,7 +234,7 @@ def offline_dpo(work: Workshop) -> Path:
 
 
 def logged(folder: Path) -> Figures:
-    """What a PPO run says of itself: reward, truth and KL in its first rollout and its last ones, and in how many alarms rang."""
+    """What a PPO run says of itself: reward, truth and KL in its first rollout and its last ones, and its alarms."""
     history = [entry for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"]
                if "objective/scores" in entry]  # fmt: skip
     last = history[-max(1, len(history) // 6) :]
@@ -234,25 +245,26 @@ def logged(folder: Path) -> Figures:
     def late(name: str) -> Estimate:
         return exact(statistics.fmean(entry[name] for entry in last))
 
-    watched = [name for name in history[0] if name.startswith("watch/") and not name.endswith("/std")]
-    found = {"reward_before": exact(history[0]["objective/scores"]), "reward_after": late("objective/scores")}
-    found |= {f"{name}/before": exact(history[0][name]) for name in watched}
-    found |= {f"{name}/after": late(name) for name in watched}
-    found["kl"] = late("objective/kl")
-    names = {name for entry in history for name in entry if name.startswith("alarms/")}
-    found |= {name: exact(sum(name in entry for entry in history) / len(history)) for name in sorted(names)}
-    wrong = [name for name in names if name.split("/")[1] in ("hacking", "verbosity", "length_reward")]
-    found["hacking_noticed"] = exact(float(bool(wrong)))
-    return found
+    found = {"reward_before": exact(history[0]["objective/scores"]), "reward_after": late("objective/scores"),
+             "kl": late("objective/kl")}  # fmt: skip
+    for name in history[0]:
+        if name.startswith("watch/") and not name.endswith("/std"):
+            found |= {f"{name}/before": exact(history[0][name]), f"{name}/after": late(name)}
+    names = sorted({name for entry in history for name in entry if name.startswith("alarms/")})
+    found |= {name: exact(sum(name in entry for entry in history) / len(history)) for name in names}
+    hacking = any(name.split("/")[1] in ("hacking", "verbosity", "length_reward") for name in names)
+    return found | {"hacking_noticed": exact(float(hacking))}
 
 
 def online(work: Workshop) -> dict[str, Figures]:
     """Online, offline and mixed DPO: as many prompts and updates each, the same judge of the policy's own answers."""
     rounds, each = work.sizes.rounds, work.sizes.prompts
     prompts = work.prompts("train_fair", 32_000, rounds * each)
-    bdhs = work.run("bdhs", "bdhs", {"data": {"path": prompts}, "output": {"path": work.root / "bdhs"}, "seed": work.seed})
+    bdhs = work.run(
+        "bdhs", "bdhs", {"data": {"path": prompts}, "output": {"path": work.root / "bdhs"}, "seed": work.seed}
+    )
     steps = max(1, each // BATCH * 3 // 4)  # what is left of the prompts without ties, about
-    trainer = {"max_steps": steps, "per_device_train_batch_size": BATCH, "save_strategy": "no"}
+    trainer = {"max_steps": steps, "per_device_train_batch_size": BATCH}
 
     def loop(variant: str, **more: Any) -> Path:
         folder = work.run("train_online", f"online/{variant}", config.merge({
@@ -268,76 +280,72 @@ def online(work: Workshop) -> dict[str, Figures]:
             "pairs": bdhs, "output": work.root / "online" / "offline_bdhs", "seed": work.seed,
             "trainer": {**trainer, "max_steps": rounds * steps}}),
         "mixed": loop("mixed", offline=bdhs, p_offline=0.5),
-    })  # fmt: skip
+    }, "offline")  # fmt: skip
 
 
 PARTS = {"rm": reward_models, "ppo": ppo, "online": online}
-GOALS = {"rm/difference/held_out_accuracy": 0.0, "ppo/length/hacking_noticed": 1.0}
-"""At least this much."""
-CEILINGS = {f"{part}/{variant}/chair_i_change": 0.0 for part, variant in (("ppo", "facts"), ("online", "online"),
-                                                                        ("online", "mixed"))}  # fmt: skip
-"""At most this much."""
+LEAST = {"rm/difference/held_out_accuracy": 0.0, "ppo/length/hacking_noticed": 1.0}
+MOST = dict.fromkeys(("ppo/facts/chair_i_change", "online/online/chair_i_change", "online/mixed/chair_i_change"), 0.0)
+UNITS = {
+    "words": "words",
+    "pairs": "pairs",
+    "reward": "deviations",
+    "kl": "nats per answer",
+    "hacking": "share of runs",
+}
+"""By the first word of a metric's name; the others are shares."""
 
 
 def rows_of(part: str, by_seed: Mapping[int, Mapping[str, Figures]]) -> list[Row]:
-    """For each figure its value by seed, their mean, and the 95 % interval of that."""
+    """For each figure its value by seed, their mean, and the 95 % interval of that where there is one."""
     rows = []
-    for variant, metric in named(by_seed.values()):
-        seeds = {seed: found[variant][metric] for seed, found in by_seed.items() if metric in found[variant]}
-        known = {seed: value for seed, value in seeds.items() if value.value is not None}
-        if metric.startswith("alarms/"):  # a run that never rang says nothing of it
-            known = {seed: by_seed[seed][variant].get(metric, Estimate(0.0, None, 1)) for seed in by_seed}
-        name = f"{part}/{variant}/{metric}"
-        unit = "words" if "words" in metric else "pairs" if metric.endswith("pairs") else UNITS.get(metric, "share")
+    names = dict.fromkeys(
+        (variant, metric) for found in by_seed.values() for variant in found for metric in found[variant]
+    )
+    for variant, metric in names:
+        silent = Estimate(0.0 if metric.startswith("alarms/") else None, None, 0)
+        values = {seed: found[variant].get(metric, silent) for seed, found in by_seed.items()}
+        mean, interval = summed_up(list(values.values()))
         baseline = baseline_of(part, variant, metric, by_seed)
-        rows += [row(f"{name}/{seed}", value.value, unit, baseline) for seed, value in known.items()]
-        mean, low, high = summed_up(list(known.values()))
-        goal = GOALS.get(name, CEILINGS.get(name))
-        rows.append(row(f"{name}/mean", mean, unit, baseline, goal))
-        if low is not None:
-            rows += [row(f"{name}/low", low, unit, baseline), row(f"{name}/high", high, unit, baseline)]
+        name = f"{part}/{variant}/{metric}"
+        shown = {**{str(seed): value.value for seed, value in values.items()}, "mean": mean}
+        shown |= dict(zip(("low", "high"), interval, strict=True)) if interval else {}
+        for last, value in shown.items():
+            goal = LEAST.get(name, MOST.get(name)) if last == "mean" else None
+            rounded = [None if number is None else round(number, 4) for number in (value, baseline)]
+            rows.append({"name": f"rl/{name}/{last}", "value": rounded[0], "unit": unit_of(metric), "baseline": rounded[1],
+                         "goal": goal})  # fmt: skip
     return rows
 
 
-UNITS = {"reward_before": "deviations", "reward_after": "deviations", "kl": "nats per answer"}
+def unit_of(metric: str) -> str:
+    """What a figure counts."""
+    if metric.startswith("watch/"):
+        return "of an answer"
+    return UNITS.get(metric.split("_")[0], "share")
 
 
-def named(each: Iterator[Mapping[str, Figures]] | Any) -> list[tuple[str, str]]:
-    """(variant, metric) of all seeds, in order."""
-    return list(dict.fromkeys((variant, metric) for found in each for variant in found for metric in found[variant]))
-
-
-def summed_up(values: Sequence[Estimate]) -> tuple[float | None, float | None, float | None]:
+def summed_up(values: Sequence[Estimate]) -> tuple[float | None, tuple[float, float] | None]:
     """Mean over seeds with its interval; of one seed its own."""
-    numbers = [value.value for value in values if value.value is not None]
-    if not numbers:
-        return None, None, None
-    mean = statistics.fmean(numbers)
-    if len(numbers) == 1:
-        low, high = values[0].ci95 or (None, None)
-        return mean, low, high
+    known = [value for value in values if value.value is not None]
+    numbers = [value.value for value in known if value.value is not None]
+    if len(numbers) < 2:
+        return (numbers[0], known[0].ci95) if numbers else (None, None)
     from scipy import stats
 
-    error = statistics.stdev(numbers) / len(numbers) ** 0.5
-    half = float(stats.t.ppf(0.975, len(numbers) - 1)) * error
-    return mean, mean - half, mean + half
+    mean = statistics.fmean(numbers)
+    half = float(stats.t.ppf(0.975, len(numbers) - 1)) * statistics.stdev(numbers) / len(numbers) ** 0.5
+    return mean, (mean - half, mean + half)
 
 
 def baseline_of(part: str, variant: str, metric: str, by_seed: Mapping[int, Mapping[str, Figures]]) -> float | None:
-    """What a figure is read against: the model without facts, the base, or no change."""
-    if metric.endswith("_change") or variant == "difference":
+    """What a figure is read against: no difference, chance, the model without facts, or the base."""
+    if metric.endswith(("_change", "_from_offline")) or variant == "difference":
         return 0.0
     other = "no_facts" if part == "rm" else "base"
     if variant == other:
-        return 0.5 if part == "rm" and "accuracy" in metric else None
-    found = [figures[other][metric] for figures in by_seed.values() if metric in figures.get(other, {})]
-    return summed_up(found)[0]
-
-
-def row(name: str, value: float | None, unit: str, baseline: float | None = None, goal: float | None = None) -> Row:
-    """A figure as it is stored."""
-    shown = [None if number is None else round(number, 4) for number in (value, baseline)]
-    return {"name": f"rl/{name}", "value": shown[0], "unit": unit, "baseline": shown[1], "goal": goal}
+        return 0.5 if "accuracy" in metric else None
+    return summed_up([found[other][metric] for found in by_seed.values() if metric in found[other]])[0]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -346,12 +354,11 @@ def table(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         stem, _, last = row["name"].rpartition("/")
-        if last != "mean":
-            continue
-        value = "none" if row["value"] is None else f"{row['value']:.3f}"
-        known = values.get(f"{stem}/low"), values.get(f"{stem}/high")
-        interval = "" if None in known else f"[{known[0]:.3f}, {known[1]:.3f}]"
-        lines.append(f"{stem:<52} {value:>8} {interval:<18} {row['unit']}{verdict(stem, row)}")
+        if last == "mean":
+            value = "none" if row["value"] is None else f"{row['value']:.3f}"
+            known = f"{stem}/low" in values
+            interval = f"[{values[f'{stem}/low']:.3f}, {values[f'{stem}/high']:.3f}]" if known else ""
+            lines.append(f"{stem:<56} {value:>8} {interval:<18} {row['unit']}{verdict(stem, row)}")
     return "\n".join(lines)
 
 
@@ -359,9 +366,9 @@ def verdict(stem: str, row: Row) -> str:
     """The goal of a row, and whether it is missed."""
     if row["goal"] is None or row["value"] is None:
         return ""
-    least = stem.removeprefix("rl/") in GOALS
+    least = stem.removeprefix("rl/") in LEAST
     missed = row["value"] < row["goal"] if least else row["value"] > row["goal"]
-    return f"   {'least' if least else 'most'} {row['goal']:g}{' MISSED' if missed else ''}"
+    return f", {'at least' if least else 'at most'} {row['goal']:g}{' MISSED' if missed else ''}"
 
 
 def main() -> None:
