@@ -55,6 +55,14 @@ class PairsConfig:
 
     def __post_init__(self) -> None:
         pairing.make_dpo_pairs([], random.Random(0), min_gap=self.min_gap, per_prompt=self.per_prompt)
+        if self.group_size is not None and self.group_size < 2:
+            raise ValueError(
+                f"group_size is {self.group_size}, and a pair needs two graded answers. Give 2 or more, or null for any number."
+            )
+        if not 0 < self.max_similarity <= 1:
+            raise ValueError(
+                f"max_similarity is {self.max_similarity}; it is a share of characters above 0, and 1 drops no pair (0.95)."
+            )
 
 
 @dataclass

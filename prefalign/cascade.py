@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from prefalign import stages as rows
 from prefalign.curation import Aggregate, Baseline, Compare, Judged, Turn, aggregated, baseline, keep_best, turns_of
 from prefalign.engines import Engine, Request, Sampling
 from prefalign.evidence import Without, information_gain
 from prefalign.records import Prompt, user_message
+from prefalign.stages import opened
 from prefalign.store import Failed
 from prefalign.surveys import Survey
 
@@ -240,7 +240,7 @@ def _score_block(
     found: dict[str, dict[str, Any]] = {}
     asked: list[_Asked] = []
     for prompt in prompts:
-        images = rows.opened(prompt.images)
+        images = opened(prompt.images)
         found[prompt.id] = {"id": prompt.id, "failed": None, "score": None, "answers": {}}
         if isinstance(images, Failed):
             found[prompt.id]["failed"] = (images.reason, images.message)

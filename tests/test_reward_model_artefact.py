@@ -9,11 +9,14 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-from prefalign.models import ModelConfig, load_model
+from prefalign.models import ModelConfig, fingerprint, load_model, load_processor
+from prefalign.records import message_text
+from prefalign.rewards import read_rewards
 from prefalign.rewards.artefact import RewardModelError
-from prefalign.rewards.vlm import RewardModel
+from prefalign.rewards.reward import Response
+from prefalign.rewards.vlm import BaseModel, RewardModel
 from prefalign.training.lora import LoraSettings
-from tests.reward_runs import make_reward_model, make_reward_pair
+from tests.reward_runs import RATING, make_reward_model, make_reward_pair
 from tests.tiny_vlms import save_tiny
 
 ROWS = [make_reward_pair(number).to_row() for number in range(6)]
@@ -123,7 +126,7 @@ def test_scores_that_are_no_numbers_are_found(copied):
         RewardModel.load(folder, device="cpu")
 
 
-def test_a_base_with_other_weights_is_refused(folders, copied, tmp_path):
+def test_a_base_with_other_weights_is_refused(folders, copied, tmp_path, tiny_idefics3):
     folder = copied("adapter")
     other = save_tiny("llava", tmp_path / "other", seed=1)
     settings = json.loads((folder / "adapter_config.json").read_text())
@@ -132,8 +135,9 @@ def test_a_base_with_other_weights_is_refused(folders, copied, tmp_path):
     message = r"trained on '.*base' with other weights than .*other has \(fingerprint \w+, here \w+\).*Use the weights"
     with pytest.raises(RewardModelError, match=message):
         RewardModel.load(folder, device="cpu")
-    with pytest.raises(RewardModelError, match="other weights than the model that is to carry it has"):
-        RewardModel.load(folders / "adapter", onto=policy_on(other))
+    for checkpoint in (other, tiny_idefics3):
+        with pytest.raises(RewardModelError, match="other weights than the model that is to carry it has"):
+            RewardModel.load(folders / "adapter", onto=policy_on(checkpoint))
 
 
 def policy_on(checkpoint, dropout=0.5):
@@ -232,3 +236,35 @@ def test_a_model_that_tells_nothing_apart_has_no_scale(folders):
         model.calibrate(ROWS)
     with pytest.raises(ValueError, match="1 reference answers: a deviation needs two"):
         model.calibrate(ROWS[:1])
+
+
+def test_a_list_of_rewards_names_it_by_its_folder(folders):
+    rewards = read_rewards(
+        [{"name": "reward_model", "path": str(folders / "adapter"), "weight": {"correctness": 2.0}, "device": "cpu"}]
+    )
+    pairs = [make_reward_pair(number) for number in range(6)]
+    answers = [
+        Response(pair.id, pair.images, pair.prompt, message_text(pair.chosen), facts=pair.facts) for pair in pairs
+    ]
+    found = rewards.score(answers)
+    assert list(found) == ["reward_model/correctness", "reward_model/coherence", "total"]
+    assert torch.allclose(found["total"], 2 * found["reward_model/correctness"])
+    # these are the reference answers themselves
+    assert found["reward_model/coherence"].mean().item() == pytest.approx(0.0, abs=1e-4)
+    assert found["reward_model/coherence"].std().item() == pytest.approx(1.0, abs=1e-4)
+    with pytest.raises(ValueError, match="batch_size is 0; a forward pass scores at least 1 response"):
+        read_rewards([{"name": "reward_model", "path": str(folders / "adapter"), "batch_size": 0}])
+
+
+def test_a_base_in_4_bits_is_loaded_in_4_bits_again(folders, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = ModelConfig(str(folders / "base"), device="cpu", dtype="float32", load_in_4bit=True)
+    model = load_model(config)
+    base = BaseModel(str(folders / "base"), None, fingerprint(model), "float32", load_in_4bit=True)
+    adapted = get_peft_model(model, LoraSettings(r=2, alpha=4).to_peft())
+    made = RewardModel(adapted, load_processor(config), base=base, rating=RATING)
+    made.eval().calibrate(ROWS)
+    made.save(tmp_path)
+    loaded = RewardModel.load(tmp_path, device="cpu")
+    assert loaded.model.get_base_model().is_loaded_in_4bit
+    assert torch.allclose(loaded.score(ROWS), made.score(ROWS), atol=1e-4)

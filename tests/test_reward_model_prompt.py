@@ -170,6 +170,15 @@ def test_facts_are_dropped_shown_or_off_as_asked(processor):
     assert "- " not in "".join(texts(RewardCollator(processor, rating=no_place), row))
 
 
+def test_a_share_is_from_0_to_1_and_an_answer_is_not_nothing(processor):
+    with pytest.raises(ConfigError, match="drop_facts is 15; it is a share of the rows"):
+        RewardCollator(processor, drop_facts=15)
+    row = {**make_reward_pair(0).to_row(), "rejected": [assistant_message("")]}
+    with pytest.raises(ValueError, match="row pair-0: the answer is empty, and `prompt.plain` ends with it"):
+        RewardCollator(processor, rating=RatingPrompt(plain="{answer}"))([row])
+    assert len(RewardCollator(processor, rating=RATING)([row])["places"]) == 2
+
+
 def test_the_last_position_is_the_end_of_the_open_sentence(processor):
     batch = RewardCollator(processor, rating=RATING)([make_pair(0).to_row(), make_reward_pair(3).to_row()])
     for ids, last in zip(batch["plain"]["input_ids"], batch["places"].tolist(), strict=True):

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from prefalign.families import core
-from prefalign.images import encode_png
+from prefalign.images import encode_png, open_image
 from prefalign.records import assistant_message
+from prefalign.rewards.augmentation import shown_facts
 from prefalign.rewards.learned import LearnedReward
 from prefalign.rewards.reward import Response
 from prefalign.rewards.vlm import RewardModel
@@ -53,6 +54,20 @@ def test_prompts_run_once_give_the_scores_and_gradients_of_prompts_run_for_each_
     assert found[0][0].std() > 1e-2
     assert_close(found[0][1], found[1][1])
     assert {"head.weight", "head.bias"} < found[0][1].keys()
+
+
+def test_a_score_is_the_head_on_the_last_hidden_state_of_the_whole_text(model):
+    """Against transformers alone: one text, one picture, the backbone's last position."""
+    pair = make_reward_pair(4)
+    facts = shown_facts(model.rating.facts_of({"facts": pair.facts}), identity=pair.id, seed=0)
+    text = "".join(model.rating.split(model.processor, pair.prompt, pair.chosen, facts))
+    inputs = model.processor(
+        text=[text], images=[[open_image(pair.images[0])]], add_special_tokens=False, return_tensors="pt"
+    )
+    with torch.no_grad():
+        wanted = model.head(core(model.model).model(**inputs).last_hidden_state[:, -1])
+    assert torch.allclose(model.score([pair.to_row()]), wanted, atol=2e-5)
+    assert wanted.abs() > 1e-2
 
 
 def test_one_prompt_and_picture_run_once(tiny_llava):
@@ -189,7 +204,7 @@ def test_attributes_are_terms_or_one_weighted_sum(tiny_llava, tmp_path):
 
 def test_the_mark_of_a_picture_in_an_answer_is_refused(model):
     row = {**make_reward_pair(0).to_row(), "chosen": [assistant_message("a red <image> square")]}
-    with pytest.raises(ValueError, match="hold the mark of a picture .*red <image> square.* Take the row out"):
+    with pytest.raises(ValueError, match="row pair-0: an answer or its facts hold '<image>', .* Take the row out"):
         model.score([row])
 
 

@@ -89,6 +89,26 @@ def test_an_answer_is_the_same_whatever_is_drawn_beside_it(stage, engine, rows, 
     ]
 
 
+def test_all_answers_to_a_block_are_drawn_in_one_call_on_shared_prompts(stage, engine, rows, tmp_path, monkeypatch):
+    """A prompt and its picture are read once for all four answers."""
+    calls, prefilled = [], []
+    generate, forward = engine.generate, engine.model.forward
+    monkeypatch.setattr(
+        engine, "generate", lambda requests, sampling: calls.append(requests) or generate(requests, sampling)
+    )
+
+    def watched(*given, **more):
+        if more.get("pixel_values") is not None:
+            prefilled.append(len(more["pixel_values"]))
+        return forward(*given, **more)
+
+    monkeypatch.setattr(engine.model, "forward", watched)
+    stage.process(list(read_records(rows, Prompt)), engine, settings(stage, rows, tmp_path))
+    assert [len(call) for call in calls] == [4 * ROWS]
+    assert len({id(request.images) for request in calls[0]}) == ROWS
+    assert sum(prefilled) == ROWS
+
+
 def test_the_picture_decides_what_is_said(stage, engine, rows, tmp_path):
     one, other = list(read_records(rows, Prompt))[:2]
     known = settings(stage, rows, tmp_path, num_generations=2, sampling={"temperature": 0.5})

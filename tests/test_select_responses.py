@@ -232,6 +232,8 @@ def test_a_run_that_makes_nothing_says_why(stage, tmp_path):
     [
         ({"pairs": {"min_gap": 0}}, "min_gap is 0.0: answers of equal quality"),
         ({"pairs": {"per_prompt": 0}}, "per_prompt is 0, so no prompt would give a pair"),
+        ({"pairs": {"group_size": 1}}, "group_size is 1, and a pair needs two graded answers"),
+        ({"pairs": {"max_similarity": 0}}, "max_similarity is 0.0; it is a share of characters"),
         ({"best": {"k": 0}}, "k is 0, so no answer would be kept"),
         ({"quality": {"total": 0}}, "quality weighs no score"),
         ({"produce": "steerlm"}, "steerlm.attributes is empty, so prompts would not say what is asked for"),

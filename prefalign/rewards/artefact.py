@@ -47,14 +47,14 @@ class RewardModelError(ValueError):
     """A reward model that cannot be used; the message says what to do."""
 
 
-def golden_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What has to be kept of a row to score its answer again, pictures as encoded bytes."""
+def _golden_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be kept of a row to score its answer again: pictures as encoded bytes, the rest as JSON."""
     return {
         "id": str(row.get("id")),
         "images": [_encoded(picture) for picture in row["images"]],
-        "prompt": normalise_messages(row["prompt"]),
-        "chosen": normalise_messages(row["chosen"]),
-        "facts": as_mapping(row.get("facts")),
+        "prompt": canonical_json(normalise_messages(row["prompt"])),
+        "chosen": canonical_json(normalise_messages(row["chosen"])),
+        "facts": canonical_json(as_mapping(row.get("facts"))),
     }
 
 
@@ -108,12 +108,10 @@ def _write_golden(file: Path, golden: list[Golden]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    texts = ("prompt", "chosen", "facts")
     rows = [
-        {**{key: canonical_json(value) if key in texts else value for key, value in entry.row.items()},
-         "scores": entry.scores, "scores_without_facts": entry.scores_without_facts}
+        {**_golden_row(entry.row), "scores": entry.scores, "scores_without_facts": entry.scores_without_facts}
         for entry in golden
-    ]  # fmt: skip
+    ]
     pq.write_table(pa.Table.from_pylist(rows), file, compression="zstd")
 
 

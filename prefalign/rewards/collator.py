@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from prefalign.config import ConfigError
 from prefalign.records import Message, normalise_messages
 from prefalign.rewards.augmentation import RatingPrompt, shown_facts
 from prefalign.rewards.rows import as_mapping, directions, scores_of
 from prefalign.training.collator import PreferenceCollator
-from prefalign.training.documents import Documents, Reader
+from prefalign.training.documents import Documents, Reader, name
 
 
 @dataclass
@@ -47,7 +48,9 @@ class RatingReader(Reader):
         texts = []
         for side in ("chosen", "rejected"):
             answer = normalise_messages(row.get(side) or row["chosen"])
-            texts.append(self.rating.split(self.processor, messages, answer, lines, end=self.end))
+            prompt, text = self.rating.split(self.processor, messages, answer, lines, end=self.end)
+            self._check(row, text)
+            texts.append((prompt, text))
         (prompt, chosen), (_, rejected) = texts
         return prompt, chosen, rejected
 
@@ -55,17 +58,20 @@ class RatingReader(Reader):
         """Whether the sides show different pictures: facts are known of one only, and shown there alone would give it away."""
         return "rejected_on_rejected_image" in self.views and row["rejected_images"] != row["images"]
 
+    def _check(self, row: Mapping[str, Any], text: str) -> None:
+        if not text:
+            raise ValueError(
+                f"row {name(row)}: the answer is empty, and `prompt.plain` ends with it, so there is nothing to read a score at."
+            )
+        mark = self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id) if self.image_token_id else None
+        if mark is not None and mark in text:
+            raise ValueError(
+                f"row {name(row)}: an answer or its facts hold {mark!r}, which stands for a picture that is not there. Take the "
+                "row out, or the mark out of its text."
+            )
+
     def _answer(self, text: str) -> torch.Tensor:
         tokens = super()._answer(text)
-        if not len(tokens):
-            raise ValueError(
-                "an answer has no tokens, and `prompt.plain` ends with it, so there is nothing to read a score at."
-            )
-        if self.image_token_id is not None and bool((tokens == self.image_token_id).any()):
-            raise ValueError(
-                f"an answer or its facts hold the mark of a picture ({text[:80]!r}), for which there is no picture. Take the row "
-                "out, or take the mark out of its text."
-            )
         return torch.cat([tokens, tokens[-1:]])
 
 
@@ -90,6 +96,12 @@ class RewardCollator(PreferenceCollator):
     attributes: Sequence[str] = ("reward",)
     rejected_pictures: bool = False
     targets: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop_facts <= 1:
+            raise ConfigError(
+                f"drop_facts is {self.drop_facts}; it is a share of the rows, from 0 to 1 (0.15 is usual)."
+            )
 
     @property
     def reader(self) -> RatingReader:

@@ -68,7 +68,8 @@ def check_whole(arguments: RewardConfig) -> None:
     if arguments.fsdp_plugin_args or getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3:
         raise ConfigError(
             "DeepSpeed ZeRO-3 and FSDP share out the weights, and a reward model runs its language model without the "
-            "vocabulary's head, beside the forward pass that they gather weights for. Use DDP or ZeRO-2, with `lora` for a large model."
+            "vocabulary's head, beside the forward pass that they gather weights for. Use DDP or ZeRO-2,"
+            " with `lora` for a large model."
         )
 
 

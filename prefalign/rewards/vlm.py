@@ -71,7 +71,7 @@ class Golden:
     """An answer with the scores that the model gave it when it was saved.
 
     Attributes:
-        row: `id`, `images` (encoded), `prompt`, `chosen` (the answer) and `facts`.
+        row: as `RewardModel.score` takes it.
         scores: (A,) with facts.
         scores_without_facts: (A,) without.
     """
@@ -246,8 +246,6 @@ class RewardModel(nn.Module):
         Raises:
             ValueError: there are fewer than two answers, or all scores of an attribute are the same.
         """
-        from prefalign.rewards.artefact import golden_row
-
         if len(rows) < 2:
             raise ValueError(f"{len(rows)} reference answers: a deviation needs two at the least.")
         both = {facts: self.score(rows, facts=facts, batch_size=batch_size) for facts in (True, False)}
@@ -262,7 +260,7 @@ class RewardModel(nn.Module):
                 )
             scales[facts] = Scale(scores.mean(dim=0).tolist(), deviation.tolist(), len(rows))
         kept = [
-            Golden(golden_row(rows[number]), both[True][number].tolist(), both[False][number].tolist())
+            Golden(dict(rows[number]), both[True][number].tolist(), both[False][number].tolist())
             for number in range(min(golden, len(rows)))
         ]
         self.calibration = Calibration(scales[True], scales[False], kept)
