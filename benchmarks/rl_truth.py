@@ -33,11 +33,13 @@ Row = dict[str, Any]
 Figures = dict[str, Estimate]
 PPO_VARIANTS = ("facts", "no_facts", "no_kl", "length")
 ONLINE_VARIANTS = ("online", "offline", "offline_bdhs", "mixed")
-HALVES = {"held_out": "test_fair", "adversarial": "test_adversarial"}
+HALVES = {"held_out": "test_fair", "other": "test_adversarial"}
 GRADES = ("accuracy", "accuracy_length_controlled", "accuracy_shuffled_picture", "accuracy_blank_picture",
           "accuracy_without_facts", "object_sensitivity")  # fmt: skip
 TOLD = ("chair_i", "recall", "words_per_caption")
 BATCH = 16
+RANKED = [{"name": "objects", "weight": {"invented": 1.0, "recall": 0.5}}]
+"""What ranks the captions that reward models learn from: by the gap of `pairs` one invented object at least tells two apart."""
 TRUTH = [{"name": "objects", "weight": {"invented": 1.0, "wrong": 0.25, "recall": 6.0}}]
 
 
@@ -57,7 +59,7 @@ class Sizes:
     """
 
     pictures: int = 1024
-    epochs: int = 3
+    epochs: int = 4
     held_out: int = 256
     ppo_steps: int = 60
     prompts: int = 512
@@ -109,14 +111,16 @@ class Workshop:
         return folder
 
     def pairs(self, split: str, count: int) -> Path:
-        """Pairs of captions that the base draws: the truest of each picture against a worse one."""
+        """Pairs of captions that the base draws for a picture: the one that invents least against others that invent more."""
         name, here = f"pairs-{split}", {"output": {"block_size": 64}, "seed": self.seed}
         drawn = self.run("sample_responses", f"{name}/drawn", config.merge(here, {
-            "data": {"path": self.prompts(split, 0, count)}, "output": {"path": self.root / name / "drawn"}}))  # fmt: skip
+            "data": {"path": self.prompts(split, 0, count)}, "output": {"path": self.root / name / "drawn"},
+            "sampling": {"temperature": 1.0}}))  # fmt: skip
         scored = self.run("score_responses", f"{name}/scored", {
-            "data": {"path": drawn}, "output": {"path": self.root / name / "scored"}})  # fmt: skip
+            "data": {"path": drawn}, "output": {"path": self.root / name / "scored"}, "rewards": RANKED})  # fmt: skip
         return self.run("select_responses", f"{name}/pairs", config.merge(here, {
-            "data": {"path": scored}, "output": {"path": self.root / name / "pairs"}}))  # fmt: skip
+            "data": {"path": scored}, "output": {"path": self.root / name / "pairs"},
+            "pairs": {"min_gap": 0.75, "per_prompt": 2}}))  # fmt: skip
 
     def reward_model(self, facts: bool) -> dict[str, Any]:
         """A reward model trained with or without facts, as an entry of `rewards`."""
