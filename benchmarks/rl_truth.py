@@ -90,7 +90,7 @@ class Workshop:
         module = bundled.load_stage(stage)
         file = bundled.find(source or f"{Path(bundled.stages()[stage]).parent.name}/{stage}_scenes")
         values = config.build(module.Config, config.merge(config.read_yaml(file), changes), source=file.stem)
-        done = folder / "results.json"
+        done = folder / "results.json"  # a grade starts anew each time, and says what it was made with
         if done.is_file() and json.loads(done.read_text()).get("config") == config.to_mapping(values):
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,8 @@ class Workshop:
         log = folder.with_suffix(".log")
         with log.open("a") as lines, contextlib.redirect_stdout(lines), contextlib.redirect_stderr(lines):
             module.main(values)
-        print(f"seed {self.seed}: {name} by {stage}, {time.perf_counter() - began:.0f} s", flush=True)
+        if (took := time.perf_counter() - began) >= 1:
+            print(f"seed {self.seed}: {name} by {stage}, {took:.0f} s", flush=True)
         return folder
 
     def prompts(self, split: str, start: int, count: int) -> Path:
@@ -224,17 +225,13 @@ def ppo(work: Workshop) -> dict[str, Figures]:
         }, "recipes/train_ppo_fact_rlhf_scenes")
         for variant in PPO_VARIANTS
     }  # fmt: skip
-    found = changes(work, "ppo", runs | {"offline_dpo": offline_dpo(work)}, "offline_dpo")
+    dpo = work.run("train_preference", "dpo", {
+        "pairs": work.pairs("train_fair", work.sizes.pictures), "output": work.root / "dpo",
+        "trainer": {"max_steps": work.sizes.ppo_steps}, "seed": work.seed})  # fmt: skip
+    found = changes(work, "ppo", runs | {"offline_dpo": dpo}, "offline_dpo")
     for variant, folder in runs.items():
         found[variant] |= logged(folder)
     return found
-
-
-def offline_dpo(work: Workshop) -> Path:
-    """DPO on the pairs of the reward models, with the settings of the scenes config."""
-    return work.run("train_preference", "dpo", {
-        "pairs": work.pairs("train_fair", work.sizes.pictures), "output": work.root / "dpo",
-        "trainer": {"max_steps": work.sizes.ppo_steps}, "seed": work.seed})  # fmt: skip
 
 
 def logged(folder: Path) -> Figures:
@@ -312,21 +309,15 @@ def rows_of(part: str, by_seed: Mapping[int, Mapping[str, Figures]]) -> list[Row
         mean, interval = summed_up(list(values.values()))
         baseline = baseline_of(part, variant, metric, by_seed)
         name = f"{part}/{variant}/{metric}"
+        unit = "of an answer" if metric.startswith("watch/") else UNITS.get(metric.split("_")[0], "share")
         shown = {**{str(seed): value.value for seed, value in values.items()}, "mean": mean}
         shown |= dict(zip(("low", "high"), interval, strict=True)) if interval else {}
         for last, value in shown.items():
             goal = LEAST.get(name, MOST.get(name)) if last == "mean" else None
             rounded = [None if number is None else round(number, 4) for number in (value, baseline)]
-            rows.append({"name": f"rl/{name}/{last}", "value": rounded[0], "unit": unit_of(metric), "baseline": rounded[1],
+            rows.append({"name": f"rl/{name}/{last}", "value": rounded[0], "unit": unit, "baseline": rounded[1],
                          "goal": goal})  # fmt: skip
     return rows
-
-
-def unit_of(metric: str) -> str:
-    """What a figure counts."""
-    if metric.startswith("watch/"):
-        return "of an answer"
-    return UNITS.get(metric.split("_")[0], "share")
 
 
 def summed_up(values: Sequence[Estimate]) -> tuple[float | None, tuple[float, float] | None]:
