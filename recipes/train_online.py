@@ -23,13 +23,9 @@ class Config(OnlineConfig):
 
 def main(config: Config) -> dict[str, Any] | None:
     """Train, or go on training; returns the content of `results.json` for rounds."""
-    from prefalign.rewards.grading import check_rewards_fit
     from prefalign.training.upkeep import plain_lines_without_a_terminal
 
     check_settings(config)
-    compared = [] if config.annotator is None else config.annotator.get("rewards", [])
-    for problem in check_rewards_fit([*config.rewards, *compared], force=config.force_reward):
-        print(f"forced: {problem}")
     plain_lines_without_a_terminal()
     if config.algorithm == "online_dpo":
         from prefalign.online.rounds import run_rounds

@@ -167,21 +167,6 @@ def test_training_refuses_what_was_not_graded_or_is_below_the_floor(model_folder
         check_fit_for_rl(model_folder)
 
 
-@pytest.mark.parametrize("annotated", [False, True])
-def test_online_training_asks_for_the_grade(annotated, model_folder, tmp_path, capsys):
-    from tests.online_runs import run
-
-    rewards = [{"name": "reward_model", "path": str(model_folder)}]
-    changes = (
-        {"rewards": [], "annotator": {"name": "rewards", "rewards": rewards}} if annotated else {"rewards": rewards}
-    )
-    with pytest.raises(ConfigError, match=r"never graded .* set force_reward to true"):
-        run(tmp_path / "gone", tmp_path / "out", **changes)
-    with pytest.raises(ValueError, match=r"no data at .*gone"):
-        run(tmp_path / "gone", tmp_path / "out", force_reward=True, **changes)
-    assert "forced: reward model" in capsys.readouterr().out
-
-
 def test_the_digest_changes_with_the_settings(model_folder):
     before = weights_digest(model_folder)
     (model_folder / "reward_model.json").write_text('{"prompt": "other"}')

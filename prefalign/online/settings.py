@@ -70,7 +70,6 @@ class OnlineConfig:
         sampling: how answers are drawn. `grpo` and `rloo` have `trainer.temperature`, `trainer.top_p` and so on instead.
         annotator: a pairwise judge (`prefalign.rewards.COMPARATORS`), asked in both orders.
         rewards: weighted rewards (`prefalign.rewards.REWARDS`), in its place: the higher total is chosen.
-        force_reward: learn from reward models that were not graded, or not well enough (`grade_reward_model`), all the same.
         margin: least difference of two totals.
         bdhs: online BDHS: chosen is a row's reference answer, rejected what the policy says with its eyes nearly closed; in
             place of annotator and rewards.
@@ -100,7 +99,6 @@ class OnlineConfig:
     sampling: Sampling = field(default_factory=Sampling)
     annotator: dict[str, Any] | None = None
     rewards: list[dict[str, Any]] = field(default_factory=list)
-    force_reward: bool = False
     margin: float = 0.0
     bdhs: BiasConfig | None = None
     similarity: str = "lexical"

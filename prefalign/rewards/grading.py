@@ -185,22 +185,6 @@ def check_fit_for_rl(folder: Path, *, floor: float = 0.6, force: bool = False) -
     return problems
 
 
-def check_rewards_fit(entries: Sequence[Mapping[str, object]], *, floor: float = 0.6, force: bool = False) -> list[str]:
-    """`check_fit_for_rl` of every reward model in a run's list of rewards.
-
-    Args:
-        entries: a config's `rewards`.
-        floor: as there.
-        force: as there.
-    """
-    folders = [Path(str(entry["path"])) for entry in entries if entry.get("name") == "reward_model" and "path" in entry]
-    return [
-        f"reward model {folder}: {line}"
-        for folder in folders
-        for line in check_fit_for_rl(folder, floor=floor, force=force)
-    ]
-
-
 def weights_digest(folder: Path) -> str:
     """SHA-256 over the weights and the settings of a reward model's folder, 16 hex digits."""
     digest = hashlib.sha256()
