@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from prefalign.online.settings import OnlineConfig, check_settings
+from prefalign.online.settings import OnlineConfig, check_settings, unread
 
 
 @dataclass
@@ -23,9 +23,14 @@ class Config(OnlineConfig):
 
 def main(config: Config) -> dict[str, Any] | None:
     """Train, or go on training; returns the content of `results.json` for rounds."""
+    from prefalign.rewards.grading import check_rewards
     from prefalign.training.upkeep import plain_lines_without_a_terminal
 
     check_settings(config)
+    entries = [*config.rewards, *([config.annotator] if config.annotator else [])]
+    check_rewards(entries, floor=config.reward_floor, force=config.force_reward)
+    if names := unread(config):
+        print(f"not read by trainer.algorithm {config.algorithm}: {', '.join(names)}")
     plain_lines_without_a_terminal()
     if config.algorithm == "online_dpo":
         from prefalign.online.rounds import run_rounds

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from prefalign.config import ConfigError
+from prefalign import bundled
+from prefalign.config import ConfigError, build
 from prefalign.images import encode_png, open_image
 from prefalign.records import Pair, assistant_message, user_message
 from prefalign.report.grades import write_grades
@@ -190,3 +191,20 @@ def test_pictures_of_one_size_only_are_exchanged():
     found, rows = grade([pair(0), two], Looks())
     assert np.isnan([row.margins["shuffled_picture"] for row in rows]).all()
     assert found.metrics["accuracy_shuffled_picture"].value is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("train_ppo", {"prompts": "prompts", "rewards": [{"name": "reward_model"}], "reward_model": "PATH"}),
+        ("train_online", {"data": {"path": "prompts"}, "rewards": [{"name": "reward_model", "path": "PATH"}]}),
+        ("train_online", {"data": {"path": "prompts"}, "annotator": {"name": "rewards",
+                                                                     "rewards": [{"name": "reward_model", "path": "PATH"}]}}),
+    ],
+)  # fmt: skip
+def test_recipes_refuse_an_ungraded_reward_model_before_anything_is_loaded(stage, changes, model_folder):
+    text = json.dumps({**changes, "model": {"model_name_or_path": "scenes"}, "output": "out"})
+    module = bundled.load_stage(stage)
+    values = json.loads(text.replace("PATH", str(model_folder)))
+    with pytest.raises(ConfigError, match=r"never graded .* force_reward"):
+        module.main(build(module.Config, values))

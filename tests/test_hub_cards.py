@@ -89,6 +89,11 @@ def test_words_for_other_settings():
     assert methods.method_words({"data": "d", "answer": "answer", "trainer": {"loss_type": "dft"}}) == (
         "supervised fine-tuning (SFT) on reference answers, loss_type dft"
     )
+    ppo = {"prompts": "p", "rewards": [{"name": "objects"}, {"name": "length", "label": "short"}], "trainer": {}}
+    assert methods.method_words(ppo) == "PPO on objects + short"
+    grpo = {"data": "d", "p_offline": 0.5, "rewards": [{"name": "objects"}], "trainer": {"algorithm": "grpo"}}
+    assert methods.method_words(grpo) == "GRPO on objects"
+    assert methods.papers(grpo) == [("DeepSeekMath", "2402.03300")]
     assert methods.method_words({}) == "a method that was not recorded"
 
 

@@ -12,19 +12,23 @@ from prefalign.images import open_image
 from prefalign.models import ModelConfig, load_model, load_processor
 from prefalign.online.checking import EngineGap, check_gap, divergence, drawn_answers, token_gap, trainer_logprobs
 from prefalign.online.round_metrics import warnings_of
-from prefalign.online.settings import check_settings
+from prefalign.online.settings import check_settings, unread
 from prefalign.records import Prompt, user_message
 from prefalign.store import read_records
 from tests.online_runs import online_config, write_prompts
-from tests.tiny_vlms import picture
+from tests.tiny_vlms import PLAIN, picture, save_tiny
 
 TEXTS = ["a red square", "a dog jumps over", "now"]
 
 
-@pytest.fixture(params=["tiny_llava", "tiny_idefics3"])
-def policy(request):
-    config = ModelConfig(str(request.getfixturevalue(request.param)), device="cpu")
+def load_tiny(family, folder):
+    config = ModelConfig(str(save_tiny(family, folder / family)), device="cpu")
     return load_model(config), load_processor(config)
+
+
+@pytest.fixture(params=["llava", "idefics3"])
+def policy(request, tmp_path):
+    return load_tiny(request.param, tmp_path)
 
 
 def requests(shift=0):
@@ -32,8 +36,9 @@ def requests(shift=0):
     return [Request(f"row-{n}", messages, [picture(n + shift)]) for n in range(len(TEXTS))]
 
 
-def test_engine_and_trainer_agree_and_the_model_is_left_as_it_was(policy):
-    model, processor = policy
+@pytest.mark.parametrize("family", PLAIN)
+def test_engine_and_trainer_agree_and_the_model_is_left_as_it_was(family, tmp_path):
+    model, processor = load_tiny(family, tmp_path)
     engine = TransformersEngine(model, processor)
     before = engine.logprobs(requests(), TEXTS)
     trained = trainer_logprobs(model, processor, requests(), TEXTS)
@@ -95,14 +100,24 @@ def test_checks_are_made_on_the_policys_own_answers(tmp_path):
 
 
 def measured(number=1, **changes):
-    base = {"round": number, "length_ratio": {"online": 1.0}, "rewards": {}, "order_consistency": None, "check": {}}
+    base = {
+        "round": number,
+        "length_ratio": {"online": 1.0},
+        "rewards": {},
+        "order_consistency": None,
+        "check": {},
+        "evaluation": {},
+    }
     return {**base, **changes}
 
 
 def test_no_warning_without_a_sign():
     good = measured(rewards={"offline": {"accuracies": 0.97}, "online": {"accuracies": 0.7}}, order_consistency=0.9,
                     check={"mean": 0.001, "largest": 0.1})  # fmt: skip
-    assert warnings_of([good, measured(2, length_ratio={"online": 1.5})]) == []
+    assert (
+        warnings_of([good, measured(2, length_ratio={"online": 1.5}, evaluation={"recall": 0.61})], {"recall": 0.65})
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,12 +125,13 @@ def test_no_warning_without_a_sign():
     [
         ([measured(length_ratio={"online": 1.3}), measured(2, length_ratio={"online": 1.2})], "20% or more.*may prefer length"),
         ([measured(rewards={"offline": {"accuracies": 0.99}, "online": {"accuracies": 0.5}})], "too easy.*Lower p_offline"),
+        ([measured(evaluation={"recall": 0.59})], "recall is 0.590 and was 0.650.*say less"),
         ([measured(order_consistency=0.5)], "itself in both orders on 50% .*stronger judge"),
         ([measured(check={"mean": 0.2, "largest": 0.9})], "differ by 0.2 nats per token.*one precision"),
     ],
 )  # fmt: skip
 def test_signs_of_failure_are_named(rounds, words):
-    (text,) = warnings_of(rounds)
+    (text,) = warnings_of(rounds, {"recall": 0.65})
     assert re.search(words, text)
 
 
@@ -136,6 +152,12 @@ def test_settings_that_contradict_each_other(changes, words, tmp_path):
 def test_a_run_needs_prompts(tmp_path):
     with pytest.raises(ConfigError, match="neither `data` nor `offline` is given"):
         check_settings(online_config(None, tmp_path))
+
+
+def test_settings_that_an_algorithm_does_not_read_are_named(tmp_path):
+    config = online_config(tmp_path, tmp_path, trainer={"algorithm": "grpo"})
+    assert unread(config) == ["rounds", "check", "sampling", "batch_size"]
+    assert unread(online_config(tmp_path, tmp_path)) == []
 
 
 @pytest.mark.parametrize(

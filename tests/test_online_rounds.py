@@ -1,6 +1,7 @@
 """The loop of rounds: its arrows, what it records, that an interruption changes nothing, and mixing."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +10,10 @@ import time
 import pytest
 
 from prefalign import bundled, config, store
+from prefalign.config import ConfigError
 from prefalign.manifest import read_manifest
 from prefalign.models import ModelConfig
-from prefalign.online import annotating, round_training
+from prefalign.online import annotating, round_training, rounds
 from prefalign.online.mixing import offline_prompts
 from prefalign.online.sampling import Draw
 from prefalign.records import Candidates, Pair, Prompt
@@ -105,6 +107,31 @@ def test_a_finished_run_is_left_alone_and_another_config_refused(straight, promp
     assert "acc. online" in capsys.readouterr().out
     with pytest.raises(RunError, match=r"another config \(margin: 0.0 -> 0.5\).*give another `output`"):
         run(prompts, folder, margin=0.5, **CHECKED)
+
+
+def test_resume_says_whether_a_run_has_begun(straight, prompts, tmp_path):
+    folder, results = straight
+    assert run(prompts, folder, resume=True, **CHECKED) == results
+    with pytest.raises(RunError, match=r"resume is false and .* holds a run"):
+        run(prompts, folder, resume=False, **CHECKED)
+    with pytest.raises(RunError, match=r"resume is true and .* holds no run"):
+        run(prompts, tmp_path / "new", resume=True)
+
+
+def test_other_offline_pairs_are_another_run(prompts, tmp_path):
+    offline = write_offline(tmp_path / "offline", prompts)
+    one_round = {"rounds": {"count": 1, "prompts": 2}, "offline": offline, "p_offline": 1.0}
+    run(None, tmp_path / "run", **one_round)
+    shutil.rmtree(offline)
+    write_offline(offline, prompts, 3)
+    with pytest.raises(RunError, match=r"offline: their manifest is another one now"):
+        run(None, tmp_path / "run", **one_round)
+
+
+def test_several_processes_are_refused(prompts, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"2 processes were started.*Start one process"):
+        run(prompts, tmp_path / "run")
 
 
 class Interruption(RuntimeError):
@@ -271,3 +298,11 @@ def test_a_reference_of_other_rows_is_refused(prompts, tmp_path):
         round_training.train_round(settings, model, all_of_them, tmp_path / "a", reference=known, **again)
     with pytest.raises(StaleReference, match=r"reference: .* -> another"):
         round_training.train_round(settings, model, few, tmp_path / "b", reference="another", **again)
+
+
+def test_after_the_last_prompt_the_first_comes_again(prompts, tmp_path):
+    config = online_config(prompts, tmp_path / "run", rounds={"prompts": 4})
+    rounds.gather_prompts(config)
+    ids = [prompt.id for prompt in read_records(prompts, Prompt)]
+    slices = [[p.id for p in read_records(rounds._slice(config, n, len(ids)), Prompt)] for n in (1, 2, 3)]
+    assert slices == [ids[:4], [*ids[4:], *ids[:2]], ids[2:]]

@@ -1,19 +1,24 @@
 """GRPO and RLOO through TRL: each row's own pictures and facts reach policy and reward, and a resumed run is the same run."""
 
+import inspect
 import json
 
 import pytest
 import torch
+from trl import GRPOTrainer, RLOOTrainer
 
 from prefalign import families
 from prefalign.checkpoints import SCENES_BASE
 from prefalign.config import ConfigError
+from prefalign.engines import Completion, Request
+from prefalign.engines.transformers import TransformersEngine
 from prefalign.online import policy_gradient
 from prefalign.online.prompts import gather_prompts
 from prefalign.records import Prompt
 from prefalign.rewards import Combined, Response, Weighted, as_trl_functions
 from prefalign.store import OutputConfig, read_records, write_records
 from tests.online_runs import online_config, policy_weights, run, write_prompts
+from tests.tiny_vlms import save_tiny
 from tests.training_runs import largest_difference, weights
 
 GROUP = {"algorithm": "grpo", "num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 24,
@@ -95,6 +100,40 @@ def test_another_picture_changes_log_probs(prompts, swapped, tmp_path):
     assert ((own - foreign).abs() * made[0]["completion_mask"]).max() > 1e-3
 
 
+@pytest.mark.parametrize("family", ["llava_next", "idefics3"])
+def test_trls_log_probs_are_those_of_our_engine(family, prompts, tmp_path):
+    """Of the same answers on the same pictures, in the batch as TRL lays it out: no picture is lost, cut or mixed up."""
+    model = {"model_name_or_path": str(save_tiny(family, tmp_path / "model")), "device": "cpu"}
+    trainer = trainer_of(
+        prompts, tmp_path / "run", model=model, trainer={"temperature": 1.0, "max_completion_length": 6}
+    )
+    rows = [trainer.train_dataset[number] for number in (0, 0, 1, 1)]
+    made = trainer._prepare_inputs(rows)
+    known = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+    pictures = {name: value for name, value in made.items() if name in known}
+    ids = torch.cat([made["prompt_ids"], made["completion_ids"]], dim=1)
+    mask = torch.cat([made["prompt_mask"], made["completion_mask"]], dim=1)
+    trainer.model.eval()
+    with torch.no_grad():
+        found = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, made["completion_ids"].size(1), **pictures
+        )[0]
+    engine = TransformersEngine(trainer.model, trainer.processing_class)
+    requests = [Request(row["id"], row["prompt"], row["images"]) for row in rows]
+    answers = [
+        Completion(row["id"], "", token_ids=tokens[kept.bool()].tolist(), finish_reason="length")
+        for row, tokens, kept in zip(rows, made["completion_ids"], made["completion_mask"], strict=True)
+    ]
+    for logps, expected in zip(found, engine.logprobs(requests, answers), strict=True):
+        torch.testing.assert_close(logps[: len(expected)], expected, atol=1e-4, rtol=0)
+    others = [Request(one.id, one.messages, two.images) for one, two in zip(requests, requests[::-1], strict=True)]
+    swapped = engine.logprobs(others, answers)
+    assert (
+        max((one - two).abs().max() for one, two in zip(engine.logprobs(requests, answers), swapped, strict=True))
+        > 1e-4
+    )
+
+
 def test_swapped_pictures_change_the_logged_reward(prompts, swapped, tmp_path):
     """The facts stay and the pictures move: the truth reward falls apart, and what is logged with it."""
     for name, data in (("own", prompts), ("other", swapped)):
@@ -174,6 +213,17 @@ def test_a_completion_cut_off_by_the_limit_is_not_finished(prompts, tmp_path):
     rows = list(read_records(prompts, Prompt))
     assert [one.facts for one in reward.seen] == [rows[number].facts for number in (0, 0, 1, 1)]
     assert [one.answer for one in reward.seen] == [rows[number].answer for number in (0, 0, 1, 1)]
+
+
+@pytest.mark.parametrize("trainer_class", [GRPOTrainer, RLOOTrainer])
+def test_trl_has_what_is_overridden(trainer_class):
+    assert [name for name in policy_gradient.PRIVATE if not callable(getattr(trainer_class, name, None))] == []
+
+
+def test_several_pictures_of_a_row_that_trl_cannot_tell_apart_are_refused(prompts, tmp_path):
+    trainer = trainer_of(prompts, tmp_path)
+    with pytest.raises(ValueError, match=r"a row has 2 pictures, .*the llava which pictures.*Use rows of one picture"):
+        trainer._get_per_token_logps_and_entropies(trainer.model, batch_num_images=torch.tensor([1, 2]))
 
 
 def test_checkpoints_fall_where_answers_are_drawn_anew(prompts, tmp_path):

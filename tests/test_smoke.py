@@ -295,11 +295,12 @@ def test_curate_instructions_config(name, prompts, scored, tmp_path):
 
 
 @pytest.mark.parametrize("name", names("train_reward_model"))
-def test_reward_model_config(name, prompts, tmp_path):
+def test_reward_model_config(name, prompts, pairs, tmp_path):
     from prefalign.rewards.learned import LearnedReward
     from tests.reward_runs import graded_by_chance
 
-    pairs = graded_by_chance(prompts, tmp_path / "pairs")
+    two_sided = config.read_yaml(bundled.configs()[name]).get("rejected_pictures")
+    pairs = pairs / "noised" if two_sided else graded_by_chance(prompts, tmp_path / "pairs")
     trainer = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "bf16": False,
                "save_steps": 1, "eval_steps": 1}  # fmt: skip
     changes = {"model": MODEL, "pairs": pairs, "output": tmp_path / "out", "trainer": trainer}
@@ -308,6 +309,49 @@ def test_reward_model_config(name, prompts, tmp_path):
     start(name, "train_reward_model", changes)
     assert json.loads((tmp_path / "out" / "all_results.json").read_text())["rows_in"] == 6
     assert LearnedReward(tmp_path / "out", device="cpu").model.calibration.with_facts.rows == 12
+
+
+@pytest.fixture(scope="module")
+def reward_model(folder, prompts):
+    """A reward model that is an adapter of the tiny model."""
+    from tests.reward_runs import graded_by_chance
+
+    pairs = graded_by_chance(prompts, folder / "reward_pairs")
+    trainer = {"max_steps": 1, "per_device_train_batch_size": 2, "save_steps": 1, "bf16": False}
+    changes = {
+        "model": MODEL,
+        "pairs": pairs,
+        "output": folder / "reward",
+        "trainer": trainer,
+        "lora": {"r": 2, "alpha": 4},
+    }
+    start("reward_models/train_reward_model_scenes", "train_reward_model", changes)
+    return folder / "reward"
+
+
+@pytest.mark.parametrize("name", names("train_ppo"))
+def test_ppo_config(name, prompts, tmp_path, request):
+    values = config.read_yaml(bundled.configs()[name])
+    updates = values["trainer"].get("num_ppo_epochs", 1) * 2
+    trainer = {"max_steps": updates, "num_mini_batches": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
+               "num_generations": 2, "save_steps": updates, "max_new_tokens": 8, "bf16": False}  # fmt: skip
+    changes = {
+        "model": {**MODEL, "load_in_4bit": False},
+        "prompts": prompts,
+        "output": tmp_path / "out",
+        "trainer": trainer,
+    }
+    if "reward_model" in values:
+        changes |= {"reward_model": request.getfixturevalue("reward_model"), "force_reward": True}
+    if values["trainer"].get("conversations"):
+        export(tmp_path / "linked", split="train_biased", kind="linked", start=0, stop=6)
+        changes["prompts"] = tmp_path / "linked"
+    start(name, "train_ppo", changes)
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert history[-1]["step"] == updates
+    assert abs(history[0]["objective/kl"]) < 1e-3
+    lines = (tmp_path / "out" / "rollouts" / "000000-0.jsonl").read_text().splitlines()
+    assert len(lines) == 4
 
 
 @pytest.mark.parametrize("name", names("train_online"))

@@ -43,6 +43,8 @@ class Request:
         seed: seed of the stage.
         image_mask: hide a share of the image tokens (needs capability `image_mask`).
         stop_at_sentence: end the completion at its first sentence end.
+        given: token ids that follow the prompt: earlier answers of a conversation as they were drawn, with the questions between
+            them. Not together with `prefix`; the messages end before them.
     """
 
     id: str
@@ -52,6 +54,7 @@ class Request:
     seed: int = 0
     image_mask: ImageMask | None = None
     stop_at_sentence: bool = False
+    given: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -122,6 +125,7 @@ class Completion:
         contrast: what a decoding with `Sampling.contrast` did; None where there was no picture to take away.
         attention: what `Sampling.attention_layer` asked for, of the tokens in `token_ids` that were fed back: what
             `Engine.attention` gives for this completion. None where it was not asked for, or the request failed.
+        end_token: id of the end-of-sequence that ended it, of several that may; None where none did.
     """
 
     id: str
@@ -131,6 +135,7 @@ class Completion:
     error: str | None = None
     contrast: Contrasted | None = None
     attention: ImageAttention | None = field(default=None, compare=False)
+    end_token: int | None = field(default=None, compare=False)
 
 
 @dataclass

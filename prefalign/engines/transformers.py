@@ -199,6 +199,8 @@ class TransformersEngine:
         if score:
             prompt, completion = families.render_answer(self.processor, request.messages, answer, request.prefix)
             return Row(index, request, prompt, self._tokens(completion))
+        if request.given:
+            return Row(index, request, families.render(self.processor, request.messages), list(request.given))
         if families.rewrites_prompt(self.processor):
             prompt = families.render(self.processor, request.messages)
             return Row(index, request, prompt, self._tokens(request.prefix.rstrip()))
@@ -342,13 +344,14 @@ class TransformersEngine:
         request = row.request
         end = next((place for place, token in enumerate(new) if token in self.ends), None)
         reason = "length" if end is None else "stop"
+        end_token = None if end is None else new[end]
         new = new[:end]
         text = self.new_text(request, tail, new)
         if request.stop_at_sentence and (cut := certain_sentence(request.prefix, text)) is not None:
             while new and len(self.new_text(request, tail, new[:-1]).rstrip()) >= len(cut):
                 new = new[:-1]
-            text, reason = cut, "sentence"
-        return Completion(request.id, text, token_ids=new, finish_reason=reason)
+            text, reason, end_token = cut, "sentence", None
+        return Completion(request.id, text, token_ids=new, finish_reason=reason, end_token=end_token)
 
     def new_text(self, request: Request, tail: list[int], new: list[int]) -> str:
         """What new tokens add to the text, so that `prefix + text` reads well: decoded after the tokens before them."""

@@ -39,6 +39,14 @@ TEXT_PAPERS: dict[str, tuple[tuple[str, str], ...]] = {
     "discopop": (("DiscoPOP", "2406.08414"),),
     "sft": (),
 }
+ONLINE = {
+    "online_dpo": ("online DPO", ("Amirloo et al.", "2407.02477")),
+    "online_dpo_step": ("online DPO, sampled in every step,", ("Amirloo et al.", "2407.02477")),
+    "grpo": ("GRPO", ("DeepSeekMath", "2402.03300")),
+    "rloo": ("RLOO", ("RLOO", "2402.14740")),
+    "ppo": ("PPO", ("PPO", "1707.06347")),
+}
+"""Words and paper by algorithm, of runs on the policy's own answers."""
 WITHOUT_REFERENCE = ("stic", "simpo", "orpo")
 """Losses that read no reference; nor does `text` with `loss_type: [sft]`."""
 
@@ -56,6 +64,11 @@ def method_words(config: Mapping[str, Any]) -> str:
     """
     if not config:
         return "a method that was not recorded"
+    if (algorithm := _algorithm(config)) is not None:
+        judges = [str(entry.get("label", entry["name"])) for entry in config.get("rewards") or []]
+        judges += [f"annotator {config['annotator']['name']}"] if config.get("annotator") else []
+        judges += ["BDHS"] if config.get("bdhs") else []
+        return f"{ONLINE[algorithm][0]} on {' + '.join(judges)}"
     if is_imitation(config):
         imitated = config.get("answer") if _is_sft(config) else "chosen"
         answers = {"chosen": " on the chosen answers of pairs", "answer": " on reference answers"}.get(
@@ -84,6 +97,8 @@ def papers(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and arXiv ids of the papers that a run's losses come from, each once."""
     if not config or _is_sft(config):
         return []
+    if (algorithm := _algorithm(config)) is not None:
+        return [ONLINE[algorithm][1]]
     found: list[tuple[str, str]] = []
     for name in _names(config):
         if name == "text":
@@ -103,7 +118,9 @@ def settings_table(config: Mapping[str, Any], *, named: bool = False) -> dict[st
     if not config:
         return {}
     table = {}
-    if not _is_sft(config):
+    if _algorithm(config) is not None:
+        table["reference"] = "the starting weights"
+    elif not _is_sft(config):
         if named:
             table["losses"] = f"`{loss_words(config)}`"
         if config.get("negative"):
@@ -146,7 +163,14 @@ def _reference_words(config: Mapping[str, Any]) -> str:
 
 
 def _is_sft(config: Mapping[str, Any]) -> bool:
-    return "data" in config and "pairs" not in config
+    return "data" in config and "pairs" not in config and _algorithm(config) is None
+
+
+def _algorithm(config: Mapping[str, Any]) -> str | None:
+    """Key of `ONLINE` for a run on the policy's own answers (`train_online`, `train_ppo`), else None."""
+    if "p_offline" in config:
+        return str((config.get("trainer") or {}).get("algorithm", "online_dpo"))
+    return "ppo" if "prompts" in config and "rewards" in config else None
 
 
 def _losses(config: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

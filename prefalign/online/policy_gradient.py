@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from prefalign.online.settings import OnlineConfig
 
 
+PRIVATE = ("_get_per_token_logps_and_entropies",)
+"""Names of TRL's trainers that are overridden here."""
+
+
 class _Pictured(Upkeep):
     """What GRPO and RLOO share here: the reference is the policy as it starts, and a batch is known to hold pictures."""
 
@@ -46,6 +50,21 @@ class _Pictured(Upkeep):
         """As TRL's; its rows are not collated yet, so their pictures are looked for there."""
         self.saw_pictures = self.saw_pictures or any(row.get("images") for row in inputs)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, batch_num_images: Any = None, **kwargs: Any) -> Any:
+        """As TRL's, which hands on all that a processor gives and knows nothing of LLaVA-OneVision's count of pictures per row.
+
+        Raises:
+            ValueError: a row has several pictures, which the model reads otherwise than one, and could not tell.
+        """
+        if batch_num_images is not None and int(batch_num_images.max()) > 1:
+            family = families.family(families.core(self.accelerator.unwrap_model(self.model)).config)
+            raise ValueError(
+                f"a row has {int(batch_num_images.max())} pictures, and TRL's online trainers do not tell the {family} which "
+                "pictures belong together: it would see them as tiles of one. Use rows of one picture, another family, or "
+                "trainer.algorithm online_dpo."
+            )
+        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
 
 class GroupTrainer(_Pictured, GRPOTrainer):

@@ -15,6 +15,8 @@ GAP_SHARE = 0.15
 """Mean length of the chosen answers over the rejected ones, less 1, from which a length bias is suspected."""
 EASY, CHANCE = 0.95, 0.55
 """Reward accuracies of pairs that teach nothing any more, and of pairs that cannot be told apart."""
+LESS_SAID = 0.05
+"""Fall of recall from which fewer inventions may only be shorter answers."""
 INCONSISTENT = 0.7
 """Share of pairs on which a judge should agree with itself in both orders."""
 
@@ -105,8 +107,13 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / max(len(values), 1)
 
 
-def warnings_of(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Signs of failure that the specification names, in words, over all rounds so far."""
+def warnings_of(rounds: Sequence[Mapping[str, Any]], before: Mapping[str, Any] | None = None) -> list[str]:
+    """Signs of failure, in words.
+
+    Args:
+        rounds: metrics of the rounds so far.
+        before: the evaluation of the model that the run started from, if there is one.
+    """
     found = []
     ratios = [r["length_ratio"]["online"] for r in rounds if "online" in r["length_ratio"]]
     if ratios and all(ratio > 1 + GAP_SHARE for ratio in ratios):
@@ -115,6 +122,13 @@ def warnings_of(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
             "annotator may prefer length. Compare answers of equal length, or give the rewards a length term."
         )
     for measured in rounds:
+        recall = (before or {}).get("recall"), measured["evaluation"].get("recall")
+        if None not in recall and recall[0] - recall[1] > LESS_SAID:
+            found.append(
+                f"round {measured['round']}: recall is {recall[1]:.3f} and was {recall[0]:.3f} before the run: answers say "
+                "less, and what is not said cannot be invented. Raise trainer.beta or the weight of recall in the rewards, or "
+                "lower p_offline."
+            )
         rewards = {source: values.get("accuracies") for source, values in measured["rewards"].items()}
         offline, online = rewards.get("offline"), rewards.get("online")
         if offline is not None and online is not None and offline > EASY and online < CHANCE:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -27,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from prefalign import bundled
 from prefalign import config as settings
+from prefalign.config import ConfigError
 from prefalign.engines.transformers import TransformersEngine, load_engine
-from prefalign.manifest import differences, read_manifest, write_atomically
+from prefalign.manifest import read_manifest, write_atomically
 from prefalign.models import ModelConfig
 from prefalign.online.annotating import annotate, read_annotator
 from prefalign.online.checking import (
@@ -53,7 +54,8 @@ from prefalign.records import Prompt, row_seed
 from prefalign.sources import DataConfig
 from prefalign.store import OutputConfig, read_records, write_records
 from prefalign.training.arguments import training_arguments
-from prefalign.training.runs import CONFIG_FILE, FREE, RunError
+from prefalign.training.pairs import pairs_manifest
+from prefalign.training.runs import CONFIG_FILE, RunError, claim_run, open_run, run_files
 
 PROMPTS = "round_prompts"
 
@@ -81,6 +83,8 @@ def run_rounds(config: OnlineConfig) -> dict[str, Any]:
     Killed at any moment and started again, it ends with the weights of an uninterrupted run: finished arrows are kept, an
     unfinished one goes on from its last block or checkpoint.
     """
+    if config.offline is not None:
+        pairs_manifest(config.offline)
     _claim(config)
     if config.bdhs is None:
         read_annotator(config.annotator, config.rewards, config.margin)  # bad settings are to fail here
@@ -94,32 +98,38 @@ def run_rounds(config: OnlineConfig) -> dict[str, Any]:
             measured = _round(config, number, len(identities), offline)
             write_atomically(file, json.dumps(measured, indent=2).encode())
         done.append(json.loads(file.read_text(encoding="utf-8")))
-    results = {"before": _evaluate(config, 0), "rounds": done, "warnings": warnings_of(done)}
+    before = _evaluate(config, 0)
+    results = {"before": before, "rounds": done, "warnings": warnings_of(done, before)}
     write_atomically(config.output / "results.json", json.dumps(results, indent=2).encode())
     print("\n" + table(results))
     return results
 
 
 def _claim(config: OnlineConfig) -> None:
-    """Make a free folder the run's own.
+    """Make a free folder the run's own, or find that it is.
 
     Raises:
-        RunError: it holds a run with another config, or something else.
+        ConfigError: several processes were started.
+        RunError: the folder holds a run with another config or other offline pairs, or something else; or `resume` cannot be met.
     """
-    file = config.output / CONFIG_FILE
-    now = settings.to_mapping(config)
-    if file.is_file():
-        before = yaml.safe_load(file.read_text(encoding="utf-8"))
-        changed = [line for line in differences(before, now) if line.split(":")[0] not in FREE]
-        if changed:
-            raise RunError(
-                f"{config.output} holds a run with another config ({'; '.join(changed)}). Going on would mix two runs: give "
-                "another `output`, or delete the folder."
-            )
-        return
-    if config.output.is_dir() and any(not entry.name.startswith(".") for entry in config.output.iterdir()):
-        raise RunError(f"{config.output} is not empty and holds no run of prefalign. Give another `output`.")
-    write_atomically(file, yaml.safe_dump(now, sort_keys=False).encode())
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1:
+        raise ConfigError(
+            f"trainer.algorithm is 'online_dpo' and {started} processes were started: each would sample and write into the same "
+            "folders. Start one process; grpo and rloo run in several."
+        )
+    manifest = (config.offline / "manifest.json").read_text(encoding="utf-8") if config.offline is not None else ""
+    files = run_files(settings.to_mapping(config), manifest, data="offline")
+    began = (config.output / CONFIG_FILE).is_file()
+    if config.resume is True and not began:
+        raise RunError(f"resume is true and {config.output} holds no run. Set resume to auto to start anew.")
+    if config.resume is False and began:
+        raise RunError(
+            f"resume is false and {config.output} holds a run, which starting anew would overwrite. Delete the folder, give "
+            "another `output`, or set resume to auto to go on."
+        )
+    open_run(config.output, files)
+    claim_run(config.output, files)
 
 
 def _slice(config: OnlineConfig, number: int, total: int) -> Path:
@@ -169,7 +179,7 @@ def _online_pairs(config: OnlineConfig, number: int, prompts: Path, draw: Draw, 
             sample(prompts, engine, draw, sampling=config.sampling, responses=config.responses,
                    output=OutputConfig(candidates, block_size=blocks))  # fmt: skip
         del engine
-        gc.collect()
+        _free()
     if read_manifest(pairs) is not None:
         return pairs
     if config.bdhs is not None:
@@ -179,7 +189,7 @@ def _online_pairs(config: OnlineConfig, number: int, prompts: Path, draw: Draw, 
         annotate(prompts, candidates, annotator, seed=config.seed, visit=number,
                  output=OutputConfig(pairs, block_size=blocks))  # fmt: skip
         del annotator
-        gc.collect()
+        _free()
     return pairs
 
 
@@ -196,9 +206,18 @@ def _train(config: OnlineConfig, number: int, start: ModelConfig, mixed: Path) -
                                    continues=previous and lora and number > 1, seed=config.seed,
                                    output=_folder(config, number) / "reference_run")  # fmt: skip
         write_atomically(note, json.dumps({"reference": reference}).encode())
+        _free()
     reference = json.loads(note.read_text(encoding="utf-8"))["reference"]
     train_round(_training(config), start, mixed, policy, reference=reference, reference_folder=reference_folder,
                 continues=lora and number > 1, seed=config.seed + number - 1)  # fmt: skip
+    _free()
+
+
+def _free() -> None:
+    """Give a GPU's memory back before the next arrow loads its models: a trainer is a cycle, which only a collection ends."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _check(config: OnlineConfig, number: int, engine: TransformersEngine, prompts: Path) -> None:
@@ -208,6 +227,8 @@ def _check(config: OnlineConfig, number: int, engine: TransformersEngine, prompt
     requests, answers = drawn_answers(engine, _first(prompts, config.check.prompts),
                                       max_new_tokens=config.sampling.max_new_tokens, seed=config.seed)  # fmt: skip
     texts = [answer.text for answer in answers]
+    if not texts:
+        return  # a policy that says nothing gives no pair either, and the pairs' manifest says so
     arguments: Any = training_arguments(config.trl, output=config.output, seed=config.seed)
     autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     trained = trainer_logprobs(engine.model, engine.processor, requests, texts, autocast=autocast)
@@ -231,7 +252,7 @@ def _measure_divergence(config: OnlineConfig, number: int) -> dict[str, Any]:
         )
         policy = engine.logprobs(requests, answers)
         del engine
-        gc.collect()
+        _free()
         reference = load_engine(config.model, batch_size=config.batch_size).logprobs(requests, answers)
         write_atomically(file, json.dumps(asdict(divergence(policy, reference)), indent=2).encode())
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

@@ -70,6 +70,8 @@ class OnlineConfig:
         sampling: how answers are drawn. `grpo` and `rloo` have `trainer.temperature`, `trainer.top_p` and so on instead.
         annotator: a pairwise judge (`prefalign.rewards.COMPARATORS`), asked in both orders.
         rewards: weighted rewards (`prefalign.rewards.REWARDS`), in its place: the higher total is chosen.
+        reward_floor: least accuracy of a reward model on every set that it was graded on (`grade_reward_model`).
+        force_reward: train against a reward model that was not graded, or is below the floor.
         margin: least difference of two totals.
         bdhs: online BDHS: chosen is a row's reference answer, rejected what the policy says with its eyes nearly closed; in
             place of annotator and rewards.
@@ -85,7 +87,7 @@ class OnlineConfig:
         fast_path: as in `train_preference`.
         lora: train an adapter; without it all weights that are not frozen.
         freeze: towers that stay as they are.
-        resume: "auto" goes on where the run stopped; true demands a checkpoint, false refuses one (not for rounds).
+        resume: "auto" goes on where the run stopped; true demands that it has begun, false refuses that.
         seed: of everything.
     """
 
@@ -99,6 +101,8 @@ class OnlineConfig:
     sampling: Sampling = field(default_factory=Sampling)
     annotator: dict[str, Any] | None = None
     rewards: list[dict[str, Any]] = field(default_factory=list)
+    reward_floor: float = 0.6
+    force_reward: bool = False
     margin: float = 0.0
     bdhs: BiasConfig | None = None
     similarity: str = "lexical"
@@ -134,6 +138,20 @@ class OnlineConfig:
         return {name: value for name, value in self.trainer.items() if name != "algorithm"}
 
 
+UNREAD = {
+    "online_dpo_step": ("rounds", "check", "evaluation"),
+    "grpo": ("rounds", "check", "evaluation", "responses", "sampling", "margin", "batch_size", "losses", "fast_path"),
+}
+UNREAD["rloo"] = UNREAD["grpo"]
+"""Settings that an algorithm has no use for."""
+
+
+def unread(config: OnlineConfig) -> list[str]:
+    """Names of the settings that are not at their default and that the run's algorithm does not read."""
+    start = OnlineConfig(config.model, config.output)
+    return [name for name in UNREAD.get(config.algorithm, ()) if getattr(config, name) != getattr(start, name)]
+
+
 def check_settings(config: OnlineConfig) -> None:
     """Check that settings do not contradict each other, before anything is loaded.
 
@@ -147,11 +165,11 @@ def check_settings(config: OnlineConfig) -> None:
     if config.data is None and config.offline is None:
         raise ConfigError("data: neither `data` nor `offline` is given, so there is no prompt. Give one of them.")
     if config.algorithm in ("grpo", "rloo"):
-        unread = [name for name in ("offline", "annotator", "bdhs") if getattr(config, name) is not None]
-        if unread or not config.rewards or config.data is None:
+        others = [name for name in ("offline", "annotator", "bdhs") if getattr(config, name) is not None]
+        if others or not config.rewards or config.data is None:
             raise ConfigError(
                 f"trainer.algorithm is {config.algorithm!r}, which needs `data` and `rewards`"
-                f"{', and does not read ' + ', '.join(unread) if unread else ''}: it learns from scores of the policy's own "
+                f"{', and does not read ' + ', '.join(others) if others else ''}: it learns from scores of the policy's own "
                 "answers, not from pairs. Give these two, and leave the others out."
             )
         return

@@ -34,7 +34,7 @@ from prefalign.text import load_similarity
 from prefalign.training.arguments import check_precision, training_arguments
 from prefalign.training.distributed import claim_processes, running_processes
 from prefalign.training.lora import check_quantised, check_trainable
-from prefalign.training.pairs import COLUMNS
+from prefalign.training.pairs import COLUMNS, pairs_manifest
 from prefalign.training.policy import load_policy
 from prefalign.training.preference import PreferenceTrainer
 from prefalign.training.runs import CONFIG_FILE, base_file, claim_run, is_finished, open_run, run_files
@@ -324,6 +324,8 @@ def make_trainer(config: OnlineConfig, files: dict[str, str]) -> OnlineStepTrain
 
 def train_steps(config: OnlineConfig) -> None:
     """Train step by step, or go on from the last checkpoint, and save the policy in the output folder."""
+    if config.offline is not None:
+        pairs_manifest(config.offline)
     own = {CONFIG_FILE: run_files(to_mapping(config), "")[CONFIG_FILE]}
     open_run(config.output, own, resume=config.resume)
     if is_finished(config.output):

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefalign.config import ConfigError
 from prefalign.corruption import blank
@@ -31,6 +32,8 @@ from prefalign.rewards.reward import Response, Reward
 if TYPE_CHECKING:
     from prefalign.images import EncodedImage
     from prefalign.records import Message
+
+logger = logging.getLogger(__name__)
 
 GRADE = "grade.json"
 """The grade of a reward model, in its own folder."""
@@ -183,6 +186,25 @@ def check_fit_for_rl(folder: Path, *, floor: float = 0.6, force: bool = False) -
             "or set force_reward to true and watch the alarms."
         )
     return problems
+
+
+def check_rewards(entries: Sequence[Mapping[str, Any]], *, floor: float, force: bool) -> None:
+    """Check every reward model that a run is to be trained against; what is wrong and forced is logged.
+
+    Args:
+        entries: a run's `rewards`, or its `annotator` as a list of one; lists of rewards inside an entry are looked into.
+        floor: see `check_fit_for_rl`.
+        force: see `check_fit_for_rl`.
+
+    Raises:
+        ConfigError: one is unfit, and not forced.
+    """
+    for entry in entries:
+        if entry.get("name") == "reward_model" and "path" in entry:
+            folder = Path(entry["path"])
+            for problem in check_fit_for_rl(folder, floor=floor, force=force):
+                logger.warning("Reward model %s: %s. Going on, as force_reward is set.", folder, problem)
+        check_rewards(entry.get("rewards") or [], floor=floor, force=force)
 
 
 def weights_digest(folder: Path) -> str:

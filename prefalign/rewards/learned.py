@@ -51,6 +51,13 @@ class LearnedReward:
 
         return RewardModel.load(self.path, device=self.device, dtype=self.dtype)
 
+    @property
+    def version(self) -> str:
+        """Digest of the reward model's weights and settings, so that a resumed stage notices other ones at the same path."""
+        from prefalign.rewards.grading import weights_digest
+
+        return weights_digest(self.path)
+
     def score(self, responses: Sequence[Response]) -> Mapping[str, torch.Tensor]:
         """Score responses.
 

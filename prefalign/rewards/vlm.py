@@ -22,9 +22,8 @@ from prefalign import families
 from prefalign.records import canonical_json, normalise_messages
 from prefalign.rewards.augmentation import RatingPrompt
 from prefalign.rewards.collator import RewardCollator
-from prefalign.training.attention import SPLIT
 from prefalign.training.documents import digest_of, picture_bytes
-from prefalign.training.forward import hidden_states, share
+from prefalign.training.forward import hidden_states, is_shared, share
 from prefalign.training.routes import find_route
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ class RewardModel(nn.Module):
         self.calibration: Calibration | None = None
         self.route = find_route(model, fast_path)
         core = families.core(model)
-        if not _is_shared(core):
+        if not is_shared(model):
             share(model, self.route.layout)
         width = core.config.get_text_config().hidden_size
         self.head = nn.Linear(width, len(self.attributes), dtype=torch.float32, device=core.device)
@@ -348,9 +347,3 @@ def on_device(batch: Any, device: torch.device) -> Any:
 def _prompt_key(row: Mapping[str, Any]) -> str:
     pictures = digest_of([picture_bytes(picture) for picture in row["images"]])
     return canonical_json(normalise_messages(row["prompt"])) + pictures
-
-
-def _is_shared(core: Any) -> bool:
-    """Whether `share` has wrapped a model already, as the trainer of a policy does."""
-    shared = bool(vars(core).get("_prefalign_undo"))
-    return shared or core.config.get_text_config()._attn_implementation == SPLIT

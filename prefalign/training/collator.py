@@ -108,6 +108,15 @@ class PreferenceCollator:
             part |= {"rows": group, "weight": len(group) / len(rows)}
         return {**self._two(self._plain(read, self._padding()), len(rows)), "parts": parts}
 
+    def collate(self, read: Documents, ids: Sequence[str]) -> dict[str, Any]:
+        """A batch of documents that were made or read before: a rollout's prompts with the answers drawn to them.
+
+        Args:
+            read: documents and the places of each row's views.
+            ids: the rows' ids.
+        """
+        return self._batch([{"id": identity} for identity in ids], read)
+
     def _two(self, plain: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
         """TRL's layout of the first two views, of the tokens of all."""
         views = list(self.views)

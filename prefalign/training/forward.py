@@ -106,6 +106,11 @@ def hidden_states(model: PreTrainedModel, packed: Mapping[str, Any]) -> torch.Te
     return base.model(**_document_inputs(base, packed)).last_hidden_state[0]
 
 
+def is_shared(model: PreTrainedModel) -> bool:
+    """Whether `share` has wrapped a model."""
+    return bool(vars(families.core(model)).get(_UNDO))
+
+
 def unshare(model: PreTrainedModel) -> None:
     """Take off what `share` and TRL's head put on a model, before it is trained once more in the same process."""
     base = families.core(model)
@@ -148,10 +153,27 @@ def _document_inputs(base: Any, packed: Mapping[str, Any]) -> dict[str, Any]:
         inputs |= {key: value.clamp(min=0) for key, value in tokens.items() if key == "mm_token_type_ids"}
     else:
         inputs["attention_mask"] = _masks(base, layout, tokens)
-    if packed["vision"]:
-        features = _encode(base.model, packed["vision"])
-        inputs["mm_encoder_outputs"] = {"image": _in_order(features, packed["ranges"])}
+    if "features" in packed:
+        inputs["mm_encoder_outputs"] = {"image": packed["features"]}
+    elif packed["vision"]:
+        inputs["mm_encoder_outputs"] = {"image": _in_order(_encode(base.model, packed["vision"]), packed["ranges"])}
     return inputs
+
+
+def encode_pictures(model: PreTrainedModel, packed: Mapping[str, Any]) -> Any:
+    """Picture features of documents, for `packed["features"]` of later passes over the same documents.
+
+    They stay right as long as neither tower nor projector trains.
+
+    Args:
+        model: a model that `share` wrapped with the layout `split` or `mask`.
+        packed: as `PreferenceCollator` makes them, with pictures.
+
+    Returns:
+        The family's own output, in the order of the documents' image tokens.
+    """
+    with torch.no_grad():
+        return _in_order(_encode(families.core(model).model, packed["vision"]), packed["ranges"])
 
 
 def _masks(base: Any, layout: Layout, tokens: Mapping[str, torch.Tensor]) -> Any:

@@ -1,0 +1,321 @@
+"""Policy, value and reference of a PPO run in one module: adapters on one base, or models of their own.
+
+| role | with an adapter | with all weights |
+| --- | --- | --- |
+| policy | the adapter of the given `PeftModel` | the given model |
+| reference | no adapter; a frozen copy of the policy's where the run starts from one | a frozen copy |
+| value | adapter `value` and a head in float32 | a copy that trains, and a head in float32 |
+
+Parts that train in no role (a frozen tower) are there once. The reward is no part of this, see `prefalign.rewards`; a reward
+model may be one more adapter of the same base, and is left as it was.
+
+Legend of shapes: `B` answers, `A` tokens of the longest, `N` labels of all answers of a batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from accelerate.utils import is_peft_model
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+from trl.trainer.utils import add_fused_lm_head
+
+from prefalign import families
+from prefalign.config import ConfigError
+from prefalign.training.checkpoints import restore_weights
+from prefalign.training.forward import hidden_states, share, unshare
+from prefalign.training.scoring import run
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+VALUE, REFERENCE = "value", "reference"
+"""Names of the adapters."""
+
+ADAPTER_FILE, HEAD_FILE = "adapter_model.safetensors", "value_head.safetensors"
+
+FIELDS = ("log_probs", "entropy")
+
+Role = Literal["policy", "value", "reference"]
+
+
+class Roles(nn.Module):
+    """The models of a PPO run behind one `forward`, so that DDP and DeepSpeed wrap one module.
+
+    Args:
+        model: policy; a full model or a `PeftModel`.
+        layout: how documents are run (`Route.layout`).
+        temperature: that every log-prob is taken at.
+        peft_config: wrap `model` in an adapter.
+        reward_adapter: with an adapter, name of the reward model's on the same base; the value adapter starts as a copy of it.
+        value_model: with all weights, what the value starts from (a reward model's weights), which becomes part of this; by
+            default a copy of the policy.
+
+    Raises:
+        ConfigError: `reward_adapter` names no adapter of the policy's base, or `value_model` is of another architecture.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        layout: str,
+        temperature: float = 1.0,
+        peft_config: PeftConfig | None = None,
+        reward_adapter: str | None = None,
+        value_model: Any = None,
+    ):
+        super().__init__()
+        unshare(model)
+        continues = is_peft_model(model)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        self.adapts = is_peft_model(model)
+        self.policy = model
+        self.reference: Any = None
+        self.value: Any = None
+        self.reference_adapter: str | None = None
+        if self.adapts:
+            self.adapter: str = model.active_adapter
+            # the reward model's adapter is loaded onto a base whose own adapter was new, so it does not make that one old
+            self._adapters(reward_adapter, keeps_start=continues and _moved(model, self.adapter))
+        else:
+            self.reference = _frozen_copy(model)
+            self.value = _copy_of_what_trains(model) if value_model is None else _like(value_model, model)
+            self.value.requires_grad_(False)
+            for (_, theirs), (_, mine) in zip(self.value.named_parameters(), model.named_parameters(), strict=True):
+                theirs.requires_grad_(mine.requires_grad)
+            self._drop_head(self.value)
+        width = families.core(model).config.get_text_config().hidden_size
+        self.value_head = nn.Linear(width, 1, dtype=torch.float32, device=families.core(model).device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        for role in self._models():
+            _disable_dropout(role)
+            core = families.core(role)
+            if role is not self.value:
+                add_fused_lm_head(core, temperature=temperature, outputs=FIELDS)
+            share(role, layout)
+        self._flags = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+
+    def _models(self) -> list[Any]:
+        return [model for model in (self.policy, self.reference, self.value) if model is not None]
+
+    def _adapters(self, reward_adapter: str | None, *, keeps_start: bool) -> None:
+        policy = self.policy
+        source = reward_adapter or self.adapter
+        if source not in policy.peft_config:
+            raise ConfigError(
+                f"the value adapter is to start from the adapter {source!r}, and the policy's base has "
+                f"{', '.join(policy.peft_config)}. Load the reward model onto the policy first, or start from the "
+                "policy's adapter."
+            )
+        policy.add_adapter(VALUE, copy.deepcopy(policy.peft_config[source]))
+        if reward_adapter is not None:
+            _copy_adapter(policy, source, VALUE)
+        if keeps_start:
+            policy.add_adapter(REFERENCE, copy.deepcopy(policy.peft_config[self.adapter]))
+            _copy_adapter(policy, self.adapter, REFERENCE)
+            self.reference_adapter = REFERENCE
+        policy.set_adapter(self.adapter)
+        for name, parameter in policy.named_parameters():
+            parameter.requires_grad_(_is_of(name, self.adapter) or _is_of(name, VALUE))
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # steps of 1e-5 are lost in 16 bits
+
+    @staticmethod
+    def _drop_head(model: Any) -> None:
+        """The value model's language head is never run; one that trains would get no gradient."""
+        head = families.core(model).get_output_embeddings()
+        embeddings = families.core(model).get_input_embeddings()
+        for parameter in head.parameters():
+            if parameter is not embeddings.weight:
+                parameter.requires_grad_(False)
+
+    @property
+    def config(self) -> Any:
+        """The policy's config."""
+        return families.core(self.policy).config
+
+    def parameters_of(self, role: Literal["policy", "value"]) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters that train for a role."""
+
+        def is_value(name: str) -> bool:
+            return name.startswith(("value.", "value_head.")) or (self.adapts and _is_of(name, VALUE))
+
+        return [
+            (name, p) for name, p in self.named_parameters() if p.requires_grad and is_value(name) == (role == VALUE)
+        ]
+
+    def groups(self, rates: Mapping[str, float], decay: Collection[str], weight_decay: float) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer.
+
+        Args:
+            rates: learning rates of `policy` and `value`.
+            decay: names of the parameters that decay.
+            weight_decay: by how much.
+        """
+        groups = [
+            {"params": [p for name, p in self.parameters_of(role) if (name in decay) == decays],
+             "weight_decay": weight_decay if decays else 0.0, "lr": rates[role]}
+            for role in ("policy", "value") for decays in (True, False)
+        ]  # fmt: skip
+        return [group for group in groups if group["params"]]
+
+    def forward(self, role: Role, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Run one role on a batch.
+
+        Each result has a share of 0 in every other parameter that trains, so that in several processes each backward pass gives
+        a gradient, 0 at least, to all of them.
+
+        Args:
+            role: who is asked. It stays active until the next call: a backward pass with gradient checkpointing runs the
+                forward pass once more, so it has to come before another role is asked.
+            batch: from `PreferenceCollator.collate`, with the one view `chosen`.
+
+        Returns:
+            Of the policy and the reference `log_probs` and `entropy`, of the value `values`: (N,) each, in label order.
+        """
+        self.activate(role)
+        if role == "value":
+            states = self._states(self.policy if self.value is None else self.value, batch)
+            with torch.autocast(states.device.type, enabled=False):
+                found = {"values": self._head(states.float())}
+        else:
+            model = self.reference if role == "reference" and self.reference is not None else self.policy
+            output = run(model, batch)
+            found = {name: output[name] for name in FIELDS}
+        if torch.is_grad_enabled():
+            nothing = torch.stack([0.0 * p.sum().float() for p, trains in self._flags if trains]).sum()
+            found = {name: value + nothing.to(value.dtype) for name, value in found.items()}
+        return found
+
+    def _states(self, model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+        if "packed" in batch:
+            return hidden_states(model, batch["packed"])
+        plain = {key: value for key, value in batch["plain"].items() if key != "completion_mask"}
+        states = families.core(model).model(**plain, use_cache=False).last_hidden_state
+        return states[:, :-1][batch["plain"]["completion_mask"][:, 1:].bool()]
+
+    def activate(self, role: Role) -> None:
+        """Make a role's adapter the active one, and leave alone which parameters train: PEFT's switches change that too."""
+        if not self.adapts:
+            return
+        off = role == "reference" and self.reference_adapter is None
+        if off:
+            self.policy.base_model.disable_adapter_layers()
+        else:
+            self.policy.base_model.enable_adapter_layers()
+            names = {"policy": self.adapter, "value": VALUE, "reference": self.reference_adapter}
+            self.policy.set_adapter(names[role])
+        self.restore_flags()
+
+    def restore_flags(self) -> None:
+        """Train what trained at the start, after something else (a reward model on the same base) switched adapters."""
+        for parameter, trains in self._flags:
+            parameter.requires_grad_(trains)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **settings: Any
+    ) -> None:
+        """As transformers does, without reentrance, and without its hooks that ask for gradients in a frozen tower."""
+        how = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
+        for model in (self.policy, self.value):
+            if model is not None:
+                core = families.core(model)
+                core.activation_checkpointing_enable(activation_checkpointing_kwargs=how, **settings)
+                core.disable_input_require_grads()
+
+    def _head(self, states: torch.Tensor) -> torch.Tensor:
+        """In float32 whatever an engine has cast the head to."""
+        weight, bias = self.value_head.weight.float(), self.value_head.bias.float()
+        return nn.functional.linear(states, weight, bias)[:, 0]
+
+    def save(self, folder: Path) -> None:
+        """Write the policy as any model or adapter is written, and the value under `value`."""
+        value = folder / VALUE
+        if self.adapts:
+            self.policy.save_pretrained(folder, selected_adapters=[self.adapter])
+            self.policy.save_pretrained(folder, selected_adapters=[VALUE])
+        else:
+            self.policy.save_pretrained(folder)
+            self.value.save_pretrained(value)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.value_head.state_dict().items()}, value / HEAD_FILE
+        )
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote; the reference is what the run started from, and is not in it."""
+        value = folder / VALUE
+        if self.adapts:
+            for name, place in ((self.adapter, folder), (VALUE, value)):
+                set_peft_model_state_dict(self.policy, load_file(place / ADAPTER_FILE), adapter_name=name)
+        else:
+            restore_weights(self.policy, folder)
+            restore_weights(self.value, value)
+        self.value_head.load_state_dict(load_file(value / HEAD_FILE))
+
+
+def _is_of(name: str, adapter: str) -> bool:
+    return f".{adapter}." in name and ".lora_" in name
+
+
+def _copy_adapter(model: Any, source: str, target: str) -> None:
+    state = {
+        name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model, adapter_name=source).items()
+    }
+    set_peft_model_state_dict(model, state, adapter_name=target)
+
+
+def _moved(model: Any, adapter: str) -> bool:
+    """Whether an adapter changes anything: its second factor starts at 0."""
+    return any(_is_of(name, adapter) and ".lora_B." in name and bool(p.any()) for name, p in model.named_parameters())
+
+
+def _frozen_copy(model: Any) -> Any:
+    made = _copy_of_what_trains(model)
+    return made.requires_grad_(False).eval()
+
+
+def _copy_of_what_trains(model: Any) -> Any:
+    """A copy that shares with the original what holds nothing trainable."""
+    still = {}
+    for module in families.core(model).model.children():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            still[id(module)] = module
+    return copy.deepcopy(model, still)
+
+
+def _like(value: Any, policy: Any) -> Any:
+    """A value model of the policy's architecture, which gets the policy's own parts where they do not train."""
+    shapes = [{name: parameter.shape for name, parameter in model.named_parameters()} for model in (value, policy)]
+    if shapes[0] != shapes[1]:
+        strange = sorted(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
+        raise ConfigError(
+            f"the value model and the policy are not of one architecture (they differ in {', '.join(strange[:2])}), and both run "
+            "on the same prompts. Leave `value_model` out to start the values from the policy."
+        )
+    for name, part in families.core(policy).model.named_children():
+        parameters = list(part.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            setattr(families.core(value).model, name, part)
+    return value
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """No dropout anywhere, that of adapters and attention included: with it the first ratio would not be 1."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
