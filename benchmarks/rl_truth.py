@@ -220,7 +220,7 @@ def ppo(work: Workshop) -> dict[str, Figures]:
     runs = {
         variant: work.run("train_ppo", f"ppo/{variant}", {
             "prompts": prompts, "output": work.root / "ppo" / variant, "reward_model": None, "rewards": rewards[variant],
-            "watch": [{"name": "objects"}], "seed": work.seed,
+            "watch": [{"name": "objects"}], "seed": work.seed, "force_reward": True,  # what a poor one does is shown, too
             "trainer": {"max_steps": work.sizes.ppo_steps, "logging_steps": 2,
                         **({"kl_coef": 0.0} if variant == "no_kl" else {})},
         }, "recipes/train_ppo_fact_rlhf_scenes")
