@@ -380,3 +380,19 @@ def test_online_config(name, folder, prompts, tmp_path):
     else:
         history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
         assert history[-1]["step"] == 1
+
+
+@pytest.mark.parametrize("name", names("grade_reward_model"))
+def test_grading_config(name, prompts, tmp_path):
+    from tests.reward_runs import graded_by_chance
+
+    pairs = graded_by_chance(prompts, tmp_path / "pairs")
+    trainer = {"max_steps": 1, "per_device_train_batch_size": 2, "save_steps": 1}
+    changes = {"model": MODEL, "pairs": pairs, "output": tmp_path / "reward", "trainer": trainer}
+    start("reward_models/train_reward_model_scenes", "train_reward_model", changes)
+    sets = {kind: {"path": pairs} for kind in config.read_yaml(bundled.configs()[name])["sets"]}
+    rewards = [{"name": "reward_model", "path": str(tmp_path / "reward")}]
+    results = start(name, "grade_reward_model", {"rewards": rewards, "sets": sets, "output": tmp_path / "out"})
+    assert results["sets"].keys() == sets.keys()
+    assert all(found["metrics"]["accuracy"]["n"] == 6 for found in results["sets"].values())
+    assert json.loads((tmp_path / "reward" / "grade.json").read_text())["sets"].keys() == sets.keys()
