@@ -5,6 +5,7 @@
 # make bench   what generation and training steps cost and whether pairs are right, measured; figures in runs/bench/
 #
 # Preference pairs with every method: make -C datagen help
+# Reward models, trained, scored with and graded: make -C reward_models help
 #
 # TORCH_BUILD chooses the torch that is installed: `cpu`, `cuda` (what the package index gives), or one of PyTorch's own
 # builds such as `cu130`. Without it: `cuda` where an NVIDIA driver is found, else `cpu`.
