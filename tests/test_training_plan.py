@@ -244,7 +244,7 @@ def test_a_batch_on_the_line_is_the_one_that_fits(tiny_llava, tmp_path, monkeypa
     planner = Planner(run_config(tiny_llava, tmp_path / "none", gradient_checkpointing=False), options)
     one, two, most = (planner.need(planner.setup, planner.longest(rows)).total for rows in (1, 2, 20))
     assert most < 0.9 * (one + 19 * (two - one))
-    options.memory = (most + 1) / GIB
+    planner.options.memory = (most + 1) / GIB
     planner.counts.clear()
     assert largest_batch(planner).size == 20
     assert max(len(rows) for *_, rows in planner.counts) == 3 * 4

@@ -19,7 +19,7 @@ from prefalign.records import Message, normalise_messages
 from prefalign.rewards.augmentation import RatingPrompt, shown_facts
 from prefalign.rewards.rows import as_mapping, directions, scores_of
 from prefalign.training.collator import PreferenceCollator
-from prefalign.training.documents import Documents, Reader, name
+from prefalign.training.documents import Documents, Reader, name, stack_vision
 
 
 @dataclass
@@ -148,7 +148,8 @@ class RewardCollator(PreferenceCollator):
             plain = replace(self, views=views)._plain(read, padding)
             last = plain["attention_mask"].sum(dim=1) - 2
             del plain["completion_mask"]
-            return {"plain": plain, "places": last}
+            shown = [read.documents[number].vision for view in views for number, _ in read.places[view]]
+            return {"plain": plain | stack_vision(shown), "places": last}
         packed, _ = replace(self, views=())._packed(read, padding)
         layout = packed["layout"]
         ends = torch.tensor([len(answer) for document in read.documents for answer in document.answers]).cumsum(0) - 1
