@@ -319,3 +319,30 @@ def test_rows_about_scenes_are_prompts():
         )
     assert {prompt.facts["rules"]["set"] for prompt in made} == {"existence_count", "attribute"}
     assert [Prompt(**row).facts for row in rows("test_fair", 0, 12)] == [prompt.facts for prompt in made]
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "category"),
+    [
+        ("diagnosis", "AML is not present.", None),
+        ("diagnosis", "AML isn't present.", None),
+        ("diagnosis", "AML and multiple myeloma are not present.", None),
+        ("diagnosis", "No evidence of acute myeloid leukemia or multiple myeloma.", None),
+        ("diagnosis", "Multiple myeloma is unlikely.", None),
+        ("diagnosis", "AML can be ruled out.", None),
+        ("diagnosis", "AML cannot be ruled out.", None),
+        ("diagnosis", "There is no evidence that this is AML.", None),
+        ("diagnosis", "There is no doubt that this is AML.", "AML"),
+        ("diagnosis", "It is AML and plasma cells are absent.", "AML"),
+        ("diagnosis", "AML is highly unlikely, this is multiple myeloma.", "MM"),
+        ("cells", "There is no sign of an increase in plasma cells.", None),
+        ("cells", "There are no plasma cells and myeloblasts.", None),
+        ("cells", "There are no plasma cells, and myeloblasts are increased.", "myeloblasts"),
+        ("analysis", "It is free of red blood cells and of any clots.", None),
+        ("analysis", "The region is optimal because clots are not there.", "adequate"),
+        ("abnormality", "Cancer is absent.", "normal"),
+        ("quality", "The image quality is not good.", "bad"),
+    ],
+)
+def test_a_denial_is_no_affirmation(variable, text, category):
+    assert RULE_SETS["bone_marrow"].parse(variable, text, {}) == category
