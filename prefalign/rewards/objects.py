@@ -11,12 +11,13 @@ Equation, for a response with mentions m (repeats kept) and a picture with kinds
     recall    = #(kinds affirmed in G) / #G                  CHAIR's recall
     More is better in each, and a weight of 1 for all is `{name: objects}`.
 Source: CHAIR, Rohrbach et al. 2018, arXiv 1809.02156; words become kinds through `prefalign.evals.chair`.
-Differs from CHAIR: "no dog" is no mention of a dog, but a denial; "an orange cat" is a cat and not a fruit.
+Differs from CHAIR: "no dog", "neither a cat nor a dog" and "a dog is not visible" are no mentions, but denials; "an orange cat" is a cat and not a fruit.
 Not checked: relations ("above the star"), and numbers that are too small, since a description may leave things out.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,8 +38,18 @@ _IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "chil
               "foot": "feet", "tooth": "teeth", "leaf": "leaves", "loaf": "loaves", "knife": "knives", "wife": "wives",
               "shelf": "shelves", "scarf": "scarves", "calf": "calves", "ox": "oxen", "wolf": "wolves"}  # fmt: skip
 _NO = (
-    r"no(?: (?:visible|obvious|clear|signs? of)(?: any| an?)?)?|zero|without(?: any| an?)?|nor an?|not an?|"
-    r"(?:is|are|was|were|do|does|can|could)(?: not|n't|not)(?: (?:see|show|have|any|an?))*"
+    r"no(?: (?:visible|obvious|clear|signs? of)(?: any| an?)?)?|zero|without(?: any| an?)?|n?either(?: an?)?|nor(?: any| an?)?|not an?|"
+    r"(?:(?:is|are|was|were|do|does|can|could)(?: not|n't|not)|can't)(?: (?:see|show|have|any|an?|the))*"
+)
+_LISTED = re.compile(r"(?P<or>,? n?or|,? and|,)(?: an?| any| the)? ", re.IGNORECASE)
+_SEEN = (
+    r"(?:visible|present|seen|shown|there|here|found|depicted|pictured|in view|"
+    r"(?:in|on) (?:the|this) (?:picture|image|photo|scene))\b"
+)
+_DENIED_AFTER = re.compile(
+    rf" (?:(?:(?:is|are|was|were|can|could)(?: not|n't)|cannot|can't)(?: to)?(?: be)?(?: \w+ly)? {_SEEN}|(?:do|does)(?: not|n't) appear\b|"
+    r"(?:is|are|was|were)(?: \w+ly)? (?:absent|nowhere|missing(?! (?:an?|its|his|her|their|the|some|one|two)\b)))",
+    re.IGNORECASE,
 )
 
 
@@ -203,6 +214,7 @@ class Reader:
         text = text.replace("\u2019", "'")
         matches = list(phrase.finditer(text))
         toilet = any(match["noun"].lower().startswith("toilet") for match in matches)
+        denied = self._denials(text, matches)
         for match in matches:
             if toilet and match["noun"].lower() in ("seat", "seats"):  # as CHAIR: not a chair
                 continue
@@ -222,8 +234,31 @@ class Reader:
                 said["place"] = place[1].lower().split(" the ", 1)[1]
             number = (match["number"] or "1").lower()
             count = int(number) if number.isdigit() else self.numbers.index(number)
-            found.append(Mention(kind, said, count, match["no"] is not None))
+            found.append(Mention(kind, said, count, denied[match.start()]))
         return found
+
+    @staticmethod
+    def _denials(text: str, matches: Sequence[re.Match[str]]) -> dict[int, bool]:
+        """Whether each match is denied, by its start: by itself, or in a list with one that is ("no dogs, cats or birds")."""
+        joined = [
+            _LISTED.fullmatch(text, before.end(), after.start()) for before, after in itertools.pairwise(matches)
+        ]
+        words = ["" if join is None else join["or"].lower().strip(", ") or "," for join in joined]
+        found = [match["no"] is not None for match in matches]
+        for place, word in enumerate(words):  # a comma carries a denial if an "or" ends its list
+            later = next((other for other in words[place:] if other != ","), "")
+            if found[place] and matches[place + 1]["no"] is None and "or" in (word, later)[word == ","]:
+                found[place + 1] = True
+        for place, match in enumerate(matches):
+            if not _DENIED_AFTER.match(text, match.end()):
+                continue
+            first = place
+            while first and words[first - 1]:
+                first -= 1
+            starts = re.search(r"(?:^|[.!?;:]\s+)(?:an? |any |the |both )?$", text[: matches[first].start()], re.IGNORECASE)
+            for one in range(first if starts else place, place + 1):
+                found[one] = True
+        return dict(zip((match.start() for match in matches), found, strict=True))
 
 
 def with_plain_names(objects: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
