@@ -282,4 +282,11 @@ def test_denials_reach_over_lists_and_from_behind(text, denied):
 
 
 def test_denials_in_scenes():
-    assert [mention.denied for mention in Objects().scenes_reader.mentions("There are no stars or circles.")] == [True] * 2
+    assert [mention.denied for mention in Objects().scenes_reader.mentions("There are no stars or circles.")] == [
+        True
+    ] * 2
+
+
+def test_objects_that_are_no_list():
+    with pytest.raises(ValueError, match=r"response row: facts.objects is '5', which names no object. Write a list"):
+        scores("A cat.", {"objects": 5})

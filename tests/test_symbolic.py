@@ -8,7 +8,7 @@ import torch
 
 from prefalign.config import ConfigError
 from prefalign.records import Prompt, assistant_message, message_text, user_message
-from prefalign.rewards import Response, read_rewards
+from prefalign.rewards import FactsError, Response, read_rewards
 from prefalign.rewards.rule_sets import RULE_SETS, read_as_released
 from prefalign.rewards.symbolic import Symbolic
 from prefalign.scenes import world
@@ -346,3 +346,59 @@ def test_rows_about_scenes_are_prompts():
 )
 def test_a_denial_is_no_affirmation(variable, text, category):
     assert RULE_SETS["bone_marrow"].parse(variable, text, {}) == category
+
+
+@pytest.mark.parametrize(
+    ("rules", "reference", "message"),
+    [
+        (
+            "count_list",
+            {"count": 2},
+            r"reference.count is 2, which no answer is read as; write the number as text \('2'\)",
+        ),
+        ("count_list", {"list": "two"}, r"reference.list is 'two', which no answer is read as; write the number"),
+        (
+            "existence_count",
+            {"exists": "Yes"},
+            r"reference.exists is 'Yes', which no answer is read as; did you mean 'yes'",
+        ),
+        ("existence_count", {"count": "2"}, r"reference.count is '2', which no answer is read as; .*some"),
+        ("attribute", {"which": "red"}, r"reference.which is 'red', which no answer is read as; .*yes"),
+        ("choice", {"first": "cow"}, r"reference.first is 'cow', which no answer is read as; .*cat"),
+    ],
+)
+def test_references_that_no_answer_could_meet(rules, reference, message):
+    says = dict.fromkeys(RULE_SETS[rules].variables, "Yes.")
+    with pytest.raises(FactsError, match=message):
+        Symbolic().score([conversation(says, reference, asked=list(says), rules=rules, **RULES)])
+
+
+@pytest.mark.parametrize(
+    ("rules", "facts", "message"),
+    [
+        ("choice", {}, r"response row: facts.rules has no options.first \(text by letter\), without which 'choice'"),
+        ("choice", {"options": {"first": {"A": "dog"}}}, r"has no options.second"),
+        ("attribute", {"value": "red"}, r"response row: facts.rules has no values \(what could be named\)"),
+        ("attribute", {"values": ["red"]}, r"has no value \(the one asked for\)"),
+    ],
+)
+def test_facts_that_reading_needs(rules, facts, message):
+    says = dict.fromkeys(RULE_SETS[rules].variables, "A.")
+    with pytest.raises(FactsError, match=message):
+        Symbolic().score([conversation(says, {}, asked=list(says), rules=rules, **facts)])
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("A dog, a cat and a bird are visible.", "3"),
+        ("A dog and a cat are in the picture.", "2"),
+        ("In the picture there are a dog, a cat, and a cow.", "3"),
+        ("The objects in the image are a dog and a cat.", "2"),
+        ("The picture shows three things: a dog, a cat and a bird.", "3"),
+        ("A black and white cat.", "1"),
+        ("A black, red and white flag and a cat.", "2"),
+    ],
+)
+def test_things_are_counted_on_either_side_of_the_verb(text, number):
+    assert RULE_SETS["count_list"].parse("list", text, {}) == number

@@ -26,6 +26,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from prefalign.evals import chair
+from prefalign.rewards import FactsError
 from prefalign.rewards.reward import Response
 from prefalign.rule_editor import Vocabulary as WorldWords
 
@@ -117,7 +118,8 @@ class Objects:
         NaN for all where facts have no `objects`, and for `recall` where that list is empty.
 
         Raises:
-            ValueError: for rows of real pictures without a vocabulary, or objects without a name.
+            FactsError: for objects without a name, or that are no list.
+            ValueError: for rows of real pictures without a vocabulary.
         """
         import torch
 
@@ -134,6 +136,12 @@ class Objects:
                 f"response {response.id}: its facts are of a real picture, and no names of objects are set, so that "
                 "nothing could be found that is not there. Set `synonyms` to CHAIR's file of names, or `objects`."
             )
+        for picture in pictures:
+            if not isinstance(picture["objects"], (list, tuple)):
+                raise FactsError(
+                    f"response {response.id}: facts.objects is {str(picture['objects'])[:80]!r}, which names no object. Write "
+                    "a list of names, or of mappings with `name` and attributes."
+                )
         things = [reader.thing(thing, response.id) for picture in pictures for thing in picture["objects"]]
         kinds = {thing["kind"] for thing in things}
         found = reader.mentions(response.text, kinds)
@@ -189,7 +197,7 @@ class Reader:
         entry = {"name": thing} if isinstance(thing, str) else thing
         name = (entry.get("shape") or entry.get("name")) if isinstance(entry, Mapping) else None
         if not isinstance(entry, Mapping) or not isinstance(name, str):
-            raise ValueError(
+            raise FactsError(
                 f"response {where}: facts.objects holds {str(thing)[:80]!r}, which names no object. Write names, or "
                 "mappings with `name` and attributes."
             )
@@ -240,9 +248,7 @@ class Reader:
     @staticmethod
     def _denials(text: str, matches: Sequence[re.Match[str]]) -> dict[int, bool]:
         """Whether each match is denied, by its start: by itself, or in a list with one that is ("no dogs, cats or birds")."""
-        joined = [
-            _LISTED.fullmatch(text, before.end(), after.start()) for before, after in itertools.pairwise(matches)
-        ]
+        joined = [_LISTED.fullmatch(text, before.end(), after.start()) for before, after in itertools.pairwise(matches)]
         words = ["" if join is None else join["or"].lower().strip(", ") or "," for join in joined]
         found = [match["no"] is not None for match in matches]
         for place, word in enumerate(words):  # a comma carries a denial if an "or" ends its list
@@ -255,7 +261,9 @@ class Reader:
             first = place
             while first and words[first - 1]:
                 first -= 1
-            starts = re.search(r"(?:^|[.!?;:]\s+)(?:an? |any |the |both )?$", text[: matches[first].start()], re.IGNORECASE)
+            starts = re.search(
+                r"(?:^|[.!?;:]\s+)(?:an? |any |the |both )?$", text[: matches[first].start()], re.IGNORECASE
+            )
             for one in range(first if starts else place, place + 1):
                 found[one] = True
         return dict(zip((match.start() for match in matches), found, strict=True))

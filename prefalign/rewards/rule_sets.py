@@ -16,11 +16,14 @@ from typing import Any
 
 from prefalign.evals import yesno
 from prefalign.rewards.shaping import read_choice
+from prefalign.rule_editor import Vocabulary
 
 _UNSURE = re.compile(
     r"\b(?:(?:not|un)[ -]?(?:sure|certain)|(?:don't|do not|cannot|can't) (?:really )?(?:know|tell|say)|hard to (?:say|tell))\b"
 )
-_VERB = r"(?:is|are|was|were|be|has|have|had|shows?|contains?|appears?|seems?|looks?|makes?|points?|suggests?|indicates?)\b"
+_VERB = (
+    r"(?:is|are|was|were|be|has|have|had|shows?|contains?|appears?|seems?|looks?|makes?|points?|suggests?|indicates?)\b"
+)
 _NO = (
     r"\b(?:no|without|neither|nor|rather than|instead of|absence of|lacks?|lack of|free (?:of|from)|devoid of|negative for|"
     r"rules? out)"
@@ -41,13 +44,25 @@ _SHARED_DENIAL = re.compile(  # "... and X are not present": of both, or of X
     rf"^(?:(?:,|,? and)? (?!{_VERB})[\w'/-]+){{1,6}} (?:are|were|can be|could be|have been) (?:not|absent|unlikely|excluded|ruled out)\b"
 )
 _NEGATION_AFTER = re.compile(rf"{_NOT}\b|\b(?:absent|unlikely|improbable|excluded|ruled out)\b")
-_CERTAIN = re.compile(r"\b(?:(?:there is )?no doubt|without (?:a |any )?doubt|not (?:only|just|merely)|cannot be denied)\b")
+_CERTAIN = re.compile(
+    r"\b(?:(?:there is )?no doubt|without (?:a |any )?doubt|not (?:only|just|merely)|cannot be denied)\b"
+)
 _CLAUSE = re.compile(
     r"^(?:yes|no|nope),|[.;:!?\n]|\bbut\b|\band\b(?! (?:of|any)\b)|\balthough\b|\bwhile\b|"
     rf",(?! (?:(?!{_VERB})[\w'/-]+,? ){{0,6}}n?or\b)"  # not in "no this, that or"
 )
 _SUBCLAUSE = re.compile(r"\b(?:because|since|that|which|who|so|as|where|when|whereas|though|if|rather than|without)\b")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
+_LIST_VERB = re.compile(r"\b(?:are|is|shows?|sees?|includes?|contains?)\b")
+_NO_THING = re.compile(
+    r"(?:^|\b(?:there|here|it|this|these|they|i|we|you|picture|image|photo|photograph|scene|list|answer)|"
+    r"\b(?:things|objects|items|animals)\b.*)(?: can| could| also)?\s*$"
+)
+_COLOURS = "|".join(
+    [*Vocabulary().attributes["colour"], "black", "white", "gr[ae]y", "brown", "pink", "beige", "gold", "silver"]
+)
+_TWO_COLOURED = re.compile(rf"\b(?:{_COLOURS})(?:, (?:{_COLOURS}))*,? and (?={_COLOURS})")
 
 Reader = Callable[[str, str, Mapping[str, Any]], "str | None"]
 """Takes an answer, the variable asked for and `facts["rules"]`; gives the category, or None."""
@@ -78,7 +93,8 @@ class Variable:
         opposites: what a negated category says ("not suitable" is bad); a category without one says nothing when negated.
         strong: categories that count alone, whatever else is said.
         weak: categories that count only if nothing else is said.
-        read: a function that reads answers instead of phrases; its categories are open.
+        read: a function that reads answers instead of phrases.
+        closed: the categories that `read` gives; none: open, or by the row.
     """
 
     phrases: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -86,6 +102,7 @@ class Variable:
     strong: tuple[str, ...] = ()
     weak: tuple[str, ...] = ()
     read: Reader | None = None
+    closed: tuple[str, ...] = ()
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -152,10 +169,30 @@ class RuleSet:
             return len({category for _, category in said}) == 1
         return any(all(row.get(variable) == category for variable, category in said) for row in self.rows)
 
-    def domain(self, variable: str) -> list[str] | None:
-        """The categories of a variable; None if they are open."""
+    def domain(self, variable: str, rules: Mapping[str, Any]) -> list[str] | None:
+        """The categories of a variable; None for numbers, which are open.
+
+        Args:
+            variable: what was asked.
+            rules: `facts["rules"]` of the row; the options of a choice are its categories.
+        """
         known = self.variables[variable]
-        return list(known.phrases) if known.read is None else None
+        if known.read is _option:
+            return sorted({str(option).lower() for option in rules["options"][variable].values()})
+        return list(known.phrases) or list(known.closed) or None
+
+    def lacking(self, rules: Mapping[str, Any]) -> str | None:
+        """What reading the answers that `rules` ask for needs and `rules` lack; None if they lack nothing."""
+        for variable in (*(rules.get("asked") or ()), *(rules.get("reference") or ())):
+            read = self.variables[variable].read
+            options = rules.get("options")
+            if read is _option and not (isinstance(options, Mapping) and isinstance(options.get(variable), Mapping)):
+                return f"options.{variable} (text by letter)"
+            if read is _value and not isinstance(rules.get("values"), (list, tuple)):
+                return "values (what could be named)"
+            if read is _value and "value" not in rules:
+                return "value (the one asked for)"
+        return None
 
 
 def read_as_released(rules: Sequence[tuple[str, Sequence[Sequence[str]], Sequence[str]]], text: str) -> str | None:
@@ -236,7 +273,11 @@ def _listed(text: str, variable: str, rules: Mapping[str, Any]) -> str | None:
         return None
     if re.match(r"\W*(?:none|nothing|there (?:is|are) (?:no|nothing)|no)\b", sentence.lower()):
         return "0"
-    listed = re.split(r"(?i):|\b(?:are|is|shows?|see|include|contains?)\b", sentence)[-1]
+    listed = sentence.lower().rsplit(":", 1)[-1]
+    verb = None if ":" in sentence else _LIST_VERB.search(listed)
+    if verb is not None:  # "there are a dog and a cat", "a dog and a cat are here"
+        listed = listed[verb.end() :] if _NO_THING.search(listed[: verb.start()]) else listed[: verb.start()]
+    listed = _TWO_COLOURED.sub(" ", listed)
     return str(len([part for part in re.split(r",\s*(?:and\s+)?|\s+and\s+|;", listed) if part.strip()]))
 
 
@@ -374,14 +415,14 @@ _SIDES = Variable(
 RULE_SETS: dict[str, RuleSet] = {
     "bone_marrow": _BONE_MARROW,
     "existence_count": RuleSet(
-        {"exists": Variable(read=_yes_no), "count": Variable(read=_any_or_none)},
+        {"exists": Variable(read=_yes_no, closed=("yes", "no")), "count": Variable(read=_any_or_none, closed=("some", "none"))},
         ({"exists": "yes", "count": "some"}, {"exists": "no", "count": "none"}),
     ),
     "existence_absence": RuleSet(
-        {"exists": Variable(read=_yes_no), "absent": Variable(read=_yes_no)},
+        {"exists": Variable(read=_yes_no, closed=("yes", "no")), "absent": Variable(read=_yes_no, closed=("yes", "no"))},
         ({"exists": "yes", "absent": "no"}, {"exists": "no", "absent": "yes"}),
     ),
-    "attribute": RuleSet({"is": Variable(read=_yes_no), "which": Variable(read=_value)}),
+    "attribute": RuleSet({"is": Variable(read=_yes_no, closed=("yes", "no")), "which": Variable(read=_value, closed=("yes", "no"))}),
     "count_list": RuleSet({"count": Variable(read=_count), "list": Variable(read=_listed)}),
     "sides": RuleSet(
         {"there": _SIDES, "back": _SIDES},
