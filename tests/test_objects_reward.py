@@ -273,7 +273,7 @@ def test_reads_random_captions_as_chair_does(tmp_path):
         ("The dog is not brown.", [False]),
         ("A dog, but no cat or car.", [False, True, True]),
         ("No dogs and a cat.", [True, False]),
-        ("A dog or a cat.", [False, False]),
+        ("Either a dog or a cat.", [False, False]),
     ],
 )
 def test_denials_reach_over_lists_and_from_behind(text, denied):

@@ -11,7 +11,8 @@ Equation, for a response with mentions m (repeats kept) and a picture with kinds
     recall    = #(kinds affirmed in G) / #G                  CHAIR's recall
     More is better in each, and a weight of 1 for all is `{name: objects}`.
 Source: CHAIR, Rohrbach et al. 2018, arXiv 1809.02156; words become kinds through `prefalign.evals.chair`.
-Differs from CHAIR: "no dog", "neither a cat nor a dog" and "a dog is not visible" are no mentions, but denials; "an orange cat" is a cat and not a fruit.
+Differs from CHAIR: "no dog", "neither a cat nor a dog" and "a dog is not visible" are denials, and no
+    mentions; "an orange cat" is a cat and not a fruit.
 Not checked: relations ("above the star"), and numbers that are too small, since a description may leave things out.
 """
 
@@ -39,7 +40,8 @@ _IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "chil
               "foot": "feet", "tooth": "teeth", "leaf": "leaves", "loaf": "loaves", "knife": "knives", "wife": "wives",
               "shelf": "shelves", "scarf": "scarves", "calf": "calves", "ox": "oxen", "wolf": "wolves"}  # fmt: skip
 _NO = (
-    r"no(?: (?:visible|obvious|clear|signs? of)(?: any| an?)?)?|zero|without(?: any| an?)?|n?either(?: an?)?|nor(?: any| an?)?|not an?|"
+    r"no(?: (?:visible|obvious|clear|signs? of)(?: any| an?)?)?|zero|without(?: any| an?)?|"
+    r"neither(?: an?)?|nor(?: any| an?)?|not an?|"
     r"(?:(?:is|are|was|were|do|does|can|could)(?: not|n't|not)|can't)(?: (?:see|show|have|any|an?|the))*"
 )
 _LISTED = re.compile(r"(?P<or>,? n?or|,? and|,)(?: an?| any| the)? ", re.IGNORECASE)
@@ -48,7 +50,8 @@ _SEEN = (
     r"(?:in|on) (?:the|this) (?:picture|image|photo|scene))\b"
 )
 _DENIED_AFTER = re.compile(
-    rf" (?:(?:(?:is|are|was|were|can|could)(?: not|n't)|cannot|can't)(?: to)?(?: be)?(?: \w+ly)? {_SEEN}|(?:do|does)(?: not|n't) appear\b|"
+    rf" (?:(?:(?:is|are|was|were|can|could)(?: not|n't)|cannot|can't)(?: to)?(?: be)?(?: \w+ly)? {_SEEN}|"
+    r"(?:do|does)(?: not|n't) appear\b|"
     r"(?:is|are|was|were)(?: \w+ly)? (?:absent|nowhere|missing(?! (?:an?|its|his|her|their|the|some|one|two)\b)))",
     re.IGNORECASE,
 )

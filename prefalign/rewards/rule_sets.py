@@ -15,43 +15,13 @@ from functools import cached_property
 from typing import Any
 
 from prefalign.evals import yesno
+from prefalign.rewards.denial import CERTAIN, denied
 from prefalign.rewards.shaping import read_choice
 from prefalign.rule_editor import Vocabulary
 
 _UNSURE = re.compile(
     r"\b(?:(?:not|un)[ -]?(?:sure|certain)|(?:don't|do not|cannot|can't) (?:really )?(?:know|tell|say)|hard to (?:say|tell))\b"
 )
-_VERB = (
-    r"(?:is|are|was|were|be|has|have|had|shows?|contains?|appears?|seems?|looks?|makes?|points?|suggests?|indicates?)\b"
-)
-_NO = (
-    r"\b(?:no|without|neither|nor|rather than|instead of|absence of|lacks?|lack of|free (?:of|from)|devoid of|negative for|"
-    r"rules? out)"
-)
-_NOT = r"\b(?:not|cannot|never|\w+n't)"
-_NEAR = re.compile(rf"(?:{_NO}|{_NOT})(?:[\s-]+[\w'/]+){{0,3}}[\s-]*$")
-_REACHING = re.compile(  # "no sign of an increase in ...", "does not show signs of this or ..."
-    rf"{_NO}(?:[\s,-]+(?!{_VERB}|that\b)[\w'/]+)*[\s-]*$|{_NOT}(?:[\s,-]+[\w'/]+)*[\s,]+n?or\b(?:[\s-]+[\w'/]+){{0,3}}[\s-]*$"
-)
-_FAR = re.compile(rf"{_NOT}\b|{_NO}\b.*\b(?:that|if|whether)\b")
-_NO_AND = re.compile(rf"\b(?:no|without)(?:[\s-]+(?!{_VERB})[\w'/]+)+ and (?:an? |the )?$")
-_DENIED_AFTER = re.compile(
-    rf"^(?:[\s-]+(?!{_VERB})[\w'/]+){{0,5}}?\s+(?:(?:is|are|was|were|can be|could be|has been|have been|seems?|appears?|looks?)"
-    r"(?: (?:\w+ly|very|also|quite|rather|to be))*"
-    r" (?:not|never|absent|unlikely|improbable|excluded|ruled out|lacking|missing)|(?:can|do|does|did|has|have) not|cannot|\w+n't)\b"
-)
-_SHARED_DENIAL = re.compile(  # "... and X are not present": of both, or of X
-    rf"^(?:(?:,|,? and)? (?!{_VERB})[\w'/-]+){{1,6}} (?:are|were|can be|could be|have been) (?:not|absent|unlikely|excluded|ruled out)\b"
-)
-_NEGATION_AFTER = re.compile(rf"{_NOT}\b|\b(?:absent|unlikely|improbable|excluded|ruled out)\b")
-_CERTAIN = re.compile(
-    r"\b(?:(?:there is )?no doubt|without (?:a |any )?doubt|not (?:only|just|merely)|cannot be denied)\b"
-)
-_CLAUSE = re.compile(
-    r"^(?:yes|no|nope),|[.;:!?\n]|\bbut\b|\band\b(?! (?:of|any)\b)|\balthough\b|\bwhile\b|"
-    rf",(?! (?:(?!{_VERB})[\w'/-]+,? ){{0,6}}n?or\b)"  # not in "no this, that or"
-)
-_SUBCLAUSE = re.compile(r"\b(?:because|since|that|which|who|so|as|where|when|whereas|though|if|rather than|without)\b")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 _LIST_VERB = re.compile(r"\b(?:are|is|shows?|sees?|includes?|contains?)\b")
@@ -66,22 +36,6 @@ _TWO_COLOURED = re.compile(rf"\b(?:{_COLOURS})(?:, (?:{_COLOURS}))*,? and (?={_C
 
 Reader = Callable[[str, str, Mapping[str, Any]], "str | None"]
 """Takes an answer, the variable asked for and `facts["rules"]`; gives the category, or None."""
-
-
-def _denied(plain: str, start: int, end: int) -> bool | None:
-    """Whether a clause denies the phrase at these places; None where what a negation in it belongs to is unclear."""
-    cuts = [0, *(cut.end() for cut in _CLAUSE.finditer(plain) if cut.end() <= start)]
-    before = plain[cuts[-1] : start]
-    after = _SUBCLAUSE.split(_CLAUSE.split(plain[end:])[0])[0]
-    earlier = bool(_NEAR.search(before) or _REACHING.search(before))
-    later = bool(_DENIED_AFTER.match(after))
-    if earlier or later:
-        both = earlier and later
-        return None if both or (later and len(_NEGATION_AFTER.findall(after)) > 1) else True
-    subject = not re.search(rf"\b{_VERB}", _SUBCLAUSE.split(before)[-1])
-    shared = subject and _SHARED_DENIAL.match(re.split(r"[.;:!?]", plain[end:])[0])
-    unclear = _FAR.search(before) or _NEGATION_AFTER.search(after) or _NO_AND.search(plain[:start]) or shared
-    return None if unclear else False
 
 
 @dataclass(frozen=True)
@@ -116,16 +70,16 @@ class Variable:
 
     def parse(self, text: str) -> str | None:
         """The category that a text says by the phrases; None if it abstains."""
-        plain = _CERTAIN.sub("", " ".join(text.lower().replace("\u2019", "'").split()))
+        plain = CERTAIN.sub("", " ".join(text.lower().replace("\u2019", "'").split()))
         if _UNSURE.search(plain):
             return None
         said = set()
         for found in self._pattern.finditer(plain):
             category = list(self.phrases)[int(str(found.lastgroup).split("_")[1])]
-            denied = _denied(plain, found.start(), found.end())
-            if denied is None:
+            said_not = denied(plain, found.start(), found.end())
+            if said_not is None:
                 return None
-            if denied:
+            if said_not:
                 said |= {self.opposites[category]} if category in self.opposites else set()
             else:
                 said.add(category)
@@ -422,7 +376,9 @@ RULE_SETS: dict[str, RuleSet] = {
         {"exists": Variable(read=_yes_no, closed=("yes", "no")), "absent": Variable(read=_yes_no, closed=("yes", "no"))},
         ({"exists": "yes", "absent": "no"}, {"exists": "no", "absent": "yes"}),
     ),
-    "attribute": RuleSet({"is": Variable(read=_yes_no, closed=("yes", "no")), "which": Variable(read=_value, closed=("yes", "no"))}),
+    "attribute": RuleSet(
+        {"is": Variable(read=_yes_no, closed=("yes", "no")), "which": Variable(read=_value, closed=("yes", "no"))}
+    ),
     "count_list": RuleSet({"count": Variable(read=_count), "list": Variable(read=_listed)}),
     "sides": RuleSet(
         {"there": _SIDES, "back": _SIDES},
