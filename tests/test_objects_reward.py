@@ -269,6 +269,7 @@ def test_reads_random_captions_as_chair_does(tmp_path):
         ("A dog and a cat are not visible.", [True, True]),
         ("There is a dog and cats are not visible.", [False, True]),
         ("The cat is absent.", [True]),
+        ("There is not a single cat.", [True]),
         ("The cat is missing a leg.", [False]),
         ("The dog is not brown.", [False]),
         ("A dog, but no cat or car.", [False, True, True]),

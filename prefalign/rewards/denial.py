@@ -13,7 +13,7 @@ _VERB = (
 )
 _NO = (
     r"\b(?:no|without|neither|nor|rather than|instead of|absence of|lacks?|lack of|free (?:of|from)|devoid of|negative for|"
-    r"rules? out)"
+    r"rules? out|excludes?|inconsistent with)"
 )
 _NOT = r"\b(?:not|cannot|never|\w+n't)"
 _NEAR = re.compile(rf"(?:{_NO}|{_NOT})(?:[\s-]+[\w'/]+){{0,3}}[\s-]*$")
@@ -26,9 +26,10 @@ _NO_AND = re.compile(rf"\b(?:no|without)(?:[\s-]+(?!{_VERB})[\w'/]+)+ and (?:an?
 _DENIED_AFTER = re.compile(
     rf"^(?:[\s-]+(?!{_VERB})[\w'/]+){{0,5}}?\s+(?:(?:is|are|was|were|can be|could be|has been|have been|seems?|appears?|looks?)"
     r"(?: (?:\w+ly|very|also|quite|rather|to be))*"
-    r" (?:not|never|absent|unlikely|improbable|excluded|ruled out|lacking|missing)|"
+    r" (?:not|never|absent|unlikely|improbable|excluded|ruled out|lacking|missing|out of the question)|"
     r"(?:can|do|does|did|has|have) not|cannot|\w+n't)\b"
 )
+_LABELLED = re.compile(r" ?: ?(?:no|not|none|absent|negative|excluded|ruled out|unlikely)\b")  # "X: negative"
 _SHARED_DENIAL = re.compile(  # "... and X are not present": of both, or of X
     rf"^(?:(?:,|,? and)? (?!{_VERB})[\w'/-]+){{1,6}} (?:are|were|can be|could be|have been)"
     r" (?:not|absent|unlikely|excluded|ruled out)\b"
@@ -50,7 +51,7 @@ def denied(plain: str, start: int, end: int) -> bool | None:
     before = plain[cuts[-1] : start]
     after = _SUBCLAUSE.split(_CLAUSE.split(plain[end:])[0])[0]
     earlier = bool(_NEAR.search(before) or _REACHING.search(before))
-    later = bool(_DENIED_AFTER.match(after))
+    later = bool(_DENIED_AFTER.match(after) or _LABELLED.match(plain, end))
     if earlier or later:
         both = earlier and later
         return None if both or (later and len(_NEGATION_AFTER.findall(after)) > 1) else True

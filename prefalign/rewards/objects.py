@@ -41,8 +41,8 @@ _IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "chil
               "shelf": "shelves", "scarf": "scarves", "calf": "calves", "ox": "oxen", "wolf": "wolves"}  # fmt: skip
 _NO = (
     r"no(?: (?:visible|obvious|clear|signs? of)(?: any| an?)?)?|zero|without(?: any| an?)?|"
-    r"neither(?: an?)?|nor(?: any| an?)?|not an?|"
-    r"(?:(?:is|are|was|were|do|does|can|could)(?: not|n't|not)|can't)(?: (?:see|show|have|any|an?|the))*"
+    r"neither(?: an?)?|nor(?: any| an?)?|not an?(?: single)?|"
+    r"(?:(?:is|are|was|were|do|does|can|could)(?: not|n't|not)|can't)(?: (?:see|show|have|any|an?|the|single))*"
 )
 _LISTED = re.compile(r"(?P<or>,? n?or|,? and|,)(?: an?| any| the)? ", re.IGNORECASE)
 _SEEN = (
