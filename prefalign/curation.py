@@ -56,6 +56,10 @@ class BuilderConfig:
             raise ValueError(
                 f"min_gap is {self.min_gap}: texts of one rating would be compared. Give a gap above 0 (0.2)."
             )
+        if self.max_pairs_per_group < 0:
+            raise ValueError(
+                f"max_pairs_per_group is {self.max_pairs_per_group}: no number of pairs can be drawn. Give 0 for all, or more."
+            )
         if not 0 <= self.aug_prob <= 1:
             raise ValueError(
                 f"aug_prob is {self.aug_prob}; it is a share of texts, so give a value from 0 to 1 (0.25)."

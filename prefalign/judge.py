@@ -114,9 +114,9 @@ def known_text(facts: Mapping[str, Any], answer: str | None = None) -> str:
     lines = []
     for number, known in enumerate(pictures, 1):
         start = f"- picture {number}: " if len(pictures) > 1 else "- "
-        lines += [
-            start + line for key in ("captions", "rationales") for line in known.get(key) or [] if isinstance(line, str)
-        ]
+        for key in ("captions", "rationales"):
+            told = known.get(key) or []
+            lines += [start + line for line in ([told] if isinstance(told, str) else told) if isinstance(line, str)]
         if things := [_thing_line(thing) for thing in known.get("objects") or []]:
             lines.append(f"{start}objects: {'; '.join(things)}")
     if answer:
@@ -349,7 +349,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _thing_line(thing: Any) -> str:
     if not isinstance(thing, Mapping):
         return str(thing)
-    words = [thing.get(key) for key in ("size", "colour", "name")]
+    words = [thing.get("size"), thing.get("colour"), thing.get("name") or thing.get("shape")]
     named = " ".join(word for word in words if isinstance(word, str))
     place = thing.get("place")
     return f"{named} ({place})" if isinstance(place, str) else named

@@ -89,8 +89,8 @@ def versions(rewards: Combined) -> dict[str, str]:
 
 
 def process(block: Sequence[Any], rewards: Combined) -> list[Outcome]:
-    """One outcome for each row of a block; all its responses are scored in one call."""
-    from prefalign.rewards import Response
+    """One outcome for each row of a block; all its responses are scored in one call, unless the facts of a row are bad."""
+    from prefalign.rewards import FactsError, Response
 
     def prepare(row: Candidates | Pair) -> tuple[Candidates, list[Image.Image]] | Dropped | Failed:
         found = candidates_of(row) if isinstance(row, Pair) else row
@@ -116,7 +116,11 @@ def process(block: Sequence[Any], rewards: Combined) -> list[Outcome]:
             for _, (row, images) in rows
             for number, response in enumerate(row.responses)
         ]
-        terms = {name: values.tolist() for name, values in rewards.score(responses).items()}
+        try:
+            scored = rewards.score(responses)
+        except FactsError as error:  # of one row: each by itself
+            return [Failed("bad_facts", str(error))] if len(rows) == 1 else [work([one])[0] for one in rows]
+        terms = {name: values.tolist() for name, values in scored.items()}
         scores = iter(
             {name: _number(values[place]) for name, values in terms.items()} for place in range(len(responses))
         )

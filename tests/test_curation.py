@@ -188,3 +188,8 @@ def test_conversations_are_taken_apart_and_put_together():
     assert placeholder_count(made[:1]) == 2
     assert message_text(prompt.messages[:1]) == "What is it?"  # the row stays as it was
     assert conversation(prompt, {}, {}) == [*prompt.messages, assistant_message("Grey.")]
+
+
+def test_a_negative_number_of_pairs_is_refused():
+    with pytest.raises(ValueError, match="max_pairs_per_group is -1: no number of pairs can be drawn. Give 0 for all"):
+        BuilderConfig(max_pairs_per_group=-1)

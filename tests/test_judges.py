@@ -414,3 +414,10 @@ def test_by_reward():
 def test_by_reward_settings_that_cannot_be(settings, message):
     with pytest.raises(ConfigError, match=message):
         read_comparator({"name": "rewards", **settings})
+
+
+def test_one_caption_and_objects_by_shape():
+    assert "- a dog\n" in known_text({"captions": "a dog"})
+    assert "- objects: red star (top left)\n" in known_text(
+        {"objects": [{"shape": "star", "colour": "red", "place": "top left"}]}
+    )

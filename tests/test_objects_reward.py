@@ -254,3 +254,40 @@ def test_reads_random_captions_as_chair_does(tmp_path):
     for _ in range(2000):
         text = " ".join(drawn() for _ in range(draw.randint(1, 6)))
         assert [mention.kind for mention in reader.mentions(text)] == chair.mentions(text, words), text
+
+
+@pytest.mark.parametrize(
+    ("text", "denied"),
+    [
+        ("There are no dogs or cats.", [True, True]),
+        ("No cat, dog or car is here.", [True, True, True]),
+        ("There is no dog, a cat sits there.", [True, False]),
+        ("I do not see a dog or a cat.", [True, True]),
+        ("I can't see a dog or a cat.", [True, True]),
+        ("Neither a dog nor a cat is visible.", [True, True]),
+        ("A cat is not visible in the picture.", [True]),
+        ("A dog and a cat are not visible.", [True, True]),
+        ("There is a dog and cats are not visible.", [False, True]),
+        ("The cat is absent.", [True]),
+        ("There is not a single cat.", [True]),
+        ("The cat is missing a leg.", [False]),
+        ("The dog is not brown.", [False]),
+        ("A dog, but no cat or car.", [False, True, True]),
+        ("No dogs and a cat.", [True, False]),
+        ("Either a dog or a cat.", [False, False]),
+    ],
+)
+def test_denials_reach_over_lists_and_from_behind(text, denied):
+    assert [mention.denied for mention in Objects(objects=NAMES).reader.mentions(text)] == denied
+    assert scores(text, {"objects": ["person"]})["invented"] == -denied.count(False)
+
+
+def test_denials_in_scenes():
+    assert [mention.denied for mention in Objects().scenes_reader.mentions("There are no stars or circles.")] == [
+        True
+    ] * 2
+
+
+def test_objects_that_are_no_list():
+    with pytest.raises(ValueError, match=r"response row: facts.objects is '5', which names no object. Write a list"):
+        scores("A cat.", {"objects": 5})

@@ -122,9 +122,7 @@ def test_no_responses(file):
 
 def test_a_weight_that_counts_no_term():
     rewards = read_rewards([{"name": "objects", "weight": {"invention": 1.0}}])
-    with pytest.raises(
-        ValueError, match=r"reward 'objects' gives invented, wrong, precision, recall, and its weight .* counts none"
-    ):
+    with pytest.raises(ValueError, match=r"reward 'objects' gives no term 'invention', .*; did you mean 'invented'"):
         rewards.score(responses("A star."))
 
 
@@ -315,3 +313,37 @@ def test_every_setting_stands_in_the_document(name, place):
     sections = [part for part in DOCUMENT.split("\n## ")[1:] if f"name: {name}" in part]
     assert sections
     assert not {setting for setting in settings if not any(setting in section for section in sections)}
+
+
+def test_a_misspelt_term_beside_a_right_one_is_refused():
+    rewards = read_rewards([{"name": "objects", "weight": {"invented": 1.0, "recal": 6.0}}])
+    with pytest.raises(ValueError, match=r"reward 'objects' gives no term 'recal', .*; did you mean 'recall'"):
+        rewards.score(responses("A star.", facts={"world": "scenes", "objects": []}))
+
+
+def test_a_reward_file_with_a_dataclass_and_numpy_scores(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport numpy as np\nimport torch\n"
+        "@dataclass\nclass Rule:\n    word: str = 'a'\n"
+        "def found(responses):\n    return [np.float32(Rule().word in one.text) for one in responses]\n"
+        "def tensors(responses):\n    return [torch.tensor(2.5) for one in responses]\n"
+        "def ids(prompts, completions, completion_ids):\n    return [len(one) for one in completion_ids]\n"
+    )
+    assert Function(f"{path}:found").score(responses("a", "b"))["value"].tolist() == [1, 0]
+    assert Function(f"{path}:tensors").score(responses("a"))["value"].tolist() == [2.5]
+    with pytest.raises(
+        ValueError, match=r"needs 'completion_ids', which it would not get: the columns here are prompts, "
+    ):
+        Function(f"{path}:ids")
+
+
+def test_the_version_of_a_function_is_its_source(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("def reward(responses):\n    return [1.0] * len(responses)\n")
+    before = Function(f"{path}:reward").version
+    assert before == Function(f"{path}:reward").version
+    path.write_text("def reward(responses):\n    return [99.0] * len(responses)\n")
+    assert len(before) == 64
+    assert Function(f"{path}:reward").version != before
+    assert len(Function("prefalign.text:split_sentences").version) == 64

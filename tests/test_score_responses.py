@@ -232,3 +232,18 @@ def test_rows_of_other_formats_with_a_list_of_responses(tmp_path):
         assert problem.value.reason == reason
     with pytest.raises(RecordError, match="candidates need `responses`.*sample_responses makes them of prompts"):
         to_candidates({**line, "responses": None}, data)
+
+
+def test_bad_facts_of_one_row_stop_no_other():
+    broken = row(1, facts={"objects": [5]})
+    outcomes = score_block([row(0), broken, row(2)])
+    assert [type(outcome) for outcome in outcomes] == [list, Failed, list]
+    assert outcomes[1].reason == "bad_facts"
+    assert "response row-1/0: facts.objects holds '5'" in outcomes[1].message
+    assert [outcomes[place][0].responses[0]["scores"]["total"] for place in (0, 2)] == [2, 2]
+    with pytest.raises(ValueError, match="no names of objects are set"):  # a fault of the settings, not of a row
+        score_block([row(0)], {"name": "objects"})
+
+
+def score_block(rows, entry=OBJECTS):
+    return bundled.load_stage("score_responses").process(rows, read_rewards([entry]))

@@ -8,7 +8,7 @@ import torch
 
 from prefalign.config import ConfigError
 from prefalign.records import Prompt, assistant_message, message_text, user_message
-from prefalign.rewards import Response, read_rewards
+from prefalign.rewards import FactsError, Response, read_rewards
 from prefalign.rewards.rule_sets import RULE_SETS, read_as_released
 from prefalign.rewards.symbolic import Symbolic
 from prefalign.scenes import world
@@ -319,3 +319,43 @@ def test_rows_about_scenes_are_prompts():
         )
     assert {prompt.facts["rules"]["set"] for prompt in made} == {"existence_count", "attribute"}
     assert [Prompt(**row).facts for row in rows("test_fair", 0, 12)] == [prompt.facts for prompt in made]
+
+
+@pytest.mark.parametrize(
+    ("rules", "reference", "message"),
+    [
+        (
+            "count_list",
+            {"count": 2},
+            r"reference.count is 2, which no answer is read as; write the number as text \('2'\)",
+        ),
+        ("count_list", {"list": "two"}, r"reference.list is 'two', which no answer is read as; write the number"),
+        (
+            "existence_count",
+            {"exists": "Yes"},
+            r"reference.exists is 'Yes', which no answer is read as; did you mean 'yes'",
+        ),
+        ("existence_count", {"count": "2"}, r"reference.count is '2', which no answer is read as; .*some"),
+        ("attribute", {"which": "red"}, r"reference.which is 'red', which no answer is read as; .*yes"),
+        ("choice", {"first": "cow"}, r"reference.first is 'cow', which no answer is read as; .*cat"),
+    ],
+)
+def test_references_that_no_answer_could_meet(rules, reference, message):
+    says = dict.fromkeys(RULE_SETS[rules].variables, "Yes.")
+    with pytest.raises(FactsError, match=message):
+        Symbolic().score([conversation(says, reference, asked=list(says), rules=rules, **RULES)])
+
+
+@pytest.mark.parametrize(
+    ("rules", "facts", "message"),
+    [
+        ("choice", {}, r"response row: facts.rules has no options.first \(text by letter\), without which 'choice'"),
+        ("choice", {"options": {"first": {"A": "dog"}}}, r"has no options.second"),
+        ("attribute", {"value": "red"}, r"response row: facts.rules has no values \(what could be named\)"),
+        ("attribute", {"values": ["red"]}, r"has no value \(the one asked for\)"),
+    ],
+)
+def test_facts_that_reading_needs(rules, facts, message):
+    says = dict.fromkeys(RULE_SETS[rules].variables, "A.")
+    with pytest.raises(FactsError, match=message):
+        Symbolic().score([conversation(says, {}, asked=list(says), rules=rules, **facts)])

@@ -42,6 +42,7 @@ __all__ = [
     "REWARDS",
     "Combined",
     "Comparator",
+    "FactsError",
     "Response",
     "Reward",
     "Verdict",
@@ -50,6 +51,10 @@ __all__ = [
     "read_comparator",
     "read_rewards",
 ]
+
+
+class FactsError(ValueError):
+    """The facts of one row are not what a reward reads; other rows can be scored."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Combined:
             with a weight is, unless a reward with the setting `replace` decides it alone (`shaping.MissingEos`).
 
         Raises:
-            ValueError: an entry gives no term that has a weight.
+            ValueError: an entry gives no term that has a weight, or lacks one that its weights name.
         """
         import torch
 
@@ -99,6 +104,14 @@ class Combined:
         for entry in self.entries:
             terms = entry.reward.score(responses)
             weights = {term: entry.weight_of(term) for term in terms}
+            named = (
+                [] if isinstance(entry.weight, (int, float)) else [term for term in entry.weight if term not in terms]
+            )
+            if named and responses:
+                raise ValueError(
+                    f"reward {entry.name!r} gives no term {named[0]!r}, so its weight would count for nothing; "
+                    f"{nearest(named[0], list(terms))}"
+                )
             if not any(weights.values()) and responses:
                 raise ValueError(
                     f"reward {entry.name!r} gives {', '.join(terms)}, and its weight {entry.weight!r} counts none of them, so it "

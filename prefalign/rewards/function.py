@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -45,6 +47,28 @@ class Function:
                 f"function {self.function!r} has no parameter {unknown[0]!r} that `arguments` could set; it takes "
                 f"{', '.join(names)}."
             )
+        if "completions" in names:
+            columns = (*_trl_columns([]), *self.arguments)
+            lacking = [
+                name
+                for name, parameter in names.items()
+                if parameter.default is parameter.empty
+                and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+                and name not in columns
+            ]
+            if lacking:
+                raise ValueError(
+                    f"function {self.function!r} needs {lacking[0]!r}, which it would not get: the columns here are "
+                    f"{', '.join(_trl_columns([]))}. Give the parameter a default, or set it in `arguments`."
+                )
+
+    @property
+    def version(self) -> str | None:
+        """SHA-256 of the file that the function is written in; None without one."""
+        place = self.function.rpartition(":")[0]
+        module = inspect.getmodule(inspect.unwrap(self.call))
+        file = place if place.endswith(".py") else inspect.getsourcefile(module) if module is not None else None
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file is not None else None
 
     @cached_property
     def call(self) -> Callable[..., Any]:
@@ -107,6 +131,7 @@ class Function:
                 f"function {self.function!r} returned {size} ({term}) for {count} response(s), so that nobody knows whose they "
                 "are. Return one number for each response, in order."
             )
+        values = [one.item() if getattr(one, "ndim", None) == 0 else one for one in values]
         bad = next((one for one in values if not _is_score(one)), None)
         if bad is not None:
             raise ValueError(
@@ -134,9 +159,15 @@ def _trl_columns(responses: Sequence[Response]) -> dict[str, list[Any]]:
 def _load_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path.name!r} in {path.parent.name or '.'}/")
-    spec = importlib.util.spec_from_file_location(f"prefalign_function_{path.stem}", path)
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]  # two files of one name are two modules
+    spec = importlib.util.spec_from_file_location(f"prefalign_function_{path.stem}_{place}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
     return module

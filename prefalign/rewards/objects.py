@@ -11,12 +11,14 @@ Equation, for a response with mentions m (repeats kept) and a picture with kinds
     recall    = #(kinds affirmed in G) / #G                  CHAIR's recall
     More is better in each, and a weight of 1 for all is `{name: objects}`.
 Source: CHAIR, Rohrbach et al. 2018, arXiv 1809.02156; words become kinds through `prefalign.evals.chair`.
-Differs from CHAIR: "no dog" is no mention of a dog, but a denial; "an orange cat" is a cat and not a fruit.
+Differs from CHAIR: "no dog", "neither a cat nor a dog" and "a dog is not visible" are denials, and no
+    mentions; "an orange cat" is a cat and not a fruit.
 Not checked: relations ("above the star"), and numbers that are too small, since a description may leave things out.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +27,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from prefalign.evals import chair
+from prefalign.rewards import FactsError
 from prefalign.rewards.reward import Response
 from prefalign.rule_editor import Vocabulary as WorldWords
 
@@ -37,8 +40,20 @@ _IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "chil
               "foot": "feet", "tooth": "teeth", "leaf": "leaves", "loaf": "loaves", "knife": "knives", "wife": "wives",
               "shelf": "shelves", "scarf": "scarves", "calf": "calves", "ox": "oxen", "wolf": "wolves"}  # fmt: skip
 _NO = (
-    r"no(?: (?:visible|obvious|clear|signs? of)(?: any| an?)?)?|zero|without(?: any| an?)?|nor an?|not an?|"
-    r"(?:is|are|was|were|do|does|can|could)(?: not|n't|not)(?: (?:see|show|have|any|an?))*"
+    r"no(?: (?:visible|obvious|clear|signs? of)(?: any| an?)?)?|zero|without(?: any| an?)?|"
+    r"neither(?: an?)?|nor(?: any| an?)?|not an?(?: single)?|"
+    r"(?:(?:is|are|was|were|do|does|can|could)(?: not|n't|not)|can't)(?: (?:see|show|have|any|an?|the|single))*"
+)
+_LISTED = re.compile(r"(?P<or>,? n?or|,? and|,)(?: an?| any| the)? ", re.IGNORECASE)
+_SEEN = (
+    r"(?:visible|present|seen|shown|there|here|found|depicted|pictured|in view|"
+    r"(?:in|on) (?:the|this) (?:picture|image|photo|scene))\b"
+)
+_DENIED_AFTER = re.compile(
+    rf" (?:(?:(?:is|are|was|were|can|could)(?: not|n't)|cannot|can't)(?: to)?(?: be)?(?: \w+ly)? {_SEEN}|"
+    r"(?:do|does)(?: not|n't) appear\b|"
+    r"(?:is|are|was|were)(?: \w+ly)? (?:absent|nowhere|missing(?! (?:an?|its|his|her|their|the|some|one|two)\b)))",
+    re.IGNORECASE,
 )
 
 
@@ -106,7 +121,8 @@ class Objects:
         NaN for all where facts have no `objects`, and for `recall` where that list is empty.
 
         Raises:
-            ValueError: for rows of real pictures without a vocabulary, or objects without a name.
+            FactsError: for objects without a name, or that are no list.
+            ValueError: for rows of real pictures without a vocabulary.
         """
         import torch
 
@@ -123,6 +139,12 @@ class Objects:
                 f"response {response.id}: its facts are of a real picture, and no names of objects are set, so that "
                 "nothing could be found that is not there. Set `synonyms` to CHAIR's file of names, or `objects`."
             )
+        for picture in pictures:
+            if not isinstance(picture["objects"], (list, tuple)):
+                raise FactsError(
+                    f"response {response.id}: facts.objects is {str(picture['objects'])[:80]!r}, which names no object. Write "
+                    "a list of names, or of mappings with `name` and attributes."
+                )
         things = [reader.thing(thing, response.id) for picture in pictures for thing in picture["objects"]]
         kinds = {thing["kind"] for thing in things}
         found = reader.mentions(response.text, kinds)
@@ -178,7 +200,7 @@ class Reader:
         entry = {"name": thing} if isinstance(thing, str) else thing
         name = (entry.get("shape") or entry.get("name")) if isinstance(entry, Mapping) else None
         if not isinstance(entry, Mapping) or not isinstance(name, str):
-            raise ValueError(
+            raise FactsError(
                 f"response {where}: facts.objects holds {str(thing)[:80]!r}, which names no object. Write names, or "
                 "mappings with `name` and attributes."
             )
@@ -203,6 +225,7 @@ class Reader:
         text = text.replace("\u2019", "'")
         matches = list(phrase.finditer(text))
         toilet = any(match["noun"].lower().startswith("toilet") for match in matches)
+        denied = self._denials(text, matches)
         for match in matches:
             if toilet and match["noun"].lower() in ("seat", "seats"):  # as CHAIR: not a chair
                 continue
@@ -222,8 +245,31 @@ class Reader:
                 said["place"] = place[1].lower().split(" the ", 1)[1]
             number = (match["number"] or "1").lower()
             count = int(number) if number.isdigit() else self.numbers.index(number)
-            found.append(Mention(kind, said, count, match["no"] is not None))
+            found.append(Mention(kind, said, count, denied[match.start()]))
         return found
+
+    @staticmethod
+    def _denials(text: str, matches: Sequence[re.Match[str]]) -> dict[int, bool]:
+        """Whether each match is denied, by its start: by itself, or in a list with one that is ("no dogs, cats or birds")."""
+        joined = [_LISTED.fullmatch(text, before.end(), after.start()) for before, after in itertools.pairwise(matches)]
+        words = ["" if join is None else join["or"].lower().strip(", ") or "," for join in joined]
+        found = [match["no"] is not None for match in matches]
+        for place, word in enumerate(words):  # a comma carries a denial if an "or" ends its list
+            later = next((other for other in words[place:] if other != ","), "")
+            if found[place] and matches[place + 1]["no"] is None and "or" in (word, later)[word == ","]:
+                found[place + 1] = True
+        for place, match in enumerate(matches):
+            if not _DENIED_AFTER.match(text, match.end()):
+                continue
+            first = place
+            while first and words[first - 1]:
+                first -= 1
+            starts = re.search(
+                r"(?:^|[.!?;:]\s+)(?:an? |any |the |both )?$", text[: matches[first].start()], re.IGNORECASE
+            )
+            for one in range(first if starts else place, place + 1):
+                found[one] = True
+        return dict(zip((match.start() for match in matches), found, strict=True))
 
 
 def with_plain_names(objects: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

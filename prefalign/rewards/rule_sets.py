@@ -15,17 +15,24 @@ from functools import cached_property
 from typing import Any
 
 from prefalign.evals import yesno
+from prefalign.rewards.denial import CERTAIN, denied
 from prefalign.rewards.shaping import read_choice
+from prefalign.rule_editor import Vocabulary
 
 _UNSURE = re.compile(
     r"\b(?:(?:not|un)[ -]?(?:sure|certain)|(?:don't|do not|cannot|can't) (?:really )?(?:know|tell|say)|hard to (?:say|tell))\b"
 )
-_NEGATED = re.compile(
-    r"\b(?:no|not|cannot|without|never|neither|nor|rather than|instead of|absence of|lacks?|lack of|free of|rules? out|\w+n't)"
-    r"(?:[\s-]+[\w'/]+){0,3}[\s-]*$"
-)
-_CLAUSE = re.compile(r"[.;:,!?\n]|\b(?:but|and)\b|\balthough\b|\bwhile\b")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
+_LIST_VERB = re.compile(r"\b(?:are|is|shows?|sees?|includes?|contains?)\b")
+_NO_THING = re.compile(
+    r"(?:^|\b(?:there|here|it|this|these|they|i|we|you|picture|image|photo|photograph|scene|list|answer)|"
+    r"\b(?:things|objects|items|animals)\b.*)(?: can| could| also)?\s*$"
+)
+_COLOURS = "|".join(
+    [*Vocabulary().attributes["colour"], "black", "white", "gr[ae]y", "brown", "pink", "beige", "gold", "silver"]
+)
+_TWO_COLOURED = re.compile(rf"\b(?:{_COLOURS})(?:, (?:{_COLOURS}))*,? and (?={_COLOURS})")
 
 Reader = Callable[[str, str, Mapping[str, Any]], "str | None"]
 """Takes an answer, the variable asked for and `facts["rules"]`; gives the category, or None."""
@@ -40,7 +47,8 @@ class Variable:
         opposites: what a negated category says ("not suitable" is bad); a category without one says nothing when negated.
         strong: categories that count alone, whatever else is said.
         weak: categories that count only if nothing else is said.
-        read: a function that reads answers instead of phrases; its categories are open.
+        read: a function that reads answers instead of phrases.
+        closed: the categories that `read` gives; none: open, or by the row.
     """
 
     phrases: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -48,6 +56,7 @@ class Variable:
     strong: tuple[str, ...] = ()
     weak: tuple[str, ...] = ()
     read: Reader | None = None
+    closed: tuple[str, ...] = ()
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -61,14 +70,16 @@ class Variable:
 
     def parse(self, text: str) -> str | None:
         """The category that a text says by the phrases; None if it abstains."""
-        plain = " ".join(text.lower().replace("\u2019", "'").split())
+        plain = CERTAIN.sub("", " ".join(text.lower().replace("\u2019", "'").split()))
         if _UNSURE.search(plain):
             return None
         said = set()
         for found in self._pattern.finditer(plain):
             category = list(self.phrases)[int(str(found.lastgroup).split("_")[1])]
-            before = _CLAUSE.split(plain[: found.start()])[-1]
-            if _NEGATED.search(before):
+            said_not = denied(plain, found.start(), found.end())
+            if said_not is None:
+                return None
+            if said_not:
                 said |= {self.opposites[category]} if category in self.opposites else set()
             else:
                 said.add(category)
@@ -112,10 +123,30 @@ class RuleSet:
             return len({category for _, category in said}) == 1
         return any(all(row.get(variable) == category for variable, category in said) for row in self.rows)
 
-    def domain(self, variable: str) -> list[str] | None:
-        """The categories of a variable; None if they are open."""
+    def domain(self, variable: str, rules: Mapping[str, Any]) -> list[str] | None:
+        """The categories of a variable; None for numbers, which are open.
+
+        Args:
+            variable: what was asked.
+            rules: `facts["rules"]` of the row; the options of a choice are its categories.
+        """
         known = self.variables[variable]
-        return list(known.phrases) if known.read is None else None
+        if known.read is _option:
+            return sorted({str(option).lower() for option in rules["options"][variable].values()})
+        return list(known.phrases) or list(known.closed) or None
+
+    def lacking(self, rules: Mapping[str, Any]) -> str | None:
+        """What reading the answers that `rules` ask for needs and `rules` lack; None if they lack nothing."""
+        for variable in (*(rules.get("asked") or ()), *(rules.get("reference") or ())):
+            read = self.variables[variable].read
+            options = rules.get("options")
+            if read is _option and not (isinstance(options, Mapping) and isinstance(options.get(variable), Mapping)):
+                return f"options.{variable} (text by letter)"
+            if read is _value and not isinstance(rules.get("values"), (list, tuple)):
+                return "values (what could be named)"
+            if read is _value and "value" not in rules:
+                return "value (the one asked for)"
+        return None
 
 
 def read_as_released(rules: Sequence[tuple[str, Sequence[Sequence[str]], Sequence[str]]], text: str) -> str | None:
@@ -196,7 +227,11 @@ def _listed(text: str, variable: str, rules: Mapping[str, Any]) -> str | None:
         return None
     if re.match(r"\W*(?:none|nothing|there (?:is|are) (?:no|nothing)|no)\b", sentence.lower()):
         return "0"
-    listed = re.split(r"(?i):|\b(?:are|is|shows?|see|include|contains?)\b", sentence)[-1]
+    listed = sentence.lower().rsplit(":", 1)[-1]
+    verb = None if ":" in sentence else _LIST_VERB.search(listed)
+    if verb is not None:  # "there are a dog and a cat", "a dog and a cat are here"
+        listed = listed[verb.end() :] if _NO_THING.search(listed[: verb.start()]) else listed[: verb.start()]
+    listed = _TWO_COLOURED.sub(" ", listed)
     return str(len([part for part in re.split(r",\s*(?:and\s+)?|\s+and\s+|;", listed) if part.strip()]))
 
 
@@ -334,14 +369,16 @@ _SIDES = Variable(
 RULE_SETS: dict[str, RuleSet] = {
     "bone_marrow": _BONE_MARROW,
     "existence_count": RuleSet(
-        {"exists": Variable(read=_yes_no), "count": Variable(read=_any_or_none)},
+        {"exists": Variable(read=_yes_no, closed=("yes", "no")), "count": Variable(read=_any_or_none, closed=("some", "none"))},
         ({"exists": "yes", "count": "some"}, {"exists": "no", "count": "none"}),
     ),
     "existence_absence": RuleSet(
-        {"exists": Variable(read=_yes_no), "absent": Variable(read=_yes_no)},
+        {"exists": Variable(read=_yes_no, closed=("yes", "no")), "absent": Variable(read=_yes_no, closed=("yes", "no"))},
         ({"exists": "yes", "absent": "no"}, {"exists": "no", "absent": "yes"}),
     ),
-    "attribute": RuleSet({"is": Variable(read=_yes_no), "which": Variable(read=_value)}),
+    "attribute": RuleSet(
+        {"is": Variable(read=_yes_no, closed=("yes", "no")), "which": Variable(read=_value, closed=("yes", "no"))}
+    ),
     "count_list": RuleSet({"count": Variable(read=_count), "list": Variable(read=_listed)}),
     "sides": RuleSet(
         {"there": _SIDES, "back": _SIDES},

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prefalign.config import nearest
 from prefalign.records import message_text
+from prefalign.rewards import FactsError
 from prefalign.rewards.reward import Response
 from prefalign.rewards.rule_sets import RULE_SETS, RuleSet, read_as_released, read_rule_set
 
@@ -125,25 +126,33 @@ class Symbolic:
         """The answers of a conversation, read.
 
         Raises:
-            ValueError: for an unknown rule set, variable or category, or other turns than were asked for.
+            FactsError: for an unknown variable or category, facts that are missing, or other turns than were asked for.
+            ValueError: for an unknown rule set.
         """
         rules, where = response.facts["rules"], f"response {response.id}: facts.rules"
         known = self._rule_set(rules, where)
         asked, reference = list(rules.get("asked") or []), dict(rules.get("reference") or {})
         strange = [name for name in (*asked, *reference) if name not in known.variables]
         if strange:
-            raise ValueError(
+            raise FactsError(
                 f"{where} has a variable {strange[0]!r}; {nearest(str(strange[0]), list(known.variables))}"
             )
+        lacking = known.lacking(rules)
+        if lacking is not None:
+            raise FactsError(f"{where} has no {lacking}, without which {rules['set']!r} cannot read answers. Add it.")
         for name, category in reference.items():
-            domain = known.domain(name)
+            domain = known.domain(name, rules)
+            if domain is None and not (isinstance(category, str) and category.isdigit()):
+                raise FactsError(
+                    f"{where}.reference.{name} is {category!r}, which no answer is read as; write the number as text ('2')."
+                )
             if domain is not None and category not in domain:
-                raise ValueError(
+                raise FactsError(
                     f"{where}.reference.{name} is {category!r}, which no answer is read as; {nearest(str(category), domain)}"
                 )
         texts = [message_text([turn]) for turn in response.messages if turn["role"] == "assistant"] + [response.text]
         if len(texts) != len(asked):
-            raise ValueError(
+            raise FactsError(
                 f"{where}.asked names {len(asked)} variable(s), and the conversation has {len(texts)} assistant turn(s), the "
                 "response included, so that answers would be read as answers to other questions. Name one variable for each turn."
             )
