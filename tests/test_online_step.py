@@ -129,8 +129,8 @@ def test_a_batch_without_a_usable_pair_moves_nothing(prompts, tmp_path):
 
 def test_shares_of_usable_and_dropped_rows_add_up(prompts, tmp_path):
     """Logged once for several steps, of which some drop no row for a reason that others do."""
-    trainer = trainer_of(prompts, tmp_path, p_offline=0.0, margin=2.0,
-                         trainer={"max_steps": 6, "logging_steps": 6, "per_device_train_batch_size": 1})  # fmt: skip
+    six = {"max_steps": 6, "logging_steps": 6, "save_steps": 6, "per_device_train_batch_size": 1}
+    trainer = trainer_of(prompts, tmp_path, p_offline=0.0, trainer=six)
     trainer.train()
     logged = trainer.state.log_history[0]
     dropped = {name: share for name, share in logged.items() if name.startswith("online/dropped_")}
@@ -138,21 +138,19 @@ def test_shares_of_usable_and_dropped_rows_add_up(prompts, tmp_path):
     assert logged["online/pairs"] + sum(dropped.values()) == pytest.approx(1.0)
 
 
+PAIRS_OF_TWO = {"algorithm": "grpo", "num_generations": 2, "per_device_train_batch_size": 2}
+
+
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("trainer", "changes", "words"),
     [
-        ({"rewards": [{"name": "object"}]}, "object"),
-        (
-            {"losses": [{"name": "text"}, {"name": "visual"}]},
-            "look at `rejected_images`, and a row of online_dpo_step has none",
-        ),
+        (STEPS, {"rewards": [{"name": "object"}]}, "object"),
+        (STEPS, {"losses": [{"name": "visual"}]}, "look at `rejected_images`, and a row of online_dpo_step has none"),
+        (PAIRS_OF_TWO, {"rewards": [{"name": "object"}]}, "object"),
+        ({**PAIRS_OF_TWO, "num_iterations": 2, "save_steps": 3}, {}, "save_steps is 3"),
     ],
 )
-@pytest.mark.parametrize("algorithm", ["online_dpo_step", "grpo"])
-def test_bad_settings_leave_the_folder_free(algorithm, changes, words, prompts, tmp_path):
-    if algorithm == "grpo" and "losses" in changes:
-        pytest.skip("grpo reads no losses")
-    trainer = {"algorithm": algorithm, **({"num_generations": 2, "per_device_train_batch_size": 2} if algorithm == "grpo" else {"max_steps": 1})}
+def test_bad_settings_leave_the_folder_free(trainer, changes, words, prompts, tmp_path):
     with pytest.raises(ConfigError, match=words):
         run(prompts, tmp_path / "run", trainer=trainer, **changes)
     assert not (tmp_path / "run").exists()
