@@ -11,6 +11,7 @@ import pytest
 
 from prefalign import bundled, config, store
 from prefalign.config import ConfigError
+from prefalign.engines import Completion
 from prefalign.manifest import read_manifest
 from prefalign.models import ModelConfig
 from prefalign.online import annotating, round_training, rounds
@@ -174,6 +175,18 @@ def test_another_evaluation_is_another_run_once_one_was_made(prompts, tmp_path, 
     (done / "results.json").write_text("{}")
     with pytest.raises(RunError, match=r"another config \(evaluation"):
         run(prompts, tmp_path / "run", evaluation={"draws": 3})
+
+
+def test_a_policy_that_answers_nothing_stops_a_mixed_run(prompts, tmp_path, monkeypatch):
+    offline = write_offline(tmp_path / "offline", prompts, 3)
+    failing = [Completion("x", "", finish_reason="error", error="no memory")] * 6
+    monkeypatch.setattr(
+        rounds.TransformersEngine, "generate", lambda self, requests, sampling: failing[: len(requests)]
+    )
+    with pytest.raises(
+        RunError, match=r"round 1 of 1 has no answers: sample_policy made no row out of 6.*none of the 3"
+    ):
+        run(prompts, tmp_path / "run", offline=offline, p_offline=1.0, rounds={"count": 1, "prompts": 0})
 
 
 def interrupted(*args, **kwargs):

@@ -183,6 +183,12 @@ def _round(config: OnlineConfig, number: int, total: int, offline: frozenset[str
             if "made no row out of" not in str(error):  # a full disk, say
                 raise
             why = str(error).split(" Mend the cause")[0]
+            if config.bdhs is None and read_manifest(folder / "candidates") is None:
+                raise RunError(
+                    f"round {number} of {config.rounds.count} has no answers: {why}. The policy answered none of the "
+                    f"{taken.count(False)} prompts drawn online. Mend the cause and start the same command "
+                    "again: the arrow is made anew."
+                ) from error
             if not any(taken):
                 raise RunError(
                     f"round {number} of {config.rounds.count} has nothing to train on: none of its {len(taken)} prompts gave a "
