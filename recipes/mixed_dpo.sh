@@ -4,13 +4,18 @@
 #   sh recipes/mixed_dpo.sh                                                # the embedded world, minutes on two CPU cores
 #   sh recipes/mixed_dpo.sh configs/recipes/train_online.yaml runs/llava   # a real checkpoint: its prompts are the config's
 #
-# PAIRS: a config of the stage that makes the offline pairs, any of datagen/ (default: bdhs). EVALUATION: as in online_dpo.sh.
+# PAIRS: a config of the stage that makes the offline pairs, named after it (default: bdhs): bdhs, m3id, povid or re_align, which
+# answer the prompts by the model. Pairs of other stages go to online_dpo.sh, as --offline. EVALUATION: as in online_dpo.sh.
 set -eu
 
 config=${1:-configs/recipes/train_online_mixed_scenes.yaml}
 output=${2:-runs/mixed_dpo}
 [ $# -ge 1 ] && shift
 [ $# -ge 1 ] && shift
+case " $* " in *" --model"*)
+    echo "$0: the model is the config's, for every step of this recipe; set model.model_name_or_path in $config." >&2
+    exit 2 ;;
+esac
 file=$(prefalign path "$config")
 base=$(sed -n 's/^  model_name_or_path: *\([^ ]*\).*/\1/p' "$file" | head -n 1)
 
@@ -23,6 +28,15 @@ else
     prompts=$(sed -n 's/^  path: *\([^ ]*\).*/\1/p' "$file" | head -n 1)
 fi
 stage=$(basename "$pairs" .yaml)
-prefalign run "${stage%_scenes}" --config "$pairs" --model.model_name_or_path "$base" --data.path "$prompts" \
+case "$stage" in
+bdhs | bdhs_* | m3id | m3id_* | povid | povid_* | re_align | re_align_*) ;;
+*)
+    echo "$0: PAIRS is $pairs; this recipe knows configs of bdhs, m3id, povid and re_align. Make other pairs by themselves, and" \
+        "give them to recipes/online_dpo.sh as --offline." >&2
+    exit 2
+    ;;
+esac
+case "$stage" in re_align*) stage=re_align ;; *) stage=${stage%%_*} ;; esac
+prefalign run "$stage" --config "$pairs" --model.model_name_or_path "$base" --data.path "$prompts" \
     --output.path "$output/pairs"
 sh "$(dirname "$0")/online_dpo.sh" "$config" "$output" --offline "$output/pairs" "$@"

@@ -6,16 +6,21 @@ import pytest
 import torch
 
 from prefalign.config import ConfigError
-from prefalign.online.annotating import ByJudge, ByScore, as_pair, read_annotator
-from prefalign.online.sampling import near_identical, usable
-from prefalign.records import Prompt, user_message
+from prefalign.engines import Completion, Sampling
+from prefalign.online.annotating import ByJudge, ByScore, annotate, as_pair, read_annotator
+from prefalign.online.round_metrics import _annotation
+from prefalign.online.sampling import Draw, near_identical, response, usable
+from prefalign.pairing import unusable
+from prefalign.records import Candidates, Prompt, user_message
 from prefalign.rewards import Combined, Response, Verdict, Weighted
-from prefalign.store import Dropped
+from prefalign.rewards.comparing import ByReward
+from prefalign.store import Dropped, OutputConfig, read_records, write_records
+from tests.online_runs import write_prompts
 
 
 def drawn(text, finished=True):
-    return {"text": text, "finished": finished, "tokens": 3, "logp": -1.0, "token_ids": [1, 2], "settings": {},
-            "generator": "g"}  # fmt: skip
+    return {"text": text, "finish_reason": "stop" if finished else "length", "tokens": 3, "logp": -1.0,
+            "token_ids": [1, 2], "settings": {}, "generator": "g"}  # fmt: skip
 
 
 def responses(*texts):
@@ -89,6 +94,77 @@ def test_best_against_worst_of_four():
     texts = ["a b", "a b c d", "a", "a b c"]
     (found,) = ByJudge(LongerIsBetter()).prefer([responses(*texts)])
     assert (found.chosen, found.rejected) == (1, 2)
+
+
+@dataclass
+class Table:
+    """What a judge says of two answers by their texts, in both orders; of others: that the orders disagree."""
+
+    beaten: list[tuple[str, str]]
+    version: str = "table/1"
+
+    def compare(self, pairs):
+        said = [
+            "first" if (a.text, b.text) in self.beaten else "second" if (b.text, a.text) in self.beaten else None
+            for a, b in pairs
+        ]
+        return [Verdict(winner, votes=(winner, winner) if winner else ("first", "second")) for winner in said]
+
+
+@pytest.mark.parametrize(
+    ("count", "beaten", "expected"),
+    [
+        (4, ["AD", "BC"], (0, 3, "")),  # B wins as often as A, and A did not meet C
+        (4, ["AC", "BD"], (0, 2, "")),
+        (4, ["CA", "DB"], (2, 0, "")),
+        (3, ["AB", "BC", "CA"], (None, None, "cycle")),
+        (5, ["AB", "AC", "BE", "CE", "EA", "BD", "CD"], (1, 3, "")),
+        (3, [], (None, None, "order_disagrees")),
+    ],
+)
+def test_a_pair_of_several_answers_needs_the_best_to_have_beaten_the_worst(count, beaten, expected):
+    (found,) = ByJudge(Table([tuple(pair) for pair in beaten])).prefer([responses(*"ABCDE"[:count])])
+    assert (found.chosen, found.rejected, found.reason) == expected
+    assert found.chosen is None or found.votes == ("first", "first")
+
+
+def test_the_version_of_rewards_is_the_same_on_every_machine_and_tells_weights_apart(tmp_path):
+    versions = []
+    for folder, weights in (("one", "a"), ("two", "a"), ("two", "b")):
+        model = tmp_path / folder / "rm"
+        model.mkdir(parents=True, exist_ok=True)
+        (model / "model.safetensors").write_text(weights)
+        (model / "reward_model.json").write_text("{}")
+        rewards = [{"name": "reward_model", "path": str(model), "batch_size": len(versions) + 1}]
+        versions.append((read_annotator(None, rewards, 0.0).version, ByReward(rewards).version))
+    assert versions[0] == versions[1]
+    assert all(one != other for one, other in zip(versions[1], versions[2], strict=True))
+    assert str(tmp_path) not in str(versions)
+
+
+def test_a_prompt_whose_answers_failed_is_not_one_that_was_drawn_offline(tmp_path):
+    """Of three prompts one takes its offline pair, and the engine could not answer another one."""
+    prompts = write_prompts(tmp_path / "prompts", 3)
+    rows = list(read_records(prompts, Prompt))
+    answers = [drawn("A red ring."), drawn("There is nothing at all in the picture.")]
+    kept = rows[0]
+    write_records("test", [Candidates(kept.id, kept.images, kept.messages, answers, kept.answer, kept.facts)],
+                  output=OutputConfig(tmp_path / "candidates"), record=Candidates, settings={}, seed=0)  # fmt: skip
+    draw = Draw(frozenset([rows[1].id]), 1.0, 0, 1)
+    annotator = ByScore(Combined([Weighted("number", Numbers([2.0, 1.0]))]))
+    (tmp_path / "round").mkdir()
+    manifest = annotate(
+        prompts, tmp_path / "candidates", annotator, draw, output=OutputConfig(tmp_path / "round" / "pairs")
+    )
+    assert manifest.dropped == {"drawn_offline": 1, "generation_failed": 1}
+    assert _annotation(tmp_path / "round")["dropped"] == {"generation_failed": 1}
+
+
+def test_stored_answers_say_how_they_ended_as_other_stages_read_it():
+    cut = response(Completion("x", "A long cut answ", token_ids=[1, 2], finish_reason="length"), -1.0, Sampling(), "g")
+    assert unusable([cut]) == [usable([cut, cut])[1]] == ["unfinished"]
+    whole = response(Completion("x", "A ring.", token_ids=[1, 2], finish_reason="stop"), -1.0, Sampling(), "g")
+    assert [cut["tokens"], whole["tokens"]] == [2, 3]
 
 
 @dataclass

@@ -10,7 +10,7 @@ from prefalign.engines import Request
 from prefalign.engines.transformers import TransformersEngine
 from prefalign.images import open_image
 from prefalign.models import ModelConfig, load_model, load_processor
-from prefalign.online.checking import EngineGap, check_gap, divergence, drawn_answers, token_gap, trainer_logprobs
+from prefalign.online.checking import EngineGap, Gap, check_gap, divergence, drawn_answers, token_gap, trainer_logprobs
 from prefalign.online.round_metrics import warnings_of
 from prefalign.online.settings import check_settings, unread
 from prefalign.records import Prompt, user_message
@@ -78,6 +78,24 @@ def test_an_engine_that_cuts_answers_otherwise_is_refused(policy):
         token_gap(TransformersEngine(model, processor), requests(), others, trained)
 
 
+@pytest.mark.parametrize("side", ["engine", "trainer"])
+def test_log_probs_that_are_no_numbers_do_not_pass_the_check(side, policy):
+    model, processor = policy
+    engine = TransformersEngine(model, processor)
+    trained = trainer_logprobs(model, processor, requests(), TEXTS)
+    if side == "trainer":
+        trained[1][0] = float("nan")
+    else:
+        with torch.no_grad():
+            next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(
+        EngineGap, match=rf"the {side} gives log-probs for the answer to row-\d that are no numbers.*model.dtype"
+    ):
+        token_gap(engine, requests(), TEXTS, trained)
+    with pytest.raises(EngineGap, match=r"differ by up to nan"):
+        check_gap(Gap(float("nan"), float("nan"), 5, 1), 0.01)
+
+
 def test_divergence_by_hand():
     """d = ln 2 and -ln 2: exp(-d) - 1 + d is 0.5 - 1 + 0.6931 and 2 - 1 - 0.6931; in one answer they add up to 0.5."""
     log2 = 0.6931472
@@ -140,6 +158,8 @@ def test_signs_of_failure_are_named(rounds, words):
     [
         ({"trainer": {"algorithm": "gpro"}}, "no algorithm 'gpro'; did you mean 'grpo'"),
         ({"engine": "vllm"}, "no vLLM engine.*Set engine to transformers"),
+        ({"engine": "vllm", "trainer": {"algorithm": "grpo"}}, "no vLLM engine.*Set engine to transformers"),
+        ({"sampling": {"temperature": 0.0}}, "so all 2 answers to a prompt are the same one.*above 0"),
         ({"bdhs": {}}, "chosen is the reference answer.*Leave `annotator` and `rewards` out"),
         ({"trainer": {"algorithm": "grpo"}, "offline": "pairs"}, "needs `data` and `rewards`, and does not read offline"),
     ],
@@ -158,6 +178,12 @@ def test_settings_that_an_algorithm_does_not_read_are_named(tmp_path):
     config = online_config(tmp_path, tmp_path, trainer={"algorithm": "grpo"})
     assert unread(config) == ["rounds", "check", "sampling", "batch_size"]
     assert unread(online_config(tmp_path, tmp_path)) == []
+    given = {"p_offline": 0.1, "similarity": "some/model", "responses": 8, "margin": 3.0}
+    assert unread(online_config(tmp_path, tmp_path, **given)) == ["similarity"]
+    hiding = online_config(tmp_path, tmp_path, rewards=[], bdhs={}, **given)
+    assert unread(hiding) == ["responses", "margin"]
+    config = online_config(tmp_path, tmp_path, trainer={"algorithm": "grpo"}, **given)
+    assert {"p_offline", "similarity"} <= set(unread(config))
 
 
 @pytest.mark.parametrize(

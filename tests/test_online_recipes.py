@@ -7,6 +7,8 @@ import os
 import subprocess
 import time
 
+import pytest
+
 from prefalign import cli
 from prefalign.records import Pair
 from prefalign.store import read_records
@@ -45,6 +47,33 @@ def carry_out(script, arguments, folder, **environment):
         (folder / "answering").rename(folder / "answer")
     assert process.returncode == 0
     return given
+
+
+@pytest.mark.parametrize("recipe", ["online_dpo", "mixed_dpo", "fact_rlhf"])
+def test_a_model_on_the_command_line_is_refused_before_anything_runs(recipe, tmp_path):
+    words = [
+        "sh",
+        f"recipes/{recipe}.sh",
+        "some/config.yaml",
+        str(tmp_path / "out"),
+        "--model.model_name_or_path",
+        "other",
+    ]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "set model.model_name_or_path in some/config.yaml" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_pairs_of_a_stage_that_the_recipe_does_not_know_are_refused(tmp_path):
+    (tmp_path / "prefalign").write_text("#!/bin/sh\necho configs/recipes/train_online.yaml\n")
+    (tmp_path / "prefalign").chmod(0o755)
+    done = subprocess.run(["sh", "recipes/mixed_dpo.sh", "configs/recipes/train_online.yaml", str(tmp_path / "out")], cwd=ROOT,
+                          env={**os.environ, "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]),
+                               "PAIRS": "configs/datagen/s_vco.yaml"},
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert "knows configs of bdhs, m3id, povid and re_align" in done.stderr
 
 
 def test_mixed_dpo_end_to_end(tmp_path):

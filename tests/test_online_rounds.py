@@ -11,9 +11,11 @@ import pytest
 
 from prefalign import bundled, config, store
 from prefalign.config import ConfigError
+from prefalign.engines import Completion
 from prefalign.manifest import read_manifest
 from prefalign.models import ModelConfig
 from prefalign.online import annotating, round_training, rounds
+from prefalign.online.checking import EngineGap
 from prefalign.online.mixing import offline_prompts
 from prefalign.online.sampling import Draw
 from prefalign.records import Candidates, Pair, Prompt
@@ -126,6 +128,69 @@ def test_other_offline_pairs_are_another_run(prompts, tmp_path):
     write_offline(offline, prompts, 3)
     with pytest.raises(RunError, match=r"offline: their manifest is another one now"):
         run(None, tmp_path / "run", **one_round)
+
+
+def test_a_round_without_a_usable_online_pair_trains_on_the_offline_ones(prompts, tmp_path, capsys):
+    offline = write_offline(tmp_path / "offline", prompts, 3)
+    settings = {"margin": 1000.0, "rounds": {"count": 1, "prompts": 0}}
+    results = run(prompts, tmp_path / "mixed", offline=offline, p_offline=1.0, **settings)
+    (measured,) = results["rounds"]
+    assert measured["pairs"] == {"offline": 3}
+    assert measured["dropped"] == {"no_usable_pair": 3}
+    assert "trains on its 3 offline pairs alone: annotate_online made no row out of 6" in capsys.readouterr().out
+    with pytest.raises(
+        RunError, match=r"round 1 of 1 has nothing to train on: none of its 6 prompts.*smaller `margin`"
+    ):
+        run(prompts, tmp_path / "online", **settings)
+
+
+@pytest.mark.parametrize(
+    ("bad", "mended", "words"),
+    [
+        ({"rewards": [{"name": "object"}]}, {}, "object"),
+        ({"trainer": {"learning_rat": 1.0}}, {}, "learning_rat: unknown key"),
+        ({"losses": [{"name": "text"}, {"name": "visual"}]}, {}, "look at `rejected_images`"),
+        (
+            {"check": {"prompts": 2, "bound": 1e-12}},
+            {"check": {"prompts": 2, "bound": 1.0}, "batch_size": 4},
+            "check.bound",
+        ),
+    ],
+)
+def test_a_mended_config_goes_on_in_the_same_folder(bad, mended, words, prompts, tmp_path, monkeypatch):
+    with pytest.raises((ConfigError, EngineGap), match=words):
+        run(prompts, tmp_path / "run", **bad)
+    monkeypatch.setattr(rounds, "mix", interrupted)
+    with pytest.raises(Interruption):
+        run(prompts, tmp_path / "run", **mended)
+
+
+def test_another_evaluation_is_another_run_once_one_was_made(prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(rounds, "mix", interrupted)
+    for evaluation in ({"draws": 1}, {"draws": 2}):
+        with pytest.raises(Interruption):
+            run(prompts, tmp_path / "run", evaluation=evaluation)
+    done = tmp_path / "run" / "round-1" / "evaluation"
+    done.mkdir()
+    (done / "results.json").write_text("{}")
+    with pytest.raises(RunError, match=r"another config \(evaluation"):
+        run(prompts, tmp_path / "run", evaluation={"draws": 3})
+
+
+def test_a_policy_that_answers_nothing_stops_a_mixed_run(prompts, tmp_path, monkeypatch):
+    offline = write_offline(tmp_path / "offline", prompts, 3)
+    failing = [Completion("x", "", finish_reason="error", error="no memory")] * 6
+    monkeypatch.setattr(
+        rounds.TransformersEngine, "generate", lambda self, requests, sampling: failing[: len(requests)]
+    )
+    with pytest.raises(
+        RunError, match=r"round 1 of 1 has no answers: sample_policy made no row out of 6.*none of the 3"
+    ):
+        run(prompts, tmp_path / "run", offline=offline, p_offline=1.0, rounds={"count": 1, "prompts": 0})
+
+
+def interrupted(*args, **kwargs):
+    raise Interruption
 
 
 def test_several_processes_are_refused(prompts, tmp_path, monkeypatch):

@@ -127,6 +127,35 @@ def test_a_batch_without_a_usable_pair_moves_nothing(prompts, tmp_path):
     assert logged["online/dropped_small_gap"] > 0
 
 
+def test_shares_of_usable_and_dropped_rows_add_up(prompts, tmp_path):
+    """Logged once for several steps, of which some drop no row for a reason that others do."""
+    six = {"max_steps": 6, "logging_steps": 6, "save_steps": 6, "per_device_train_batch_size": 1}
+    trainer = trainer_of(prompts, tmp_path, p_offline=0.0, trainer=six)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    dropped = {name: share for name, share in logged.items() if name.startswith("online/dropped_")}
+    assert any(0 < share < 1 for share in dropped.values())
+    assert logged["online/pairs"] + sum(dropped.values()) == pytest.approx(1.0)
+
+
+PAIRS_OF_TWO = {"algorithm": "grpo", "num_generations": 2, "per_device_train_batch_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "changes", "words"),
+    [
+        (STEPS, {"rewards": [{"name": "object"}]}, "object"),
+        (STEPS, {"losses": [{"name": "visual"}]}, "look at `rejected_images`, and a row of online_dpo_step has none"),
+        (PAIRS_OF_TWO, {"rewards": [{"name": "object"}]}, "object"),
+        ({**PAIRS_OF_TWO, "num_iterations": 2, "save_steps": 3}, {}, "save_steps is 3"),
+    ],
+)
+def test_bad_settings_leave_the_folder_free(trainer, changes, words, prompts, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        run(prompts, tmp_path / "run", trainer=trainer, **changes)
+    assert not (tmp_path / "run").exists()
+
+
 def test_online_bdhs_in_a_step(prompts, tmp_path):
     bdhs = {"rho_th": 0.9, "iterations": 2}
     trainer = trainer_of(prompts, tmp_path, rewards=[], bdhs=bdhs)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from prefalign import stages, store
 from prefalign.config import ConfigError
-from prefalign.online.sampling import near_identical, usable
+from prefalign.online.sampling import Draw, near_identical, usable
 from prefalign.records import Candidates, Pair, Prompt, canonical_json
 from prefalign.rewards import Comparator, Response, Verdict, read_comparator, read_rewards
 from prefalign.sources import DataConfig, fingerprint
@@ -34,7 +34,7 @@ class Preference:
     Attributes:
         chosen: number of the best answer; None: no preference, and `reason` says why.
         rejected: number of the worst.
-        reason: `tie`, `order_disagrees`, `no_verdict`, `no_score`, `small_gap` or `near_identical`.
+        reason: `tie`, `order_disagrees`, `no_verdict`, `cycle`, `no_score`, `small_gap` or `near_identical`.
         gap: difference of their scores; None for a judge.
         votes: what a judge said of (chosen, rejected) in that order and in the swapped one, in terms of that order.
         confidence: the judge's.
@@ -110,7 +110,8 @@ class ByJudge:
     """Every two answers of a group by a pairwise judge; the one that wins most often against the one that wins least often.
 
     The judge is asked in both orders, if it does not do that by itself (`Verdict.votes`), and a preference counts where both
-    agree. Of more than two answers the best must have beaten the worst directly.
+    agree. Of more than two answers the best must have beaten the worst directly; where several win as often, the first two of
+    them for which that holds are taken. Verdicts that run in a circle give no pair (`cycle`).
 
     Attributes:
         comparator: the judge.
@@ -153,26 +154,41 @@ def _turned(winner: str | None) -> str | None:
 
 
 def _tournament(count: int, verdicts: Mapping[tuple[int, int], Verdict]) -> Preference:
-    wins = [0] * count
+    wins = [0] * count  # less losses
     for (first, second), verdict in verdicts.items():
         if verdict.winner in ("first", "second"):
             wins[first if verdict.winner == "first" else second] += 1
             wins[second if verdict.winner == "first" else first] -= 1
-    best, worst = max(range(count), key=lambda n: wins[n]), min(range(count), key=lambda n: wins[n])
-    if best == worst:  # all have as many wins
-        best, worst = 0, 1
-    turned = best > worst
-    verdict = verdicts[(worst, best) if turned else (best, worst)]
-    votes = tuple(_turned(vote) if turned else vote for vote in verdict.votes)
-    found = Preference(votes=votes, confidence=verdict.confidence, words=verdict.reason)
-    winner = _turned(verdict.winner) if turned else verdict.winner
-    if winner == "first":
-        return replace(found, chosen=best, rejected=worst)
-    if winner == "tie":
-        return replace(found, reason="tie")
-    # of three or more answers, the one that wins least may still have beaten the one that wins most
-    disagrees = winner is None and None not in votes
-    return replace(found, reason="order_disagrees" if disagrees else "no_verdict")
+    ends = [
+        (best, worst)
+        for best, worst in itertools.permutations(range(count), 2)
+        if wins[best] == max(wins) and wins[worst] == min(wins)
+    ]
+    if max(wins) > min(wins):
+        ends.sort(key=lambda pair: _between(verdicts, *pair).winner != "first")
+    best, worst = ends[0]
+    verdict = _between(verdicts, best, worst)
+    found = Preference(votes=verdict.votes, confidence=verdict.confidence, words=verdict.reason)
+    if verdict.winner == "first" and max(wins) > min(wins):
+        found.chosen, found.rejected = best, worst
+    elif verdict.winner in ("first", "second") or (
+        max(wins) == min(wins) and any(one.winner in ("first", "second") for one in verdicts.values())
+    ):
+        found.reason = "cycle"
+    elif verdict.winner == "tie":
+        found.reason = "tie"
+    else:
+        found.reason = "no_verdict" if None in verdict.votes else "order_disagrees"
+    return found
+
+
+def _between(verdicts: Mapping[tuple[int, int], Verdict], one: int, other: int) -> Verdict:
+    """The verdict on two answers, in terms of this order."""
+    if one < other:
+        return verdicts[one, other]
+    verdict = verdicts[other, one]
+    winner: Any = _turned(verdict.winner)
+    return Verdict(winner, verdict.confidence, verdict.reason, tuple(_turned(vote) for vote in verdict.votes))
 
 
 def read_annotator(
@@ -194,8 +210,11 @@ def read_annotator(
             f"margin: {margin} is no least difference of two scores. Give 0 (any difference counts) or more."
         )
     if annotator is None:
-        version = canonical_json({"rewards": [dict(entry) for entry in rewards], "margin": margin})
-        return ByScore(read_rewards(rewards), margin, version)
+        combined = read_rewards(rewards)
+        known = {entry.name: getattr(entry.reward, "version", None) for entry in combined.entries}
+        versions = {name: str(version) for name, version in known.items() if version is not None}
+        version = canonical_json({"rewards": stages.portable(rewards), "margin": margin, "versions": versions})
+        return ByScore(combined, margin, version)
     if margin:
         raise ConfigError(
             f"margin: {margin} is a least difference of scores, and a pairwise judge gives none. Leave it out."
@@ -207,12 +226,11 @@ def annotate(
     prompts: Path,
     candidates: Path,
     annotator: Annotator,
+    draw: Draw,
     *,
-    seed: int,
-    visit: int,
     output: OutputConfig,
 ) -> Manifest:
-    """Pairs from candidates; prompts that were drawn offline or gave no pair are counted by reason.
+    """Pairs from candidates; prompts that were drawn offline, have no answers or gave no pair are counted by reason.
 
     Every pair's `meta` says its source, round, sampling settings, annotator version, votes, gap, and the two answers' scores,
     lengths and log-probs when they were drawn.
@@ -221,15 +239,15 @@ def annotate(
         prompts: folder of the round's prompts.
         candidates: folder that `sampling.sample` wrote for them.
         annotator: from `read_annotator`.
-        seed: seed of the run.
-        visit: number of the round.
+        draw: that `sampling.sample` was given: a prompt without candidates is `drawn_offline`, or its answers failed
+            (`generation_failed`; the quarantine of `candidates` says why).
         output: folder of the pairs.
     """
     known = {entry.id: entry.responses for entry in read_records(candidates, Candidates)}
 
     def prepare(prompt: Prompt) -> list[dict[str, Any]] | Dropped:
         if prompt.id not in known:
-            return Dropped("not_sampled")
+            return Dropped("drawn_offline" if draw.takes_offline(prompt.id) else "generation_failed")
         left, reason = usable(known[prompt.id])
         if reason is None and len(left) == 2 and near_identical(left[0]["text"], left[1]["text"]):
             reason = "near_identical"  # found before a judge is asked
@@ -239,7 +257,7 @@ def annotate(
         groups = [[as_response(prompt, entry) for entry in drawn] for prompt, drawn in rows]
         outcomes: list[Outcome] = []
         for (prompt, drawn), found in zip(rows, annotator.prefer(groups), strict=True):
-            pair = as_pair(prompt, drawn, found, annotator.version, seed=seed, visit=visit)
+            pair = as_pair(prompt, drawn, found, annotator.version, seed=draw.seed, visit=draw.visit)
             outcomes.append(pair if isinstance(pair, Dropped) else [pair])
         return outcomes
 
@@ -251,10 +269,10 @@ def annotate(
         record=Pair,
         settings={
             "annotator": annotator.version,
-            "visit": visit,
+            "visit": draw.visit,
             "candidates": fingerprint(DataConfig(candidates)),
         },
-        seed=seed,
+        seed=draw.seed,
     )
 
 
@@ -262,7 +280,7 @@ def as_response(prompt: Prompt, entry: Mapping[str, Any]) -> Response:
     """A stored response as rewards and judges see it."""
     return Response(
         prompt.id, list(prompt.images), prompt.messages, entry["text"], prompt.answer, prompt.facts,
-        finished=entry["finished"], tokens=entry["tokens"],
+        finished=entry["finish_reason"] == "stop", tokens=entry["tokens"],
     )  # fmt: skip
 
 

@@ -125,15 +125,22 @@ def token_gap(
         trained: the trainer's log-probs, (T,) each.
 
     Raises:
-        EngineGap: an engine cuts an answer into other tokens, or cannot score it.
+        EngineGap: an engine cuts an answer into other tokens, or one of the two cannot score it.
     """
     apart = []
     for request, live, kept in zip(requests, engine.logprobs(requests, answers), trained, strict=True):
-        if live.shape != kept.shape or not torch.isfinite(live).all():
+        if live.shape != kept.shape:
             raise EngineGap(
                 f"the engine gives {len(live)} log-probs for the answer to {request.id} and the trainer {len(kept)}: they do not "
                 "share tokenizer, chat template or prompt, so the engine does not sample from the policy that trains. Give both "
                 "the same checkpoint folder."
+            )
+        if not (torch.isfinite(live).all() and torch.isfinite(kept).all()):
+            side = "trainer" if torch.isfinite(live).all() else "engine"
+            raise EngineGap(
+                f"the {side} gives log-probs for the answer to {request.id} that are no numbers, so nothing says whether "
+                "both have one policy, and training on them would spoil it. The weights may hold NaN, or float16 overflowed: "
+                "start from whole weights, and load them in bfloat16 or float32 (`model.dtype`)."
             )
         apart.append((live - kept).abs())
     values = torch.cat(apart)
@@ -144,9 +151,9 @@ def check_gap(gap: Gap, bound: float) -> None:
     """Stop a run whose engine does not have the policy's weights.
 
     Raises:
-        EngineGap: the largest gap is above the bound.
+        EngineGap: the largest gap is above the bound, or no number.
     """
-    if gap.largest > bound:
+    if not gap.largest <= bound:  # NaN is above every bound
         raise EngineGap(
             f"engine and trainer differ by up to {gap.largest:.3g} nats on one token (mean {gap.mean:.3g} over {gap.tokens}), "
             f"above the bound of {bound}: the engine samples from another policy than the one that trains. Refresh its weights "

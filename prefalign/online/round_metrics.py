@@ -11,6 +11,8 @@ from prefalign.manifest import read_manifest
 from prefalign.records import Pair, message_text
 from prefalign.store import read_records
 
+NO_PAIRS = "no_pairs.json"
+"""File of a round in which no prompt that was drawn online gave a usable pair: how many there were, and why."""
 GAP_SHARE = 0.15
 """Mean length of the chosen answers over the rejected ones, less 1, from which a length bias is suspected."""
 EASY, CHANCE = 0.95, 0.55
@@ -73,14 +75,17 @@ def _annotation(folder: Path) -> dict[str, Any]:
     """Counts of the annotator's verdicts, from the manifest of the pairs."""
     manifest = read_manifest(folder / "pairs")
     if manifest is None:
-        return {"annotated": 0, "dropped": {}, "order_consistency": None, "tie_rate": None}
+        note = folder / NO_PAIRS
+        lost = json.loads(note.read_text(encoding="utf-8"))["prompts"] if note.is_file() else 0
+        dropped = {"no_usable_pair": lost} if lost else {}
+        return {"annotated": 0, "dropped": dropped, "order_consistency": None, "tie_rate": None}
     # a prompt that took its offline pair was not asked, and is not lost
-    dropped = {reason: count for reason, count in manifest.dropped.items() if reason != "not_sampled"}
-    verdicts = ("tie", "small_gap", "order_disagrees", "no_verdict")
+    dropped = {reason: count for reason, count in manifest.dropped.items() if reason != "drawn_offline"}
+    verdicts = ("tie", "small_gap", "order_disagrees", "no_verdict", "cycle")
     annotated = manifest.rows_used + sum(dropped.get(reason, 0) for reason in verdicts)
     votes = [len(pair.meta.get("votes") or ()) == 2 for pair in read_records(folder / "pairs", Pair)]
     judged = any(votes)
-    agreed = manifest.rows_used + dropped.get("tie", 0)
+    agreed = manifest.rows_used + dropped.get("tie", 0) + dropped.get("cycle", 0)
     disagreed = dropped.get("order_disagrees", 0)
     return {
         "annotated": annotated,

@@ -8,6 +8,7 @@
     round-1/mixed/              with the offline pairs that were drawn
     round-1/policy/             the policy after the round (of the last round: policy/)
     round-1/evaluation/         how it does, if the run evaluates
+    round-1/no_pairs.json       in place of pairs, if no prompt that was drawn online gave a usable one
     round-1/metrics.json
     reference/                  log-probs of the reference, shared by all rounds
 
@@ -31,8 +32,10 @@ import torch
 
 from prefalign import bundled
 from prefalign import config as settings
+from prefalign.blocks import StoreError
 from prefalign.config import ConfigError
 from prefalign.engines.transformers import TransformersEngine, load_engine
+from prefalign.losses import VIEWS, read_losses, views_of
 from prefalign.manifest import read_manifest, write_atomically
 from prefalign.models import ModelConfig
 from prefalign.online.annotating import annotate, read_annotator
@@ -46,14 +49,15 @@ from prefalign.online.checking import (
 )
 from prefalign.online.mixing import mix, offline_prompts
 from prefalign.online.prompts import gather_prompts
-from prefalign.online.round_metrics import round_metrics, table, warnings_of
+from prefalign.online.round_metrics import NO_PAIRS, round_metrics, table, warnings_of
 from prefalign.online.round_training import TrainingSettings, fill_reference, policy_config, train_round
 from prefalign.online.sampling import Draw, sample
-from prefalign.online.settings import OnlineConfig
+from prefalign.online.settings import FREE, OnlineConfig
 from prefalign.records import Prompt, row_seed
 from prefalign.sources import DataConfig
 from prefalign.store import OutputConfig, read_records, write_records
 from prefalign.training.arguments import training_arguments
+from prefalign.training.lora import check_quantised
 from prefalign.training.pairs import pairs_manifest
 from prefalign.training.runs import CONFIG_FILE, RunError, claim_run, open_run, run_files
 
@@ -85,9 +89,8 @@ def run_rounds(config: OnlineConfig) -> dict[str, Any]:
     """
     if config.offline is not None:
         pairs_manifest(config.offline)
+    _check_settings(config)
     _claim(config)
-    if config.bdhs is None:
-        read_annotator(config.annotator, config.rewards, config.margin)  # bad settings are to fail here
     identities = {prompt.id for prompt in read_records(gather_prompts(config), Prompt)}
     offline = offline_prompts(config.offline, identities) if config.offline is not None else frozenset()
     done: list[dict[str, Any]] = []
@@ -105,12 +108,11 @@ def run_rounds(config: OnlineConfig) -> dict[str, Any]:
     return results
 
 
-def _claim(config: OnlineConfig) -> None:
-    """Make a free folder the run's own, or find that it is.
+def _check_settings(config: OnlineConfig) -> None:
+    """Let bad settings fail before the folder is the run's: once it is, another config is another run.
 
     Raises:
-        ConfigError: several processes were started.
-        RunError: the folder holds a run with another config or other offline pairs, or something else; or `resume` cannot be met.
+        ConfigError: settings of TRL, losses, annotator or rewards that could not be used, or several processes.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1:
@@ -118,6 +120,25 @@ def _claim(config: OnlineConfig) -> None:
             f"trainer.algorithm is 'online_dpo' and {started} processes were started: each would sample and write into the same "
             "folders. Start one process; grpo and rloo run in several."
         )
+    arguments: Any = training_arguments(_training(config).trainer, output=config.output, seed=config.seed)
+    check_quantised(config.model, config.lora, arguments)
+    views = views_of(read_losses(config.losses, beta=arguments.beta))
+    pictured = [view for view in views if VIEWS[view].images == "rejected_images"]
+    if pictured and (config.offline is None or config.p_offline < 1):
+        raise ConfigError(
+            f"losses: the views {', '.join(pictured)} look at `rejected_images`, and pairs of the policy's own answers have "
+            "none. Take losses on the texts, such as [{name: text}], or offline pairs alone (p_offline: 1)."
+        )
+    if config.bdhs is None:
+        read_annotator(config.annotator, config.rewards, config.margin)
+
+
+def _claim(config: OnlineConfig) -> None:
+    """Make a free folder the run's own, or find that it is.
+
+    Raises:
+        RunError: the folder holds a run with another config or other offline pairs, or something else; or `resume` cannot be met.
+    """
     manifest = (config.offline / "manifest.json").read_text(encoding="utf-8") if config.offline is not None else ""
     files = run_files(settings.to_mapping(config), manifest, data="offline")
     began = (config.output / CONFIG_FILE).is_file()
@@ -128,7 +149,8 @@ def _claim(config: OnlineConfig) -> None:
             f"resume is false and {config.output} holds a run, which starting anew would overwrite. Delete the folder, give "
             "another `output`, or set resume to auto to go on."
         )
-    open_run(config.output, files)
+    measured = next(config.output.glob("**/evaluation/results.json"), None) is not None
+    open_run(config.output, files, free=FREE if measured else (*FREE, "evaluation", "evaluation_config"))
     claim_run(config.output, files)
 
 
@@ -151,9 +173,31 @@ def _round(config: OnlineConfig, number: int, total: int, offline: frozenset[str
     folder = _folder(config, number)
     prompts = _slice(config, number, total)
     draw = Draw(offline, config.p_offline, config.seed, number)
-    drawn_online = sum(not draw.takes_offline(prompt.id) for prompt in read_records(prompts, Prompt))
+    taken = [draw.takes_offline(prompt.id) for prompt in read_records(prompts, Prompt)]
     start = policy_config(config.model, policy_folder(config, number - 1), lora=config.lora is not None)
-    online = _online_pairs(config, number, prompts, draw, start) if drawn_online else None
+    online = None
+    if not all(taken) and not (folder / NO_PAIRS).is_file():
+        try:
+            online = _online_pairs(config, number, prompts, draw, start)
+        except StoreError as error:
+            if "made no row out of" not in str(error):  # a full disk, say
+                raise
+            why = str(error).split(" Mend the cause")[0]
+            if config.bdhs is None and read_manifest(folder / "candidates") is None:
+                raise RunError(
+                    f"round {number} of {config.rounds.count} has no answers: {why}. The policy answered none of the "
+                    f"{taken.count(False)} prompts drawn online. Mend the cause and start the same command "
+                    "again: the arrow is made anew."
+                ) from error
+            if not any(taken):
+                raise RunError(
+                    f"round {number} of {config.rounds.count} has nothing to train on: none of its {len(taken)} prompts gave a "
+                    f"usable pair ({why}) and none took an offline one. If a judge or a disk was out, start the same command "
+                    "again: the arrow is made anew. Otherwise give another `output`, with a smaller `margin`, more `responses` "
+                    "or prompts (`rounds.prompts`), a higher `sampling.temperature`, or longer answers."
+                ) from error
+            print(f"round {number} trains on its {sum(taken)} offline pairs alone: {why}")
+            write_atomically(folder / NO_PAIRS, json.dumps({"prompts": taken.count(False), "why": why}).encode())
     mix(prompts, online, config.offline, draw, output=folder / "mixed")
     _train(config, number, start, folder / "mixed")
     policy = policy_folder(config, number)
@@ -186,8 +230,7 @@ def _online_pairs(config: OnlineConfig, number: int, prompts: Path, draw: Draw, 
         _bdhs_pairs(config, start, prompts, draw, pairs)
     else:
         annotator = read_annotator(config.annotator, config.rewards, config.margin)
-        annotate(prompts, candidates, annotator, seed=config.seed, visit=number,
-                 output=OutputConfig(pairs, block_size=blocks))  # fmt: skip
+        annotate(prompts, candidates, annotator, draw, output=OutputConfig(pairs, block_size=blocks))
         del annotator
         _free()
     return pairs

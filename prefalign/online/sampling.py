@@ -111,12 +111,11 @@ def sample(
 
 def response(answer: Completion, logp: float, sampling: Sampling, generator: str) -> dict[str, Any]:
     """One response of `Candidates`."""
-    finished = answer.finish_reason == "stop"
     return {
         "text": answer.text.strip(),
         "token_ids": answer.token_ids,
-        "finished": finished,
-        "tokens": len(answer.token_ids) + finished,
+        "finish_reason": answer.finish_reason,
+        "tokens": len(answer.token_ids) + (answer.finish_reason == "stop"),
         "logp": round(logp, 6) if logp == logp else None,
         "settings": asdict(sampling),
         "generator": generator,
@@ -139,7 +138,7 @@ def usable(drawn: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str |
     left, reason, known = [], None, set()
     for entry in drawn:
         same = normalised(entry["text"])
-        if not entry["finished"]:
+        if entry["finish_reason"] != "stop":
             reason = "unfinished"
         elif not entry["text"].strip():
             reason = "empty"

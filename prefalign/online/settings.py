@@ -138,18 +138,25 @@ class OnlineConfig:
         return {name: value for name, value in self.trainer.items() if name != "algorithm"}
 
 
+FREE = ("check", "batch_size")
+"""Settings that a run may change when it goes on: they stop it, speed it up or measure it, and decide no weight."""
+
 UNREAD = {
     "online_dpo_step": ("rounds", "check", "evaluation"),
-    "grpo": ("rounds", "check", "evaluation", "responses", "sampling", "margin", "batch_size", "losses", "fast_path"),
-}
+    "grpo": ("rounds", "check", "evaluation", "responses", "sampling", "margin", "batch_size", "losses", "fast_path",
+             "p_offline", "similarity"),
+}  # fmt: skip
 UNREAD["rloo"] = UNREAD["grpo"]
-"""Settings that an algorithm has no use for."""
+"""Settings that an algorithm has no use for; `bdhs` leaves more unread, as `unread` says."""
 
 
 def unread(config: OnlineConfig) -> list[str]:
     """Names of the settings that are not at their default and that the run's algorithm does not read."""
     start = OnlineConfig(config.model, config.output)
-    return [name for name in UNREAD.get(config.algorithm, ()) if getattr(config, name) != getattr(start, name)]
+    names = list(UNREAD.get(config.algorithm, ()))
+    if config.algorithm in ("online_dpo", "online_dpo_step"):
+        names += ["similarity"] if config.bdhs is None else ["responses", "margin"]
+    return [name for name in names if getattr(config, name) != getattr(start, name)]
 
 
 def check_settings(config: OnlineConfig) -> None:
@@ -161,6 +168,11 @@ def check_settings(config: OnlineConfig) -> None:
     if config.algorithm not in ALGORITHMS:
         raise ConfigError(
             f"trainer.algorithm: no algorithm {config.algorithm!r}; {nearest(config.algorithm, list(ALGORITHMS))}"
+        )
+    if config.engine == "vllm":
+        raise ConfigError(
+            "engine is 'vllm', and this version of prefalign has no vLLM engine, so nothing would refresh its weights between "
+            "updates. Set engine to transformers."
         )
     if config.data is None and config.offline is None:
         raise ConfigError("data: neither `data` nor `offline` is given, so there is no prompt. Give one of them.")
@@ -178,8 +190,9 @@ def check_settings(config: OnlineConfig) -> None:
             "bdhs: its pairs need no annotator (chosen is the reference answer), and one is given. Leave `annotator` and "
             "`rewards` out, or `bdhs`."
         )
-    if config.engine == "vllm":
+    never_draws = config.p_offline == 1 and config.offline is not None
+    if config.bdhs is None and config.sampling.temperature == 0 and not never_draws:
         raise ConfigError(
-            "engine is 'vllm', and this version of prefalign has no vLLM engine, so nothing would refresh its weights between "
-            "rounds. Set engine to transformers."
+            f"sampling.temperature is 0, so all {config.responses} answers to a prompt are the same one and none is better. Give "
+            "a temperature above 0 (1.0 is the default)."
         )

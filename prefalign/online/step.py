@@ -22,12 +22,13 @@ from prefalign.engines import Request, Sampling
 from prefalign.engines.transformers import TransformersEngine
 from prefalign.guided import BiasConfig, Item, corrupted_answers, rejection
 from prefalign.images import open_image
-from prefalign.losses import read_losses
+from prefalign.losses import VIEWS, read_losses, views_of
 from prefalign.manifest import write_atomically
 from prefalign.models import fingerprint, freeze, load_processor
 from prefalign.online.annotating import Annotator, as_response, read_annotator
 from prefalign.online.prompts import gather_prompts
 from prefalign.online.sampling import Draw, near_identical, response, usable
+from prefalign.online.settings import FREE
 from prefalign.records import Pair, Prompt, assistant_message, normalise_messages, row_seed
 from prefalign.store import OutputConfig, read_records, write_records
 from prefalign.text import load_similarity
@@ -43,8 +44,12 @@ from prefalign.training.upkeep import train_and_save
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from prefalign.losses import Weighted
     from prefalign.online.settings import OnlineConfig
     from prefalign.text import Similarity
+
+DROPPED = "online/dropped_"
+"""Start of the names of the shares of rows that gave no pair."""
 
 
 @dataclass
@@ -81,7 +86,8 @@ class OnlineStepTrainer(PreferenceTrainer):
     An answer trains on the very tokens that were drawn: a row whose text the tokenizer cuts otherwise is dropped (`retokenised`).
 
     Logged: `online/share` (of rows that took the policy's answers), `online/pairs` (usable pairs per row), `online/gap`,
-    `online/length_gap` (characters of chosen less rejected) and `online/dropped_<reason>` (per row).
+    `online/length_gap` (characters of chosen less rejected) and `online/dropped_<reason>` (per row, so
+    that with `online/pairs` they add up to 1).
 
     Args:
         *args: passed on.
@@ -200,14 +206,18 @@ class OnlineStepTrainer(PreferenceTrainer):
         online = [pair for pair in pairs if pair.row["online"]]
         usable_pairs = [pair for pair in online if pair.reason is None]
         metrics["online/share"].append(len(online) / len(rows))
+        steps = len(metrics["online/share"])
         metrics["online/pairs"].append(len([pair for pair in pairs if pair.reason is None]) / len(rows))
         gaps = [pair.gap for pair in usable_pairs if pair.gap is not None]
         if gaps:
             metrics["online/gap"].append(sum(gaps) / len(gaps))
         if usable_pairs:
             metrics["online/length_gap"].append(sum(pair.longer for pair in usable_pairs) / len(usable_pairs))
-        for reason, count in Counter(pair.reason for pair in pairs if pair.reason is not None).items():
-            metrics[f"online/dropped_{reason}"].append(count / len(rows))
+        counts = Counter(f"{DROPPED}{pair.reason}" for pair in pairs if pair.reason is not None)
+        for name in {*counts, *(name for name in metrics if name.startswith(DROPPED))}:
+            shares = metrics[name]
+            shares += [0.0] * (steps - 1 - len(shares))  # the steps since the last log in which none was dropped for it
+            shares.append(counts[name] / len(rows))
 
 
 @dataclass
@@ -271,15 +281,11 @@ def load_rows(folder: Path) -> Dataset:
     return load_dataset("parquet", data_files=shards, columns=list(features), features=features, split="train")
 
 
-def make_trainer(config: OnlineConfig, files: dict[str, str]) -> OnlineStepTrainer:
-    """The trainer of a run, on the rows in its folder.
-
-    Args:
-        config: the run.
-        files: text files by name, written beside every saved model; the base is added to them.
+def read_settings(config: OnlineConfig) -> tuple[Any, list[Weighted], Annotator | None]:
+    """TRL's arguments, losses and annotator of a run, before anything is loaded or written.
 
     Raises:
-        ConfigError: several processes.
+        ConfigError: several processes, losses on a picture that no row has, or a setting that one of the three refuses.
     """
     arguments: Any = training_arguments(config.trl, output=config.output, seed=config.seed)
     if arguments.world_size > 1:
@@ -289,6 +295,28 @@ def make_trainer(config: OnlineConfig, files: dict[str, str]) -> OnlineStepTrain
         )
     check_quantised(config.model, config.lora, arguments)
     losses = read_losses(config.losses, beta=arguments.beta)
+    pictured = [view for view in views_of(losses) if VIEWS[view].images == "rejected_images"]
+    if pictured:
+        raise ConfigError(
+            f"losses: the views {', '.join(pictured)} look at `rejected_images`, and a row of online_dpo_step has none: answers "
+            "are drawn to a prompt's own pictures, and those of offline pairs are not read. Take losses on the texts, such as "
+            "[{name: text}], or train on the offline pairs with train_preference."
+        )
+    hiding = config.bdhs is not None
+    return arguments, losses, None if hiding else read_annotator(config.annotator, config.rewards, config.margin)
+
+
+def make_trainer(config: OnlineConfig, files: dict[str, str]) -> OnlineStepTrainer:
+    """The trainer of a run, on the rows in its folder.
+
+    Args:
+        config: the run.
+        files: text files by name, written beside every saved model; the base is added to them.
+
+    Raises:
+        ConfigError: as `read_settings`.
+    """
+    arguments, losses, annotator = read_settings(config)
     model = load_policy(config.model, config.lora, device=str(arguments.device))
     check_precision(model.dtype, arguments)
     files |= base_file(
@@ -296,15 +324,14 @@ def make_trainer(config: OnlineConfig, files: dict[str, str]) -> OnlineStepTrain
     )
     if config.lora is None:
         freeze(model, config.freeze)
-    hiding = config.bdhs is not None
     fly = OnTheFly(
-        None if hiding else read_annotator(config.annotator, config.rewards, config.margin),
+        annotator,
         config.sampling,
         config.responses,
         config.p_offline,
         config.seed,
         config.bdhs,
-        load_similarity(config.similarity) if hiding else None,
+        load_similarity(config.similarity) if config.bdhs is not None else None,
         config.batch_size,
     )
     trainer = OnlineStepTrainer(
@@ -326,8 +353,9 @@ def train_steps(config: OnlineConfig) -> None:
     """Train step by step, or go on from the last checkpoint, and save the policy in the output folder."""
     if config.offline is not None:
         pairs_manifest(config.offline)
+    read_settings(config)  # bad settings are to fail before the folder is the run's
     own = {CONFIG_FILE: run_files(to_mapping(config), "")[CONFIG_FILE]}
-    open_run(config.output, own, resume=config.resume)
+    open_run(config.output, own, resume=config.resume, free=FREE)
     if is_finished(config.output):
         print(f"{config.output} is finished; nothing to do.")
         return
@@ -337,7 +365,7 @@ def train_steps(config: OnlineConfig) -> None:
                   settings={"offline": config.offline is not None}, seed=config.seed)  # fmt: skip
     files = run_files(to_mapping(config), (rows / "manifest.json").read_text(encoding="utf-8"), data="data")
     trainer = make_trainer(config, files)
-    checkpoint = open_run(config.output, trainer.files, resume=config.resume)
+    checkpoint = open_run(config.output, trainer.files, resume=config.resume, free=FREE)
     for name, text in trainer.files.items():
         write_atomically(config.output / name, text.encode())
     claim_processes(config.output, running_processes(trainer.accelerator, config.trl), main_process=True)

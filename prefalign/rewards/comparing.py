@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from prefalign import stages
 from prefalign.rewards import Combined, Response, Verdict, read_rewards
 
 
@@ -38,8 +39,8 @@ class ByReward:
 
     @property
     def version(self) -> str:
-        """Settings of the rewards, and the versions of those that have one."""
-        settings = json.dumps([self.rewards, self.margin], sort_keys=True, default=str)
+        """Settings of the rewards without this machine's paths, and the versions of those that have one."""
+        settings = json.dumps([stages.portable(self.rewards), self.margin], sort_keys=True, default=str)
         versions = [str(entry.reward.version) for entry in self.combined.entries if hasattr(entry.reward, "version")]
         return "/".join(["rewards", hashlib.sha256(settings.encode()).hexdigest()[:8], *versions])
 

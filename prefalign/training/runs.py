@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -65,6 +65,7 @@ def open_run(
     *,
     resume: Literal["auto"] | bool = "auto",
     processes: int = 1,
+    free: Sequence[str] = (),
 ) -> Path | None:
     """Check that a folder is free for a run, or find where the same run stopped; nothing is written.
 
@@ -73,6 +74,7 @@ def open_run(
         files: `run_files` of this run: its config, the manifests of its pairs, its base; others are another run.
         resume: "auto" goes on from the last whole checkpoint if there is one, True demands one, False refuses one.
         processes: world size; a checkpoint holds a random state for each.
+        free: settings that may differ beside `FREE`, with all below them: such as decide no weight.
 
     Returns:
         The checkpoint to go on from, or None to start at the beginning.
@@ -84,7 +86,9 @@ def open_run(
     file = folder / CONFIG_FILE
     if file.is_file():
         before, now = yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(files[CONFIG_FILE])
-        changed = [line for line in differences(before, now) if line.split(":")[0] not in FREE]
+        lines = [(line.split(":")[0], line) for line in differences(before, now)]
+        below = tuple(f"{name}." for name in free)
+        changed = [line for name, line in lines if name not in (*FREE, *free) and not name.startswith(below)]
         for name in (name for name in files if name.endswith(MANIFEST)):
             known = folder / name
             if known.is_file() and known.read_text(encoding="utf-8") != files[name]:
