@@ -19,7 +19,7 @@ from prefalign.records import Message, message_text, normalise_messages
 from prefalign.rewards.augmentation import RatingPrompt, shown_facts
 from prefalign.rewards.rows import as_mapping, directions, scores_of
 from prefalign.training.collator import PreferenceCollator
-from prefalign.training.documents import Documents, Reader, name
+from prefalign.training.documents import Documents, Reader, name, stack_vision
 
 
 class UnreadableAnswer(ValueError):
@@ -155,7 +155,8 @@ class RewardCollator(PreferenceCollator):
         padding = self._padding()
         if self.layout == "plain":
             views = list(read.places)
-            plain = replace(self, views=views)._plain(read, padding)
+            shown = [read.documents[number].vision for number, _ in places]
+            plain = replace(self, views=views)._plain(read, padding) | stack_vision(shown)
             last = plain["attention_mask"].sum(dim=1) - 2
             del plain["completion_mask"]
             return {"plain": plain, "places": last}
