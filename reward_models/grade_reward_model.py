@@ -2,7 +2,8 @@
 
 Every pair is scored as it is, without its facts, on another picture and on a blank one; the answers change places; a name of an
 object that is not there is written into the chosen answer. A reward model gets its grade into its own folder: training with it
-(`train_ppo`, `train_online`) refuses one that was not graded, or whose accuracy is below the floor on any set, unless forced.
+(`train_ppo`, `train_online`) refuses one that was not graded as it is used and on enough pairs, or whose accuracy is below the
+floor on any set, unless forced.
 
 Sources: arXiv 2407.02477 (accuracy outside the training set), arXiv 2309.14525 (with and without facts).
 Needs: rewards, and folders of pairs. Writes `results.json`, `items.jsonl` (every pair) and `report.html`.
@@ -45,7 +46,7 @@ class Config:
         rewards: what is graded: entries {name, weight, settings}, as in every run that uses rewards.
         sets: pairs to grade on, by name.
         output: folder of the results.
-        term: the score that counts: `total`, or one term such as `reward_model/score`.
+        term: the score that counts: `total`, or one term such as `reward_model/helpfulness`.
         floor: least accuracy on every set; a reward model below it is reported as unfit to train against.
         sentence: how the name of an object is written behind an answer.
         block_size: pairs scored together.
@@ -93,12 +94,17 @@ def main(config: Config) -> dict[str, Any]:
     problems = []
     models = [Path(entry["path"]) for entry in config.rewards if entry["name"] == "reward_model"]
     if len(config.rewards) == 1 and models:
-        write_grade(models[0], grades, domains)
-        problems = check_fit_for_rl(models[0], floor=config.floor, force=True)
+        entry = config.rewards[0]
+        write_grade(models[0], grades, domains, entry=entry, term=config.term)
+        problems = check_fit_for_rl(models[0], entry=entry, floor=config.floor, force=True)
     write_grades(config.output, grades, domains, settings=to_mapping(config), problems=problems)
     print(table(grades))
-    if models:
+    if models and len(config.rewards) == 1:
         print("\n".join(problems) or f"fit to train against: accuracy is {config.floor} or more on every set")
+    elif models:
+        print(
+            "no reward model got a grade: this one is of all rewards together. Grade each reward model alone for that"
+        )
     print(f"report: {config.output / 'report.html'}")
     return results
 

@@ -12,7 +12,17 @@ from prefalign.config import ConfigError, build
 from prefalign.images import encode_png, open_image
 from prefalign.records import Pair, assistant_message, user_message
 from prefalign.report.grades import write_grades
-from prefalign.rewards.grading import check_fit_for_rl, grade, weights_digest, write_grade
+from prefalign.rewards import Combined, Weighted
+from prefalign.rewards.grading import (
+    LEAST_PAIRS,
+    check_fit_for_rl,
+    check_rewards,
+    grade,
+    weights_digest,
+    write_grade,
+)
+from prefalign.rewards.learned import LearnedReward
+from tests.reward_runs import make_reward_model, make_reward_pair, write_reward_pairs
 
 COLOURS = ("red", "green", "blue")
 
@@ -147,7 +157,7 @@ def test_an_unknown_term_is_named():
 
 @pytest.fixture
 def model_folder(tmp_path):
-    (tmp_path / "reward_model.json").write_text("{}")
+    (tmp_path / "reward_model.json").write_text('{"attributes": ["reward"]}')
     (tmp_path / "reward_head.safetensors").write_bytes(b"weights")
     return tmp_path
 
@@ -155,8 +165,7 @@ def model_folder(tmp_path):
 def test_training_refuses_what_was_not_graded_or_is_below_the_floor(model_folder):
     with pytest.raises(ConfigError, match=r"never graded .* grade_reward_model"):
         check_fit_for_rl(model_folder)
-    good = grade([pair(number) for number in range(6)], Looks())[0]
-    bad = grade([pair(number) for number in range(6)], LikesLength())[0]
+    good, bad = (grade([pair(number) for number in range(30)], reward)[0] for reward in (Looks(), LikesLength()))
     write_grade(model_folder, {"held_out": good}, {"held_out": "in"})
     assert check_fit_for_rl(model_folder) == []
     write_grade(model_folder, {"held_out": good, "other": bad}, {"held_out": "in", "other": "out"})
@@ -166,6 +175,79 @@ def test_training_refuses_what_was_not_graded_or_is_below_the_floor(model_folder
     (model_folder / "reward_head.safetensors").write_bytes(b"others")
     with pytest.raises(ConfigError, match="of other weights"):
         check_fit_for_rl(model_folder)
+
+
+def test_a_grade_counts_for_the_use_that_was_graded(model_folder):
+    good = grade([pair(number) for number in range(LEAST_PAIRS)], Looks())[0]
+    listed = {"name": "reward_model", "path": "there", "batch_size": 4, "facts": False}
+    write_grade(model_folder, {"held_out": good}, {"held_out": "in"}, entry=listed)
+    stored = json.loads((model_folder / "grade.json").read_text())
+    assert (stored["reward"], stored["term"]) == ({"facts": False}, "total")
+    assert stored["sets"]["held_out"]["pairs"] == LEAST_PAIRS
+    used = {"name": "reward_model", "path": str(model_folder), "facts": False, "weight": 0.3}
+    check_rewards([used], floor=0.6, force=False)
+    for changed, said in [
+        ({"facts": True}, "graded with facts False and is used with True"),
+        ({"weight": -1.0}, r"graded with signs of weight {'reward': 1} and is used with {'reward': -1}"),
+        ({"weights": {"reward": 2.0}}, r"graded with weights None and is used with {'reward': 2.0}"),
+        ({"weight": {"other": 1.0}}, r"used with {'other': 1}"),
+    ]:
+        with pytest.raises(ConfigError, match=said):
+            check_rewards([{"name": "judge", "rewards": [{**used, **changed}]}], floor=0.6, force=False)
+        check_rewards([{**used, **changed}], floor=0.6, force=True)
+    write_grade(model_folder, {"held_out": good}, {"held_out": "in"}, term="reward_model/reward")
+    assert check_fit_for_rl(model_folder) == []
+
+
+def test_a_grade_of_few_pairs_and_a_folder_that_is_not_there_are_refused(model_folder):
+    few = grade([pair(number) for number in range(LEAST_PAIRS - 1)], Looks())[0]
+    write_grade(model_folder, {"held_out": few}, {"held_out": "in"})
+    with pytest.raises(ConfigError, match="graded on 29 scored pairs, fewer than the 30"):
+        check_fit_for_rl(model_folder)
+    for force in (False, True):
+        with pytest.raises(ConfigError, match="nowhere: there is no such folder. Name the output of"):
+            check_fit_for_rl(model_folder / "nowhere", force=force)
+
+
+def test_calibration_is_that_of_the_raw_score(tiny_llava, tmp_path):
+    """Scale and weight change no chance; a sum of several scores is none."""
+    model = make_reward_model(tiny_llava)
+    pairs = [pair(number) for number in range(4)]
+    model.calibrate([one.to_row() for one in pairs])
+    found = {}
+    for name, normalise, weight in (("raw", False, 1.0), ("scaled", True, 1.0), ("weighted", True, -3.0)):
+        reward = LearnedReward(tmp_path, normalise=normalise)
+        reward.model = model
+        found[name] = grade(pairs, Combined([Weighted("reward_model", reward, weight)]))
+    wanted = [row.margins["own"] for row in found["raw"][1]]
+    assert max(map(abs, wanted)) > 1e-3
+    for name, (measured_grade, rows) in found.items():
+        assert [row.logit for row in rows] == pytest.approx(wanted, abs=1e-5), name
+        assert measured_grade.metrics["calibration_error"].value == pytest.approx(
+            found["raw"][0].metrics["calibration_error"].value, abs=1e-5
+        )
+    several = Combined([Weighted("looks", Looks(), 1.0), Weighted("length", LikesLength(), 1.0)])
+    assert grade(pairs, several)[0].metrics["calibration_error"].value is None
+
+
+def test_the_stage_grades_a_reward_model_only_where_it_is_alone(tiny_llava, tmp_path, capsys):
+    model = make_reward_model(tiny_llava)
+    model.calibrate([make_reward_pair(number).to_row() for number in range(4)])
+    model.save(tmp_path / "reward")
+    pairs = write_reward_pairs(tmp_path / "pairs", 4)
+    listed = {"name": "reward_model", "path": str(tmp_path / "reward"), "facts": False, "device": "cpu"}
+    module = bundled.load_stage("grade_reward_model")
+    values = {"sets": {"held_out": {"path": str(pairs)}}, "output": str(tmp_path / "out"), "floor": 0.0}
+    for rewards, written, said in [
+        ([listed, {"name": "length"}], False, "no reward model got a grade"),
+        ([listed], True, "graded on 4 scored pairs, fewer than the 30"),
+    ]:
+        module.main(build(module.Config, {**values, "rewards": rewards}))
+        shown = capsys.readouterr().out
+        assert said in shown
+        assert "fit to train against" not in shown
+        assert (tmp_path / "reward" / "grade.json").exists() == written
+    assert json.loads((tmp_path / "reward" / "grade.json").read_text())["reward"] == {"facts": False}
 
 
 def test_the_digest_changes_with_the_settings(model_folder):

@@ -250,8 +250,10 @@ def test_a_list_of_rewards_names_it_by_its_folder(folders):
     assert list(found) == ["reward_model/correctness", "reward_model/coherence", "total"]
     assert torch.allclose(found["total"], 2 * found["reward_model/correctness"])
     # these are the reference answers themselves
-    assert found["reward_model/coherence"].mean().item() == pytest.approx(0.0, abs=1e-4)
-    assert found["reward_model/coherence"].std().item() == pytest.approx(1.0, abs=1e-4)
+    bare = read_rewards([{"name": "reward_model", "path": str(folders / "adapter"), "facts": False, "device": "cpu"}])
+    coherence = bare.score(answers)["reward_model/coherence"]
+    assert coherence.mean().item() == pytest.approx(0.0, abs=1e-4)
+    assert coherence.std().item() == pytest.approx(1.0, abs=1e-4)
     with pytest.raises(ValueError, match="batch_size is 0; a forward pass scores at least 1 response"):
         read_rewards([{"name": "reward_model", "path": str(folders / "adapter"), "batch_size": 0}])
 

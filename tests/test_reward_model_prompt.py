@@ -120,6 +120,8 @@ def test_facts_of_several_pictures_say_which():
     prompt = RatingPrompt(fact="- Picture {number}: {fact}")
     facts = {"captions": ["a"], "pictures": [{"captions": ["a"]}, {"captions": ["b", "c"]}]}
     assert prompt.facts_of({"facts": facts}) == ["- Picture 1: a", "- Picture 2: b", "- Picture 2: c"]
+    assert RatingPrompt().facts_of({"facts": facts}) == prompt.facts_of({"facts": facts})
+    assert RatingPrompt().facts_of({"facts": {"pictures": [{"captions": ["a"]}], "captions": ["a"]}}) == ["- a"]
 
 
 def test_shuffling_keeps_every_line_as_often_as_it_is_there():

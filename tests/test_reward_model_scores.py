@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from prefalign.config import ConfigError
 from prefalign.families import core
 from prefalign.images import encode_png, open_image
-from prefalign.records import assistant_message
-from prefalign.rewards.augmentation import shown_facts
+from prefalign.records import assistant_message, user_message
+from prefalign.rewards.augmentation import RatingPrompt, shown_facts
 from prefalign.rewards.learned import LearnedReward
 from prefalign.rewards.reward import Response
 from prefalign.rewards.vlm import RewardModel
@@ -181,6 +182,43 @@ def test_an_empty_response_has_a_score_too(reward):
     assert reward.score([response(make_reward_pair(1), text="")])["reward"].isfinite().all()
 
 
+def test_a_response_that_cannot_be_read_has_no_score_and_stops_no_other(reward, model):
+    pairs = [make_reward_pair(number) for number in range(4)]
+    alone = reward.score([response(pairs[0])])["reward"]
+    drawn = [*pairs[2].prompt, assistant_message("an <image>"), user_message("again ?")]
+    answers = [response(pairs[0]), response(pairs[1], text="a red <image> square"), response(pairs[2], messages=drawn),
+               response(pairs[3], facts={"captions": ["A <image>."]}), response(pairs[0], text="")]  # fmt: skip
+    found = reward.score(answers)["reward"]
+    assert found.isfinite().tolist() == [True, False, False, False, True]
+    assert torch.allclose(found[:1], alone, atol=2e-5)
+    usual, model.rating = model.rating, RatingPrompt(plain="Q: {question} A:{answer}")
+    try:
+        assert reward.score(answers)["reward"].isfinite().tolist() == [True, False, False, True, False]
+    finally:
+        model.rating = usual
+
+
+def test_a_response_is_put_on_the_scale_of_what_it_is_shown_with(reward, model):
+    """One with facts and one without in a batch: each on the scale of reference answers that were shown so."""
+    with_facts, without = response(make_reward_pair(4)), response(make_reward_pair(4), facts={})
+    reward.normalise = False
+    raw = reward.score([with_facts, without])["reward"].tolist()
+    reward.normalise = True
+    scales = (model.calibration.with_facts, model.calibration.without_facts)
+    assert scales[0].mean != scales[1].mean
+    wanted = [(value - scale.mean[0]) / scale.deviation[0] for value, scale in zip(raw, scales, strict=True)]
+    assert reward.score([with_facts, without])["reward"].tolist() == pytest.approx(wanted, abs=1e-5)
+    assert [reward.deviation(one, "reward") for one in (with_facts, without)] == [
+        scale.deviation[0] for scale in scales
+    ]
+
+
+def test_weights_that_count_nothing_are_refused(tmp_path):
+    for weights in ({}, {"helpfulness": 0.0}):
+        with pytest.raises(ConfigError, match="which counts no attribute.*Name one"):
+            LearnedReward(tmp_path, weights=weights)
+
+
 def test_no_responses_have_no_scores(reward):
     assert reward.score([])["reward"].shape == (0,)
 
@@ -204,7 +242,9 @@ def test_attributes_are_terms_or_one_weighted_sum(tiny_llava, tmp_path):
 
 def test_the_mark_of_a_picture_in_an_answer_is_refused(model):
     row = {**make_reward_pair(0).to_row(), "chosen": [assistant_message("a red <image> square")]}
-    with pytest.raises(ValueError, match="row pair-0: an answer or its facts hold '<image>', .* Take the row out"):
+    with pytest.raises(
+        ValueError, match="row pair-0: an answer, its facts or an earlier turn hold '<image>', .* Take the row out"
+    ):
         model.score([row])
 
 

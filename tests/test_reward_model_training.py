@@ -291,6 +291,30 @@ def test_settings_of_trls_text_trainer_without_effect_are_refused(tmp_path):
     assert reward_arguments({}, output=tmp_path, seed=0).center_rewards_coefficient == 0.001
 
 
+def test_workers_that_outlive_an_epoch_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="the order of facts would never change .* Leave it out"):
+        reward_arguments({"dataloader_num_workers": 1, "dataloader_persistent_workers": True}, output=tmp_path, seed=0)
+    assert reward_arguments({"dataloader_num_workers": 1}, output=tmp_path, seed=0).dataloader_num_workers == 1
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny_llava, pairs, tmp_path):
+    trainer = make_reward_trainer(tiny_llava, pairs, tmp_path / "run")
+    with torch.no_grad():
+        trainer.model.head.bias.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match=r"tensors to save hold numbers that are not finite \(head.bias\)"):
+        trainer._save(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved").exists()
+
+
+def test_rows_about_another_attribute_are_refused_for_one_attribute_too():
+    row = {"id": "pair-0", "meta": {"attribute": "verbosity"}}
+    with pytest.raises(
+        ValueError, match="about the attribute 'verbosity', and the reward model learns helpfulness.*leave"
+    ):
+        directions(row, ["helpfulness"])
+    assert directions(row, ["verbosity"]) == directions(row, ["reward"]) == [1.0]
+
+
 @pytest.mark.parametrize(
     "shared", [{"fsdp_plugin_args": {"x": 1}}, {"deepspeed_plugin": SimpleNamespace(zero_stage=3)}]
 )

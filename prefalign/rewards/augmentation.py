@@ -44,7 +44,8 @@ class RatingPrompt:
     Attributes:
         ask: the rating turn; `{facts}` is where the facts go.
         lead: sentence before the facts; it is left out with them.
-        fact: one line of facts, with `{fact}`, and `{number}` for the number of its picture where there are several.
+        fact: one line of facts, with `{fact}`. Of several pictures each line says which: by `{number}`, or, without it, by
+            `Picture 2: ` before the fact.
         opening: start of the assistant's sentence whose last token is scored.
         fact_keys: where facts stand in a row's `facts`; the first key that a row has is taken, so that a row with rationales
             is judged by these and one without by its captions.
@@ -88,8 +89,9 @@ class RatingPrompt:
         facts = row.get("facts") or {}
         each = facts.get("pictures")
         if isinstance(each, list) and len(each) > 1:
+            numbered = self.fact if "{number}" in self.fact else self.fact.replace("{fact}", "Picture {number}: {fact}")
             return [
-                self.fact.replace("{number}", str(number)).replace("{fact}", line)
+                numbered.replace("{number}", str(number)).replace("{fact}", line)
                 for number, one in enumerate(each, start=1)
                 for line in self._lines(one)
             ]

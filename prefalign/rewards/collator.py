@@ -15,11 +15,15 @@ from typing import Any
 import torch
 
 from prefalign.config import ConfigError
-from prefalign.records import Message, normalise_messages
+from prefalign.records import Message, message_text, normalise_messages
 from prefalign.rewards.augmentation import RatingPrompt, shown_facts
 from prefalign.rewards.rows import as_mapping, directions, scores_of
 from prefalign.training.collator import PreferenceCollator
 from prefalign.training.documents import Documents, Reader, name, stack_vision
+
+
+class UnreadableAnswer(ValueError):
+    """An answer, its facts or its conversation that no score can be read at: nothing at all, or a picture's mark in words."""
 
 
 @dataclass
@@ -45,6 +49,7 @@ class RatingReader(Reader):
         if self.facts and self.rating.shows_facts and not self._two_pictures(row):
             stored = self.rating.facts_of({**row, "facts": as_mapping(row.get("facts"))})
             lines = shown_facts(stored, identity=str(row.get("id")), seed=self.seed, epoch=self.epoch, drop=self.drop)
+        self._check_marks(row, message_text(messages))
         texts = []
         for side in ("chosen", "rejected"):
             answer = normalise_messages(row.get(side) or row["chosen"])
@@ -60,15 +65,19 @@ class RatingReader(Reader):
 
     def _check(self, row: Mapping[str, Any], text: str) -> None:
         if not text:
-            raise ValueError(
+            raise UnreadableAnswer(
                 f"row {name(row)}: the answer is empty, and `prompt.plain` ends with it, so there is nothing to read a score at."
             )
-        mark = self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id) if self.image_token_id else None
-        if mark is not None and mark in text:
-            raise ValueError(
-                f"row {name(row)}: an answer or its facts hold {mark!r}, which stands for a picture that is not there. Take the "
-                "row out, or the mark out of its text."
-            )
+        self._check_marks(row, text)
+
+    def _check_marks(self, row: Mapping[str, Any], text: str) -> None:
+        piece = self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id) if self.image_token_id else None
+        for mark in (piece, getattr(self.processor, "boi_token", None)):
+            if mark and mark in text:
+                raise UnreadableAnswer(
+                    f"row {name(row)}: an answer, its facts or an earlier turn hold {mark!r}, which stands for a picture that is "
+                    "not there. Take the row out, or the mark out of its text."
+                )
 
     def _answer(self, text: str) -> torch.Tensor:
         tokens = super()._answer(text)
@@ -127,6 +136,7 @@ class RewardCollator(PreferenceCollator):
             `targets` (2, B, A); and what `RewardModel.forward` takes: `packed` or `plain`, and `places` (M,).
 
         Raises:
+            UnreadableAnswer: an answer is nothing where the text ends with it, or words hold the mark of a picture.
             ValueError: placeholders and pictures of a side disagree, or a row lacks scores.
         """
         batch: dict[str, Any] = {
@@ -158,6 +168,14 @@ class RewardCollator(PreferenceCollator):
         for document in read.documents:
             firsts.append(firsts[-1] + len(document.answers))
         return {"packed": packed, "places": torch.tensor([firsts[number] + branch for number, branch in places])}
+
+    def is_readable(self, row: Mapping[str, Any]) -> bool:
+        """Whether a score can be read at a row's answers; `UnreadableAnswer` says when not. Pictures are not looked at."""
+        try:
+            self.reader._texts(row, normalise_messages(row["prompt"]))
+        except UnreadableAnswer:
+            return False
+        return True
 
     def longest(self, row: Mapping[str, Any]) -> int:
         """Tokens of a row's longer side, pictures, facts and rating turn included."""

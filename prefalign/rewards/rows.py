@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from prefalign.rewards.collator import RewardCollator
 
+USUAL = "reward"
+"""Name of the score of a model whose `attributes` are not given: how good an answer is on the whole."""
+
 COLUMNS = ("id", "images", "rejected_images", "prompt", "chosen", "rejected", "facts", "margin", "meta")
 
 
@@ -66,17 +69,18 @@ def scores_of(row: Mapping[str, Any], attributes: Sequence[str]) -> list[tuple[f
 def directions(row: Mapping[str, Any], attributes: Sequence[str]) -> list[float]:
     """For each attribute, 1 where the chosen answer is better, -1 where the rejected one is, 0 where the row does not say.
 
-    A row with `meta["attribute"]` is about that one; one attribute alone is what chosen and rejected say.
+    A row with `meta["attribute"]` is about that one; one attribute alone is what chosen and rejected say. The usual
+    one, `reward`, takes rows about any.
 
     Raises:
-        ValueError: several attributes, and the row neither names one of them nor has scores for all.
+        ValueError: the row is about another attribute, or there are several and it neither names one nor has scores for all.
     """
     about = as_mapping(row.get("meta")).get("attribute")
-    if about is not None and len(attributes) > 1:
+    if about is not None and list(attributes) != [USUAL]:
         if about not in attributes:
             raise ValueError(
                 f"row {row.get('id')} is about the attribute {about!r}, and the reward model learns {', '.join(attributes)}. Add "
-                "it to `attributes`, or take such rows out."
+                "it to `attributes`, take such rows out, or leave `attributes` out to learn one score from all."
             )
         return [float(name == about) for name in attributes]
     if len(attributes) == 1:

@@ -24,7 +24,7 @@ from prefalign.manifest import write_atomically
 from prefalign.rewards.rows import COLUMNS, as_mapping, scores_of
 from prefalign.rewards.vlm import RewardModel
 from prefalign.training.arguments import training_arguments
-from prefalign.training.upkeep import Upkeep
+from prefalign.training.upkeep import Upkeep, check_finite
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,11 +49,18 @@ def reward_arguments(settings: Mapping[str, Any], *, output: Path, seed: int) ->
     """Build TRL's arguments from a config's `trainer:` mapping; `center_rewards_coefficient` is 0.001 where nothing is said.
 
     Raises:
-        ConfigError: as `training_arguments`, and for fields of the text trainer that would have no effect.
+        ConfigError: as `training_arguments`, for fields of the text trainer that would have no effect, and for
+            `dataloader_persistent_workers`.
     """
     if wrong := [name for name in settings if name in WITHOUT_EFFECT]:
         lines = [f"trainer.{name}: has no effect here ({WITHOUT_EFFECT[name]}); leave it out." for name in wrong]
         raise ConfigError("\n  ".join(lines))
+    if settings.get("dataloader_persistent_workers"):
+        raise ConfigError(
+            "trainer.dataloader_persistent_workers: workers that outlive an epoch keep the collator that they began with, so the "
+            "order of facts would never change and held-out rows would be measured with facts where they are left out. Leave "
+            "it out."
+        )
     return training_arguments(
         {"center_rewards_coefficient": 0.001, **settings}, output=output, seed=seed, kind=RewardConfig
     )
@@ -135,6 +142,9 @@ class RewardTrainer(Upkeep, Trainer):
         rejected_pictures: show rejected answers on `rejected_images` where a row has them.
         reference_rows: pairs, held-out ones if there are any, whose answers make the score scale.
         files: text files by name, written beside every saved model.
+
+    Raises:
+        FloatingPointError: a logged training loss, or a weight that is to be saved, is not a finite number.
     """
 
     model: RewardModel
@@ -304,6 +314,7 @@ class RewardTrainer(Upkeep, Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
+        check_finite({name: weight for name, weight in self.model.named_parameters() if weight.requires_grad})
         self.accelerator.unwrap_model(self.model).save(folder)
         for name, text in self.files.items():
             write_atomically(folder / name, text.encode())

@@ -102,15 +102,19 @@ class Upkeep(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-        _check_finite(trained if state_dict is None else state_dict)
+        check_finite(trained if state_dict is None else state_dict)
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             for name, text in self.files.items():
                 write_atomically(Path(output_dir or str(self.args.output_dir)) / name, text.encode())
 
 
-def _check_finite(weights: Mapping[str, torch.Tensor]) -> None:
-    """Check weights that are to be saved; a last step can break them after a finite loss."""
+def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
+    """Check weights that are to be saved; a last step can break them after a finite loss.
+
+    Raises:
+        FloatingPointError: some are not finite.
+    """
     broken = [
         name for name, weight in weights.items() if weight.is_floating_point() and not bool(weight.isfinite().all())
     ]
