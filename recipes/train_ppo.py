@@ -32,7 +32,7 @@ class Config:
             the values start from its weights.
         reward_model: folder of the reward model that entries `{name: reward_model}` without a `path` mean.
         reward_floor: least accuracy of a reward model on every set that it was graded on (`grade_reward_model`).
-        force_reward: train against a reward model that was not graded, or is below the floor.
+        force_reward: train against a reward model that was not graded as it is used here, on enough pairs, or is below the floor.
         watch: more such entries that are logged and never learned: what the policy should not lose while the reward rises.
         trainer: fields of `prefalign.online.arguments.PPOConfig` by name.
         lora: train an adapter; without it all weights that are not frozen.

@@ -71,7 +71,7 @@ class OnlineConfig:
         annotator: a pairwise judge (`prefalign.rewards.COMPARATORS`), asked in both orders.
         rewards: weighted rewards (`prefalign.rewards.REWARDS`), in its place: the higher total is chosen.
         reward_floor: least accuracy of a reward model on every set that it was graded on (`grade_reward_model`).
-        force_reward: train against a reward model that was not graded, or is below the floor.
+        force_reward: train against a reward model that was not graded as it is used here, on enough pairs, or is below the floor.
         margin: least difference of two totals.
         bdhs: online BDHS: chosen is a row's reference answer, rejected what the policy says with its eyes nearly closed; in
             place of annotator and rewards.
