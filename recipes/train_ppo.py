@@ -117,7 +117,7 @@ def main(config: Config) -> None:
         freeze(model, config.freeze)
     elif not goes_on:
         model = get_peft_model(model, config.lora.to_peft())
-    reward_adapter, how = share_base(rewards, model) if config.lora else (None, "")
+    reward_adapter, how = share_base(rewards, model, config.fast_path) if config.lora else (None, "")
     value_model = None if config.lora else value_start(rewards, model)
     prompts, fit = keep_fitting(prompts, processor, arguments.max_length, arguments.max_new_tokens)
     trainer = PPOTrainer(
