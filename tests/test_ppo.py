@@ -309,6 +309,12 @@ REFUSED = [
     ({"num_mini_batches": 16, "max_steps": 16, "save_steps": 16}, "a rollout asks 32 prompts"),
     ({"eval_strategy": "steps"}, "PPO has no loss on held-out rows"),
     ({"kl_coef": 0.0, "kl_target": 6.0}, "Start from about 0.15"),
+    ({"label_smoothing_factor": 0.1}, r"trainer\.label_smoothing_factor: has no effect in PPO"),
+    ({"neftune_noise_alpha": 5.0}, "noise in the embeddings would make the first ratio another than 1"),
+    ({"dataloader_num_workers": 2}, r"trainer\.dataloader_num_workers: has no effect"),
+    ({"dataloader_drop_last": True}, "every rollout is whole"),
+    ({"auto_find_batch_size": True}, r"trainer\.auto_find_batch_size: has no effect"),
+    ({"eval_steps": 5}, r"trainer\.eval_steps: has no effect"),
     ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "reentrant checkpointing"),
 ]  # fmt: skip
 
