@@ -179,7 +179,6 @@ def test_checkpointed_gradients_are_those_without(tiny_llava, prompts, tmp_path)
         if checkpointing:
             trainer.roles.activation_checkpointing_enable()
         trainer.roles.train()
-        trainer._update = trainer._tally()
         batch = trainer._prepared([0, 1])
         trainer._policy_loss(trainer.roles, batch, [0, 1], first=True).backward()
         trainer._value_loss(trainer.roles, batch, [0, 1]).backward()
