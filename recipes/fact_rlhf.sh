@@ -32,6 +32,7 @@ if [ "$base" = scenes ]; then
     prefalign scenes export --output "$output/held_out_prompts" --split val_fair --kind caption --start 0 --stop "${HELD_OUT_ROWS:-256}"
     prefalign run povid --config configs/datagen/povid_scenes.yaml --data.path "$output/held_out_prompts" --output.path "$held_out"
     lora="--lora.r 16 --lora.alpha 32"
+    eval_pairs=
 else
     sft=${SFT:-configs/recipes/train_sft.yaml}
     reward=${REWARD:-configs/reward_models/train_reward_model.yaml}
@@ -39,6 +40,7 @@ else
     pairs=${PAIRS:?name a folder of pairs with facts}
     held_out=${HELD_OUT:?name a folder of pairs that the reward model is graded on}
     lora=
+    eval_pairs=$held_out
 fi
 
 # shellcheck disable=SC2086
@@ -51,7 +53,7 @@ if [ -f "$output/sft/adapter_config.json" ]; then  # policy and reward model are
 fi
 # shellcheck disable=SC2086
 prefalign run train_reward_model --config "$reward" --model.model_name_or_path "$start" --pairs "$pairs" \
-    --output "$output/reward" $lora ${REWARD_SETTINGS:-}
+    ${eval_pairs:+--eval_pairs "$eval_pairs"} --output "$output/reward" $lora ${REWARD_SETTINGS:-}
 prefalign run grade_reward_model --rewards "[{name: reward_model, path: $output/reward}]" \
     --sets "{held_out: {path: $held_out}}" --output "$output/grade"
 prefalign run train_ppo --config "$config" --model.model_name_or_path "$start" --prompts "$prompts" \

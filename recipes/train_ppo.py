@@ -30,7 +30,7 @@ class Config:
         rewards: what an answer is worth: entries {name, weight, settings}, whose weighted sum is learned. Names are those of
             `prefalign.rewards.REWARDS`. A reward model that is a LoRA on the policy's base becomes one more adapter of it, and
             the values start from its weights.
-        reward_model: folder of the reward model that entries `{name: reward_model}` without a `path` mean.
+        reward_model: folder of the reward model that entries `{name: reward_model}` (of `watch` too) without a `path` mean.
         reward_floor: least accuracy of a reward model on every set that it was graded on (`grade_reward_model`).
         force_reward: train against a reward model that was not graded as it is used here, on enough pairs, or is below the floor.
         watch: more such entries that are logged and never learned: what the policy should not lose while the reward rises.
@@ -58,10 +58,26 @@ class Config:
     seed: int = 0
 
 
-def _with_path(entry: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    """A reward's entry, its model's folder filled in."""
-    wants = entry.get("name") == "reward_model" and "path" not in entry and folder is not None
-    return {**entry, "path": str(folder)} if wants else entry
+def _with_paths(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The entries of `rewards` and `watch`, their model's folder filled in."""
+    from prefalign.config import ConfigError
+
+    def wants(entry: dict[str, Any]) -> bool:
+        return entry.get("name") == "reward_model" and "path" not in entry
+
+    if config.reward_model is None:
+        return config.rewards, config.watch
+    if not any(wants(entry) for entry in [*config.rewards, *config.watch]):
+        raise ConfigError(
+            f"reward_model is {config.reward_model}, and no entry of rewards or watch is a `{{name: reward_model}}` without a "
+            "`path`: it would not be asked. Add such an entry, or leave reward_model out."
+        )
+    filled = {"path": str(config.reward_model)}
+    rewards, watch = (
+        [{**entry, **filled} if wants(entry) else entry for entry in entries]
+        for entries in (config.rewards, config.watch)
+    )
+    return rewards, watch
 
 
 def main(config: Config) -> None:
@@ -90,10 +106,10 @@ def main(config: Config) -> None:
     arguments = training_arguments(config.trainer, output=config.output, seed=config.seed, kind=PPOConfig)
     arguments.check()
     check_quantised(config.model, config.lora, arguments)
-    entries = [_with_path(entry, config.reward_model) for entry in config.rewards]
+    entries, watched = _with_paths(config)
     check_rewards(entries, floor=config.reward_floor, force=config.force_reward)
     rewards = read_rewards(entries)
-    watch = read_rewards(config.watch) if config.watch else None
+    watch = read_rewards(watched) if watched else None
     prompts = load_prompts(config.prompts)
     manifest = (config.prompts / "manifest.json").read_text(encoding="utf-8")
     files = run_files(to_mapping(config), manifest, data="prompts")
@@ -117,9 +133,11 @@ def main(config: Config) -> None:
         freeze(model, config.freeze)
     elif not goes_on:
         model = get_peft_model(model, config.lora.to_peft())
-    reward_adapter, how = share_base(rewards, model) if config.lora else (None, "")
+    reward_adapter, how = share_base(rewards, model, config.fast_path) if config.lora else (None, "")
     value_model = None if config.lora else value_start(rewards, model)
-    prompts, fit = keep_fitting(prompts, processor, arguments.max_length, arguments.max_new_tokens)
+    prompts, fit = keep_fitting(
+        prompts, processor, arguments.max_length, arguments.max_new_tokens, conversations=arguments.conversations
+    )
     trainer = PPOTrainer(
         model,
         args=arguments,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from prefalign.config import ConfigError
+from prefalign.engines import Completion
 from prefalign.models import ModelConfig, load_model
 from prefalign.online.advantages import masked_mean
 from prefalign.rewards import Response
@@ -178,7 +179,6 @@ def test_checkpointed_gradients_are_those_without(tiny_llava, prompts, tmp_path)
         if checkpointing:
             trainer.roles.activation_checkpointing_enable()
         trainer.roles.train()
-        trainer._update = trainer._tally()
         batch = trainer._prepared([0, 1])
         trainer._policy_loss(trainer.roles, batch, [0, 1], first=True).backward()
         trainer._value_loss(trainer.roles, batch, [0, 1]).backward()
@@ -308,6 +308,12 @@ REFUSED = [
     ({"num_mini_batches": 16, "max_steps": 16, "save_steps": 16}, "a rollout asks 32 prompts"),
     ({"eval_strategy": "steps"}, "PPO has no loss on held-out rows"),
     ({"kl_coef": 0.0, "kl_target": 6.0}, "Start from about 0.15"),
+    ({"label_smoothing_factor": 0.1}, r"trainer\.label_smoothing_factor: has no effect in PPO"),
+    ({"neftune_noise_alpha": 5.0}, "noise in the embeddings would make the first ratio another than 1"),
+    ({"dataloader_num_workers": 2}, r"trainer\.dataloader_num_workers: has no effect"),
+    ({"dataloader_drop_last": True}, "every rollout is whole"),
+    ({"auto_find_batch_size": True}, r"trainer\.auto_find_batch_size: has no effect"),
+    ({"eval_steps": 5}, r"trainer\.eval_steps: has no effect"),
     ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "reentrant checkpointing"),
 ]  # fmt: skip
 
@@ -316,3 +322,71 @@ REFUSED = [
 def test_settings_that_contradict_each_other(tiny_llava, prompts, tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
         make_ppo(tiny_llava, prompts, tmp_path, **settings)
+
+
+def test_what_is_logged_as_episode_and_what_decays_during_the_warm_up(tiny_llava, prompts, tmp_path):
+    """Weight decay would move the policy without a gradient; answers are counted to the end of what is logged."""
+    trainer = make_ppo(tiny_llava, prompts, tmp_path, value_warmup_iterations=1, max_steps=4, logging_steps=4,
+                       weight_decay=0.5, learning_rate=0.1, save_strategy="no")  # fmt: skip
+    start, seen = weights(trainer.roles), []
+    end = trainer._end_update
+    trainer._end_update = lambda: (seen.append(weights(trainer.roles)), end())
+    trainer.train()
+    mine = [name for name in start if ".default." in name]
+    assert len(seen) == 4  # each before its optimizer step
+    assert all(torch.equal(start[name], seen[2][name]) for name in mine)
+    assert not all(torch.equal(start[name], seen[3][name]) for name in mine)
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups if group["decays"]} == {0.5}
+    assert history(trainer, "episode") == [8.0]
+
+
+def test_a_policy_without_a_gradient_is_noticed(tiny_llava, prompts, tmp_path):
+    trainer = make_ppo(tiny_llava, prompts, tmp_path, max_steps=2, save_strategy="no", reward=Brightness())
+    forward = trainer.roles.forward
+
+    def cut(role, batch):
+        found = forward(role, batch)
+        nothing = torch.stack([0.0 * p.sum() for p, trains in trainer.roles._flags if trains]).sum()
+        return {name: value.detach() + nothing for name, value in found.items()} if role == "policy" else found
+
+    trainer.roles.forward = cut
+    with pytest.raises(ValueError, match="got a gradient of 0 from tokens that have advantages"):
+        trainer.train()
+
+
+def test_broken_weights_are_not_saved(tiny_llava, prompts, tmp_path):
+    trainer = make_ppo(tiny_llava, prompts, tmp_path, save_strategy="no")
+    with torch.no_grad():
+        trainer.roles.value_head.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"value_head\.weight"):
+        trainer.save_model(str(tmp_path / "broken"))
+    assert not (tmp_path / "broken" / "adapter_model.safetensors").exists()
+
+
+def test_answers_that_could_not_be_drawn_are_scored_by_nobody(tiny_llava, prompts, tmp_path):
+    asked = []
+
+    class Counted(Brightness):
+        def score(self, responses):
+            asked.append([response.id for response in responses])
+            return super().score(responses)
+
+    trainer = make_ppo(tiny_llava, prompts, tmp_path, reward=Counted(), watch=Counted())
+    generate = trainer.engine.generate
+
+    def fails(requests, sampling):
+        found = generate(requests, sampling)
+        found[0] = Completion(requests[0].id, "", finish_reason="error", error="no")
+        return found
+
+    trainer.engine.generate = fails
+    kept = begun(trainer).rollout
+    assert [len(ids) for ids in asked] == [3, 3]
+    assert all(kept.answers[0].response.id not in ids for ids in asked)
+    assert all(values.isnan().tolist() == [True, False, False, False] for values in kept.scores.values())
+    assert kept.mask.any(dim=1).tolist() == [False, True, True, True]
+    assert kept.advantages.isfinite().all()
+    known = kept.scores["total"][1:]
+    assert trainer.scorer.scale == pytest.approx((known.mean().item(), known.std(correction=0).item()))
+    ended = [answer.response.finished for answer in kept.answers[1:]]
+    assert trainer._logged["objective/eos_rate"] == [pytest.approx(sum(ended) / 3)]

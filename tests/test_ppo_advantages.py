@@ -138,3 +138,11 @@ def test_adaptive_kl_moves_towards_its_target_by_a_fifth_at_most():
     before = kl.coef
     kl.update(6.0, 500)
     assert kl.coef == before
+
+
+def test_a_kl_that_is_not_known_leaves_the_coefficient_alone():
+    kl = maths.AdaptiveKL(0.15, 6.0)
+    kl.update(math.nan, 64)
+    assert kl.coef == 0.15
+    kl.update(12.0, 64)
+    assert kl.coef > 0.15

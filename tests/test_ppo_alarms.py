@@ -9,6 +9,9 @@ import torch
 from prefalign.models import ModelConfig, freeze, load_model
 from prefalign.online.monitoring import Alarms, Tally, correlation, distinct
 from prefalign.online.roles import REFERENCE, VALUE
+from prefalign.records import Prompt, user_message
+from prefalign.rewards.learned import LearnedReward
+from prefalign.store import OutputConfig, write_records
 from tests.ppo_runs import Letters, begun, history, lively, make_ppo, perturb, write_prompts
 
 WELL = {
@@ -172,3 +175,27 @@ def test_distinct_and_correlation():
     assert correlation(one, torch.tensor([2.0, 4.0, 6.0, 0.0])) == pytest.approx(1)
     assert correlation(one, -one) == pytest.approx(-1)
     assert math.isnan(correlation(one, torch.ones(4)))
+
+
+def test_what_is_tallied_has_the_same_names_without_pictures(tiny_llava, tmp_path):
+    """Processes add up by place, and one of them may have drawn no row with a picture."""
+    text = [Prompt(f"t{number}", [], [user_message("what is it ?")], answer="a dog") for number in range(8)]
+    write_records("test", text, output=OutputConfig(tmp_path / "text"), record=Prompt, settings={}, seed=0)
+    names = []
+    for folder in (write_prompts(tmp_path / "shown"), tmp_path / "text"):
+        trainer = make_ppo(tiny_llava, folder, tmp_path / f"run-{folder.name}", reward=Graded(tmp_path),
+                           blank_picture_probe=2)  # fmt: skip
+        begun(trainer)
+        tally = Tally(lambda sums: sums, torch.device("cpu"))
+        trainer.scorer.score(trainer.rollout, tally)
+        names.append(set(tally.sums))
+        gap = tally.means()["probe/toy/blank_picture_gap"]
+        assert math.isnan(gap) == (folder.name == "text")
+    assert names[0] == names[1]
+
+
+class Graded(LearnedReward):
+    """A reward that counts as one that looks."""
+
+    def score(self, responses):
+        return {"length": torch.tensor([float(len(response.text)) for response in responses])}

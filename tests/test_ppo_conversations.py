@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 
 from prefalign import families
 from prefalign.config import ConfigError
@@ -9,6 +10,7 @@ from prefalign.engines import Completion
 from prefalign.models import ModelConfig, load_processor
 from prefalign.online import advantages as maths
 from prefalign.online.conversations import Conversation, Course, bridge, linked, spread_turns, turn_rewards
+from prefalign.online.prompt_rows import keep_fitting
 from prefalign.records import Prompt, assistant_message, user_message
 from prefalign.rewards import Combined, Response, Weighted
 from prefalign.rewards.symbolic import Symbolic
@@ -186,3 +188,38 @@ def test_what_holds_no_conversation_says_so(tiny_llava, tmp_path):
     trainer = make(tiny_llava, write_prompts(tmp_path / "rows"), tmp_path / "run")
     with pytest.raises(ValueError, match="row prompt-0: facts.rules has 0 `questions`"):
         begun(trainer)
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_conversation_that_breaks_off_is_scored_by_nobody(tiny_llava, prompts, tmp_path, turn):
+    trainer = make(tiny_llava, prompts, tmp_path)
+    generate, calls = trainer.engine.generate, []
+
+    def fails(requests, sampling):
+        found = generate(requests, sampling)
+        if len(calls) == turn:
+            found[0] = Completion(requests[0].id, "", finish_reason="error", error="too long")
+        calls.append(len(requests))
+        return found
+
+    trainer.engine.generate = fails
+    kept = begun(trainer).rollout
+    assert kept.answers[0].failed == "too long"
+    assert kept.scores["total"].isnan().tolist() == [True, False, False, False]
+    assert kept.mask.any(dim=1).tolist() == [False, True, True, True]
+    assert kept.advantages.isfinite().all()
+    assert kept.returns[kept.mask].isfinite().all()
+
+
+def test_max_length_is_that_of_the_whole_conversation(tiny_llava, prompts, tmp_path):
+    trainer = begun(make(tiny_llava, prompts, tmp_path, max_new_tokens=6))
+    places = trainer.rollout.documents.places["chosen"]
+    for answer, (document, _) in zip(trainer.rollout.answers, places, strict=True):
+        row = next(row for row in trainer.train_dataset if row["id"] == answer.response.id.split("/")[0])
+        drawn = 6 * len(answer.turn.unique())
+        whole = len(trainer.rollout.documents.documents[document].prompt) + int((~answer.drawn).sum()) + drawn
+        one = Dataset.from_list([row])
+        assert keep_fitting(one, trainer.processing_class, whole + 8, 6, conversations=True)[1].rows_used == 1
+        with pytest.raises(ValueError, match="leaves room"):
+            keep_fitting(one, trainer.processing_class, whole - 6, 6, conversations=True)
+        assert keep_fitting(one, trainer.processing_class, whole - 6, 6)[1].rows_used == 1

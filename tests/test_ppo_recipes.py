@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
 from safetensors.torch import load_file
 
+from prefalign import bundled
+from prefalign.config import ConfigError, build
 from tests.test_online_recipes import carry_out
 
 SCENES = "configs/recipes/train_ppo_fact_rlhf_scenes.yaml"
@@ -36,3 +39,14 @@ def test_fact_rlhf_end_to_end(tmp_path):
     }
     close = [(reward[name] - value[name]).abs().max().item() for name in reward]
     assert 0 < max(close) < 0.01  # the values went on from the reward model
+
+
+def test_a_reward_model_that_nobody_asks_is_refused(tmp_path):
+    stage = bundled.load_stage("train_ppo")
+    values = {"model": {"model_name_or_path": "m"}, "prompts": "p", "output": str(tmp_path), "reward_model": "runs/r",
+              "trainer": {"use_cpu": True}}  # fmt: skip
+    config = build(stage.Config, {**values, "rewards": [{"name": "length"}]})
+    with pytest.raises(ConfigError, match="no entry of rewards or watch is a `{name: reward_model}`"):
+        stage.main(config)
+    config = build(stage.Config, {**values, "rewards": [{"name": "length"}], "watch": [{"name": "reward_model"}]})
+    assert stage._with_paths(config) == ([{"name": "length"}], [{"name": "reward_model", "path": "runs/r"}])

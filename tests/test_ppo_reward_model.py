@@ -1,5 +1,6 @@
 """A reward model on the policy's own base: one more adapter, which training leaves alone."""
 
+import copy
 import json
 import re
 
@@ -8,11 +9,13 @@ import torch
 from peft import get_peft_model
 
 from prefalign.config import ConfigError
-from prefalign.models import ModelConfig, freeze, load_model
+from prefalign.models import ModelConfig, freeze, load_model, load_processor
 from prefalign.online.reward_adapters import share_base, value_start
-from prefalign.rewards import Combined, Weighted
+from prefalign.records import user_message
+from prefalign.rewards import Combined, Response, Weighted
 from prefalign.rewards.artefact import RewardModelError
 from prefalign.rewards.learned import LearnedReward
+from prefalign.training.forward import hidden_states
 from prefalign.training.lora import LoraSettings
 from tests.ppo_runs import begun, history, make_ppo, write_prompts
 from tests.reward_runs import make_reward_model, write_reward_pairs
@@ -141,6 +144,61 @@ def test_where_all_weights_train_values_start_from_the_reward_models(tiny_llava,
     assert value_start(rewards, other) is None
     with pytest.raises(ConfigError, match="are not of one architecture"):
         make_ppo(tiny_llava, folders / "prompts", tmp_path, model=freeze_parts(tiny_llava), value_model=other)
+
+
+def test_a_reward_model_on_a_shared_base_runs_as_the_base_does(tiny_llava, folders, tmp_path):
+    """The policy's route is chosen after the reward model's: packed batches on a plain model would be silently wrong."""
+    model, rewards = policy(tiny_llava), learned(folders / "adapter")
+    adapter, _ = share_base(rewards, model)
+    trainer = make_ppo(tiny_llava, folders / "prompts", tmp_path / "run", model=model, reward_adapter=adapter,
+                       fast_path="off")  # fmt: skip
+    responses = [
+        Response(str(number), [], [user_message("what is it ?")], "a red dog " * number) for number in range(1, 5)
+    ]
+    alone = learned(folders / "adapter").score(responses)["total"]
+    assert alone.std() > 1e-3
+    assert torch.allclose(rewards.score(responses)["total"], alone, atol=1e-4)
+    packed = begun(make(tiny_llava, folders, tmp_path / "packed"))._prepared([0, 1])["packed"]
+    with pytest.raises(ValueError, match="layout 'plain' and was given a packed batch"):
+        hidden_states(trainer.roles.policy, packed)
+
+
+def bigger(checkpoint, folder):
+    small = load_model(ModelConfig(str(checkpoint), device="cpu", dtype="float32"))
+    config = copy.deepcopy(small.config)
+    config.get_text_config().intermediate_size *= 2
+    type(small)(config).save_pretrained(folder)
+    load_processor(ModelConfig(str(checkpoint))).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["size", "weights"])
+def test_a_policy_that_cannot_carry_the_adapter_stays_as_it_was(tiny_llava, folders, tmp_path, kind):
+    """In another dtype the fingerprint says nothing, and the adapter is attached before it shows."""
+    other = bigger(tiny_llava, tmp_path / "m") if kind == "size" else save_tiny("llava", tmp_path / "m", seed=1)
+    model = load_model(ModelConfig(str(other), device="cpu", dtype="bfloat16"))
+    model = get_peft_model(model, LoraSettings(r=4, alpha=8, dropout=0.1).to_peft())
+    before = {name: (parameter.requires_grad, parameter.clone()) for name, parameter in model.named_parameters()}
+    rewards = learned(folders / "adapter")
+    adapter, remark = share_base(rewards, model)
+    assert adapter is None
+    assert "trained on another base than the policy" in remark
+    assert list(model.peft_config) == ["default"]
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(
+        after[name].requires_grad == flag and torch.equal(after[name], was) for name, (flag, was) in before.items()
+    )
+    assert model.active_adapter == "default"
+    assert rewards.entries[0].reward.model.adapter is None
+
+
+def test_a_bigger_reward_model_is_no_start_for_the_values(tiny_llava, folders, tmp_path):
+    big = make_reward_model(bigger(tiny_llava, tmp_path / "m"), lora=False)
+    big.calibrate([entry.row for entry in learned(folders / "full").entries[0].reward.model.calibration.golden])
+    big.save(tmp_path / "big")
+    assert value_start(learned(tmp_path / "big"), freeze_parts(tiny_llava)) is None
+    assert value_start(learned(folders / "full"), freeze_parts(tiny_llava)) is not None
 
 
 def freeze_parts(checkpoint):

@@ -188,8 +188,10 @@ class AdaptiveKL:
         """Move the coefficient after a rollout.
 
         Args:
-            kl: mean k1 per answer, in nats.
+            kl: mean k1 per answer, in nats; NaN (no answer was scored) leaves the coefficient as it is.
             answers: how many answers it is the mean of.
         """
+        if not math.isfinite(kl):
+            return
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.coef *= 1 + error * answers / self.horizon

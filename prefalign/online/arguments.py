@@ -8,6 +8,16 @@ from transformers import TrainingArguments
 
 from prefalign.config import ConfigError
 
+WITHOUT_EFFECT = {
+    "label_smoothing_factor": "the losses of PPO have no labels",
+    "neftune_noise_alpha": "noise in the embeddings would make the first ratio another than 1",
+    "dataloader_num_workers": "rows are read when a rollout is drawn",
+    "dataloader_drop_last": "every rollout is whole",
+    "auto_find_batch_size": "a batch size is a part of the rollout's shape",
+    "eval_steps": "PPO has no loss on held-out rows",
+}
+"""Settings of `transformers.TrainingArguments` that PPO does not heed, and why."""
+
 
 @dataclass
 class PPOConfig(TrainingArguments):
@@ -46,7 +56,8 @@ class PPOConfig(TrainingArguments):
         rollout_batch_size: rows of one generation batch; None: `per_device_train_batch_size`.
         blank_picture_probe: answers of a rollout whose score is compared with that for a blank picture; 0: none.
         log_rollouts: write the answers of every rollout with their scores as JSON lines.
-        max_length: longest prompt with an answer of `max_new_tokens`; longer prompts are dropped and counted. None: no limit.
+        max_length: longest prompt with an answer of `max_new_tokens`, or conversation with all its questions and answers;
+            longer ones are dropped and counted. None: no limit.
     """
 
     num_ppo_epochs: int = 1
@@ -123,6 +134,10 @@ class PPOConfig(TrainingArguments):
                 f"trainer.{name} must lie between 0 and 1, got {getattr(self, name)}.",
             )
             for name in ("gamma", "lam")
+        ]
+        found += [
+            (bool(getattr(self, name)), f"trainer.{name}: has no effect in PPO ({reason}); leave it out.")
+            for name, reason in WITHOUT_EFFECT.items()
         ]
         found += [
             (

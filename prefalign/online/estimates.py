@@ -73,8 +73,8 @@ def describe(rollout: Rollout, shaped: torch.Tensor, tally: Tally, *, kl_coef: f
     tally.add("objective/missing", (~answered).float())
     lengths = rollout.drawn().sum(dim=1)
     tally.add("objective/length", lengths[answered.cpu()].float())
-    finished = torch.tensor([answer.response.finished for answer in rollout.answers])
-    tally.add("objective/eos_rate", finished.float())
+    finished = [float(answer.response.finished) for answer in rollout.answers if answer.failed is None]
+    tally.add("objective/eos_rate", torch.tensor(finished))
     values, returns = rollout.values[mask], rollout.returns[mask]
     tally.add("val/mean", values)
     tally.add("val/error", (values - returns) ** 2)

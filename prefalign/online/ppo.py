@@ -14,8 +14,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -34,14 +33,14 @@ from prefalign.online.conversations import linked
 from prefalign.online.estimates import describe, estimate
 from prefalign.online.monitoring import Alarms, Tally
 from prefalign.online.prepared import PreparedEngine
-from prefalign.online.roles import Roles
+from prefalign.online.roles import Roles, first_of_two
 from prefalign.online.rollout import VIEW, Rollout, draw
 from prefalign.online.sampler import RolloutBatches, visits
 from prefalign.online.scores import Scorer
 from prefalign.training.collator import PreferenceCollator
 from prefalign.training.documents import Reader
 from prefalign.training.routes import find_route
-from prefalign.training.upkeep import Upkeep
+from prefalign.training.upkeep import Upkeep, _check_finite
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -143,11 +142,11 @@ class PPOTrainer(Upkeep):
         self.rollout: Rollout | None = None
         self._at = 0
         self._began = 0.0
-        self._stopped = False
+        self._stopped = self._audited = False
         self._schedule: list[list[int]] = []
         self._tokens: list[float] = []
         self._logged: dict[str, list[float]] = defaultdict(list)
-        self._update = self._tally()
+        self._update = Tally(self._sum, args.device)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Numbers of rows; rows themselves are read once per rollout."""
@@ -183,6 +182,7 @@ class PPOTrainer(Upkeep):
         args = self.args
         if not self._at:
             self._begin(inputs["rows"].tolist())
+            self.roles.set_decay(self.optimizer, args.weight_decay if self._policy_trains() else 0.0)
         assert self.rollout is not None
         at, self._at = self._at, (self._at + 1) % args.visits_per_iteration
         update, micro = divmod(at, args.gradient_accumulation_steps)
@@ -191,10 +191,11 @@ class PPOTrainer(Upkeep):
             model.train()
             share = args.world_size / max(1.0, self._tokens[update])
             batch = self._prepared(numbers)
-            if self.rollout.iteration >= args.value_warmup_iterations:
-                with self._first_of_two(model):
+            if self._policy_trains():
+                with first_of_two(self.accelerator, model):
                     policy = self._policy_loss(model, batch, numbers, first=at == 0) * share
                     self._backward(policy)
+                self._audit(self.rollout, numbers)
                 loss = loss + policy.detach()
             value = self._value_loss(model, batch, numbers) * args.vf_coef * share
             self._backward(value)
@@ -237,21 +238,19 @@ class PPOTrainer(Upkeep):
         self._update.add("val/clipfrac_avg", clipped, mask.sum())
         return loss
 
+    def _policy_trains(self) -> bool:
+        return self.rollout is not None and self.rollout.iteration >= self.args.value_warmup_iterations
+
+    def _audit(self, kept: Rollout, numbers: Sequence[int]) -> None:
+        """Once: a policy whose tokens have advantages has to get a gradient; `Upkeep` sees only that there is one, 0 or not."""
+        moves = kept.mask & (kept.advantages != 0) & (kept.entropy > 1e-3)
+        if not self._audited and bool(moves[numbers].any()) and not self.is_deepspeed_enabled:
+            self._audited = True
+            self.roles.audit()
+
     def _backward(self, loss: torch.Tensor) -> None:
         settings = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(loss, **settings)
-
-    @contextmanager
-    def _first_of_two(self, model: Any) -> Iterator[None]:
-        """A backward pass that another one follows before gradients are exchanged."""
-        state = self.accelerator.gradient_state
-        before = state.sync_gradients
-        state._set_sync_gradients(False)
-        try:
-            with self.accelerator.no_sync(model):
-                yield
-        finally:
-            state._set_sync_gradients(before)
 
     def _end_update(self) -> None:
         means = self._update.means()
@@ -282,7 +281,7 @@ class PPOTrainer(Upkeep):
         self.rollout = rollout
         clock.append(time.perf_counter())
         self.saw_pictures |= any(document.pictures for document in rollout.documents.documents)
-        tally = self._tally()
+        tally = Tally(self._sum, args.device)
         self.scorer.score(rollout, tally)
         clock.append(time.perf_counter())
         self._run_through(rollout)
@@ -342,9 +341,6 @@ class PPOTrainer(Upkeep):
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values.to(self.args.device), "sum")
 
-    def _tally(self) -> Tally:
-        return Tally(self._sum, self.args.device)
-
     def _note(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             self._logged[name].append(value)
@@ -356,6 +352,7 @@ class PPOTrainer(Upkeep):
                 name: [value for value in values if not math.isnan(value)] for name, values in self._logged.items()
             }
             logs |= {name: sum(values) / len(values) for name, values in known.items() if values}
+            logs |= {"episode": known["episode"][-1]} if known.get("episode") else {}
             self._logged.clear()
         super().log(logs, start_time)
 
@@ -387,6 +384,7 @@ class PPOTrainer(Upkeep):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
+        _check_finite({name: weight for name, weight in self.roles.named_parameters() if weight.requires_grad})
         self.roles.save(folder)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from prefalign import families
 from prefalign.manifest import read_manifest
+from prefalign.online.conversations import Conversation, bridge, linked, single
 from prefalign.online.rollout import VIEW, read_prompts
-from prefalign.records import Pair, Prompt
+from prefalign.records import Pair, Prompt, message_text, user_message
 from prefalign.training.documents import Reader
 
 if TYPE_CHECKING:
@@ -48,7 +49,12 @@ class Fit:
 
 
 def keep_fitting(
-    dataset: Dataset, processor: ProcessorMixin, max_length: int | None, max_new_tokens: int
+    dataset: Dataset,
+    processor: ProcessorMixin,
+    max_length: int | None,
+    max_new_tokens: int,
+    *,
+    conversations: bool = False,
 ) -> tuple[Dataset, Fit]:
     """Drop prompts, pictures included, that leave no room for an answer; nothing is ever cut.
 
@@ -57,6 +63,7 @@ def keep_fitting(
         processor: the model's.
         max_length: longest prompt with its answer; None drops none.
         max_new_tokens: longest answer.
+        conversations: every question of a row is asked, in whatever order, and answered.
     """
     fit = Fit(len(dataset))
     if max_length is None:
@@ -65,7 +72,9 @@ def keep_fitting(
     reader = Reader(processor, [VIEW], families.missing_end(processor))
     kept = []
     for number, row in enumerate(dataset):
-        tokens = len(read_prompts(reader, [row]).documents[0].prompt)
+        plan = linked(row, "", permute=False, seed=0) if conversations else single(row)
+        tokens = len(read_prompts(reader, [{**row, "messages": plan.messages}]).documents[0].prompt)
+        tokens += _given_later(processor, plan) + len(plan.later) * max_new_tokens
         if tokens + max_new_tokens > max_length:
             fit.too_long[str(row["id"])] = tokens
         else:
@@ -78,6 +87,22 @@ def keep_fitting(
             "trainer.max_new_tokens."
         )
     return dataset.select(kept), fit
+
+
+def _given_later(processor: Any, plan: Conversation) -> int:
+    """Most tokens that a conversation adds to its prompt beside the answers, whichever question comes first."""
+    if not plan.later:
+        return 0
+
+    def opened(question: str) -> int:
+        return len(processor.tokenizer(families.render(processor, [user_message(question)])).input_ids)
+
+    questions = [message_text(plan.messages[-1:]), *plan.later]
+    between = [len(bridge(processor, plan.messages, question, ended=False)) for question in questions]
+    swaps = [
+        opened(question) - opened(questions[0]) - added for question, added in zip(questions, between, strict=True)
+    ]
+    return sum(between) + max(swaps)
 
 
 def load_prompts(folder: Path) -> Dataset:

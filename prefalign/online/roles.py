@@ -15,7 +15,8 @@ Legend of shapes: `B` answers, `A` tokens of the longest, `N` labels of all answ
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -165,10 +166,36 @@ class Roles(nn.Module):
         """
         groups = [
             {"params": [p for name, p in self.parameters_of(role) if (name in decay) == decays],
-             "weight_decay": weight_decay if decays else 0.0, "lr": rates[role]}
+             "weight_decay": weight_decay if decays else 0.0, "decays": decays, "role": role,
+             "lr": rates[role]}
             for role in ("policy", "value") for decays in (True, False)
         ]  # fmt: skip
         return [group for group in groups if group["params"]]
+
+    def set_decay(self, optimizer: Any, weight_decay: float) -> None:
+        """Set the policy's weight decay: 0 while the values train alone, as it would move the policy with a gradient of 0 too.
+
+        Args:
+            optimizer: with the groups of `groups`.
+            weight_decay: by how much.
+        """
+        for group in optimizer.param_groups:
+            if group.get("decays") and group.get("role") == "policy":
+                group["weight_decay"] = weight_decay
+
+    def audit(self) -> None:
+        """Check that the policy got a gradient that is not 0; `forward` gives all parameters one of 0 at least.
+
+        Raises:
+            ValueError: it did not.
+        """
+        trains = self.parameters_of("policy")
+        if not any(parameter.grad is not None and bool(parameter.grad.any()) for _, parameter in trains):
+            raise ValueError(
+                f"all {len(trains)} trainable tensors of the policy ({trains[0][0]}, ...) got a gradient of 0 from tokens that "
+                "have advantages: the policy would never change. Look at which adapter is active, and at what cuts the graph "
+                "(trainer.gradient_checkpointing_kwargs: {use_reentrant: false})."
+            )
 
     def forward(self, role: Role, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Run one role on a batch.
@@ -262,6 +289,24 @@ class Roles(nn.Module):
             restore_weights(self.policy, folder)
             restore_weights(self.value, value)
         self.value_head.load_state_dict(load_file(value / HEAD_FILE))
+
+
+@contextmanager
+def first_of_two(accelerator: Any, model: Any) -> Iterator[None]:
+    """A backward pass that another one follows before gradients are exchanged.
+
+    Args:
+        accelerator: of the run.
+        model: the roles, as they are wrapped for several processes.
+    """
+    state = accelerator.gradient_state
+    before = state.sync_gradients
+    state._set_sync_gradients(False)
+    try:
+        with accelerator.no_sync(model):
+            yield
+    finally:
+        state._set_sync_gradients(before)
 
 
 def _is_of(name: str, adapter: str) -> bool:

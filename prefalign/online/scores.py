@@ -52,13 +52,16 @@ class Scorer:
     def score(self, rollout: Rollout, tally: Tally) -> None:
         """Score a rollout's answers, every term of what is learned and what is watched, and once more with blank pictures.
 
+        An answer that could not be drawn is handed to no reward; its scores are missing. What is tallied has the same names
+        in every process, whatever its rows hold.
+
         Args:
             rollout: gets its `scores`.
             tally: gets `rewards/...`, `watch/...` and `probe/...`.
         """
         responses = [answer.response for answer in rollout.answers]
-        rollout.scores = dict(self.rewards.score(responses))
-        watched = dict(self.watch.score(responses)) if self.watch is not None else {}
+        rollout.scores = self._of_drawn(self.rewards, rollout)
+        watched = self._of_drawn(self.watch, rollout) if self.watch is not None else {}
         watched.pop("total", None)
         for prefix, terms in (("rewards", rollout.scores), ("watch", watched)):
             for name, values in terms.items():
@@ -66,14 +69,28 @@ class Scorer:
                     tally.add(f"{prefix}/{name}", values)
                     tally.add(f"{prefix}/{name}/std", values[~values.isnan()].std(correction=0))
         rollout.scores |= {f"watch/{name}": values for name, values in watched.items()}
-        some = [number for number, one in enumerate(responses) if one.images][: self.args.blank_picture_probe]
+        some = [number for number in _drawn(rollout) if responses[number].images][: self.args.blank_picture_probe]
         blanked = [replace(responses[number], images=_blank(responses[number].images)) for number in some]
         for entry in self.rewards.entries:
-            if some and isinstance(entry.reward, PROBED):
-                found = entry.reward.score(blanked)
-                gaps = [rollout.scores[f"{entry.name}/{term}"][some] - values.cpu() for term, values in found.items()]
-                tally.add(f"probe/{entry.name}/blank_picture_gap", torch.stack(gaps).abs().amax(dim=0))
-                tally.add(f"probe/{entry.name}/blank_picture_drop", torch.stack(gaps).mean(dim=0))
+            if self.args.blank_picture_probe and isinstance(entry.reward, PROBED):
+                found = entry.reward.score(blanked) if some else {"": torch.empty(0)}
+                gaps = torch.stack(
+                    [
+                        rollout.scores[f"{entry.name}/{term}"][some] - values.cpu() if some else values
+                        for term, values in found.items()
+                    ]
+                )
+                tally.add(f"probe/{entry.name}/blank_picture_gap", gaps.abs().amax(dim=0))
+                tally.add(f"probe/{entry.name}/blank_picture_drop", gaps.mean(dim=0))
+
+    @staticmethod
+    def _of_drawn(rewards: Combined, rollout: Rollout) -> dict[str, torch.Tensor]:
+        """Every term and the total, (B,) each; NaN for answers that could not be drawn."""
+        drawn = _drawn(rollout)
+        found = rewards.score([rollout.answers[number].response for number in drawn])
+        missing = torch.full((len(rollout.answers),), math.nan)
+        places = torch.tensor(drawn, dtype=torch.long)
+        return {name: missing.index_copy(0, places, values) for name, values in found.items()}
 
     def shaped(self, rollout: Rollout) -> torch.Tensor:
         """(B,) the totals, normalised and clipped, and lowered (or replaced) where an answer is not finished."""
@@ -97,7 +114,11 @@ class Scorer:
         """The same scores for `place_rewards`: (B,), or (B, T) where a turn gets at its own end what it earns by itself."""
         if not (self.args.conversations and self.args.turn_rewards):
             return shaped
-        earned = turn_rewards(self.rewards, [answer.response for answer in rollout.answers])
+        drawn = _drawn(rollout)
+        earned = [torch.zeros(0)] * len(rollout.answers)
+        found = turn_rewards(self.rewards, [rollout.answers[number].response for number in drawn])
+        for number, one in zip(drawn, found, strict=True):
+            earned[number] = one
         deviation = self.scale[1] if self.scale is not None and self.args.normalise_rewards else 1.0
         rows = [
             spread_turns(one / deviation, score, answer.turn, answer.drawn)
@@ -124,6 +145,11 @@ class Scorer:
             )  # fmt: skip
             deviation = 1.0
         return mean, deviation
+
+
+def _drawn(rollout: Rollout) -> list[int]:
+    """Numbers of the answers that could be drawn."""
+    return [number for number, answer in enumerate(rollout.answers) if answer.failed is None]
 
 
 def _blank(images: Sequence[Any]) -> list[Image.Image]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,6 +46,10 @@ TOLERANCE = {"float32": 0.02, "bfloat16": 0.1, "float16": 0.1}
 
 class RewardModelError(ValueError):
     """A reward model that cannot be used; the message says what to do."""
+
+
+class OtherBaseError(RewardModelError):
+    """A reward model whose adapter does not belong on the model that was to carry it."""
 
 
 def _golden_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,6 +178,21 @@ def load(
 ) -> RewardModel:
     """See `RewardModel.load`."""
     note = read_note(folder)
+    if onto is not None:
+        with _taken_off_again(onto, adapter_name, folder):
+            return _load(folder, note, device, dtype, onto, adapter_name, fast_path)
+    return _load(folder, note, device, dtype, onto, adapter_name, fast_path)
+
+
+def _load(
+    folder: Path,
+    note: dict[str, Any],
+    device: str,
+    dtype: str,
+    onto: PeftModel | None,
+    adapter_name: str,
+    fast_path: Literal["auto", "off"],
+) -> RewardModel:
     base = BaseModel(**note["base"])
     wanted = ModelConfig(str(folder), device=device, dtype=base.dtype if dtype == "auto" else dtype)
     if onto is not None:
@@ -204,6 +224,27 @@ def load(
     )
     self_test(loaded, folder, note["self_test"]["tolerance"])
     return loaded
+
+
+@contextmanager
+def _taken_off_again(onto: PeftModel, name: str, folder: Path) -> Iterator[None]:
+    """Leave a model without the new adapter if it turns out not to belong there."""
+    before = set(onto.peft_config)
+    active, flags = onto.active_adapter, [(parameter, parameter.requires_grad) for parameter in onto.parameters()]
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError) as error:
+        if name in onto.peft_config and name not in before:
+            onto.set_adapter(active)
+            onto.delete_adapter(name)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        if isinstance(error, RewardModelError):
+            raise
+        raise OtherBaseError(
+            f"the adapter in {folder} does not fit the model that is to carry it ({str(error).splitlines()[0]}): it was trained "
+            "with other weights. Load it by itself, or train a reward model on this model."
+        ) from error
 
 
 def _adapted(folder: Path, base: BaseModel, wanted: ModelConfig) -> Any:
@@ -260,7 +301,7 @@ class _Unadapted:
 def _check_base(found: str, dtype: str, folder: Path, base: BaseModel, what: str) -> None:
     """Compare fingerprints; in another dtype the weights are rounded, and only the self-test can tell."""
     if dtype.removeprefix("torch.") == base.dtype and found != base.fingerprint:
-        raise RewardModelError(
+        raise OtherBaseError(
             f"{folder} was trained on {base.name!r} with other weights than {what} has (fingerprint {base.fingerprint}, here "
             f"{found}); its scores would mean nothing. Use the weights that it was trained on, or train a reward model on these."
         )
@@ -272,6 +313,7 @@ def self_test(model: RewardModel, folder: Path, tolerance: float) -> None:
     Raises:
         RewardModelError: a score is further off than `tolerance` deviations.
     """
+    assert model.base is not None
     found = model.calibration
     assert found is not None
     dtype = str(families.core(model.model).dtype).removeprefix("torch.")
@@ -284,7 +326,9 @@ def self_test(model: RewardModel, folder: Path, tolerance: float) -> None:
         off = (now - then).abs() / torch.tensor(scale.deviation)
         if not bool((off <= tolerance).all()):
             row, attribute = divmod(int(off.nan_to_num(nan=torch.inf).argmax()), off.shape[1])
-            raise RewardModelError(
+            # on a model in another dtype fingerprints say nothing, so it may be another model
+            kind = RewardModelError if model.adapter is None or model.base.dtype == dtype else OtherBaseError
+            raise kind(
                 f"the reward model in {folder} does not give the scores that it gave when it was saved: golden row "
                 f"{rows[row]['id']}{'' if facts else ' without facts'} had {model.attributes[attribute]} "
                 f"{then[row, attribute]:.4f} and has {now[row, attribute]:.4f}, {off[row, attribute]:.2f} deviations off where "

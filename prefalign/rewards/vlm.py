@@ -23,7 +23,7 @@ from prefalign.records import canonical_json, normalise_messages
 from prefalign.rewards.augmentation import RatingPrompt
 from prefalign.rewards.collator import RewardCollator
 from prefalign.training.documents import digest_of, picture_bytes
-from prefalign.training.forward import hidden_states, is_shared, share
+from prefalign.training.forward import hidden_states, is_shared, share, shared_layout
 from prefalign.training.routes import find_route
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class RewardModel(nn.Module):
         """
         decided: dict[str, Any] = {
             "processor": self.processor,
-            "layout": self.route.layout,
+            "layout": shared_layout(self.model),  # who shares the model may have changed it
             "image_token_id": families.image_token_ids(self.config)[0],
             "rating": self.rating,
             "attributes": tuple(self.attributes),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-_UNDO = "_prefalign_undo"
+_UNDO, _LAYOUT = "_prefalign_undo", "_prefalign_layout"
 
 PLAIN_LAYERS = frozenset({"llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text"})
 """Text models whose layer is attention and MLP, each after a norm and added to its input, and nothing else."""
@@ -45,6 +45,7 @@ def share(model: PreTrainedModel, layout: str) -> None:
         layout: `split`, `mask` or `plain` (`Route.layout`); `plain` only adds what a batch without pictures needs.
     """
     base = families.core(model)
+    base.__dict__[_LAYOUT] = layout
     if layout == "split":
         base.config.get_text_config()._attn_implementation = SPLIT
     undo: list[Any] = base.__dict__.setdefault(_UNDO, [])
@@ -101,8 +102,16 @@ def hidden_states(model: PreTrainedModel, packed: Mapping[str, Any]) -> torch.Te
 
     Returns:
         (N, width), after the last norm, in the model's dtype, in the order of `layout.label_rows`.
+
+    Raises:
+        ValueError: the model runs no documents now.
     """
     base = families.core(model)
+    if (layout := shared_layout(model)) not in ("split", "mask"):
+        raise ValueError(
+            f"the model runs documents with the layout {layout!r} and was given a packed batch: its answers would see one "
+            "another. Make the batch with the layout that `share` gave the model (`shared_layout`)."
+        )
     return base.model(**_document_inputs(base, packed)).last_hidden_state[0]
 
 
@@ -111,11 +120,18 @@ def is_shared(model: PreTrainedModel) -> bool:
     return bool(vars(families.core(model)).get(_UNDO))
 
 
+def shared_layout(model: PreTrainedModel) -> str | None:
+    """The layout that `share` gave a model last; None if it is not wrapped."""
+    layout: str | None = vars(families.core(model)).get(_LAYOUT)
+    return layout
+
+
 def unshare(model: PreTrainedModel) -> None:
     """Take off what `share` and TRL's head put on a model, before it is trained once more in the same process."""
     base = families.core(model)
     for take_off in base.__dict__.pop(_UNDO, []):
         take_off()
+    base.__dict__.pop(_LAYOUT, None)
     for module in base.model.children():
         if isinstance(module.__dict__.get("forward"), FrozenTower):
             del module.__dict__["forward"]
