@@ -40,7 +40,7 @@ from prefalign.online.scores import Scorer
 from prefalign.training.collator import PreferenceCollator
 from prefalign.training.documents import Reader
 from prefalign.training.routes import find_route
-from prefalign.training.upkeep import Upkeep, _check_finite
+from prefalign.training.upkeep import Upkeep, check_finite
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -384,7 +384,7 @@ class PPOTrainer(Upkeep):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        _check_finite({name: weight for name, weight in self.roles.named_parameters() if weight.requires_grad})
+        check_finite({name: weight for name, weight in self.roles.named_parameters() if weight.requires_grad})
         self.roles.save(folder)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
