@@ -182,7 +182,8 @@ class PPOTrainer(Upkeep):
         args = self.args
         if not self._at:
             self._begin(inputs["rows"].tolist())
-            self.roles.set_decay(self.optimizer, args.weight_decay if self._policy_trains() else 0.0)
+            if self.optimizer is not None:  # none where a step is only counted
+                self.roles.set_decay(self.optimizer, args.weight_decay if self._policy_trains() else 0.0)
         assert self.rollout is not None
         at, self._at = self._at, (self._at + 1) % args.visits_per_iteration
         update, micro = divmod(at, args.gradient_accumulation_steps)
@@ -244,7 +245,8 @@ class PPOTrainer(Upkeep):
     def _audit(self, kept: Rollout, numbers: Sequence[int]) -> None:
         """Once: a policy whose tokens have advantages has to get a gradient; `Upkeep` sees only that there is one, 0 or not."""
         moves = kept.mask & (kept.advantages != 0) & (kept.entropy > 1e-3)
-        if not self._audited and bool(moves[numbers].any()) and not self.is_deepspeed_enabled:
+        updates = self.optimizer is not None and not self.is_deepspeed_enabled
+        if updates and not self._audited and bool(moves[numbers].any()):
             self._audited = True
             self.roles.audit()
 
