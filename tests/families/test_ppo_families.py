@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.test_ppo_families import check_family, folders  # noqa: F401
+from tests.test_ppo_all_families import check_family, folders  # noqa: F401
 from tests.tiny_vlms import WITH_VIDEO
 
 pytestmark = pytest.mark.families
