@@ -12,7 +12,6 @@ import itertools
 import math
 import random
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -302,11 +301,6 @@ def baseline(table: Iterable[Judged], kind: Baseline, seed: int) -> set[str]:
         order = sorted(rows, key=lambda row: (row_seed(seed, f"{row.id}/{kind}"), row.id))
         drawn.update(row.id for row in order[: sum(row.kept for row in rows)])
     return drawn
-
-
-def type_counts(table: Iterable[Judged]) -> dict[str, int]:
-    """How many rows of each type were kept."""
-    return dict(sorted(Counter(row.type for row in table if row.kept).items()))
 
 
 def _by_type(scores: Mapping[str, float], types: Mapping[str, str]) -> dict[str, list[str]]:

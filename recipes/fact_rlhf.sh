@@ -2,11 +2,12 @@
 # Fact-RLHF end to end (arXiv 2309.14525): SFT -> a reward model that reads facts -> PPO on it, one base for all of them.
 #
 #   sh recipes/fact_rlhf.sh                                             # the embedded world, minutes on two CPU cores
-#   PAIRS=runs/pairs PROMPTS=runs/prompts HELD_OUT=runs/held_out sh recipes/fact_rlhf.sh configs/recipes/train_ppo_fact_rlhf.yaml runs/llava
+#   PAIRS=runs/pairs HELD_OUT=runs/held_out PROMPTS=runs/prompts \
+#       sh recipes/fact_rlhf.sh configs/recipes/train_ppo_fact_rlhf.yaml runs/llava
 #
 # The model is the one that the PPO config names. On a real checkpoint PAIRS is a folder of pairs (with facts), PROMPTS one of
-# prompts, HELD_OUT pairs that the reward model is graded on; SFT and REWARD are the configs of the steps before, SFT_SETTINGS and REWARD_SETTINGS more settings of theirs. More
-# arguments go to PPO. Started again it goes on where it stopped.
+# prompts, HELD_OUT pairs that the reward model is graded on; SFT and REWARD are the configs of the steps before, SFT_SETTINGS and
+# REWARD_SETTINGS more settings of theirs. More arguments go to PPO. Started again it goes on where it stopped.
 set -eu
 
 config=${1:-configs/recipes/train_ppo_fact_rlhf_scenes.yaml}

@@ -122,7 +122,7 @@ def test_another_adapter_is_noticed(benchmark, tmp_path):
 
 
 def test_pictures_decide_the_outcome(benchmark, tmp_path):
-    """Swapping the pictures of the two prompts moves scores, log-probs and values; the noise of the draws stays."""
+    """Swapping the pictures of the two prompts moves the scores and the loss; the noise of the draws stays."""
     bench = benchmark.PPOBench(tiny(benchmark.CASES["576"]))
     before = benchmark.outcome(bench.side("shared", tmp_path))
     images = bench.prompts["images"]
