@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from prefalign import sources, stages, store
 from prefalign.engines import Engine, Sampling
+from prefalign.engines.config import EngineConfig
 from prefalign.guided import BiasConfig, Corrupted, Item, corrupted_answers, rejection
 from prefalign.manifest import Manifest
-from prefalign.models import ModelConfig
 from prefalign.records import Pair, Prompt
 from prefalign.sources import DataConfig
 from prefalign.store import Dropped, Failed, Outcome, OutputConfig
@@ -46,7 +46,7 @@ class Config:
         seed: with a row's id it decides masks, split points, swaps and completions.
     """
 
-    model: ModelConfig
+    model: EngineConfig
     data: DataConfig
     output: OutputConfig
     bias: BiasConfig = field(default_factory=BiasConfig)
@@ -58,7 +58,7 @@ class Config:
 
 def main(config: Config) -> Manifest:
     """Run the stage. Returns its manifest."""
-    from prefalign.engines.transformers import load_engine
+    from prefalign.engines.loading import load_engine
 
     sources.files_of(config.data)
     similarity = load_similarity(config.similarity)

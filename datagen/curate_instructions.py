@@ -28,10 +28,10 @@ from prefalign import cascade, curation, records, sources, stages, store
 from prefalign.cascade import CascadeStage, Judges, Rated
 from prefalign.curation import Baseline, BuilderConfig, Comparison
 from prefalign.engines import Engine, Request, Sampling
+from prefalign.engines.config import EngineConfig
 from prefalign.evidence import Without
 from prefalign.images import EncodedImage, sha256
 from prefalign.manifest import Manifest, write_atomically
-from prefalign.models import ModelConfig
 from prefalign.records import Candidates, Example, Pair, Prompt, row_seed
 from prefalign.sources import DataConfig
 from prefalign.store import Dropped, Failed, Outcome, OutputConfig
@@ -100,7 +100,7 @@ class Config:
     stages: list[CascadeStage] = field(default_factory=list)
     stratify_by: str = "type"
     question_prompt: str = QUESTION_PROMPT
-    model: ModelConfig | None = None
+    model: EngineConfig | None = None
     sampling: AnswerSampling = field(default_factory=AnswerSampling)
     without: Without = "blank"
     style: StyleConfig | None = None
@@ -146,7 +146,7 @@ def main(config: Config) -> Manifest:
         rewards = {stage.name: read_rewards(stage.rewards) for stage in config.stages if stage.rewards}
     engine: Engine | None = None
     if config.model is not None and config.needs_model:
-        from prefalign.engines.transformers import load_engine
+        from prefalign.engines.loading import load_engine
 
         engine = load_engine(config.model, batch_size=config.batch_size)
     table = functools.cache(lambda: drawn if config.produce == "baseline" else judge_all(config, rewards, engine))

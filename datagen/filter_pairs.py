@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Any
 from prefalign import sources, stages, store
 from prefalign.duplicates import PictureList, listed, picture_key, read_picture_lists
 from prefalign.engines import Engine
+from prefalign.engines.config import EngineConfig
 from prefalign.evidence import Judged, Without, judge, on_target, unsupported_claims
 from prefalign.filtering import Filters, Measured, decide, decide_unscored, summary
 from prefalign.images import ImageError
 from prefalign.manifest import Manifest, write_atomically
-from prefalign.models import ModelConfig
 from prefalign.records import Pair, RecordError, canonical_json, message_text
 from prefalign.sources import DataConfig
 from prefalign.store import Dropped, Failed, Outcome, OutputConfig
@@ -62,7 +62,7 @@ class Config:
     data: DataConfig
     output: OutputConfig
     filters: Filters
-    model: ModelConfig | None = None
+    model: EngineConfig | None = None
     without: Without = "blank"
     batch_size: int = 16
     seed: int = 0
@@ -103,7 +103,7 @@ def load_verifier(config: Config) -> Engine | None:
             "filters.reliance, filters.evidence and filters.claims score pairs with a model, and no model is named. Set "
             "model.model_name_or_path, or leave these sections out."
         )
-    from prefalign.engines.transformers import load_engine
+    from prefalign.engines.loading import load_engine
 
     return load_engine(config.model, batch_size=config.batch_size)
 

@@ -22,9 +22,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefalign import records, sources, stages, store
-from prefalign.engines import Completion, Contrast, Engine, ImageMask, Request, Sampling, require
+from prefalign.engines import Completion, Contrast, Engine, ImageMask, Request, Sampling
+from prefalign.engines.config import EngineConfig
 from prefalign.manifest import Manifest
-from prefalign.models import ModelConfig
 from prefalign.records import Pair, Prompt
 from prefalign.sources import DataConfig
 from prefalign.store import Dropped, Failed, Outcome, OutputConfig
@@ -70,7 +70,7 @@ class Config:
         seed: with a row's id it decides every draw.
     """
 
-    model: ModelConfig
+    model: EngineConfig
     data: DataConfig
     output: OutputConfig
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.0, contrast=Contrast()))
@@ -122,11 +122,12 @@ class Draft:
 
 def main(config: Config) -> Manifest:
     """Run the stage. Returns its manifest."""
-    from prefalign.engines.transformers import load_engine
+    from prefalign.engines.loading import load_engine
 
     sources.files_of(config.data)
-    engine = load_engine(config.model, batch_size=config.batch_size)
-    require(engine, ["sample", "prefix", "contrast"], METHOD)
+    engine = load_engine(
+        config.model, batch_size=config.batch_size, needs=["sample", "prefix", "contrast"], stage=METHOD
+    )
     return store.run_stage(
         METHOD,
         config.data,

@@ -25,12 +25,12 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from prefalign import collage, engines, records, sources, stages, store
+from prefalign import collage, records, sources, stages, store
 from prefalign.collage import Box, Layouts, Wording
 from prefalign.engines import Completion, Engine, ImageAttention, Request, Sampling
+from prefalign.engines.config import EngineConfig
 from prefalign.images import EncodedImage, encode_png, open_image, sha256
 from prefalign.manifest import Manifest
-from prefalign.models import ModelConfig
 from prefalign.records import Message, Pair, Prompt
 from prefalign.sources import DataConfig
 from prefalign.store import Dropped, Failed, Outcome, OutputConfig
@@ -108,7 +108,7 @@ class Config:
         seed: with a row's id it decides layout, distractors, places, wording and noise.
     """
 
-    model: ModelConfig
+    model: EngineConfig
     data: DataConfig
     output: OutputConfig
     layouts: Layouts = field(default_factory=Layouts)
@@ -131,13 +131,14 @@ class Config:
 
 def main(config: Config) -> Manifest:
     """Run the stage. Returns its manifest."""
-    from prefalign.engines.transformers import load_engine
+    from prefalign.engines.loading import load_engine
+    from prefalign.engines.transformers import TransformersEngine
     from prefalign.grounding import Grounding
     from prefalign.pictures import build_pool
 
     sources.files_of(config.data)
-    engine = load_engine(config.model, batch_size=config.batch_size)
-    engines.require(engine, ["attention"], METHOD)
+    engine = load_engine(config.model, batch_size=config.batch_size, needs=["attention"], stage=METHOD)
+    assert isinstance(engine, TransformersEngine)
     grounding = Grounding(engine.model, engine.processor)
     pool = functools.cache(lambda: build_pool(config.output.path / "pool", config.data))
     return store.run_stage(

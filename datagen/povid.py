@@ -21,9 +21,9 @@ from prefalign import records, sources, stages, store
 from prefalign.corruption import diffusion_noise, noise_factors
 from prefalign.editors import Edit, EditItem, Editor, EngineEditor
 from prefalign.engines import Sampling
+from prefalign.engines.config import EngineConfig
 from prefalign.images import EncodedImage, encode_png
 from prefalign.manifest import Manifest
-from prefalign.models import ModelConfig
 from prefalign.records import Pair, Prompt
 from prefalign.rule_editor import KINDS, RuleEditor, Vocabulary
 from prefalign.sources import DataConfig
@@ -92,7 +92,7 @@ class Config:
     output: OutputConfig
     editor: Literal["rules", "engine"] = "rules"
     rules: RuleConfig = field(default_factory=RuleConfig)
-    model: ModelConfig | None = None
+    model: EngineConfig | None = None
     family: Literal["auto", "captioning", "reasoning"] = "auto"
     pictures: bool = True
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=512))
@@ -131,7 +131,7 @@ def load_editor(config: Config) -> Editor:
         raise ValueError(
             "editor is `engine`, and no model is named to write the edits. Set model.model_name_or_path, or editor to `rules`."
         )
-    from prefalign.engines.transformers import load_engine
+    from prefalign.engines.loading import load_engine
 
     engine = load_engine(config.model, batch_size=config.batch_size)
     return EngineEditor(engine, config.sampling, family=config.family, pictures=config.pictures, seed=config.seed)

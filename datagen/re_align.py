@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prefalign import sources, stages, store
 from prefalign.embeddings import EmbedderConfig
-from prefalign.engines import Engine, Request, Sampling, require
+from prefalign.engines import Engine, Request, Sampling
+from prefalign.engines.config import EngineConfig
 from prefalign.filling import Completed, fill_by_request, fill_gaps, unusable
 from prefalign.guided import Item
 from prefalign.images import open_image, sha256
 from prefalign.manifest import Manifest
 from prefalign.masking import EngineMasker, Masker, MaskingConfig, RuleMasker, Span, masked_text
-from prefalign.models import ModelConfig
 from prefalign.pictures import build_pool
 from prefalign.records import Pair, Prompt
 from prefalign.retrieval import Neighbour, PictureIndex, RetrievalConfig, build_index
@@ -75,12 +75,12 @@ class Config:
         seed: with a row's id it decides all draws.
     """
 
-    model: ModelConfig
+    model: EngineConfig
     data: DataConfig
     output: OutputConfig
     chosen: Literal["reference", "engine"] = "reference"
     masking: MaskingConfig = field(default_factory=MaskingConfig)
-    masker: ModelConfig | None = None
+    masker: EngineConfig | None = None
     chosen_sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=512, temperature=0.0))
     mask_sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=512, temperature=0.0))
     embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
@@ -110,12 +110,12 @@ class Config:
 def main(config: Config) -> Manifest:
     """Run the stage. Returns its manifest."""
     from prefalign.embeddings import load_embedder
-    from prefalign.engines.transformers import load_engine
+    from prefalign.engines.loading import load_engine
 
     sources.files_of(config.data)
     similarity = load_similarity(config.similarity)
-    engine = load_engine(config.model, batch_size=config.batch_size)
-    require(engine, ["sample", *(["prefix"] if config.completion == "spans" else [])], "Re-Align")
+    needs = ["sample", *(["prefix"] if config.completion == "spans" else [])]
+    engine = load_engine(config.model, batch_size=config.batch_size, needs=needs, stage="Re-Align")
     embedder = load_embedder(config.embedder, engine)
     masker: Masker = RuleMasker(config.masking)
     if config.masking.masker == "engine":

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from prefalign import records, sources, stages, store
 from prefalign.engines import Completion, Engine, Request, Sampling
+from prefalign.engines.config import EngineConfig
 from prefalign.manifest import Manifest
-from prefalign.models import ModelConfig
 from prefalign.records import Candidates, Prompt
 from prefalign.sources import DataConfig
 from prefalign.store import Failed, Outcome, OutputConfig
@@ -50,7 +50,7 @@ class Config:
         seed: with a row's id and an answer's number it decides the draw.
     """
 
-    model: ModelConfig
+    model: EngineConfig
     data: DataConfig
     output: OutputConfig
     num_generations: int = 4
@@ -70,7 +70,7 @@ class Config:
 
 def main(config: Config) -> Manifest:
     """Run the stage. Returns its manifest."""
-    from prefalign.engines.transformers import load_engine
+    from prefalign.engines.loading import load_engine
 
     sources.files_of(config.data)
     engine = load_engine(config.model, batch_size=config.batch_size)

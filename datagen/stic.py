@@ -29,9 +29,9 @@ from prefalign import describing, records, sources, stages, store
 from prefalign.corruption import Jitter, colour_jitter, difference, jitter_shows, low_resolution
 from prefalign.describing import DescriptionSampling
 from prefalign.engines import Completion, Engine, Request
+from prefalign.engines.config import EngineConfig
 from prefalign.images import ImageError, sha256
 from prefalign.manifest import Manifest
-from prefalign.models import ModelConfig
 from prefalign.records import Example, Pair, Prompt, RecordError, row_seed
 from prefalign.seen import Owners, SeenIds
 from prefalign.sources import DataConfig
@@ -158,7 +158,7 @@ class Config:
         seed: with a row's id it decides prompts, negatives and answers.
     """
 
-    model: ModelConfig
+    model: EngineConfig
     data: DataConfig
     output: OutputConfig
     produce: Literal["pairs", "sft"] = "pairs"
@@ -180,7 +180,7 @@ class Config:
 
 def main(config: Config) -> Manifest:
     """Run the stage. Returns its manifest."""
-    from prefalign.engines.transformers import load_engine
+    from prefalign.engines.loading import load_engine
 
     sources.files_of(config.data)
     engine = load_engine(config.model, batch_size=config.batch_size)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefalign.engines import Engine, Sampling
+from prefalign.engines.config import EngineConfig
 from prefalign.judge import (
     REMINDER,
     RUBRIC,
@@ -34,7 +35,6 @@ from prefalign.judge import (
     transcript,
     wording_version,
 )
-from prefalign.models import ModelConfig
 from prefalign.records import row_seed
 from prefalign.rewards.reward import Response, Verdict
 from prefalign.text import same_answer
@@ -68,7 +68,7 @@ class _Asking:
         batch_size: replies in one forward pass.
     """
 
-    model: ModelConfig | None = None
+    model: EngineConfig | None = None
     engine: Any = field(default=None, repr=False)
     pictures: bool = True
     facts: bool = False
@@ -90,7 +90,7 @@ class _Asking:
     def _judge(self, wording: str) -> Judge:
         engine: Engine = self.engine
         if self.model is not None:
-            from prefalign.engines.transformers import load_engine
+            from prefalign.engines.loading import load_engine
 
             engine = load_engine(self.model, batch_size=self.batch_size)
         told = "+facts" if self.facts or not self.pictures else ""
