@@ -121,27 +121,35 @@ def _distance(one: str, other: str) -> int:
 
 def _without(caption: str, questions: Sequence[str]) -> str:
     unknown = {_kind(question) for question in questions}
+    named = [mention.shape for mention in language.parse(caption) if mention.place]
+    lost = {mention.shape for mention in language.parse(caption) if _lost(mention, named, unknown)}
     kept = []
     for sentence in language.sentences(caption):
         mentions = language.parse(sentence)
-        if _RELATION.search(sentence):
-            touched = {about for kind, about in unknown if kind in ("there", "where")}
-            gone = {mention.shape for mention in language.parse(caption) if ("what", mention.place) in unknown}
-            if {mention.shape for mention in mentions} & (touched | gone):
-                continue
-        kept.append(_edited(sentence, mentions, unknown))
+        if not _RELATION.search(sentence):
+            kept.append(_edited(sentence, mentions, named, unknown))
+        elif not {m.shape for m in mentions} & (lost | {about for kind, about in unknown if kind == "where"}):
+            kept.append(sentence)
     return " ".join(dict.fromkeys(sentence for sentence in kept if sentence))
 
 
-def _edited(sentence: str, mentions: Sequence[Mention], unknown: set[tuple[str, str]]) -> str:
+def _lost(mention: Mention, named: Sequence[str], unknown: set[tuple[str, str]]) -> bool:
+    """Whether an object is unknown as such: its shape, or what is at its place and, by its name, where it is."""
+    if ("there", mention.shape) in unknown:
+        return True
+    found = ("where", mention.shape) not in unknown and named.count(mention.shape) == 1
+    return ("what", mention.place) in unknown and not found
+
+
+def _edited(sentence: str, mentions: Sequence[Mention], named: Sequence[str], unknown: set[tuple[str, str]]) -> str:
     """A sentence without its unknown objects, colours and places; as it was if they are all known; "" if nothing is left."""
-    stay = [
-        mention
-        for mention in mentions
-        if ("there", mention.shape) not in unknown and ("what", mention.place) not in unknown
-    ]
+    stay = [mention for mention in mentions if not _lost(mention, named, unknown)]
     plain = {mention.start for mention in stay if ("colour", mention.shape) in unknown and mention.colour}
-    nowhere = {mention.start for mention in stay if ("where", mention.shape) in unknown and mention.place}
+    nowhere = {
+        mention.start
+        for mention in stay
+        if mention.place and (("where", mention.shape) in unknown or ("what", mention.place) in unknown)
+    }
     if len(stay) == len(mentions) and not plain and not nowhere:
         return sentence
     if not stay:
@@ -149,9 +157,9 @@ def _edited(sentence: str, mentions: Sequence[Mention], unknown: set[tuple[str, 
     phrases = []
     for mention in stay:
         words = sentence[mention.start : mention.end].split()
-        named = language._a(" ".join(word for word in words if mention.start not in plain or word not in COLOURS))
+        thing = language._a(" ".join(word for word in words if mention.start not in plain or word not in COLOURS))
         placed = mention.place and mention.start not in nowhere
-        phrases.append(f"{named} {at(str(mention.place))}" if placed else named)
+        phrases.append(f"{thing} {at(str(mention.place))}" if placed else thing)
     if len(mentions) == 1 and not nowhere:  # its colour goes, its wording stays
         mention, (phrase,) = stay[0], phrases
         bare = phrase.split(" ", 1)[1].removesuffix(f" {at(str(mention.place))}")
