@@ -216,14 +216,21 @@ def load_annotator(config: Config, engine: Engine) -> Annotator:
         from prefalign.engines.loading import load_engine
 
         engine = load_engine(config.llm, batch_size=config.batch_size, stage=METHOD)
-    return knowledge.EngineAnnotator(
-        engine, cache=config.cache, max_new_tokens=config.max_new_tokens, seed=config.seed
-    )
+    return knowledge.EngineAnnotator(engine, cache=config.cache, max_new_tokens=config.max_new_tokens, seed=config.seed)
 
 
 def row_settings(config: Config) -> dict[str, Any]:
     """The settings that change rows."""
-    names = ["annotator", "produce", "num_generations", "sampling", "threshold", "least_judged", "least_words", "allowed_words"]
+    names = [
+        "annotator",
+        "produce",
+        "num_generations",
+        "sampling",
+        "threshold",
+        "least_judged",
+        "least_words",
+        "allowed_words",
+    ]
     names += ["max_new_tokens"] if config.annotator == "engine" else []
     names += ["rejected"] if config.produce == "pairs" else []
     known = dataclasses.asdict(config)
@@ -272,7 +279,9 @@ def probe(rows: Sequence[Adapted], engine: Engine, annotator: Annotator, config:
         answers = [said[f"{row.prompt.id}/question {number}/{place}"] for place in range(config.num_generations)]
         one.answers = [None if answer.finish_reason == "error" else answer.text.strip() for answer in answers]
     items = list(
-        dict.fromkeys((row.captioned.caption, one.question, text) for row, _, one in asked for text in one.answers if text)
+        dict.fromkeys(
+            (row.captioned.caption, one.question, text) for row, _, one in asked for text in one.answers if text
+        )
     )
     grades = dict(zip(items, annotator.judge(items) if items else [], strict=True))
     for row, _, one in asked:
@@ -343,7 +352,9 @@ def reject(rows: Sequence[Adapted], engine: Engine, annotator: Annotator, config
         for number in range(rules.num_generations)
     ]
     said = iter(engine.generate(requests, rules.sampling) if requests else [])
-    candidates = [(row, text) for row in others for text in _own(row, [next(said) for _ in range(rules.num_generations)], rules)]
+    candidates = [
+        (row, text) for row in others for text in _own(row, [next(said) for _ in range(rules.num_generations)], rules)
+    ]
     labelled = annotator.statements([(row.captioned, text) for row, text in candidates]) if candidates else []
     for (row, text), labels in zip(candidates, labelled, strict=True):
         if isinstance(labels, Reply):

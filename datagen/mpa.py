@@ -2,7 +2,8 @@
 
 A pseudo annotator writes a question and a short answer about each picture; the large and the small model answer it; it is kept
 where the large one agrees with the annotation and the small one does not. `produce: examples` writes question and answer for SFT.
-`produce: pairs` (not in the paper) prefers the annotation to the small model's wrong answer.
+`produce: pairs` (not in the paper) prefers the annotation to the small model's wrong answer; the question is then stored with the
+request for a short answer that the small model saw.
 
 Paper: "When Big Models Train Small Ones: Label-Free Model Parity Alignment for Efficient Visual Question Answering using Small
 VLMs", EMNLP 2025, arXiv 2509.16633. Code: vl2g/MPA, `scripts/PA/PA.py`, `scripts/PI/PI.py`.
@@ -125,6 +126,11 @@ class Config:
                 "annotator is `engine`, and no large model is named to write and answer questions. Set large.model_name_or_path, "
                 "or annotator to `rules` for the embedded world."
             )
+        if self.annotator == "engine" and self.large == self.model:
+            raise ValueError(
+                f"model and large are both {self.model.model_name_or_path!r}, so there is no gap between them and no row would be "
+                "kept. Name a larger model as `large`."
+            )
         if not 0 <= self.numeric_tolerance < 1:
             raise ValueError(
                 f"numeric_tolerance is {self.numeric_tolerance}; it is a share of the number, from 0 (exact) to below 1 (0.05)."
@@ -232,6 +238,8 @@ def annotate(rows: Sequence[Asked], large: Engine, config: Config) -> None:
         found = parity.read_annotation(completion.text)
         if completion.finish_reason == "error":
             row.outcome = Failed("generation_failed", str(completion.error))
+        elif completion.finish_reason == "length":
+            row.outcome = Dropped("cut_off")
         elif found is None:
             row.outcome = Dropped("unreadable_annotation")
         else:
@@ -305,16 +313,23 @@ def _outcome(row: Asked, models: dict[str, str], config: Config) -> Outcome:
     if row.outcome is not None:
         return row.outcome
     settings, both = row_settings(config), "+".join(models.values())
-    asked = [user_message(row.question, len(row.images))]
     known = {"method": METHOD, "parent": row.prompt.id, "generator": models["large"], "small": models["small"],
              "seed": config.seed, "settings": settings, "images_sha256": [sha256(image) for image in row.prompt.images],
              "task": config.task if config.annotator == "engine" else "scenes", "pseudo_answer": row.answer,
              "large_answers": row.large, "small_answer": row.small}  # fmt: skip
     if config.produce == "examples":
         name = records.record_id(method=METHOD, parent=row.prompt.id, settings=settings, model=both, seed=config.seed)
-        return [Example(name, row.prompt.images, [*asked, assistant_message(row.answer)], known)]
+        return [
+            Example(
+                name,
+                row.prompt.images,
+                [user_message(row.question, len(row.images)), assistant_message(row.answer)],
+                known,
+            )
+        ]
     made = stages.make_pair(row.prompt, method=METHOD, chosen=row.answer, rejected=row.small, settings=settings,
-                            seed=config.seed, model=both, meta=known, prompt=asked)  # fmt: skip
+                            seed=config.seed, model=both, meta=known,
+                            prompt=_request(row, "small", config).messages)  # fmt: skip
     return [dataclasses.replace(made, answer=row.answer)]
 
 

@@ -19,7 +19,9 @@ from prefalign.masking import FUNCTION_WORDS
 from prefalign.records import user_message
 from prefalign.text import normalised, same_answer
 
-QUESTION_MARK = re.compile(r"^[\s*\-]*(?:\d+[.):]\s*)?\**question(?:\s*\d+)?\**\s*:[\s*]*(?:\d+[.):]\s*)?(?P<text>\S.*)$", re.I)
+QUESTION_MARK = re.compile(
+    r"^[\s*\-]*(?:\d+[.):]\s*)?\**question(?:\s*\d+)?\**\s*:[\s*]*(?:\d+[.):]\s*)?(?P<text>\S.*)$", re.I
+)
 _INTEGER = re.compile(r"-?\d+(?:\.\d+)?")
 _LABEL = re.compile(r"^[\s*\-]*(?:\d+[.):]\s*)?\**(?P<label>entailed|contradicted|neutral)\b\**\s*:", re.I)
 _CONTENT = frozenset(
@@ -177,10 +179,10 @@ class EngineAnnotator:
 
     def __init__(self, engine: Engine, *, cache: Path | None = None, max_new_tokens: int = 1024, seed: int = 0) -> None:
         """Args:
-            engine: the LLM.
-            cache: file that keeps judgements by model, caption, question and answer; None keeps none.
-            max_new_tokens: longest list of questions, rewrite with its rationale, or list of statements.
-            seed: seed of the stage.
+        engine: the LLM.
+        cache: file that keeps judgements by model, caption, question and answer; None keeps none.
+        max_new_tokens: longest list of questions, rewrite with its rationale, or list of statements.
+        seed: seed of the stage.
         """
         self.engine = engine
         self.fingerprint = engine.fingerprint
@@ -228,7 +230,10 @@ class EngineAnnotator:
     def statements(self, items: Sequence[tuple[Captioned, str]]) -> list[list[str] | Reply]:
         """Labels counted line by line; the model's own sums are not asked for."""
         prompts = [
-            (f"{item.id}/statements/{number}", f"{_STATEMENTS}\n\nCaption: {item.caption}\n\nText: {text}\n\nStatements:")
+            (
+                f"{item.id}/statements/{number}",
+                f"{_STATEMENTS}\n\nCaption: {item.caption}\n\nText: {text}\n\nStatements:",
+            )
             for number, (item, text) in enumerate(items)
         ]
         found: list[list[str] | Reply] = []

@@ -28,7 +28,8 @@ TASK_PROMPTS = {
 
 FORM = "Reply with two lines and nothing else:\nQuestion: <the question>\nAnswer: <the answer>"
 _PARTS = re.compile(
-    r"^[\W\d]*question\W*?:[ \t*]*(?P<question>\S.*?)\s*^[\W\d]*answer\W*?:[ \t*]*(?P<answer>[^\n]*)", re.I | re.M | re.S
+    r"^[\W\d]*question\W*?:[ \t*]*(?P<question>\S.*?)\s*^[\W\d]*answer\W*?:[ \t*]*(?P<answer>[^\n]*)",
+    re.I | re.M | re.S,
 )
 _NUMBER = re.compile(
     r"(?P<sign>-?)(?P<before>[$\u00a3\u00a5\u20ac]?)(?P<digits>\d+(?:[.,]\d+)*|\.\d+)[ \t]?(?P<after>[%$\u00a3\u00a5\u20ac]?)"
@@ -37,6 +38,7 @@ _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _ARTICLES = frozenset(("a", "an", "the"))
 _YES_NO = frozenset(("yes", "no"))
+_NOT = frozenset(("not", "no", "never", "isn't", "aren't", "wasn't", "weren't"))
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 _REFUSAL = re.compile(
     r"\bi(?:'m| am) (?:sorry|not sure|unable)|\bas an ai\b|\bi (?:can't|cannot|can not|do not know|don't know)|"
@@ -65,7 +67,7 @@ def tokens(text: str) -> list[Token]:
         >>> tokens("The red car, 1.5 m")
         ['red', 'car', Number(value=1.5, unit='', exact=False), 'm']
     """
-    text = unicodedata.normalize("NFKC", text.replace("\u2212", "-")).casefold()
+    text = unicodedata.normalize("NFKC", text.replace("\u2212", "-")).casefold().replace("\u2019", "'")
     found: list[Token] = []
     position = 0
     while position < len(text):
@@ -94,7 +96,7 @@ def _in_word(letter: str) -> bool:
 def _continues(text: str, start: int, end: int) -> bool:
     if unicodedata.category(text[end]).startswith("M"):
         return True
-    if text[end] in "'\u2019" and end + 1 < len(text):
+    if text[end] == "'" and end + 1 < len(text):
         return text[end + 1].isalpha()
     return text[end].isalnum() and not _UNSPACED.match(text[end]) and not _UNSPACED.match(text[start])
 
@@ -112,7 +114,8 @@ def matches(wanted: str, said: str, *, tolerance: float = 0.0, most_words: int |
 
     Args:
         wanted: the short answer.
-        said: the answer that is looked at. If "yes" or "no" is wanted it has to begin with that and hold no other one.
+        said: the answer that is looked at. If "yes" or "no" is wanted it has to begin with that and hold no other one. One that
+            offers a choice ("red or blue") or denies it ("not red") does not give it.
         tolerance: relative difference up to which two numbers are the same (years, dates and versions: none).
         most_words: an answer of more tokens gives none; None: of any length.
 
@@ -128,8 +131,11 @@ def matches(wanted: str, said: str, *, tolerance: float = 0.0, most_words: int |
         return False
     if len(inner) == 1 and inner[0] in _YES_NO:
         return outer[:1] == inner and len(_YES_NO & {token for token in outer if isinstance(token, str)}) == 1
+    if "or" in outer and "or" not in inner:
+        return False
     return any(
         all(_same(one, other, tolerance) for one, other in zip(inner, outer[start:], strict=False))
+        and (start == 0 or outer[start - 1] not in _NOT)
         for start in range(len(outer) - len(inner) + 1)
     )
 
