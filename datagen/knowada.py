@@ -28,9 +28,9 @@ from prefalign import knowledge, records, sources, stages, store
 from prefalign.engines import Completion, Engine, Request, Sampling
 from prefalign.engines.config import EngineConfig
 from prefalign.images import sha256
-from prefalign.knowledge import Annotator, Captioned, Reply
+from prefalign.knowledge import Annotator, Captioned, Probe, Probing, Reply
 from prefalign.manifest import Manifest
-from prefalign.records import Example, Pair, Prompt, assistant_message, row_seed, user_message
+from prefalign.records import Example, Pair, Prompt, assistant_message, row_seed
 from prefalign.sources import DataConfig
 from prefalign.store import Dropped, Failed, Outcome, OutputConfig
 from prefalign.text import same_answer
@@ -75,8 +75,8 @@ class RejectedConfig:
         least, most = self.length_ratio
         if not 0 < least <= 1 <= most:
             raise ValueError(
-                f"length_ratio is {list(self.length_ratio)}, and captions of equal length are outside of it. Give a least ratio up "
-                "to 1 and a most from 1 on ([0.67, 1.5])."
+                f"length_ratio is {list(self.length_ratio)}, and captions of equal length are outside of it. Give a least ratio "
+                "up to 1 and a most from 1 on ([0.67, 1.5])."
             )
 
 
@@ -125,8 +125,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.annotator == "engine" and self.llm is None:
             raise ValueError(
-                "annotator is `engine`, and no LLM is named to write questions and judge answers. Set llm.model_name_or_path (and "
-                "llm.engine for a server), or annotator to `rules` for the embedded world."
+                "annotator is `engine`, and no LLM is named to write questions and judge answers. Set llm.model_name_or_path "
+                "(and llm.engine for a server), or annotator to `rules` for the embedded world."
             )
         if not 1 <= self.threshold <= self.num_generations:
             raise ValueError(
@@ -147,28 +147,12 @@ class Config:
 
 
 @dataclass
-class Probe:
-    """What a model knows of one thing in a picture.
-
-    Attributes:
-        question: what it was asked.
-        answers: its answers; None: that generation failed.
-        scores: grade of each answer (1 wrong, 2 nearly right, 3 right), None: missing.
-        unknown: whether it does not know; None: too few answers were judged.
-    """
-
-    question: str
-    answers: list[str | None] = field(default_factory=list)
-    scores: list[int | None] = field(default_factory=list)
-    unknown: bool | None = None
-
-
-@dataclass
 class Adapted:
-    """A row on its way: its probes, the caption it got, and `outcome` if it came to an end before that."""
+    """A row on its way: its questions and their probes, the caption it got, and `outcome` if it came to an end before that."""
 
     prompt: Prompt
     images: list[Image.Image]
+    questions: list[str] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
     caption: str = ""
     outcome: Dropped | Failed | None = None
@@ -212,11 +196,13 @@ def load_annotator(config: Config, engine: Engine) -> Annotator:
         from prefalign.scenes.probing import SceneAnnotator
 
         return SceneAnnotator()
+    from prefalign.caption_annotator import EngineAnnotator
+
     if config.llm != config.model:
         from prefalign.engines.loading import load_engine
 
         engine = load_engine(config.llm, batch_size=config.batch_size, stage=METHOD)
-    return knowledge.EngineAnnotator(engine, cache=config.cache, max_new_tokens=config.max_new_tokens, seed=config.seed)
+    return EngineAnnotator(engine, cache=config.cache, max_new_tokens=config.max_new_tokens, seed=config.seed)
 
 
 def row_settings(config: Config) -> dict[str, Any]:
@@ -259,37 +245,18 @@ def write_questions(rows: Sequence[Adapted], annotator: Annotator) -> None:
         elif not found:
             row.outcome = Dropped("no_questions")
         else:
-            row.probes = [Probe(question) for question in found]
+            row.questions = found
 
 
 def probe(rows: Sequence[Adapted], engine: Engine, annotator: Annotator, config: Config) -> None:
-    """Put each question to the model, have the answers judged, and tell what is unknown.
-
-    An answer that failed has no grade; one that is empty is wrong, and nobody is asked about it.
-    """
-    asked = [(row, number, one) for row in rows for number, one in enumerate(row.probes)]
-    requests = [
-        Request(f"{row.prompt.id}/question {number}/{place}", [user_message(one.question, len(row.images))], row.images,
-                seed=config.seed)
-        for row, number, one in asked
-        for place in range(config.num_generations)
-    ]  # fmt: skip
-    said = {each.id: each for each in (engine.generate(requests, config.sampling) if requests else [])}
-    for row, number, one in asked:
-        answers = [said[f"{row.prompt.id}/question {number}/{place}"] for place in range(config.num_generations)]
-        one.answers = [None if answer.finish_reason == "error" else answer.text.strip() for answer in answers]
-    items = list(
-        dict.fromkeys(
-            (row.captioned.caption, one.question, text) for row, _, one in asked for text in one.answers if text
-        )
-    )
-    grades = dict(zip(items, annotator.judge(items) if items else [], strict=True))
-    for row, _, one in asked:
-        caption = row.captioned.caption
-        one.scores = [1 if text == "" else grades.get((caption, one.question, text or "")) for text in one.answers]
-        one.unknown = knowledge.is_unknown(one.scores, threshold=config.threshold, least_judged=config.least_judged)
-    for row in rows:
-        if row.outcome is None and all(one.unknown is None for one in row.probes):
+    """Tell what the model does not know."""
+    how = Probing(config.num_generations, config.sampling, config.threshold, config.least_judged)
+    open_rows = [row for row in rows if row.outcome is None]
+    asked = [(row.captioned, row.images, row.questions) for row in open_rows]
+    for row, row.probes in zip(
+        open_rows, knowledge.probe(engine, annotator, asked, how, seed=config.seed), strict=True
+    ):
+        if all(one.unknown is None for one in row.probes):
             row.outcome = Dropped("unjudged")
 
 

@@ -128,8 +128,8 @@ class Config:
             )
         if self.annotator == "engine" and self.large == self.model:
             raise ValueError(
-                f"model and large are both {self.model.model_name_or_path!r}, so there is no gap between them and no row would be "
-                "kept. Name a larger model as `large`."
+                f"model and large are both {self.model.model_name_or_path!r}, so there is no gap between them and no row would "
+                "be kept. Name a larger model as `large`."
             )
         if not 0 <= self.numeric_tolerance < 1:
             raise ValueError(

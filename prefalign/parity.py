@@ -15,14 +15,22 @@ if TYPE_CHECKING:
     from PIL import Image
 
 TASK_PROMPTS = {
-    "text": "Look for text in this picture: signs, labels, screens, print. Write one question that can only be answered by reading "
-    "it, and its answer as it is written there, in a few words at most.",
-    "chart": "This picture shows a chart. Write one question about it that takes reading values off the chart, comparing them or a "
-    "short calculation, and its answer as a single number or label.",
-    "knowledge": "Write one question about something in this picture that takes knowledge of the world beyond what can be seen, and "
-    "its answer in one to three words.",
-    "general": "Write one question about this picture that has exactly one right answer, which can be seen in it, and the answer in "
-    "one to three words.",
+    "text": (
+        "Look for text in this picture: signs, labels, screens, print. Write one question that can only be answered by reading "
+        "it, and its answer as it is written there, in a few words at most."
+    ),
+    "chart": (
+        "This picture shows a chart. Write one question about it that takes reading values off the chart, comparing them or a "
+        "short calculation, and its answer as a single number or label."
+    ),
+    "knowledge": (
+        "Write one question about something in this picture that takes knowledge of the world beyond what can be seen, and its "
+        "answer in one to three words."
+    ),
+    "general": (
+        "Write one question about this picture that has exactly one right answer, which can be seen in it, and the answer in one "
+        "to three words."
+    ),
 }
 """What the pseudo annotator is asked for, by task (our wording of the paper's kinds)."""
 
