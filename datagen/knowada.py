@@ -253,9 +253,9 @@ def probe(rows: Sequence[Adapted], engine: Engine, annotator: Annotator, config:
     how = Probing(config.num_generations, config.sampling, config.threshold, config.least_judged)
     open_rows = [row for row in rows if row.outcome is None]
     asked = [(row.captioned, row.images, row.questions) for row in open_rows]
-    for row, row.probes in zip(
-        open_rows, knowledge.probe(engine, annotator, asked, how, seed=config.seed), strict=True
-    ):
+    probed = knowledge.probe(engine, annotator, asked, how, seed=config.seed)
+    for row, found in zip(open_rows, probed, strict=True):
+        row.probes = found
         if all(one.unknown is None for one in row.probes):
             row.outcome = Dropped("unjudged")
 

@@ -1,0 +1,507 @@
+"""KnowAda: when something is unknown, what is taken out, what is refused, and that the picture decides what is known."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import pytest
+
+from prefalign import bundled, config, knowledge
+from prefalign.caption_annotator import (
+    EngineAnnotator,
+    marker_of,
+    question_prompt,
+    read_labels,
+    read_questions,
+    read_rewrite,
+    read_score,
+    read_yes_no,
+    rewrite_prompt,
+)
+from prefalign.engines import Completion, Sampling
+from prefalign.engines.transformers import load_engine
+from prefalign.images import sha256
+from prefalign.knowledge import Captioned, Probing, is_unknown, rewrite_problem
+from prefalign.models import ModelConfig
+from prefalign.records import Example, Pair, Prompt, message_text
+from prefalign.scenes import language, world
+from prefalign.scenes.export import export
+from prefalign.scenes.probing import SceneAnnotator
+from prefalign.scenes.twins import true_of
+from prefalign.stages import opened
+from prefalign.store import Dropped, Failed, read_records
+
+ROWS = 6
+SCENES = config.read_yaml(bundled.find("datagen/knowada_scenes"))
+FEW = {"num_generations": 4, "threshold": 3, "least_judged": 2}
+RULES = SceneAnnotator()
+CAT = "A grey cat sleeps on a blue towel. Three pots stand on the sill."
+
+
+@pytest.fixture(scope="module")
+def stage():
+    return bundled.load_stage("knowada")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("knowada") / "rows"
+    export(folder, split="train_fair", kind="caption", start=0, stop=ROWS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(rows):
+    return list(read_records(rows, Prompt))
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return load_engine(ModelConfig("scenes", device="cpu"), batch_size=64)
+
+
+def settings(stage, rows, folder, **changes):
+    known = {"data": {"path": rows}, "output": {"path": folder, "block_size": 4}, **FEW}
+    return config.build(stage.Config, config.merge(config.merge(SCENES, known), changes))
+
+
+@pytest.fixture(scope="module")
+def finished(stage, rows, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("knowada") / "out"
+    manifest = stage.main(settings(stage, rows, folder))
+    return folder, manifest, list(read_records(folder, Example))
+
+
+def grades(wrong, right, missing=0):
+    return [1] * wrong + [3] * right + [None] * missing
+
+
+@pytest.mark.parametrize(
+    ("scores", "threshold", "unknown"),
+    [
+        (grades(7, 3), 8, False),
+        (grades(8, 2), 8, True),
+        (grades(9, 1), 8, True),
+        (grades(7, 3), 7, True),
+        (grades(9, 1), 10, False),
+        ([2] * 3 + grades(7, 0), 8, False),  # nearly right is not wrong
+        (grades(7, 2, missing=1), 8, False),  # 7 of 9 are less than 8 of 10
+        (grades(7, 1, missing=2), 8, True),  # 7 of 8 are more
+        (grades(0, 5, missing=5), 8, False),  # the released code counts 5 missing as wrong; 8 missing made it unknown
+        (grades(0, 4, missing=6), 8, None),
+        (grades(4, 0, missing=6), 8, None),
+        ([None] * 10, 8, None),
+    ],
+)
+def test_unknown_by_hand(scores, threshold, unknown):
+    assert is_unknown(scores, threshold=threshold, least_judged=5) is unknown
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [("3", 3), (" Grade: 2.", 2), ("1 (wrong; 3 would be right)", 1), ("3/3", 3), ("-1", None), ("10", None), ("2.5", None),
+     ("0", None), ("wrong", None), ("", None)],
+)  # fmt: skip
+def test_the_first_number_of_a_judgement_counts(reply, score):
+    assert read_score(reply) == score
+
+
+def test_questions_are_lines_with_their_marker():
+    reply = """Sure, here they are. What else?
+1. Question: What animal sleeps?
+Question: 2) What colour is the towel?
+**Question 3:** How many pots are there?
+- Question: what animal  sleeps?
+Question: Name the animal.
+Is this a question?"""
+    assert read_questions(reply) == ["What animal sleeps?", "What colour is the towel?", "How many pots are there?"]
+    assert read_questions("What animal sleeps?") == []
+
+
+def test_a_rewrite_is_found_though_the_caption_holds_the_marker():
+    assert read_rewrite("- 'blue' goes.\nNEW CAPTION: A cat.\nIt sleeps.", "NEW CAPTION") == "A cat.\nIt sleeps."
+    assert read_rewrite("A cat.", "NEW CAPTION") is None
+    assert read_rewrite("NEW CAPTION: A cat.\nNEW CAPTION: A dog.", "NEW CAPTION") is None
+    sign = "A sign reads NEW CAPTION: and more."
+    assert marker_of(sign) == "NEW CAPTION 2"
+    assert "NEW CAPTION 2: " in rewrite_prompt(sign, ["What does it read?"])
+    assert read_rewrite(f"Nothing goes.\nNEW CAPTION 2: {sign}", "NEW CAPTION 2") == sign
+
+
+def test_labels_and_answers_are_read_by_line():
+    reply = "1. Entailed: a cat.\n**Contradicted**: a dog.\n- neutral: it is calm.\nTotals: 5 Entailed"
+    assert read_labels(reply) == ["entailed", "contradicted", "neutral"]
+    assert [read_yes_no(text) for text in ("Yes.", "no, it is not", "Perhaps yes", "")] == [True, False, None, None]
+
+
+@pytest.mark.parametrize(
+    ("rewritten", "problem"),
+    [
+        ("A grey cat sleeps on a towel. Pots stand on the sill.", None),
+        ("A grey cat sleeps on a towel. Some pots stand on it.", None),
+        ("A cat sleeps. A pot is on the sill.", None),  # singular of a word that is there
+        ("A grey cat sleeps on something. Pots stand on the sill.", None),
+        ("", "empty_rewrite"),
+        (" ... ", "empty_rewrite"),
+        ("a grey cat sleeps on a blue towel, three pots stand on the sill", "unchanged_rewrite"),
+        ("A grey cat sleeps.", "short_rewrite"),  # 4 of 14 words
+        ("The grey cat sleeps there.", None),  # 5 of 14
+        ("A grey dog sleeps on a towel.", "new_words"),
+        ("A grey cat sleeps, not on a towel.", "new_words"),
+        ("A grey cat sleeps behind a towel.", "new_words"),
+    ],
+)
+def test_checks_of_a_rewrite(rewritten, problem):
+    assert rewrite_problem(CAT, rewritten, least_words=0.3, allowed=["something"]) == problem
+
+
+CAPTION = "There is a small red star at the top. There is a large blue ring on the left."
+FACTS = {"counts": {"star": 1, "ring": 2}}
+
+
+def test_questions_about_a_scenes_caption_have_one_answer():
+    """The picture has two rings, so only what is at its place can be asked about the one that is told of."""
+    assert RULES.questions([Captioned("x", CAPTION, FACTS)]) == [
+        ["Is there a star in the picture?", "What colour is the star?", "Where is the star?", "What is at the top?",
+         "Is there a ring in the picture?", "What is on the left?"]
+    ]  # fmt: skip
+    assert RULES.questions([Captioned("x", "The picture shows some coloured shapes.", FACTS)]) == [[]]
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "score"),
+    [
+        ("Is there a star in the picture?", "Yes, there is a star on the right.", 3),
+        ("Is there a star in the picture?", "No, there is no star in the picture.", 1),
+        ("What colour is the star?", "The star is red.", 3),
+        ("What colour is the star?", "Red or blue.", 1),
+        ("What colour is the star?", "It is hidden.", 1),
+        ("Where is the star?", "At the top.", 3),
+        ("Where is the star?", "At the top left.", 2),
+        ("Where is the star?", "At the bottom.", 1),
+        ("What is at the top?", "A small red star.", 3),
+        ("What is at the top?", "A large red star.", 2),
+        ("What is at the top?", "A small blue star.", 1),
+        ("What is at the top?", "A small red ring.", 1),
+        ("What is at the top?", "Nothing.", 1),
+        ("Is there a heart in the picture?", "No.", None),  # the caption does not say
+        ("Who is there?", "Me.", None),
+    ],
+)
+def test_judging_by_the_caption(question, answer, score):
+    assert RULES.judge([(CAPTION, question, answer)]) == [score]
+
+
+@pytest.mark.parametrize(
+    ("caption", "unknown", "left"),
+    [
+        (CAPTION, ["Is there a star in the picture?"], "There is a large blue ring on the left."),
+        (CAPTION, ["What colour is the star?"], "There is a small star at the top. There is a large blue ring on the left."),
+        (CAPTION, ["Where is the star?"], "There is a small red star. There is a large blue ring on the left."),
+        (CAPTION, ["What is at the top?"], "There is a small red star. There is a large blue ring on the left."),
+        (CAPTION, ["What is at the top?", "Where is the star?"], "There is a large blue ring on the left."),
+        ("An orange star is at the top.", ["What colour is the star?"], "A star is at the top."),
+        ("At the top there is a red star.", ["Where is the star?"], "There is a red star."),
+        ("The picture shows a red star at the top, a blue ring on the left and a heart on the right.",
+         ["Where is the ring?", "Is there a heart in the picture?"], "The picture shows a red star at the top and a blue ring."),
+        ("There is a star at the top. There is a ring on the left. The star is above the ring.", ["Where is the star?"],
+         "There is a star. There is a ring on the left."),
+        ("There is a star at the top. There is a star on the left.", ["What is at the top?"], "There is a star on the left."),
+        ("There is a star at the top.", ["Is there a star in the picture?"], ""),
+    ],
+)  # fmt: skip
+def test_what_is_taken_out_by_hand(caption, unknown, left):
+    (reply,) = RULES.rewrite([(Captioned("x", caption, FACTS), unknown)])
+    assert reply.text == left
+    assert RULES.answerable([(left, question) for question in unknown]) == [False] * len(unknown)
+
+
+def test_whatever_is_unknown_the_rest_stays_true_and_can_be_asked():
+    for number, picture in enumerate(world.scenes("train_fair", 100, 160)):
+        for caption in (language.caption(picture, number), language.description(picture, number)):
+            item = Captioned(picture.id, caption, language.facts(picture))
+            (questions,) = RULES.questions([item])
+            unknown = [question for place, question in enumerate(questions) if (place + number) % 3 == 0]
+            (reply,) = RULES.rewrite([(item, unknown)])
+            assert not any(RULES.answerable([(reply.text, question) for question in unknown])), (caption, unknown)
+            assert true_of(reply.text, item.facts)
+            assert rewrite_problem(caption, reply.text, least_words=0) in (None, "empty_rewrite")
+
+
+def probing(**changes):
+    return dataclasses.replace(Probing(4, Sampling(max_new_tokens=24, temperature=0.4), 3, 2), **changes)
+
+
+def test_a_failed_generation_leaves_the_others_where_they_are(engine, prompts):
+    """The engine refuses the second question; the answers to the third are those it gets beside any other second one."""
+    item = Captioned(prompts[0].id, prompts[0].answer, prompts[0].facts)
+    (questions,) = RULES.questions([item])
+    images = opened(prompts[0].images)
+    bad = [questions[0], "What is <image>?", *questions[2:]]
+    failed, whole = (
+        knowledge.probe(engine, RULES, [(item, images, asked)], probing(), seed=0)[0] for asked in (bad, questions)
+    )
+    assert failed[1].answers == [None] * 4 == failed[1].scores
+    assert failed[1].unknown is None
+    assert [failed[0], *failed[2:]] == [whole[0], *whole[2:]]
+    assert all(len(one.scores) == 4 and None not in one.scores for one in whole)
+
+
+def test_an_empty_answer_is_wrong_and_equal_ones_are_judged_once(engine, prompts):
+    class Silent:
+        capabilities, fingerprint = frozenset({"sample"}), "silent"
+
+        def generate(self, requests, sampling):
+            said = ["", "Yes.", "Yes.", " "]
+            return [Completion(request.id, said[int(request.id[-1])]) for request in requests]
+
+    class Counting(SceneAnnotator):
+        asked: list = []  # noqa: RUF012
+
+        def judge(self, items):
+            self.asked += items
+            return super().judge(items)
+
+    item = Captioned("x", CAPTION, FACTS)
+    (found,) = knowledge.probe(
+        Silent(), Counting(), [(item, [], ["Is there a star in the picture?"])], probing(), seed=0
+    )
+    assert (found[0].scores, found[0].unknown) == ([1, 3, 3, 1], False)
+    assert Counting.asked == [(CAPTION, "Is there a star in the picture?", "Yes.")]
+
+
+def test_examples_hold_captions_without_what_is_unknown(finished, prompts):
+    folder, manifest, made = finished
+    assert manifest.rows_in == ROWS == manifest.rows_used + sum(manifest.dropped.values())
+    assert len(made) >= 3
+    given = {prompt.id: prompt for prompt in prompts}
+    for row in made:
+        prompt, meta = given[row.meta["parent"]], row.meta
+        caption = message_text(row.messages[-1:])
+        assert row.messages[:-1] == prompt.messages
+        assert row.images == prompt.images
+        assert meta["images_sha256"] == [sha256(image) for image in prompt.images]
+        assert meta["caption"] == prompt.answer
+        unknown = [one["question"] for one in meta["probes"] if one["unknown"]]
+        assert meta["changed"] is bool(unknown) is (caption != prompt.answer)
+        assert not any(RULES.answerable([(caption, question) for question in unknown]))
+        assert true_of(caption, prompt.facts)
+        for one in meta["probes"]:
+            assert one["unknown"] is (sum(score == 1 for score in one["scores"]) >= 3)
+            assert one["scores"] == RULES.judge([(prompt.answer, one["question"], answer) for answer in one["answers"]])
+        assert meta["generator"] == manifest.models["generator"] != ""
+        assert (meta["annotator"], meta["settings"]["threshold"]) == ("scenes-rules-1", 3)
+        assert meta["settings"]["sampling"]["temperature"] == 0.4
+    assert manifest.config["settings"]["threshold"] == 3
+    found = json.loads((folder / "knowledge.json").read_text())
+    probes = [one for row in made for one in row.meta["probes"]]
+    assert found["rows"] == len(made)
+    assert found["unknown"] == pytest.approx(sum(one["unknown"] for one in probes) / len(probes), abs=1e-4)
+    assert found["undecided"] == found["missing_scores"] == 0
+
+
+def test_a_stopped_run_ends_with_the_same_rows(stage, rows, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "out")
+    for name in ("manifest.json", "knowledge.json", "progress/00001.json", "data/train-00001.parquet"):
+        (tmp_path / "out" / name).unlink()
+    assert stage.main(settings(stage, rows, tmp_path / "out")) == finished[1]
+    assert list(read_records(tmp_path / "out", Example)) == finished[2]
+
+
+def test_the_picture_decides_what_is_unknown(engine, prompts):
+    """One caption, two pictures: more of it is unknown of the wrong one."""
+    unknown = []
+    for shift in (0, 1):
+        asked = []
+        for place, prompt in enumerate(prompts):
+            item = Captioned(prompt.id, prompt.answer, prompt.facts)
+            other = prompts[(place + shift) % ROWS]
+            asked.append((item, opened(other.images), RULES.questions([item])[0]))
+        unknown.append([one.unknown for row in knowledge.probe(engine, RULES, asked, probing(), seed=0) for one in row])
+    assert unknown[0] != unknown[1]
+    assert sum(unknown[1]) > sum(unknown[0])
+
+
+def test_pairs_prefer_adapted_captions_to_contradicted_ones_of_equal_length(stage, engine, prompts, rows, tmp_path):
+    known = settings(stage, rows, tmp_path, produce="pairs", rejected={"original_share": 0, "num_generations": 6})
+    outcomes = stage.process(prompts, engine, RULES, known)
+    pairs = [row for outcome in outcomes if not isinstance(outcome, Dropped) for row in outcome]
+    assert len(pairs) >= 2
+    for pair in pairs:
+        pair.check()
+        chosen, rejected = message_text(pair.chosen), message_text(pair.rejected)
+        assert pair.meta["rejected_kind"] == "own"
+        assert pair.meta["contradicted"] >= 1
+        assert true_of(chosen, pair.facts)
+        assert not true_of(rejected, pair.facts)
+        assert 0.67 <= len(rejected.split()) / len(chosen.split()) <= 1.5
+    # the original where it is asked for and of that length
+    known = settings(stage, rows, tmp_path, produce="pairs", rejected={"original_share": 1, "length_ratio": [0.1, 10]})
+    pairs = [
+        row
+        for outcome in stage.process(prompts, engine, RULES, known)
+        for row in ([] if isinstance(outcome, Dropped) else outcome)
+    ]
+    changed = [pair for pair in pairs if pair.meta["changed"]]
+    assert changed
+    assert all(message_text(pair.rejected) == pair.meta["caption"] for pair in changed)
+    assert {pair.meta["rejected_kind"] for pair in changed} == {"original"}
+    assert isinstance(pairs[0], Pair)
+
+
+class Script:
+    """An LLM whose replies are written down: by row for questions and rewrites, by a function for judgements."""
+
+    capabilities, fingerprint = frozenset({"sample"}), "script"
+
+    def __init__(self, replies, grade=lambda text: "1", answerable="no"):
+        self.replies, self.grade, self.answerable, self.asked = replies, grade, answerable, []
+
+    def generate(self, requests, sampling):
+        self.asked += requests
+        return [self._reply(request) for request in requests]
+
+    def _reply(self, request):
+        text = message_text(request.messages)
+        assert not request.images
+        if text.endswith("Grade:"):
+            return Completion(request.id, self.grade(text))
+        if text.endswith("Reply:"):
+            return Completion(request.id, self.answerable)
+        reply = self.replies[request.id]
+        return reply if isinstance(reply, Completion) else Completion(request.id, reply)
+
+
+def llm_rows(prompts, count):
+    return [dataclasses.replace(prompt, id=f"row{number}", answer=CAT) for number, prompt in enumerate(prompts[:count])]
+
+
+ASKED = "Question: What colour is the towel?\nQuestion: What animal sleeps?"
+GOOD = "'blue' goes.\nNEW CAPTION: A grey cat sleeps on a towel. Three pots stand on the sill."
+
+
+def test_an_llm_asks_judges_and_rewrites_each_row_by_itself(stage, engine, prompts, rows, tmp_path):
+    """Questions, rewrites and failures stay with their rows; a failed rewrite does not get another row's text."""
+    failed = Completion("", "", finish_reason="error", error="the server is down")
+    script = Script(
+        {
+            "row0/questions": ASKED, "row0/rewrite": GOOD,
+            "row1/questions": ASKED, "row1/rewrite": failed,
+            "row2/questions": "I see no question.",
+            "row3/questions": ASKED, "row3/rewrite": "A cat.",
+            "row4/questions": failed,
+            "row5/questions": ASKED, "row5/rewrite": Completion("", GOOD, finish_reason="length"),
+        },
+        grade=lambda text: "1" if "towel?" in text else "3",
+    )  # fmt: skip
+    known = settings(stage, rows, tmp_path)
+    outcomes = stage.process(llm_rows(prompts, 6), engine, EngineAnnotator(script), known)
+    (made,) = outcomes[0]
+    assert message_text(made.messages[-1:]) == "A grey cat sleeps on a towel. Three pots stand on the sill."
+    assert [(one["question"], one["scores"], one["unknown"]) for one in made.meta["probes"]] == [
+        ("What colour is the towel?", [1, 1, 1, 1], True), ("What animal sleeps?", [3, 3, 3, 3], False)]  # fmt: skip
+    assert outcomes[1:] == [
+        Failed("generation_failed", "the server is down"), Dropped("no_questions"), Dropped("unreadable"),
+        Failed("generation_failed", "the server is down"), Dropped("cut_off")]  # fmt: skip
+    rewrite = next(message_text(one.messages) for one in script.asked if one.id == "row0/rewrite")
+    assert rewrite.endswith(f"Caption: {CAT}\nQuestions:\n1. What colour is the towel?")
+
+
+@pytest.mark.parametrize(
+    ("script", "outcome"),
+    [
+        ({"answerable": "Yes"}, Dropped("still_answerable")),
+        ({"answerable": "I cannot say"}, Dropped("unchecked_rewrite")),
+        ({"grade": lambda text: "-1"}, Dropped("unjudged")),
+        ({"rewrite": "NEW CAPTION: A grey cat sleeps on a red towel."}, Dropped("new_words")),
+        ({"rewrite": "NEW CAPTION:"}, Dropped("empty_rewrite")),
+        ({"rewrite": f"NEW CAPTION: {CAT}"}, Dropped("unchanged_rewrite")),
+    ],
+)
+def test_what_an_llm_may_not_do(stage, engine, prompts, rows, tmp_path, script, outcome):
+    replies = {"row0/questions": ASKED, "row0/rewrite": script.pop("rewrite", GOOD)}
+    annotator = EngineAnnotator(Script(replies, **script))
+    assert stage.process(llm_rows(prompts, 1), engine, annotator, settings(stage, rows, tmp_path)) == [outcome]
+
+
+def test_a_caption_that_is_known_stays_and_no_rewrite_is_asked_for(stage, engine, prompts, rows, tmp_path):
+    script = Script({"row0/questions": ASKED}, grade=lambda text: "3")
+    ((made,),) = stage.process(llm_rows(prompts, 1), engine, EngineAnnotator(script), settings(stage, rows, tmp_path))
+    assert message_text(made.messages[-1:]) == CAT
+    assert made.meta["changed"] is False
+
+
+def test_judgements_are_kept_by_caption_question_and_answer(tmp_path):
+    items = [(CAT, "What sleeps?", "A cat."), (CAT, "What sleeps?", "A dog."), (CAT, "What sleeps?", "A cat."),
+             ("A dog sleeps.", "What sleeps?", "A cat.")]  # fmt: skip
+
+    def grade(text):
+        return "3" if ("cat sleeps" in text) is ("Answer: A cat." in text) else "1"
+
+    first = EngineAnnotator(Script({}, grade), cache=tmp_path / "judgements.sqlite")
+    assert first.judge(items) == [3, 1, 3, 1]
+    assert first.judging.counts["asked"] == 3
+    again = EngineAnnotator(Script({}, lambda text: "2"), cache=tmp_path / "judgements.sqlite")
+    assert again.judge(items) == [3, 1, 3, 1]
+    assert (again.judging.counts["asked"], again.engine.asked) == (0, [])
+
+
+def test_prompts_hold_caption_question_and_answer_and_nothing_unfilled():
+    script = Script({}, lambda text: "3")
+    EngineAnnotator(script).judge([("A {red} cat.", "What {colour}?", "None")])
+    asked = message_text(script.asked[0].messages)
+    assert asked.endswith("Caption: A {red} cat.\n\nQuestion: What {colour}?\n\nAnswer: None\n\nGrade:")
+    for prompt in (question_prompt(CAT), rewrite_prompt(CAT, ["What?"])):
+        assert CAT in prompt
+        assert not re.search(r"\{\w+\}", prompt)
+
+
+def test_statements_are_counted_from_their_labels():
+    replies = {"x/statements/0": "Entailed: a cat.\nContradicted: a dog.", "x/statements/1": "None of them."}
+    found = EngineAnnotator(Script(replies)).statements(
+        [(Captioned("x", CAT), "A cat. A dog."), (Captioned("x", CAT), "Hm.")]
+    )
+    assert found[0] == ["entailed", "contradicted"]
+    assert found[1].refused == "unreadable"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"annotator": "engine"}, "annotator is `engine`, and no LLM is named to write questions"),
+        ({"threshold": 5}, "threshold is 5 of 4 answers, so every question would be unknown or none"),
+        ({"least_judged": 0}, "least_judged is 0 of 4 answers; give 1 up to num_generations"),
+        (
+            {"sampling": {"temperature": 0}},
+            "temperature is 0, so all 4 answers to a question would be the same greedy one",
+        ),
+        ({"least_words": 1.0}, "least_words is 1.0; it is a share of a caption's words below 1"),
+        ({"rejected": {"original_share": 2}}, "original_share is 2.0; it is a share of rows from 0 to 1"),
+        ({"rejected": {"num_generations": 0}}, "rejected.num_generations is 0; give 1 or more"),
+        (
+            {"rejected": {"length_ratio": [1.2, 2]}},
+            r"length_ratio is \[1.2, 2.0\], and captions of equal length are outside",
+        ),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(stage, rows, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings(stage, rows, tmp_path, **changes)
+
+
+def test_the_probed_model_is_loaded_once_if_it_annotates_too(stage, engine, rows, tmp_path):
+    known = settings(stage, rows, tmp_path, annotator="engine", llm=SCENES["model"])
+    assert stage.load_annotator(known, engine).engine is engine
+    other = settings(stage, rows, tmp_path, annotator="engine", llm={**SCENES["model"], "dtype": "float32"})
+    assert stage.load_annotator(other, engine).engine is not engine
+
+
+@pytest.mark.parametrize("name", ["knowada", "knowada_scenes"])
+def test_configs_run(stage, name, rows, tmp_path):
+    changes = {"model": {"model_name_or_path": "scenes", "dtype": "auto", "device": "cpu"}, "annotator": "rules",
+               "data": {"path": rows, "images": None, "limit": 2}, "output": {"path": tmp_path / "out"},
+               "sampling": {"max_new_tokens": 24}, "least_words": 0.0, **FEW}  # fmt: skip
+    values = config.merge(config.read_yaml(bundled.find(f"datagen/{name}")), changes)
+    manifest = stage.main(config.build(stage.Config, values))
+    assert manifest.rows_in == 2 == manifest.rows_used + sum(manifest.dropped.values())
