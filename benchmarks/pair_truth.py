@@ -31,9 +31,9 @@ from prefalign.store import read_records
 from prefalign.text import normalised
 
 TEXT_STAGES = {"bdhs": "train_biased", "povid": "train_biased", "m3id": "train_fair", "stic": "train_fair",
-               "re_align": "train_biased", "mia_dpo": "train_biased", "knowada": "train_fair"}  # fmt: skip
-STAGES = (*TEXT_STAGES, "image_contrast", "s_vco", "mpa")
+               "re_align": "train_biased", "mia_dpo": "train_biased"}  # fmt: skip
 MAKE_PAIRS = {"knowada": {"produce": "pairs"}, "mpa": {"produce": "pairs"}}
+STAGES = (*TEXT_STAGES, "image_contrast", "s_vco", *MAKE_PAIRS)
 GOAL = 0.95
 Row = dict[str, Any]
 Thing = Mapping[str, Any]
@@ -150,7 +150,7 @@ def score_pictures(stage: str, pairs: Sequence[Pair]) -> list[Row]:
     return [*rows, _edit_row(stage, pairs)]
 
 
-def score_knowledge(stage: str, pairs: Sequence[Pair]) -> list[Row]:
+def score_knowledge(stage: str, pairs: Sequence[Pair], rows_in: int) -> list[Row]:
     """Whether captions that KnowAda adapted leave out what the model does not know, by answers drawn anew."""
     from prefalign.engines import Sampling
     from prefalign.engines.config import EngineConfig
@@ -174,6 +174,8 @@ def score_knowledge(stage: str, pairs: Sequence[Pair]) -> list[Row]:
     wrong = [share([score == 1 for one in probes for score in one.scores]) for probes in (gone, stay)]
     unknown = [share([bool(one.unknown) for one in probes]) for probes in (stay, [*stay, *gone])]
     return [
+        _row(stage, "pairs", len(pairs), "pairs", baseline=rows_in),
+        _row(stage, "worse_share", share([worse(*texts_of(pair), pair.facts) for pair in pairs]), "share"),
         _row(stage, "removed_wrong_share", wrong[0], "share of answers", baseline=wrong[1]),
         _row(stage, "told_unknown_share", unknown[0], "share of details", baseline=unknown[1]),
     ]
@@ -237,7 +239,7 @@ class Workshop:
             return self.run(stage, self.prompts("train_biased", "twin"))
         if stage == "image_contrast":
             return self.run(stage, self.pairs("povid"))
-        if stage == "mpa":
+        if stage in MAKE_PAIRS:
             return self.run(stage, self.prompts("train_fair"))
         return self.run(stage, self.prompts(TEXT_STAGES[stage]))
 
@@ -245,8 +247,8 @@ class Workshop:
         """All figures of a stage."""
         folder = self.pairs(stage)
         pairs = list(read_records(folder, Pair))
-        if stage == "mpa":
-            return score_short(stage, pairs, self.rows)
+        if stage in MAKE_PAIRS:
+            return (score_knowledge if stage == "knowada" else score_short)(stage, pairs, self.rows)
         if stage not in TEXT_STAGES:
             return score_pictures(stage, pairs)
         from prefalign.store import StoreError
@@ -256,7 +258,7 @@ class Workshop:
         except StoreError as nothing_left:
             print(nothing_left, flush=True)
             verified = []
-        return score_texts(stage, pairs, verified) + (score_knowledge(stage, pairs) if stage == "knowada" else [])
+        return score_texts(stage, pairs, verified)
 
 
 def table(rows: Sequence[Row]) -> str:

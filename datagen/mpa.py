@@ -89,7 +89,8 @@ class Config:
         prompt: words of your own instead of the task's; the form of the reply is added.
         short_request: what is appended to a question, after a blank, when the models answer it.
         produce: `examples` or `pairs`.
-        matching: `tokens`, or `released`: substrings of what is left without white space and marks.
+        matching: `tokens`: the annotation is among an answer's words; `exact`: it is the answer; `released`: it is a substring of
+            the answer, both without white space and marks.
         numeric_tolerance: relative difference up to which two numbers are the same; 0.05 is usual for charts.
         max_answer_words: words and numbers of the longest answer: a longer annotation is dropped, and a longer answer of a model
             gives no answer; null: any length.
@@ -110,7 +111,7 @@ class Config:
     prompt: str | None = None
     short_request: str = "Answer with a single word or a short phrase."
     produce: Literal["examples", "pairs"] = "examples"
-    matching: Literal["tokens", "released"] = "tokens"
+    matching: Literal["tokens", "exact", "released"] = "tokens"
     numeric_tolerance: float = 0.0
     max_answer_words: int | None = 10
     vote: VoteConfig = field(default_factory=VoteConfig)
@@ -294,7 +295,8 @@ def _request(row: Asked, who: str, config: Config) -> Request:
 def _same(wanted: str, said: str, config: Config) -> bool:
     if config.matching == "released":
         return released_match(wanted, said)
-    return matches(wanted, said, tolerance=config.numeric_tolerance, most_words=config.max_answer_words)
+    return matches(wanted, said, tolerance=config.numeric_tolerance, most_words=config.max_answer_words,
+                   whole=config.matching == "exact")  # fmt: skip
 
 
 def _unfit_rejected(row: Asked, config: Config) -> Dropped | None:

@@ -117,7 +117,9 @@ def _number(found: re.Match[str]) -> Number:
     return Number(-value if found["sign"] else value, found["before"] or found["after"], named)
 
 
-def matches(wanted: str, said: str, *, tolerance: float = 0.0, most_words: int | None = None) -> bool:
+def matches(
+    wanted: str, said: str, *, tolerance: float = 0.0, most_words: int | None = None, whole: bool = False
+) -> bool:
     """Whether an answer gives the wanted one: its tokens follow one another in it.
 
     Args:
@@ -126,6 +128,7 @@ def matches(wanted: str, said: str, *, tolerance: float = 0.0, most_words: int |
             offers a choice ("red or blue") or denies it ("not red") does not give it.
         tolerance: relative difference up to which two numbers are the same (years, dates and versions: none).
         most_words: an answer of more tokens gives none; None: of any length.
+        whole: the answer must hold nothing else.
 
     Returns:
         False where nothing is wanted, since an empty text is in every other.
@@ -137,6 +140,8 @@ def matches(wanted: str, said: str, *, tolerance: float = 0.0, most_words: int |
     inner, outer = tokens(wanted), tokens(said)
     if not inner or (most_words is not None and len(outer) > most_words):
         return False
+    if whole:
+        return len(inner) == len(outer) and all(map(_same, inner, outer, [tolerance] * len(inner)))
     if len(inner) == 1 and inner[0] in _YES_NO:
         return outer[:1] == inner and len(_YES_NO & {token for token in outer if isinstance(token, str)}) == 1
     if "or" in outer and "or" not in inner:

@@ -30,7 +30,7 @@ from prefalign.scenes.export import export
 from prefalign.scenes.probing import SceneAnnotator
 from prefalign.scenes.twins import true_of
 from prefalign.stages import opened
-from prefalign.store import Dropped, Failed, read_records
+from prefalign.store import Dropped, Failed, StoreError, read_records
 
 ROWS = 6
 SCENES = config.read_yaml(bundled.find("datagen/knowada_scenes"))
@@ -495,6 +495,15 @@ def test_the_probed_model_is_loaded_once_if_it_annotates_too(stage, engine, rows
     assert stage.load_annotator(known, engine).engine is engine
     other = settings(stage, rows, tmp_path, annotator="engine", llm={**SCENES["model"], "dtype": "float32"})
     assert stage.load_annotator(other, engine).engine is not engine
+
+
+def test_a_real_model_is_asked_as_annotator(stage, rows, tmp_path):
+    """The tiny model takes text alone, but cannot write questions: that is said, and nothing is made up for it."""
+    known = settings(
+        stage, rows, tmp_path / "out", annotator="engine", llm=SCENES["model"], data={"limit": 1}, max_new_tokens=8
+    )
+    with pytest.raises(StoreError, match="knowada made no row out of 1: 1 no_questions"):
+        stage.main(known)
 
 
 @pytest.mark.parametrize("name", ["knowada", "knowada_scenes"])

@@ -17,7 +17,7 @@ from prefalign.records import Example, Pair, Prompt, message_text, user_message
 from prefalign.scenes import language
 from prefalign.scenes.export import export
 from prefalign.scenes.probing import short_question
-from prefalign.store import Dropped, Failed, read_records
+from prefalign.store import Dropped, Failed, StoreError, read_records
 from prefalign.text import same_answer
 
 ROWS = 12
@@ -120,6 +120,14 @@ def test_numbers_have_a_tolerance_and_years_none():
     assert tokens("The red car, 1.5 m") == ["red", "car", Number(1.5), "m"]
 
 
+def test_the_whole_answer_can_be_asked_for():
+    assert matches("At the top.", "At the top left.")
+    assert not matches("At the top.", "At the top left.", whole=True)
+    assert matches("two 1.5", "2, 1.6", tolerance=0.1, whole=True)
+    assert not matches("yes", "Yes, it is.", whole=True)
+    assert not matches("", "", whole=True)
+
+
 def test_long_answers_give_none():
     assert matches("red", "It is a red one", most_words=4)
     assert not matches("red", "It is clearly a red one", most_words=4)
@@ -189,7 +197,7 @@ def test_examples_ask_what_the_small_model_gets_wrong(finished, prompts):
         assert not matches(meta["pseudo_answer"], meta["small_answer"])
         assert meta["images_sha256"] == [sha256(image) for image in prompt.images]
         assert (meta["generator"], meta["small"]) == ("scenes-truth-1", manifest.models["small"])
-        assert meta["settings"]["matching"] == "tokens"
+        assert meta["settings"]["matching"] == "exact"
     assert json.loads((folder / "parity.json").read_text()) == {
         "rows": len(made), "accepted": round(len(made) / ROWS, 4), "small_knows": round(1 - len(made) / ROWS, 4)}  # fmt: skip
 
@@ -261,7 +269,8 @@ class Script:
 
 def llm(stage, rows, folder, **changes):
     large = {"model_name_or_path": "large", "device": "cpu"}
-    return settings(stage, rows, folder, annotator="engine", large=large, short_request="Answer briefly.", **changes)
+    known = {"matching": "tokens", "short_request": "Answer briefly.", **changes}
+    return settings(stage, rows, folder, annotator="engine", large=large, **known)
 
 
 NOTE = "Question: What is written on the sign?\nAnswer: Red Car 2"
@@ -280,6 +289,8 @@ def one(stage, prompts, known, large, small):
         ({}, {"large": "red car 2"}, {"small": "Red car two"}, Dropped("small_knows")),
         ({}, {"large": "red car 20"}, {"small": "blue car"}, Dropped("large_disagrees")),
         ({"matching": "released"}, {"large": "red car 20"}, {"small": "blue car"}, None),
+        ({"matching": "exact"}, {"large": "Red car 2."}, {"small": "red car 2 left"}, None),
+        ({"matching": "exact"}, {"large": "red car 2 left"}, {"small": "x"}, Dropped("large_disagrees")),
         ({}, {"large": "redcar2"}, {"small": "blue car"}, Dropped("large_disagrees")),
         ({"max_answer_words": 5}, {"large": "I think that it says red car 2"}, {"small": "x"}, Dropped("large_disagrees")),
         ({"max_answer_words": 5}, {"large": "red car 2"}, {"small": "I think that it says red car 2"}, None),
@@ -368,6 +379,14 @@ def test_a_failed_row_moves_no_other(stage, prompts, rows, tmp_path):
 def test_settings_that_make_no_sense_are_refused(stage, rows, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         settings(stage, rows, tmp_path, **changes)
+
+
+def test_a_real_model_is_asked_as_annotator(stage, rows, tmp_path):
+    """The tiny model sees the picture, but cannot write a question: that is said, and nothing is made up for it."""
+    large = {**SCENES["model"], "dtype": "float32"}
+    known = settings(stage, rows, tmp_path / "out", annotator="engine", large=large, data={"limit": 2})
+    with pytest.raises(StoreError, match="mpa made no row out of 2: 2 unreadable_annotation"):
+        stage.main(known)
 
 
 @pytest.mark.parametrize("name", ["mpa", "mpa_scenes"])
