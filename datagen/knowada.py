@@ -257,7 +257,17 @@ def probe(rows: Sequence[Adapted], engine: Engine, annotator: Annotator, config:
     for row, found in zip(open_rows, probed, strict=True):
         row.probes = found
         if all(one.unknown is None for one in row.probes):
-            row.outcome = Dropped("unjudged")
+            row.outcome = Failed("unjudged", _too_few(row.probes, config.least_judged))
+
+
+def _too_few(probes: Sequence[Probe], least: int) -> str:
+    answers = [answer for one in probes for answer in one.answers]
+    scores = [score for one in probes for score in one.scores]
+    failed = answers.count(None)
+    return (
+        f"no question has {least} answers with a grade: of {len(answers)} answers {failed} could not be generated, and "
+        f"{scores.count(None) - failed} others have no readable grade. Is the LLM reachable, and does it reply with 1, 2 or 3?"
+    )
 
 
 def adapt(rows: Sequence[Adapted], annotator: Annotator, config: Config) -> None:
@@ -280,7 +290,9 @@ def adapt(rows: Sequence[Adapted], annotator: Annotator, config: Config) -> None
         if True in found:
             row.outcome = Dropped("still_answerable")
         elif None in found:
-            row.outcome = Dropped("unchecked_rewrite")
+            row.outcome = Failed(
+                "unchecked_rewrite", "whether the rewrite still answers a question got neither yes nor no."
+            )
 
 
 def _ended(reply: Reply) -> Dropped | Failed:

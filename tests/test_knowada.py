@@ -412,8 +412,18 @@ def test_an_llm_asks_judges_and_rewrites_each_row_by_itself(stage, engine, promp
     ("script", "outcome"),
     [
         ({"answerable": "Yes"}, Dropped("still_answerable")),
-        ({"answerable": "I cannot say"}, Dropped("unchecked_rewrite")),
-        ({"grade": lambda text: "-1"}, Dropped("unjudged")),
+        (
+            {"answerable": "I cannot say"},
+            Failed("unchecked_rewrite", "whether the rewrite still answers a question got neither yes nor no."),
+        ),
+        (
+            {"grade": lambda text: "-1"},
+            Failed(
+                "unjudged",
+                "no question has 2 answers with a grade: of 8 answers 0 could not be generated, and 8 others have no readable "
+                "grade. Is the LLM reachable, and does it reply with 1, 2 or 3?",
+            ),
+        ),
         ({"rewrite": "NEW CAPTION: A grey cat sleeps on a red towel."}, Dropped("new_words")),
         ({"rewrite": "NEW CAPTION:"}, Dropped("empty_rewrite")),
         ({"rewrite": f"NEW CAPTION: {CAT}"}, Dropped("unchanged_rewrite")),
