@@ -54,7 +54,7 @@ class VoteConfig:
 
     Attributes:
         num_generations: its answers; 1: one, drawn as `sampling` says.
-        agreement: share of them that has to match the annotation.
+        agreement: share of them that has to match the annotation; one that could not be generated does not.
         temperature: how several are drawn.
     """
 
@@ -268,7 +268,7 @@ def ask_large(rows: Sequence[Asked], large: Engine, config: Config) -> None:
         row.large = [answer.text.strip() for answer in answers if answer.finish_reason != "error"]
         if not row.large:
             row.outcome = Failed("generation_failed", str(answers[0].error))
-        elif sum(_same(row.answer, text, config) for text in row.large) < config.vote.agreement * len(row.large):
+        elif sum(_same(row.answer, text, config) for text in row.large) < round(config.vote.agreement * count, 9):
             row.outcome = Dropped("large_disagrees")
 
 

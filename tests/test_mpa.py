@@ -343,7 +343,7 @@ def test_several_answers_of_the_large_model_vote(stage, prompts, rows, tmp_path)
     assert not isinstance(one(stage, prompts, known, two_of_three, {"small": "blue"}), Dropped)
     one_of_three = {**two_of_three, "row_large_2": "green"}
     assert one(stage, prompts, known, one_of_three, {"small": "blue"}) == Dropped("large_disagrees")
-    missing = {**two_of_three, "row_large_2": None}  # one of the two that came
+    missing = {"large": "red car 2", "row_large_1": None, "row_large_2": None}  # one vote of three
     assert one(stage, prompts, known, missing, {"small": "blue"}) == Dropped("large_disagrees")
 
 
