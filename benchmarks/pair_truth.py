@@ -7,7 +7,8 @@ mentions is worse; with equally many, the one that names fewer of the objects is
 object has the shape, colour, size and place that it says; `objects_worse_share` counts as CHAIR does, by shapes alone.
 `verified_` figures are of the pairs that `datagen/filter_pairs.py` keeps with its scenes config: it sees pictures and texts, and
 never the facts. For `image_contrast` and `s_vco` what defines them is checked. Rows begin at 1024: the verifier's thresholds were
-chosen on pictures below.
+chosen on pictures below. For `knowada` the model is also asked again, with other draws: what was removed it should still not
+know, and of what the captions still say it should know more than before. For `mpa` a rejected answer must not be the true one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from prefalign.text import normalised
 
 TEXT_STAGES = {"bdhs": "train_biased", "povid": "train_biased", "m3id": "train_fair", "stic": "train_fair",
                "re_align": "train_biased", "mia_dpo": "train_biased"}  # fmt: skip
-STAGES = (*TEXT_STAGES, "image_contrast", "s_vco")
+MAKE_PAIRS = {"knowada": {"produce": "pairs"}, "mpa": {"produce": "pairs"}}
+STAGES = (*TEXT_STAGES, "image_contrast", "s_vco", *MAKE_PAIRS)
 GOAL = 0.95
 Row = dict[str, Any]
 Thing = Mapping[str, Any]
@@ -148,6 +150,49 @@ def score_pictures(stage: str, pairs: Sequence[Pair]) -> list[Row]:
     return [*rows, _edit_row(stage, pairs)]
 
 
+def score_knowledge(stage: str, pairs: Sequence[Pair], rows_in: int) -> list[Row]:
+    """Whether captions that KnowAda adapted leave out what the model does not know, by answers drawn anew."""
+    from prefalign.engines import Sampling
+    from prefalign.engines.config import EngineConfig
+    from prefalign.engines.loading import load_engine
+    from prefalign.knowledge import Captioned, Probing, probe
+    from prefalign.scenes.probing import SceneAnnotator
+
+    annotator = SceneAnnotator()
+    known = pairs[0].meta["settings"]
+    how = Probing(known["num_generations"], Sampling(**known["sampling"]), known["threshold"], known["least_judged"])
+    rows = [
+        (Captioned(pair.id, pair.meta["caption"], pair.facts), [open_image(image) for image in pair.images],
+         [one["question"] for one in pair.meta["probes"]])
+        for pair in pairs
+    ]  # fmt: skip
+    again = probe(load_engine(EngineConfig("scenes"), batch_size=64), annotator, rows, how, seed=1)
+    asked = [(message_text(pair.chosen), one) for pair, probes in zip(pairs, again, strict=True) for one in probes]
+    told = annotator.answerable([(caption, one.question) for caption, one in asked])
+    stay = [one for (_, one), there in zip(asked, told, strict=True) if there]
+    gone = [one for (_, one), there in zip(asked, told, strict=True) if not there]
+    wrong = [share([score == 1 for one in probes for score in one.scores]) for probes in (gone, stay)]
+    unknown = [share([bool(one.unknown) for one in probes]) for probes in (stay, [*stay, *gone])]
+    return [
+        _row(stage, "pairs", len(pairs), "pairs", baseline=rows_in),
+        _row(stage, "worse_share", share([worse(*texts_of(pair), pair.facts) for pair in pairs]), "share"),
+        _row(stage, "removed_wrong_share", wrong[0], "share of answers", baseline=wrong[1]),
+        _row(stage, "told_unknown_share", unknown[0], "share of details", baseline=unknown[1]),
+    ]
+
+
+def score_short(stage: str, pairs: Sequence[Pair], rows_in: int) -> list[Row]:
+    """How many pictures show a gap between the small model and the truth, and whether rejected answers are not the true one."""
+    from prefalign.evals.attributes import normalise
+
+    answers = [[normalise(text) for text in texts_of(pair)] for pair in pairs]
+    return [
+        _row(stage, "pairs", len(pairs), "pairs", baseline=rows_in),
+        _row(stage, "rejected_wrong_share", share([one != other for one, other in answers]), "share", goal=1.0),
+        _row(stage, "rejected_empty_share", share([other == "" for _, other in answers]), "share"),
+    ]
+
+
 def _edit_row(stage: str, pairs: Sequence[Pair]) -> Row:
     distances = [edit_distance(*texts_of(pair)) for pair in pairs]
     return _row(stage, "edit_distance", round(sum(distances) / max(1, len(pairs)), 4), "share of characters")
@@ -182,7 +227,7 @@ class Workshop:
         folder = self.root / (name or stage)
         values = config.merge(
             config.read_yaml(bundled.find(f"datagen/{stage}_scenes")),
-            {"data": {"path": data}, "output": {"path": folder}},
+            {"data": {"path": data}, "output": {"path": folder}, **MAKE_PAIRS.get(stage, {})},
         )
         module = bundled.load_stage(stage)
         module.main(config.build(module.Config, values, source=stage))
@@ -194,12 +239,16 @@ class Workshop:
             return self.run(stage, self.prompts("train_biased", "twin"))
         if stage == "image_contrast":
             return self.run(stage, self.pairs("povid"))
+        if stage in MAKE_PAIRS:
+            return self.run(stage, self.prompts("train_fair"))
         return self.run(stage, self.prompts(TEXT_STAGES[stage]))
 
     def figures(self, stage: str) -> list[Row]:
         """All figures of a stage."""
         folder = self.pairs(stage)
         pairs = list(read_records(folder, Pair))
+        if stage in MAKE_PAIRS:
+            return (score_knowledge if stage == "knowada" else score_short)(stage, pairs, self.rows)
         if stage not in TEXT_STAGES:
             return score_pictures(stage, pairs)
         from prefalign.store import StoreError

@@ -112,6 +112,40 @@ def test_figures_of_picture_stages():
     assert "two_sided_share" not in values(pair_truth.score_pictures("x", [both]))
 
 
+def test_figures_of_short_answers():
+    """Case and number words do not make an answer another one."""
+    made = [pair("Red.", "Blue."), pair("Two.", "2"), pair("At the top.", ""), pair("Yes.", "No.")]
+    assert values(pair_truth.score_short("x", made, 8)) == {
+        "pairs": 4, "rejected_wrong_share": 0.75, "rejected_empty_share": 0.25}  # fmt: skip
+
+
+def test_what_was_removed_is_told_from_what_stayed():
+    """The picture's one clear star stays in the caption; a heart that is not in the picture (so never right) was removed."""
+    from prefalign.scenes import language, world
+
+    scene = next(
+        one for one in world.scenes("train_fair", 0, 200) if len(one.objects) == 2 and all(t.clear for t in one.objects)
+    )
+    thing = scene.objects[0]
+    stays, goes = f"What is {language.at(thing.place)}?", "What colour is the heart?"
+    assert "heart" not in scene.shapes
+    caption = f"There is a {thing.colour} {thing.shape} {language.at(thing.place)}."
+    given = pair(caption, "There is a cross.")
+    given.images = [{"bytes": world.png(scene), "path": "x.png"}]
+    given.facts = language.facts(scene)
+    given.meta = {
+        "caption": f"{caption} There is a black heart.".replace("black", "green"),
+        "probes": [{"question": stays}, {"question": goes}],
+        "settings": {"num_generations": 4, "sampling": {"max_new_tokens": 12, "temperature": 0.4}, "threshold": 3,
+                     "least_judged": 2},
+    }  # fmt: skip
+    rows = {row["name"]: row for row in pair_truth.score_knowledge("x", [given], 2)}
+    removed, told = rows["truth/x/removed_wrong_share"], rows["truth/x/told_unknown_share"]
+    assert removed["value"] > removed["baseline"]
+    assert told["value"] <= told["baseline"]
+    assert rows["truth/x/pairs"]["baseline"] == 2
+
+
 def test_the_benchmark_runs_and_names_its_figures(tmp_path):
     file = tmp_path / "out.json"
     command = [

@@ -1,0 +1,203 @@
+"""What a model knows of a picture, told from its answers, and whether a caption says no more than that: KnowAda.
+
+Source: Yanuka et al., "Bridging the Visual Gap: Fine-Tuning Multimodal Models with Knowledge-Adapted Captions", arXiv 2411.09018;
+code moranyanuka/KnowAda. Differs from the released code: an answer without a readable grade is missing, not wrong; what fails
+stays with its own question and picture; rewrites are checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from prefalign.engines import Engine, Request, Sampling
+from prefalign.masking import FUNCTION_WORDS
+from prefalign.records import user_message
+from prefalign.text import normalised, same_answer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_TELLING = frozenset(
+    ("no", "not", "never", "none", "without", "neither", "nor", "above", "below", "under", "over", "behind", "beneath", "beside",
+     "between", "near", "inside", "outside", "across", "along", "around", "through")
+)  # fmt: skip
+"""Function words that change what is said, so that a rewrite may not add them."""
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A picture's dense caption: the id of its row, the caption, and what else is known of the picture."""
+
+    id: str
+    caption: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of one request: the text, or why there is none.
+
+    Attributes:
+        text: the text.
+        refused: `generation_failed`, `cut_off`, `unreadable`, `no_questions`; None: there is a text.
+        message: more about a refusal.
+    """
+
+    text: str = ""
+    refused: str | None = None
+    message: str = ""
+
+
+class Annotator(Protocol):
+    """Who writes questions, judges answers and rewrites captions; everything in order, one result for each item."""
+
+    fingerprint: str
+
+    def questions(self, items: Sequence[Captioned]) -> list[list[str] | Reply]:
+        """Probing questions of each caption, or why there are none."""
+        ...
+
+    def judge(self, items: Sequence[tuple[str, str, str]]) -> list[int | None]:
+        """For each (caption, question, answer) 1 (wrong), 2 (nearly right), 3 (right), or None: missing."""
+        ...
+
+    def rewrite(self, items: Sequence[tuple[Captioned, Sequence[str]]]) -> list[Reply]:
+        """Each caption changed so that it does not answer the questions."""
+        ...
+
+    def answerable(self, items: Sequence[tuple[str, str]]) -> list[bool | None]:
+        """For each (text, question) whether the text answers it, or None: missing."""
+        ...
+
+    def statements(self, items: Sequence[tuple[Captioned, str]]) -> list[list[str] | Reply]:
+        """For each text about a captioned picture one label a statement: `entailed`, `contradicted` or `neutral`."""
+        ...
+
+
+@dataclass
+class Probe:
+    """What a model knows of one thing in a picture.
+
+    Attributes:
+        question: what it was asked.
+        answers: its answers; None: that generation failed.
+        scores: grade of each answer (1 wrong, 2 nearly right, 3 right), None: missing.
+        unknown: whether it does not know; None: too few answers were judged.
+    """
+
+    question: str
+    answers: list[str | None] = field(default_factory=list)
+    scores: list[int | None] = field(default_factory=list)
+    unknown: bool | None = None
+
+
+@dataclass(frozen=True)
+class Probing:
+    """How a model's knowledge is probed: answers to each question, how they are drawn, and `is_unknown`'s two numbers."""
+
+    num_generations: int
+    sampling: Sampling
+    threshold: int
+    least_judged: int
+
+
+def probe(
+    engine: Engine,
+    annotator: Annotator,
+    rows: Sequence[tuple[Captioned, list[Image.Image], Sequence[str]]],
+    how: Probing,
+    *,
+    seed: int,
+) -> list[list[Probe]]:
+    """Put questions about captioned pictures to a model, have its answers judged, and tell what is unknown to it.
+
+    Answers are found by row, question and number, so one that fails moves no other. It has no grade; one that is empty is wrong,
+    and nobody is asked about it. Equal answers to a question are judged once.
+
+    Args:
+        engine: the model; it sees pictures and question, not the caption.
+        annotator: who judges.
+        rows: a caption, its decoded pictures, and questions, for each row.
+        how: number of answers, sampling and thresholds.
+        seed: seed of the stage; with row, question and number it decides a draw.
+
+    Returns:
+        For each row a probe of each question, in order.
+    """
+    count = how.num_generations
+    found = [[Probe(question) for question in questions] for *_, questions in rows]
+    requests = [
+        Request(f"{item.id}/question {number}/{place}", [user_message(question, len(images))], images, seed=seed)
+        for item, images, questions in rows
+        for number, question in enumerate(questions)
+        for place in range(count)
+    ]
+    said = {each.id: each for each in (engine.generate(requests, how.sampling) if requests else [])}
+    asked = [
+        (item, number, one) for (item, *_), probes in zip(rows, found, strict=True) for number, one in enumerate(probes)
+    ]
+    for item, number, one in asked:
+        answers = [said[f"{item.id}/question {number}/{place}"] for place in range(count)]
+        one.answers = [None if answer.finish_reason == "error" else answer.text.strip() for answer in answers]
+    items = list(
+        dict.fromkeys((item.caption, one.question, text) for item, _, one in asked for text in one.answers if text)
+    )
+    grades = dict(zip(items, annotator.judge(items) if items else [], strict=True))
+    for item, _, one in asked:
+        one.scores = [1 if text == "" else grades.get((item.caption, one.question, text or "")) for text in one.answers]
+        one.unknown = is_unknown(one.scores, threshold=how.threshold, least_judged=how.least_judged)
+    return found
+
+
+def is_unknown(scores: Sequence[int | None], *, threshold: int, least_judged: int) -> bool | None:
+    """Whether a model does not know the answer to a question.
+
+    Args:
+        scores: grade of each of its answers; None: missing, which is neither right nor wrong.
+        threshold: wrong answers (grade 1) out of all from which a question is unknown. Where grades are missing, the share
+            counts: 7 of 8 judged are at least 8 of 10, 7 of 9 are not.
+        least_judged: grades that are needed.
+
+    Returns:
+        None where fewer were judged: nobody can tell.
+    """
+    judged = [score for score in scores if score is not None]
+    if len(judged) < max(1, least_judged):
+        return None
+    return sum(score < 2 for score in judged) * len(scores) >= threshold * len(judged)
+
+
+def content_words(text: str) -> set[str]:
+    """The words of a text that say something, in the singular; articles, auxiliaries and the like are left out."""
+    words = normalised(text).split()
+    return {_singular(word) for word in words if word in _TELLING or word not in FUNCTION_WORDS}
+
+
+def _singular(word: str) -> str:
+    for ending, bare in (("ies", "y"), ("sses", "ss"), ("shes", "sh"), ("ches", "ch"), ("xes", "x"), ("s", "")):
+        if len(word) > len(ending) + 2 and word.endswith(ending) and not word.endswith("ss"):
+            return word.removesuffix(ending) + bare
+    return word
+
+
+def rewrite_problem(caption: str, rewritten: str, *, least_words: float, allowed: Sequence[str] = ()) -> str | None:
+    """Why a rewritten caption cannot be used, or None.
+
+    Args:
+        caption: the caption before.
+        rewritten: the caption after.
+        least_words: share of the words that has to be left.
+        allowed: words that a rewrite may add.
+
+    Returns:
+        `empty_rewrite`, `short_rewrite`, `unchanged_rewrite`, or `new_words` for content words that the caption does not have.
+    """
+    if not normalised(rewritten):
+        return "empty_rewrite"
+    if same_answer(caption, rewritten):
+        return "unchanged_rewrite"
+    if len(rewritten.split()) < least_words * len(caption.split()):
+        return "short_rewrite"
+    return "new_words" if content_words(rewritten) - content_words(" ".join([caption, *allowed])) else None
