@@ -10,7 +10,7 @@ from prefalign import bundled, config, stages
 from prefalign.config import ConfigError
 from prefalign.images import encode_png
 from prefalign.records import Candidates, Pair, RecordError, assistant_message, user_message
-from prefalign.rewards import Combined, Weighted, read_rewards
+from prefalign.rewards import Combined, Weighted, read_rewards, stored
 from prefalign.sources import DataConfig, to_candidates
 from prefalign.store import Dropped, Failed, OutputConfig, StoreError, read_records, write_records
 from tests.tiny_vlms import picture
@@ -191,7 +191,7 @@ def test_what_is_published_of_the_rewards(stage, tmp_path, rewards):
         version = "judge-7b+v2"
 
     listed = Combined([Weighted("judge", Versioned()), *read_rewards([OBJECTS]).entries])
-    assert stage.versions(listed) == {"judge": "judge-7b+v2"}
+    assert stored.versions(listed) == {"judge": "judge-7b+v2"}
     manifest, _ = run(stage, write(tmp_path / "data", [row(0)]), tmp_path / "out", rewards("wordy"))
     assert manifest.config["settings"]["rewards"] == [
         {"name": "function", "function": "mine.py:wordy", "label": "wordy"}
