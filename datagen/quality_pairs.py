@@ -19,6 +19,7 @@ Needs: rows with questions; a generator that samples; a judge (or any rewards: t
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import sys
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from prefalign import pairing, responses, selecting, sources, stages, store
 from prefalign.engines import Engine
 from prefalign.engines.config import EngineConfig
 from prefalign.judge import RUBRIC
-from prefalign.manifest import Manifest, read_manifest
+from prefalign.manifest import Manifest, read_manifest, write_atomically
 from prefalign.records import Candidates, Prompt, row_seed
 from prefalign.responses import ResponseSampling
 from prefalign.selecting import BestConfig, PairsConfig, Rules, SteerConfig
@@ -126,7 +127,8 @@ def main(config: Config) -> Manifest:
     )
     for name in config.exports:
         export(folder, name, config)
-    found = stages.write_figures(folder, FIGURES, lambda: figures(folder, rewards, config))
+    found = figures(folder, rewards, config)  # anew at each start: an export may have been added
+    write_atomically(folder / FIGURES, json.dumps(found, indent=2).encode())
     for name in config.exports:
         print(f"{METHOD}/{name}: {found[name]}", file=sys.stderr)
     print(f"{METHOD}: agreement of the judge with itself: {found['agreement'] or 'not asked for'}", file=sys.stderr)
