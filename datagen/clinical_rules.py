@@ -259,7 +259,7 @@ def case_of(prompt: Prompt, known: RuleSet, config: Config) -> Case | Dropped | 
     rows, facts = table(config), prompt.facts
     label = facts.get(config.labels.fact)
     if label is None:
-        shares = {ratio.fact: facts.get(ratio.fact) for ratio in config.labels.ratios}
+        shares: dict[str, Any] = {ratio.fact: facts.get(ratio.fact) for ratio in config.labels.ratios}
         if not shares or None in shares.values():
             return Dropped("no_label")
         if strange := [name for name, value in shares.items() if not _is_share(value)]:
@@ -343,8 +343,7 @@ def _margin(asked: list[records.Message], last: Turn, wrong: str, rules: dict[st
     from prefalign.rewards import Response
 
     sides = [Response("", [], asked, text, facts={"rules": rules}) for text in (last.answer, wrong)]
-    chosen, rejected = sum(reward.score(sides).values()).tolist()
-    return float(chosen - rejected)
+    return sum(float(values[0] - values[1]) for values in reward.score(sides).values())
 
 
 def figures(folder: Path) -> dict[str, Any]:
@@ -353,7 +352,7 @@ def figures(folder: Path) -> dict[str, Any]:
     known = [{**row.get("facts", {}), **row.get("meta", {})} for row in rows]
     hints = [
         "none" if name not in one["rules"]["hints"] else
-        "right" if one["rules"]["hints"][name] == one["rules"]["reference"][name] else "wrong"
+        "correct" if one["rules"]["hints"][name] == one["rules"]["reference"][name] else "wrong"
         for one in known for name in one["rules"]["asked"]
     ]  # fmt: skip
     found = {

@@ -20,7 +20,7 @@ from prefalign.manifest import Manifest
 from prefalign.records import Candidates, Prompt
 from prefalign.responses import ResponseSampling
 from prefalign.sources import DataConfig
-from prefalign.store import Failed, Outcome, OutputConfig
+from prefalign.store import Dropped, Failed, Outcome, OutputConfig
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,6 +38,8 @@ class Config:
         output: folder of candidates.
         num_generations: answers to each prompt.
         sampling: how they are drawn.
+        conversations: ask all linked questions of a row one after the other (`facts.rules.questions`), for rules that judge whole
+            conversations; a response's `earlier` are then the answers before its `text`.
         batch_size: sequences per forward pass.
         seed: with a row's id and an answer's number it decides the draw.
     """
@@ -47,6 +49,7 @@ class Config:
     output: OutputConfig
     num_generations: int = 4
     sampling: ResponseSampling = field(default_factory=ResponseSampling)
+    conversations: bool = False
     batch_size: int = 16
     seed: int = 0
 
@@ -66,21 +69,27 @@ def main(config: Config) -> Manifest:
         lambda block: process(block, engine, config),
         output=config.output,
         record=Candidates,
-        settings=responses.row_settings(config.num_generations, config.sampling),
+        settings=responses.row_settings(config.num_generations, config.sampling, conversations=config.conversations),
         seed=config.seed,
         models={"generator": engine.fingerprint},
     )
 
 
 def process(block: list[Prompt], engine: Engine, config: Config) -> list[Outcome]:
-    """One outcome for each prompt of a block; all answers to all prompts are drawn in one call."""
+    """One outcome for each prompt of a block; all answers to all prompts are drawn in one call, or in one for each question."""
+    draw = responses.converse if config.conversations else responses.draw
+
+    def prepare(prompt: Prompt) -> list[Image.Image] | Dropped | Failed:
+        if config.conversations and not responses.questions_of(prompt.facts):
+            return Dropped("no_questions")
+        return stages.opened(prompt.images)
 
     def work(rows: list[tuple[Prompt, list[Image.Image]]]) -> list[Outcome]:
-        drawn = responses.draw(rows, engine, config.sampling, num_generations=config.num_generations, method=METHOD,
-                               seed=config.seed)  # fmt: skip
+        drawn = draw(rows, engine, config.sampling, num_generations=config.num_generations, method=METHOD,
+                     seed=config.seed)  # fmt: skip
         return [row if isinstance(row, Failed) else [row] for row in drawn]
 
-    return stages.in_order(block, lambda prompt: stages.opened(prompt.images), work)
+    return stages.in_order(block, prepare, work)
 
 
 if __name__ == "__main__":

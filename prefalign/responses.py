@@ -1,4 +1,4 @@
-"""Drawing several answers to a prompt, with all that is known of how each was drawn.
+"""Drawing several answers to a prompt, or whole conversations, with all that is known of how each was drawn.
 
 For `datagen/sample_responses.py`, and `datagen/quality_pairs.py`, which grades them in the same run.
 """
@@ -6,13 +6,13 @@ For `datagen/sample_responses.py`, and `datagen/quality_pairs.py`, which grades 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prefalign import records
 from prefalign.engines import Completion, Engine, Request, Sampling
-from prefalign.records import Candidates, Prompt
+from prefalign.records import Candidates, Message, Prompt, assistant_message, user_message
 from prefalign.store import Failed
 
 if TYPE_CHECKING:
@@ -38,9 +38,10 @@ def check_count(num_generations: int, sampling: Sampling) -> None:
         )
 
 
-def row_settings(num_generations: int, sampling: Sampling) -> dict[str, Any]:
+def row_settings(num_generations: int, sampling: Sampling, *, conversations: bool = False) -> dict[str, Any]:
     """The settings of drawing that change rows."""
-    return {"num_generations": num_generations, "sampling": dataclasses.asdict(sampling)}
+    known = {"num_generations": num_generations, "sampling": dataclasses.asdict(sampling)}
+    return {**known, "conversations": True} if conversations else known
 
 
 def draw(
@@ -80,6 +81,79 @@ def draw(
                     method=method, seed=seed)
         for place, (prompt, _) in enumerate(rows)
     ]  # fmt: skip
+
+
+def questions_of(facts: Mapping[str, Any]) -> list[str]:
+    """The linked questions that a row asks one after the other (`facts["rules"]["questions"]`); none if it has no such."""
+    rules = facts.get("rules") or {}
+    return [str(question) for question in rules.get("questions") or []]
+
+
+def history(messages: Sequence[Message], questions: Sequence[str], earlier: Sequence[str]) -> list[Message]:
+    """A conversation up to the question after these answers.
+
+    Args:
+        messages: up to and including the first question.
+        questions: all of them.
+        earlier: answers to the first of them.
+    """
+    said = list(messages)
+    for answer, question in zip(earlier, questions[1:], strict=False):
+        said += [assistant_message(answer), user_message(question)]
+    return said
+
+
+def converse(
+    rows: Sequence[tuple[Prompt, list[Image.Image]]],
+    engine: Engine,
+    sampling: Sampling,
+    *,
+    num_generations: int,
+    method: str,
+    seed: int,
+) -> list[Candidates | Failed]:
+    """Like `draw`, but all questions of a row are asked one after the other, each answer in view of those before it.
+
+    Args are those of `draw`; every row has `questions_of` its facts. A response's `text` answers the last question, `earlier` are
+    the answers before it; its `tokens` are those of all, and its `finish_reason` is `length` if one of them was cut off.
+    """
+    asked = [questions_of(prompt.facts) for prompt, _ in rows]
+    courses: list[list[Completion]] = [[] for _ in rows for _ in range(num_generations)]
+    for turn in range(max(map(len, asked))):
+        open_ones = [
+            number
+            for number, said in enumerate(courses)
+            if turn < len(asked[number // num_generations]) and all(one.error is None for one in said)
+        ]
+        requests = []
+        for number in open_ones:
+            place, generation = divmod(number, num_generations)
+            prompt, images = rows[place]
+            identity = f"{prompt.id}/{generation}" + (f"/{turn}" if turn else "")
+            messages = history(prompt.messages, asked[place], [one.text.strip() for one in courses[number]])
+            requests.append(Request(identity, messages, images, seed=seed))
+        for number, completion in zip(open_ones, engine.generate(requests, sampling), strict=True):
+            courses[number].append(completion)
+    settings = row_settings(num_generations, sampling, conversations=True)
+    return [
+        _conversation(prompt, courses[place * num_generations : (place + 1) * num_generations], engine.fingerprint, settings,
+                      method=method, seed=seed)
+        for place, (prompt, _) in enumerate(rows)
+    ]  # fmt: skip
+
+
+def _conversation(
+    prompt: Prompt, courses: list[list[Completion]], generator: str, settings: dict[str, Any], *, method: str, seed: int
+) -> Candidates | Failed:
+    found = _candidates(prompt, [course[-1] for course in courses], generator, settings, method=method, seed=seed)
+    if isinstance(found, Failed):
+        return found
+    for response, course in zip(found.responses, courses, strict=True):
+        response["earlier"] = [one.text.strip() for one in course[:-1]]
+        response["tokens"] = sum(len(one.token_ids) + (one.finish_reason == "stop") for one in course)
+        if any(one.finish_reason == "length" for one in course):
+            response["finish_reason"] = "length"
+    return found
 
 
 def _candidates(

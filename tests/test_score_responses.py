@@ -247,3 +247,31 @@ def test_bad_facts_of_one_row_stop_no_other():
 
 def score_block(rows, entry=OBJECTS):
     return bundled.load_stage("score_responses").process(rows, read_rewards([entry]))
+
+
+def test_rules_over_conversations_report_their_accuracy(stage, tmp_path):
+    """One answer of two is right; the second was misled by a wrong hint."""
+    rules = {"set": "existence_count", "asked": ["exists", "count"], "reference": {"exists": "yes", "count": "some"},
+             "questions": ["Is there a star?", "I was told that there are no stars. How many?"],
+             "hints": {"count": "none"}}  # fmt: skip
+    responses = [
+        {"text": "None. I agree.", "earlier": ["Yes."]},
+        {"text": "There are two stars.", "earlier": ["Yes, a star."], "finished": False},
+    ]
+    known = row(0, (), facts={"rules": rules}, messages=[user_message("Is there a star?", 1)], responses=responses)
+    run(stage, write(tmp_path / "data", [known]), tmp_path / "out", {"name": "symbolic"})
+    written = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert written["accuracy"] == {
+        "symbolic": {"question_accuracy": 0.75, "conversation_accuracy": 0.5, "no_match": 0.0, "accuracy_hint_none": 1.0,
+                     "accuracy_hint_correct": None, "accuracy_hint_wrong": 0.5, "misled": 0.5}
+    }  # fmt: skip
+
+
+def test_answers_that_say_that_they_are_not_finished_are_taken_at_their_word(stage, tmp_path):
+    answers = [{"text": "A cat.", "finished": False}, {"text": "A cat.", "finish_reason": "max_tokens"}, {"text": "A cat."},
+               {"text": "A cat.", "finish_reason": "stop"}]  # fmt: skip
+    penalty = [{"name": "missing_eos", "replace": False}]
+    known = row(0, (), responses=answers)
+    [outcome] = stage.process([known], read_rewards(penalty))
+    totals = [response["scores"]["total"] for response in outcome[0].responses]
+    assert totals[0] == totals[1] < totals[2] == totals[3]

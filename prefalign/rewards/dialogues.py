@@ -21,6 +21,7 @@ from prefalign.rewards.phrases import HintPhrases, Phrases, Slots, Split, catego
 from prefalign.rewards.rule_sets import RuleSet
 
 Kind = Literal["hint", "consistent", "inconsistent"]
+_ORDERS = 32  # tried until one leaves room for a wrong answer; of five questions one in three does
 PRESENCE = frozenset({"exists", "absent", "count"})
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
@@ -204,31 +205,33 @@ class Speaker:
             rng: draws.
 
         Returns:
-            The conversation; None if the table has no such answer.
+            The conversation; None if no order was found that leaves room for such an answer.
 
         Raises:
             ValueError: the rules do not read an answer as its category.
         """
-        order = rng.sample(list(self.known.variables), len(self.known.variables))
-        places = range(len(order)) if kind == "hint" else range(1, len(order))
-        for place in rng.sample(places, len(places)):
+        for _ in range(_ORDERS):
+            order = rng.sample(list(self.known.variables), len(self.known.variables))
+            place = rng.randrange(len(order)) if kind == "hint" else rng.randrange(1, len(order))
             said = [(variable, case.reference[variable]) for variable in order[:place]]
             wrong = [
                 category
                 for category in self.others(case, order[place])
                 if kind == "hint" or self.known.agree([*said, (order[place], category)]) == (kind == "consistent")
             ]
-            if not wrong:
-                continue
-            category = rng.choice(wrong)
-            turns = [self.turn(case, variable, rng) for variable in order[:place]]
-            turns.append(self.turn(case, order[place], rng, category if kind == "hint" else None))
-            text = self.answer(case, order[place], category, rng)
-            if kind == "hint":
-                text += " " + rng.choice(self.hints.agree)
-            check_answer(self.known, order[place], category, text)
-            return WrongTurn(turns, text, category)
+            if wrong:
+                return self._wrong(case, order[: place + 1], rng.choice(wrong), rng, hint=kind == "hint")
         return None
+
+    def _wrong(self, case: Case, order: Sequence[str], category: str, rng: random.Random, *, hint: bool) -> WrongTurn:
+        *earlier, last = order
+        turns = [self.turn(case, variable, rng) for variable in earlier]
+        turns.append(self.turn(case, last, rng, category if hint else None))
+        text = self.answer(case, last, category, rng)
+        if hint:
+            text += " " + rng.choice(self.hints.agree)
+        check_answer(self.known, last, category, text)
+        return WrongTurn(turns, text, category)
 
 
 def rules_of(name: str, case: Case, turns: Sequence[Turn]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefalign import pairing, stages
 from prefalign.records import Candidates, normalise_messages
+from prefalign.responses import history, questions_of
 from prefalign.rewards import Combined, FactsError, Response
 from prefalign.store import Failed
 
@@ -30,17 +31,18 @@ def versions(rewards: Combined) -> dict[str, str]:
 
 
 def as_responses(row: Candidates, images: list[Image.Image]) -> list[Response]:
-    """The answers of one row as rewards take them.
+    """The answers of one row as rewards take them; the last ones of whole conversations, in view of those before.
 
     Args:
         row: candidates.
         images: its decoded pictures; empty for rewards that read texts alone.
     """
+    questions = questions_of(row.facts)
     return [
         Response(
             id=f"{row.id}/{number}",
             images=images,
-            messages=row.messages,
+            messages=history(row.messages, questions, response.get("earlier", ())),
             text=response["text"],
             answer=row.answer,
             facts=row.facts,
