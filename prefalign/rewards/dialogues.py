@@ -21,7 +21,7 @@ from prefalign.rewards.phrases import HintPhrases, Phrases, Slots, Split, catego
 from prefalign.rewards.rule_sets import RuleSet
 
 Kind = Literal["hint", "consistent", "inconsistent"]
-_ORDERS = 32  # tried until one leaves room for a wrong answer; of five questions one in three does
+_ORDERS = 32  # tried until one leaves room for a wrong answer
 PRESENCE = frozenset({"exists", "absent", "count"})
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
@@ -210,6 +210,8 @@ class Speaker:
         Raises:
             ValueError: the rules do not read an answer as its category.
         """
+        if kind != "hint" and len(self.known.variables) < 2:
+            return None
         for _ in range(_ORDERS):
             order = rng.sample(list(self.known.variables), len(self.known.variables))
             place = rng.randrange(len(order)) if kind == "hint" else rng.randrange(1, len(order))
