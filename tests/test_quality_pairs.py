@@ -20,6 +20,7 @@ from prefalign.records import Candidates, Example, Pair, Prompt, message_text, u
 from prefalign.rewards import Response, read_rewards
 from prefalign.rewards.objects import Objects
 from prefalign.scenes.export import export
+from prefalign.scenes.grades import five, grades
 from prefalign.store import Dropped, Failed, StoreError, read_records
 from tests.tiny_vlms import picture
 
@@ -89,11 +90,8 @@ def engine():
 def settings(stage, rows="rows", folder="out", grader=None, **changes):
     known = {"data": {"path": rows}, "output": {"path": folder, "block_size": 4}, "sampling": {"max_new_tokens": 40}}
     if grader is not None:
-        known |= {"rewards": [{"name": "judge", "engine": grader}], "quality": dict.fromkeys(FIVE[:3], 1.0),
-                  "pairs": {"min_gap": 2.0}, "best": {"min_quality": None},
-                  "steerlm": {"attributes": FIVE, "decimals": 0}, "regrade": 0.25}  # fmt: skip
-    values = {key: value for key, value in SCENES.items() if not (grader and key in ("quality", "rewards"))}
-    return config.build(stage.Config, config.merge(config.merge(values, known), changes))
+        known |= {"rewards": [{"name": "judge", "engine": grader}], "best": {"min_quality": None}, "regrade": 0.25}
+    return config.build(stage.Config, config.merge(config.merge(SCENES, known), changes))
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +237,39 @@ def test_the_published_rule_on_worked_grades(stage):
     assert steer[0].meta["attributes"] in (line, None)
 
 
+FACTS = {
+    "objects": [{"shape": "circle", "colour": "red", "size": "large", "place": "top left"},
+                {"shape": "star", "colour": "blue", "size": "small", "place": "right"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("There is a large red circle at the top left. There is a small blue star on the right.", (4, 4, 4, 4, 2)),
+        ("There is a large red circle at the top left.", (2, 4, 4, 4, 1)),
+        ("There is a large red circle at the top left. There is a small green star on the right.", (2, 2, 4, 4, 2)),
+        ("There is a heart on the right.", (0, 0, 4, 1, 1)),
+        ("It is a sunny day. There is a small blue star on the right.", (2, 4, 2, 4, 1)),
+        ("A red circle is at the top left. A red circle is at the top left.", (2, 4, 2, 3, 2)),
+        ("Hello.", (0, 0, 0, 0, 0)),
+    ],
+)
+def test_grades_by_the_truth_of_a_scene(text, expected):
+    assert tuple(grades(text, FACTS).values()) == expected
+    given = five([Response("", [], [], text, facts=FACTS), Response("", [], [], text)])
+    assert list(given.values()) == [[grade, None] for grade in expected]
+
+
+def test_on_scenes_rejected_captions_are_worse_by_the_truth(stage, rows, tmp_path):
+    stage.main(settings(stage, rows, tmp_path / "out"))
+    pairs = list(read_records(tmp_path / "out" / "pairs", Pair))
+    assert len(pairs) >= 4
+    for pair in pairs:
+        sides = [grades(message_text(side), pair.facts) for side in (pair.chosen, pair.rejected)]
+        assert pair.margin == sum(sides[0][name] - sides[1][name] for name in list(RUBRIC)[:3]) >= 2
+
+
 def test_the_judge_sees_the_picture(stage, engine, rows, tmp_path):
     """The same answers on another picture are graded as that picture shows: what is true of one is false of the other."""
     one, other = list(read_records(rows, Prompt))[:2]
@@ -306,7 +337,7 @@ def test_rows_that_cannot_be_shown_fail_alone(stage, engine, rows, tmp_path):
 
 
 def test_an_export_that_nothing_qualifies_for_is_left_out(stage, rows, tmp_path, capsys):
-    known = settings(stage, rows, tmp_path / "out", best={"min_quality": 2.5}, exports=["best"], data={"limit": 2})
+    known = settings(stage, rows, tmp_path / "out", best={"min_quality": 13}, exports=["best"], data={"limit": 2})
     stage.main(known)
     assert not (tmp_path / "out" / "best").exists()
     assert "no answer qualifies for best" in capsys.readouterr().err
@@ -320,7 +351,7 @@ def test_an_export_that_nothing_qualifies_for_is_left_out(stage, rows, tmp_path,
         ({"sampling": {"temperature": 0}}, "would be the same greedy one"),
         ({"num_generations": 3}, "pairs.group_size is 4 and num_generations 3: no prompt would have so many"),
         ({"regrade": 2}, "regrade is 2.0; it is a share of the answers"),
-        ({"quality": {"total": 0}}, "quality weighs no score"),
+        ({"quality": dict.fromkeys(FIVE[:3], 0)}, "quality weighs no score"),
         ({"steerlm": {"attributes": []}}, "steerlm.attributes is empty"),
     ],
 )
@@ -330,10 +361,10 @@ def test_settings_that_make_no_sense_are_refused(stage, changes, message):
 
 
 def test_names_and_second_grades_that_no_reward_gives_are_refused(stage, rows, tmp_path):
-    with pytest.raises(ValueError, match="regrade asks for second grades, and objects would say the same again"):
+    with pytest.raises(ValueError, match="regrade asks for second grades, and judge would say the same again"):
         stage.main(settings(stage, rows, tmp_path, regrade=0.1))
-    with pytest.raises(ValueError, match="quality names the score 'judge/total', and the rewards are objects"):
-        stage.main(settings(stage, rows, tmp_path, quality={"judge/total": 1.0}))
+    with pytest.raises(ValueError, match="quality names the score 'judges/total', and the rewards are judge: "):
+        stage.main(settings(stage, rows, tmp_path, quality={"judges/total": 1.0}))
     one = read_rewards([{"name": "judge", "engine": Grader([]), "attributes": ["correctness"]}])
     with pytest.raises(
         ValueError, match="the judge grades correctness alone, so it would be asked the same question again"
