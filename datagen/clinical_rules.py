@@ -5,7 +5,8 @@ five questions about bone marrow patches, or your own). Questions come in an ord
 is first, in the words of a bank for training or of another one for tests. Some come with a hint ("the doctor thinks ..."), which
 may be wrong: the right answer gives the right category and refuses.
 
-- `sft`: whole conversations with right answers (`train_sft`; the authors' PPO does not work without).
+- `sft`: conversations with right answers, a row up to each of them, since `train_sft` imitates the last turn (the authors' PPO does
+  not work without).
 - `pairs`: a question with a right and a wrong answer: one that agrees with a wrong hint (`hint`), one that fits the answers
   before it and is false of the picture (`consistent`), one that contradicts them (`inconsistent`).
 - `prompts`: the questions with their references, for `train_ppo` and `train_online` with the reward `symbolic`, and for tests.
@@ -305,15 +306,24 @@ def outcome(prompt: Prompt, speaker: Speaker, reward: Symbolic, config: Config) 
         turns = speaker.dialogue(case, rng, config.hints)
     except ValueError as error:  # the name of a thing that the rules misread
         return Failed("bad_reference", str(error))
+    if config.produce == "sft":
+        return [_example(prompt, case, turns[: place + 1], config) for place in range(len(turns))]
     name = records.record_id(method=METHOD, parent=prompt.id, settings=row_settings(config), model="", seed=config.seed)
-    rules = dialogues.rules_of(config.rule_set, case, turns)
-    if config.produce == "prompts":
-        asked = dialogues.messages_of(turns[:1], len(prompt.images), answered=False)
-        facts = {**prompt.facts, "rules": rules, "case": case.label}
-        return [Prompt(name, prompt.images, asked, turns[0].answer, facts)]
-    meta = {"method": METHOD, "parent": prompt.id, "seed": config.seed, "settings": row_settings(config), "case": case.label,
-            "images_sha256": [sha256(image) for image in prompt.images], "rules": rules}  # fmt: skip
-    return [Example(name, prompt.images, dialogues.messages_of(turns, len(prompt.images)), meta)]
+    asked = dialogues.messages_of(turns[:1], len(prompt.images), answered=False)
+    facts = {**prompt.facts, "rules": dialogues.rules_of(config.rule_set, case, turns), "case": case.label}
+    return [Prompt(name, prompt.images, asked, turns[0].answer, facts)]
+
+
+def _example(prompt: Prompt, case: Case, turns: list[Turn], config: Config) -> Example:
+    """The conversation up to one of its answers, which is the one that is imitated."""
+    settings = row_settings(config)
+    name = records.record_id(
+        method=METHOD, parent=prompt.id, settings=settings, model="", seed=config.seed, index=len(turns)
+    )
+    meta = {"method": METHOD, "parent": prompt.id, "seed": config.seed, "settings": settings, "case": case.label,
+            "images_sha256": [sha256(image) for image in prompt.images],
+            "rules": dialogues.rules_of(config.rule_set, case, turns)}  # fmt: skip
+    return Example(name, prompt.images, dialogues.messages_of(turns, len(prompt.images)), meta)
 
 
 def _pairs(prompt: Prompt, case: Case, speaker: Speaker, reward: Symbolic, config: Config) -> Outcome:
@@ -347,22 +357,33 @@ def _margin(asked: list[records.Message], last: Turn, wrong: str, rules: dict[st
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """Of the rows made: how many, of which cases (a case that is most of them can be guessed), hints, kinds of wrong answers."""
-    rows = list(stages.columns_of(folder, "meta", "facts"))
-    known = [{**row.get("facts", {}), **row.get("meta", {})} for row in rows]
-    hints = [
-        "none" if name not in one["rules"]["hints"] else
-        "correct" if one["rules"]["hints"][name] == one["rules"]["reference"][name] else "wrong"
-        for one in known for name in one["rules"]["asked"]
-    ]  # fmt: skip
-    found = {
-        "rows": len(rows),
-        "cases": dict(sorted(Counter(one["case"] for one in known).items())),
-        "asked_first": dict(sorted(Counter(one["rules"]["asked"][0] for one in known).items())),
-        "hints": dict(sorted(Counter(hints).items())),
+    """Of the rows made: how many, of which cases (a case that is most of them can be guessed), hints, kinds of wrong answers.
+
+    Hints are those of the last question of an example or a pair, whose answer is learnt, and of all questions of a prompt.
+    """
+    counts: dict[str, Counter[str]] = {
+        "cases": Counter(),
+        "asked_first": Counter(),
+        "hints": Counter(),
+        "kinds": Counter(),
     }
-    kinds = Counter(one["kind"] for one in known if "kind" in one)
-    return {**found, "kinds": dict(sorted(kinds.items()))} if kinds else found
+    number = 0
+    for row in stages.columns_of(folder, "meta", "facts"):
+        known = {**row.get("facts", {}), **row.get("meta", {})}
+        rules = known["rules"]
+        number += 1
+        counts["cases"][known["case"]] += 1
+        counts["asked_first"][rules["asked"][0]] += 1
+        counts["hints"].update(
+            _hinted(rules, name) for name in (rules["asked"][-1:] if "meta" in row else rules["asked"])
+        )
+        counts["kinds"].update([known["kind"]] if "kind" in known else [])
+    return {"rows": number, **{name: dict(sorted(found.items())) for name, found in counts.items() if found}}
+
+
+def _hinted(rules: dict[str, Any], name: str) -> str:
+    hint = rules["hints"].get(name)
+    return "none" if hint is None else "correct" if hint == rules["reference"][name] else "wrong"
 
 
 if __name__ == "__main__":

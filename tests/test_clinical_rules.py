@@ -97,10 +97,10 @@ def test_conversations_about_a_labelled_folder(stage, patches, tmp_path, capsys)
     manifest = stage.main(marrow(stage, patches, tmp_path / "out"))
     made = list(read_records(tmp_path / "out", Example))
     assert manifest.dropped == {"no_label": 1}
-    assert manifest.rows_out == 7
-    assert [example.meta["case"] for example in made] == [*LABELLED, "MM"]
-    for number, example in enumerate(made):
-        example.check()
+    assert (manifest.rows_used, manifest.rows_out) == (7, 35)
+    whole = made[4::5]
+    assert [example.meta["case"] for example in whole] == [*LABELLED, "MM"]
+    for number, example in enumerate(whole):
         rules = example.meta["rules"]
         assert example.meta["images_sha256"] == [sha256(example.images[0])]
         assert example.images[0]["bytes"] == (patches / f"{number}.png").read_bytes()
@@ -111,11 +111,17 @@ def test_conversations_about_a_labelled_folder(stage, patches, tmp_path, capsys)
         for name, turn in zip(rules["asked"], example.messages[1::2], strict=True):
             assert MARROW.parse(name, message_text([turn]), {}) == rules["reference"][name]
         assert rules["reference"] == LABELS["bone_marrow"][example.meta["case"]]
-    assert len({tuple(example.meta["rules"]["asked"]) for example in made}) > 3
+        for turns, part in enumerate(made[5 * number : 5 * number + 5], 1):  # each answer is the last one of a row
+            part.check()
+            assert part.messages == example.messages[: 2 * turns]
+            assert part.meta["rules"]["asked"] == rules["asked"][:turns]
+            assert part.images == example.images
+    assert len({example.id for example in made}) == 35
+    assert len({tuple(example.meta["rules"]["asked"]) for example in whole}) > 3
     found = json.loads((tmp_path / "out" / "conversations.json").read_text())
-    assert found["cases"] == {"AML": 2, "BLOOD": 1, "CLOT": 1, "MM": 2, "NORMAL": 1}
+    assert found["cases"] == {"AML": 10, "BLOOD": 5, "CLOT": 5, "MM": 10, "NORMAL": 5}
     assert found["hints"] == {"none": 35}
-    assert "clinical_rules: rows 7" in capsys.readouterr().err
+    assert "clinical_rules: rows 35" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
