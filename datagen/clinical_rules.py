@@ -5,8 +5,8 @@ five questions about bone marrow patches, or your own). Questions come in an ord
 is first, in the words of a bank for training or of another one for tests. Some come with a hint ("the doctor thinks ..."), which
 may be wrong: the right answer gives the right category and refuses.
 
-- `sft`: conversations with right answers, a row up to each of them, since `train_sft` imitates the last turn (the authors' PPO does
-  not work without).
+- `sft`: conversations with right answers, a row up to each of them, since `train_sft` imitates the last turn (the authors' PPO
+  does not work without).
 - `pairs`: a question with a right and a wrong answer: one that agrees with a wrong hint (`hint`), one that fits the answers
   before it and is false of the picture (`consistent`), one that contradicts them (`inconsistent`).
 - `prompts`: the questions with their references, for `train_ppo` and `train_online` with the reward `symbolic`, and for tests.
