@@ -6,9 +6,10 @@ For stages whose negative is a text on the same picture (`TEXT_STAGES`) the scen
 mentions is worse; with equally many, the one that names fewer of the objects is; a tie is not worse. A mention is false if no
 object has the shape, colour, size and place that it says; `objects_worse_share` counts as CHAIR does, by shapes alone.
 `verified_` figures are of the pairs that `datagen/filter_pairs.py` keeps with its scenes config: it sees pictures and texts, and
-never the facts. For `image_contrast` and `s_vco` what defines them is checked. Rows begin at 1024: the verifier's thresholds were
-chosen on pictures below. For `knowada` the model is also asked again, with other draws: what was removed it should still not
-know, and of what the captions still say it should know more than before. For `mpa` a rejected answer must not be the true one.
+never the facts; it reads captions, so it is not asked about `BY_RULES`. For `image_contrast` and `s_vco` what defines them is
+checked. Rows begin at 1024: the verifier's thresholds were chosen on pictures below. For `knowada` the model is also asked again,
+with other draws: what was removed it should still not know, and of what the captions still say it should know more than before.
+For `mpa` a rejected answer must not be the true one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from prefalign.store import read_records
 from prefalign.text import normalised
 
 TEXT_STAGES = {"bdhs": "train_biased", "povid": "train_biased", "m3id": "train_fair", "stic": "train_fair",
-               "re_align": "train_biased", "mia_dpo": "train_biased"}  # fmt: skip
+               "re_align": "train_biased", "mia_dpo": "train_biased", "quality_pairs": "train_fair",
+               "clinical_rules": "train_biased"}  # fmt: skip
+IN_A_FOLDER = {"quality_pairs": "pairs"}  # of the stage's output
+BY_RULES = ("clinical_rules",)  # answers to questions, true and false by construction; the verifier reads captions
 MAKE_PAIRS = {"knowada": {"produce": "pairs"}, "mpa": {"produce": "pairs"}}
 STAGES = (*TEXT_STAGES, "image_contrast", "s_vco", *MAKE_PAIRS)
 GOAL = 0.95
@@ -115,10 +119,12 @@ def share(values: Sequence[bool]) -> float | None:
     return round(sum(values) / len(values), 4) if values else None
 
 
-def score_texts(stage: str, pairs: Sequence[Pair], verified: Sequence[Pair]) -> list[Row]:
-    """The figures of a stage whose negative is a text on the same picture."""
+def score_texts(stage: str, pairs: Sequence[Pair], verified: Sequence[Pair] | None) -> list[Row]:
+    """The figures of a stage whose negative is a text on the same picture; `verified` None: no verifier looked at it."""
     rows = [_row(stage, "pairs", len(pairs), "pairs")]
     raw = share([worse(*texts_of(pair), pair.facts) for pair in pairs])
+    if verified is None:
+        return [*rows, _row(stage, "worse_share", raw, "share", goal=GOAL), _edit_row(stage, pairs)]
     rows += [
         _row(stage, "worse_share", raw, "share"),
         _row(stage, "verified_pairs", len(verified), "pairs", baseline=len(pairs)),
@@ -241,7 +247,7 @@ class Workshop:
             return self.run(stage, self.pairs("povid"))
         if stage in MAKE_PAIRS:
             return self.run(stage, self.prompts("train_fair"))
-        return self.run(stage, self.prompts(TEXT_STAGES[stage]))
+        return self.run(stage, self.prompts(TEXT_STAGES[stage])) / IN_A_FOLDER.get(stage, "")
 
     def figures(self, stage: str) -> list[Row]:
         """All figures of a stage."""
@@ -251,6 +257,8 @@ class Workshop:
             return (score_knowledge if stage == "knowada" else score_short)(stage, pairs, self.rows)
         if stage not in TEXT_STAGES:
             return score_pictures(stage, pairs)
+        if stage in BY_RULES:
+            return score_texts(stage, pairs, None)
         from prefalign.store import StoreError
 
         try:

@@ -31,6 +31,8 @@ Rejected = Literal["random", "worst", "nearest"]
 
 _LEAKED = re.compile(r"<attributes>(?:[^<]*</attributes>|[^<\n]*\n?)|</attributes>")
 _AGAIN = "Rate of that answer: {before}\nAnswer again, so that the rate is: {after}"
+_AGAIN_AS_TOLD = "Rate of that answer: {before}\nAnswer again, so that the rate is what was asked for at the start."
+_UNFINISHED = ("length", "max_tokens", "content_filter", "abort", "error")
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,27 @@ def quality(response: Mapping[str, Any], weights: Mapping[str, float] = HELPSTEE
     return math.fsum(terms)
 
 
+def is_finished(response: Mapping[str, Any]) -> bool:
+    """Whether a generator ended an answer by itself.
+
+    Args:
+        response: an answer; `finished` decides where it is given (rows that were scored elsewhere), else `finish_reason`, in the
+            words of our engines, OpenAI's and vLLM's servers; with neither it counts as finished.
+
+    Example:
+        >>> [is_finished(one) for one in ({}, {"finish_reason": "length"}, {"finish_reason": "stop", "finished": False})]
+        [True, False, False]
+    """
+    told = response.get("finished")
+    return told if isinstance(told, bool) else response.get("finish_reason") not in _UNFINISHED
+
+
 def unusable(responses: Sequence[Mapping[str, Any]], *, unfinished: bool = False) -> list[str | None]:
     """Why each answer of a prompt can be neither chosen nor rejected, or None: it is `empty`, `unfinished` or a `duplicate`.
 
     Args:
         responses: the answers; of equal ones (up to case, blanks and punctuation) the first is kept.
-        unfinished: keep answers that ran into the length limit.
+        unfinished: keep answers that ran into the length limit or were cut off otherwise (`is_finished`).
     """
     seen: set[str] = set()
     found: list[str | None] = []
@@ -78,7 +95,7 @@ def unusable(responses: Sequence[Mapping[str, Any]], *, unfinished: bool = False
         text = normalised(response["text"])
         if not response["text"].strip():
             found.append("empty")
-        elif not unfinished and response.get("finish_reason") == "length":
+        elif not unfinished and not is_finished(response):
             found.append("unfinished")
         elif text in seen:
             found.append("duplicate")
@@ -273,6 +290,8 @@ def make_two_turn(
     before: Mapping[str, Any],
     after: Mapping[str, Any],
     lines: tuple[str, str],
+    *,
+    place: Literal["user", "system"] = "user",
 ) -> list[Message]:
     """The two-turn variant: an answer, how it was rated, how the next one shall be rated, and an answer that is.
 
@@ -283,9 +302,14 @@ def make_two_turn(
         before: the first answer.
         after: the answer to imitate.
         lines: attribute lines of the two.
+        place: where the line of what is wanted stands: in the second user turn, or at the end of the system turn.
     """
-    again = user_message(_AGAIN.format(before=lines[0], after=lines[1]))
-    return [*messages, assistant_message(before["text"]), again, assistant_message(after["text"])]
+    asked = [*messages, assistant_message(before["text"])]
+    if place == "user":
+        asked.append(user_message(_AGAIN.format(before=lines[0], after=lines[1])))
+    else:
+        asked = with_attributes([*asked, user_message(_AGAIN_AS_TOLD.format(before=lines[0]))], lines[1], "system")
+    return [*asked, assistant_message(after["text"])]
 
 
 def strip_attributes(text: str) -> str:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,11 +43,15 @@ class DataConfig:
         path: JSONL, JSON or Parquet file, or a folder of Parquet shards that a stage wrote.
         images: folder that relative picture paths start from; the data file's own folder if empty.
         limit: use only the first rows (0: all).
+        fact_columns: columns that become facts of a row (labels, measurements).
+        question: what is asked of rows that have no question of their own (a table of labels); None: they are bad rows.
     """
 
     path: Path
     images: Path | None = None
     limit: int = 0
+    fact_columns: list[str] = field(default_factory=list)
+    question: str | None = None
 
     def __post_init__(self) -> None:
         if self.limit < 0:
@@ -380,9 +384,11 @@ def _candidates(row: Mapping[str, Any], config: DataConfig, repeated: Container[
 
 def _foreign_prompt(row: Mapping[str, Any], config: DataConfig, repeated: Container[str]) -> Prompt:
     images = [_read_picture(picture, config) for picture in _pictures(row)]
-    turns, answer = _conversation(row)
+    asks = config.question is None or any(row.get(name) for name in _QUESTION_COLUMNS)
+    turns, answer = _conversation(row if asks else {**row, "question": config.question})
     identity = _source_id(row)
-    prompt = Prompt(identity or "", images, _with_placeholders(turns, len(images)), answer, _facts(row))
+    known = {name: row[name] for name in config.fact_columns if row.get(name) is not None} | _facts(row)
+    prompt = Prompt(identity or "", images, _with_placeholders(turns, len(images)), answer, known)
     digest = content_digest(prompt)
     if identity is None:
         prompt.id = digest[:24]

@@ -16,6 +16,8 @@ from prefalign.store import Dropped, Failed, Outcome
 if TYPE_CHECKING:
     from PIL import Image
 
+_ELSEWHERE = ("engine", "vllm", "server", "batch_size", "device", "cache")
+
 Given = TypeVar("Given", Prompt, Pair, Candidates)
 Prepared = TypeVar("Prepared")
 
@@ -140,12 +142,13 @@ def write_figures(folder: Path, name: str, figures: Callable[[], Mapping[str, An
 
 
 def portable(value: Any) -> Any:
-    """Settings of rewards as they decide rows, on any machine: no batch size, device or cache, of an absolute path its last part.
+    """Settings of rewards as they decide rows, on any machine: no engine, batch size, device or cache, of an absolute path its
+    last part.
 
     Weights are told apart by the version that their reward gives.
     """
     if isinstance(value, Mapping):
-        return {key: portable(item) for key, item in value.items() if key not in ("batch_size", "device", "cache")}
+        return {key: portable(item) for key, item in value.items() if key not in _ELSEWHERE}
     if isinstance(value, (list, tuple)):
         return [portable(item) for item in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

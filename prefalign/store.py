@@ -282,10 +282,13 @@ def _identity(
 ) -> dict[str, Any]:
     """What decides the rows. The picture folder's name counts, as a digest: a manifest is published, machine paths are not."""
     images = "" if data is None or data.images is None else hashlib.sha256(data.images.as_posix().encode()).hexdigest()
+    read = (
+        {} if data is None else {name: value for name in ("fact_columns", "question") if (value := getattr(data, name))}
+    )
     return {"stage": stage, "schema_version": SCHEMA_VERSION, "settings": json.loads(canonical_json(settings)),
             "seed": seed, "models": dict(models or {}), "data_sha256": sources.fingerprint(data) if data else "",
             "images_folder_sha256": images, "limit": data.limit if data else 0,
-            "block_size": output.block_size}  # fmt: skip
+            "block_size": output.block_size, **read}  # fmt: skip
 
 
 def _finished(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:

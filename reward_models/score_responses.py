@@ -12,13 +12,9 @@ Needs: candidates (`datagen/sample_responses.py`, or any rows with a list `respo
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefalign import sources, stages, store
@@ -56,7 +52,7 @@ class Config:
 
 def main(config: Config) -> Manifest:
     """Run the stage. Returns its manifest."""
-    from prefalign.rewards import read_rewards
+    from prefalign.rewards import read_rewards, stored
 
     sources.files_of(config.data)
     rewards = read_rewards(config.rewards)
@@ -68,11 +64,11 @@ def main(config: Config) -> Manifest:
         record=Candidates,
         settings={"rewards": stages.portable(config.rewards), "reads": config.reads},
         seed=0,
-        models=versions(rewards),
+        models=stored.versions(rewards),
         reads=Pair if config.reads == "pairs" else Candidates,
     )
     folder = config.output.path
-    found = stages.write_figures(folder, FIGURES, lambda: figures(folder))
+    found = stages.write_figures(folder, FIGURES, lambda: stored.figures(folder, rewards))
     total = found["scores"]["total"]
     print(
         f"{METHOD}: {found['responses']} responses, total {total['mean']} on average, missing for {total['missing']}; "
@@ -82,15 +78,9 @@ def main(config: Config) -> Manifest:
     return manifest
 
 
-def versions(rewards: Combined) -> dict[str, str]:
-    """What identifies each reward of the list that has a `version` (weights, prompt), by its label."""
-    known = {entry.name: getattr(entry.reward, "version", None) for entry in rewards.entries}
-    return {name: str(version) for name, version in known.items() if version}
-
-
 def process(block: Sequence[Any], rewards: Combined) -> list[Outcome]:
     """One outcome for each row of a block; all its responses are scored in one call, unless the facts of a row are bad."""
-    from prefalign.rewards import FactsError, Response
+    from prefalign.rewards import stored
 
     def prepare(row: Candidates | Pair) -> tuple[Candidates, list[Image.Image]] | Dropped | Failed:
         found = candidates_of(row) if isinstance(row, Pair) else row
@@ -102,29 +92,8 @@ def process(block: Sequence[Any], rewards: Combined) -> list[Outcome]:
         return images if isinstance(images, Failed) else (found, images)
 
     def work(rows: list[tuple[Any, tuple[Candidates, list[Image.Image]]]]) -> list[Outcome]:
-        responses = [
-            Response(
-                id=f"{row.id}/{number}",
-                images=images,
-                messages=row.messages,
-                text=response["text"],
-                answer=row.answer,
-                facts=row.facts,
-                finished=response.get("finish_reason") != "length",
-                tokens=response.get("tokens"),
-            )
-            for _, (row, images) in rows
-            for number, response in enumerate(row.responses)
-        ]
-        try:
-            scored = rewards.score(responses)
-        except FactsError as error:  # of one row: each by itself
-            return [Failed("bad_facts", str(error))] if len(rows) == 1 else [work([one])[0] for one in rows]
-        terms = {name: values.tolist() for name, values in scored.items()}
-        scores = iter(
-            {name: _number(values[place]) for name, values in terms.items()} for place in range(len(responses))
-        )
-        return [[_scored(row, [next(scores) for _ in row.responses])] for _, (row, _) in rows]
+        scored = stored.score_rows([ready for _, ready in rows], rewards)
+        return [row if isinstance(row, Failed) else [row] for row in scored]
 
     return stages.in_order(block, prepare, work)
 
@@ -136,57 +105,6 @@ def candidates_of(pair: Pair) -> Candidates | Dropped:
         return Dropped("one_text")
     responses = [{"text": chosen, "from": "chosen"}, {"text": rejected, "from": "rejected"}]
     return Candidates(pair.id, pair.images, pair.prompt, responses, pair.answer, pair.facts)
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _scored(row: Candidates, scores: list[dict[str, float | None]]) -> Candidates:
-    responses = [
-        {**response, "scores": {**(response.get("scores") or {}), **given}}
-        for response, given in zip(row.responses, scores, strict=True)
-    ]
-    return dataclasses.replace(row, responses=responses)
-
-
-def figures(folder: Path) -> dict[str, Any]:
-    """By score: how many are missing, mean, deviation, range; and how the total goes with the length of the answer.
-
-    A correlation with length near 1 is a reward that pays for words; what is trained on it will talk.
-    """
-    values: dict[str, list[float | None]] = {}
-    words: list[int] = []
-    for row in stages.columns_of(folder, "responses"):
-        for response in row["responses"]:
-            words.append(len(response["text"].split()))
-            for name, value in response["scores"].items():
-                values.setdefault(name, []).append(value)
-    totals = [(value, length) for value, length in zip(values["total"], words, strict=True) if value is not None]
-    return {
-        "responses": len(words),
-        "scores": {name: _figures(given) for name, given in sorted(values.items())},
-        "length_correlation": _correlation(totals),
-    }
-
-
-def _figures(values: Sequence[float | None]) -> dict[str, float | None]:
-    known = [value for value in values if value is not None]
-    if not known:
-        return {"missing": len(values), "mean": None, "deviation": None, "least": None, "most": None}
-    return {
-        "missing": len(values) - len(known),
-        "mean": round(statistics.fmean(known), 4),
-        "deviation": round(statistics.pstdev(known), 4),
-        "least": round(min(known), 4),
-        "most": round(max(known), 4),
-    }
-
-
-def _correlation(pairs: Sequence[tuple[float, int]]) -> float | None:
-    if len({value for value, _ in pairs}) < 2 or len({length for _, length in pairs}) < 2:
-        return None
-    return round(statistics.correlation([value for value, _ in pairs], [length for _, length in pairs]), 4)
 
 
 if __name__ == "__main__":

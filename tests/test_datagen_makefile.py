@@ -89,7 +89,9 @@ def test_all_on_own_data_leaves_out_what_needs_twins(tmp_path):
     given = ("all", "MODEL=m", "DATA=rows.jsonl", "ARGS_povid=--seed 4")
     order = {command.split()[0]: command for command in commands(tmp_path, *given)}
     assert sorted(order) == [
-        stage for stage in STAGES if stage not in ("curate_instructions", "knowada", "mpa", "s_vco", "select_responses")
+        stage
+        for stage in STAGES
+        if stage not in ("curate_instructions", "clinical_rules", "knowada", "mpa", "s_vco", "select_responses")
     ]
     assert order["povid"].endswith("--seed 4")
     assert "--seed 4" not in order["bdhs"]
@@ -97,7 +99,8 @@ def test_all_on_own_data_leaves_out_what_needs_twins(tmp_path):
     for left_out in (
         "s_vco (needs TWINS=",
         "select_responses (needs SCORED=",
-        "curate_instructions (needs models of its own",
+        "curate_instructions (needs labels or models of its own",
+        "clinical_rules (needs labels or models of its own",
     ):
         assert left_out in shown[shown.index("left out: ") :]
     order = {command.split()[0]: command for command in commands(tmp_path, *given, "TWINS=twins", "SCORED=scored")}

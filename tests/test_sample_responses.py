@@ -6,9 +6,12 @@ import shutil
 import pytest
 
 from prefalign import bundled, config
+from prefalign.engines import Request
 from prefalign.engines.transformers import load_engine
+from prefalign.images import open_image
 from prefalign.models import ModelConfig
-from prefalign.records import Candidates, Prompt, user_message
+from prefalign.records import Candidates, Prompt, assistant_message, user_message
+from prefalign.rewards.stored import as_responses
 from prefalign.scenes.export import export
 from prefalign.sources import DataConfig, read_rows, to_candidates
 from prefalign.store import Failed, OutputConfig, StoreError, read_records, write_records
@@ -66,6 +69,34 @@ def test_candidates_hold_everything_that_is_known_of_the_draws(finished, rows):
             assert response["generator"] == manifest.models["generator"] != ""
     assert len({row.id for row in made}) == ROWS
     assert sum(len({response["text"] for response in row.responses}) > 1 for row in made) == ROWS
+
+
+def test_whole_conversations_are_drawn_in_view_of_their_earlier_answers(stage, engine, tmp_path):
+    """A second answer is what the engine says to the conversation so far; rows without questions are dropped."""
+    export(tmp_path / "linked", split="train_biased", kind="linked", start=0, stop=4)
+    linked = list(read_records(tmp_path / "linked", Prompt))
+    plain = dataclasses.replace(linked[0], id="plain", facts={})
+    known = settings(stage, tmp_path / "linked", tmp_path / "out", conversations=True, num_generations=2)
+    outcomes = stage.process([*linked, plain], engine, known)
+    assert outcomes[-1].reason == "no_questions"
+    for prompt, [row] in zip(linked, outcomes[:-1], strict=True):
+        questions = prompt.facts["rules"]["questions"]
+        assert (row.messages, row.images, row.facts) == (prompt.messages, prompt.images, prompt.facts)
+        assert len(row.responses) == 2
+        for number, response in enumerate(row.responses):
+            [first] = response["earlier"]
+            so_far = [*prompt.messages, assistant_message(first), user_message(questions[1])]
+            request = Request(f"{prompt.id}/{number}/1", so_far, [open_image(prompt.images[0])], seed=0)
+            [again] = engine.generate([request], known.sampling)
+            assert again.text.strip() == response["text"]
+            assert response["tokens"] > len(response["token_ids"])
+            judged = as_responses(row, [])[number]
+            assert (judged.messages, judged.text) == (so_far, response["text"])
+    single = settings(stage, tmp_path / "linked", tmp_path / "out", num_generations=2)
+    alone = stage.process(linked, engine, single)
+    assert [r["text"] for [row] in alone for r in row.responses] == [
+        r["earlier"][0] for [row] in outcomes[:-1] for r in row.responses
+    ]
 
 
 def test_token_ids_are_those_of_the_text(finished, engine):

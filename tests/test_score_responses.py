@@ -10,7 +10,7 @@ from prefalign import bundled, config, stages
 from prefalign.config import ConfigError
 from prefalign.images import encode_png
 from prefalign.records import Candidates, Pair, RecordError, assistant_message, user_message
-from prefalign.rewards import Combined, Weighted, read_rewards
+from prefalign.rewards import Combined, Weighted, read_rewards, stored
 from prefalign.sources import DataConfig, to_candidates
 from prefalign.store import Dropped, Failed, OutputConfig, StoreError, read_records, write_records
 from tests.tiny_vlms import picture
@@ -191,7 +191,7 @@ def test_what_is_published_of_the_rewards(stage, tmp_path, rewards):
         version = "judge-7b+v2"
 
     listed = Combined([Weighted("judge", Versioned()), *read_rewards([OBJECTS]).entries])
-    assert stage.versions(listed) == {"judge": "judge-7b+v2"}
+    assert stored.versions(listed) == {"judge": "judge-7b+v2"}
     manifest, _ = run(stage, write(tmp_path / "data", [row(0)]), tmp_path / "out", rewards("wordy"))
     assert manifest.config["settings"]["rewards"] == [
         {"name": "function", "function": "mine.py:wordy", "label": "wordy"}
@@ -247,3 +247,31 @@ def test_bad_facts_of_one_row_stop_no_other():
 
 def score_block(rows, entry=OBJECTS):
     return bundled.load_stage("score_responses").process(rows, read_rewards([entry]))
+
+
+def test_rules_over_conversations_report_their_accuracy(stage, tmp_path):
+    """One answer of two is right; the second was misled by a wrong hint."""
+    rules = {"set": "existence_count", "asked": ["exists", "count"], "reference": {"exists": "yes", "count": "some"},
+             "questions": ["Is there a star?", "I was told that there are no stars. How many?"],
+             "hints": {"count": "none"}}  # fmt: skip
+    responses = [
+        {"text": "None. I agree.", "earlier": ["Yes."]},
+        {"text": "There are two stars.", "earlier": ["Yes, a star."], "finished": False},
+    ]
+    known = row(0, (), facts={"rules": rules}, messages=[user_message("Is there a star?", 1)], responses=responses)
+    run(stage, write(tmp_path / "data", [known]), tmp_path / "out", {"name": "symbolic"})
+    written = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert written["accuracy"] == {
+        "symbolic": {"question_accuracy": 0.75, "conversation_accuracy": 0.5, "no_match": 0.0, "accuracy_hint_none": 1.0,
+                     "accuracy_hint_correct": None, "accuracy_hint_wrong": 0.5, "misled": 0.5}
+    }  # fmt: skip
+
+
+def test_answers_that_say_that_they_are_not_finished_are_taken_at_their_word(stage, tmp_path):
+    answers = [{"text": "A cat.", "finished": False}, {"text": "A cat.", "finish_reason": "max_tokens"}, {"text": "A cat."},
+               {"text": "A cat.", "finish_reason": "stop"}]  # fmt: skip
+    penalty = [{"name": "missing_eos", "replace": False}]
+    known = row(0, (), responses=answers)
+    [outcome] = stage.process([known], read_rewards(penalty))
+    totals = [response["scores"]["total"] for response in outcome[0].responses]
+    assert totals[0] == totals[1] < totals[2] == totals[3]

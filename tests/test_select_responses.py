@@ -193,7 +193,7 @@ def test_steerlm_in_the_system_turn_and_in_two_turns(stage):
     known = settings(stage, produce="steerlm", steerlm={"attributes": NAMES, "place": "system", "drop_prob": 0.0})
     first = stage.outcome(attributed(), known)[0]
     assert [turn["role"] for turn in first.messages] == ["system", "user", "assistant"]
-    two = settings(stage, produce="steerlm", steerlm={"attributes": NAMES, "two_turn": True})
+    two = settings(stage, produce="steerlm", steerlm={"attributes": NAMES, "two_turn": True, "drop_prob": 0.0})
     befores = set()
     for number in range(20):
         [example] = stage.outcome(attributed(str(number)), two)
@@ -206,6 +206,38 @@ def test_steerlm_in_the_system_turn_and_in_two_turns(stage):
     alone.responses = alone.responses[:1]
     assert stage.outcome(alone, two) == Dropped("one_answer")
     assert stage.outcome(row(), two) == Dropped("ungraded")
+
+
+def test_two_turns_lose_their_lines_and_put_them_where_they_are_told(stage):
+    steer = {"attributes": NAMES, "two_turn": True, "drop_prob": 0.25, "place": "system"}
+    known = settings(stage, produce="steerlm", steerlm=steer)
+    rows = [attributed(str(number)) for number in range(80)]
+    made = [stage.outcome(given, known)[0] for given in rows]
+    plain = [example for example in made if example.meta["attributes"] is None]
+    assert abs(len(plain) - 20) < 4 * math.sqrt(80 * 0.25 * 0.75)
+    for example in made:
+        turns = [turn["role"] for turn in example.messages]
+        told = message_text(example.messages)
+        assert message_text(example.messages[-1:]) == TEXTS[0]
+        if example.meta["attributes"] is None:
+            assert turns == ["user", "assistant"]
+            assert "<attributes>" not in told
+            continue
+        rated, wanted = example.meta["attributes"]
+        assert turns == ["system", "user", "assistant", "user", "assistant"]
+        assert message_text(example.messages[:1]) == wanted == "<attributes>correctness:4,verbosity:1</attributes>"
+        assert rated in message_text(example.messages[3:4])
+        assert wanted not in message_text(example.messages[1:])
+
+
+def test_answers_that_were_cut_off_count_as_unfinished_whoever_says_so(stage):
+    known = settings(stage, pairs={"rejected": "worst"})
+    for told in ({"finish_reason": "max_tokens"}, {"finish_reason": "abort"}, {"finished": False}):
+        given = row()
+        given.responses[3] |= told
+        assert stage.outcome(given, known)[0].meta["rejected_index"] == 2
+    given.responses[3] |= {"finish_reason": "length", "finished": True}
+    assert stage.outcome(given, known)[0].meta["rejected_index"] == 3
 
 
 def test_a_stopped_run_ends_with_the_same_rows(stage, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from prefalign import bundled, config
 from prefalign.checkpoints import SCENES_BASE
-from prefalign.records import Candidates
+from prefalign.records import Candidates, Prompt
 from prefalign.scenes.export import export
 from prefalign.store import OutputConfig, read_records, write_records
 from tests.merging_cases import perturbed, save_adapter, save_text_llm
@@ -275,6 +275,36 @@ def test_select_responses_config(name, produce, scored, tmp_path):
     manifest = start(name, "select_responses", changes)
     assert manifest.rows_in == 6 == manifest.rows_used + sum(manifest.dropped.values())
     assert manifest.rows_used >= 4
+
+
+@pytest.mark.parametrize("name", names("quality_pairs"))
+def test_quality_pairs_config(name, prompts, tmp_path):
+    rewards = config.read_yaml(bundled.configs()[name])["rewards"]
+    for entry in rewards:
+        if "model" in entry:
+            entry |= {"model": MODEL, "sampling": {"max_new_tokens": 8, "temperature": 0}}
+    changes = {"model": MODEL, "data": {"path": prompts, "images": None}, "output": {"path": tmp_path / "out"},
+               "rewards": rewards, "batch_size": 8, "sampling": {"max_new_tokens": 32}}  # fmt: skip
+    manifest = start(name, "quality_pairs", changes)
+    assert manifest.rows_in == 6 == manifest.rows_out
+    found = json.loads((tmp_path / "out" / "quality.json").read_text())
+    # the tiny model of drawn shapes cannot judge: no grade is made up, and so no pair
+    assert found["scores"]["total"]["missing"] == (0 if name.endswith("scenes") else 24)
+    assert (found["pairs"]["rows"] > 0) == name.endswith("scenes") == (tmp_path / "out" / "pairs").is_dir()
+
+
+@pytest.mark.parametrize("name", names("clinical_rules"))
+@pytest.mark.parametrize("produce", ["sft", "pairs", "prompts"])
+def test_clinical_rules_config(name, produce, prompts, tmp_path):
+    rows = [{"image": f"{number}.png", "label": label} for number, label in enumerate(("AML", "MM", "NORMAL", "CLOT"))]
+    changes = {"data": {"path": prompts, "images": None}, "output": {"path": tmp_path / "out"}, "produce": produce}
+    if not name.endswith("scenes"):
+        for prompt, row in zip(read_records(prompts, Prompt), rows, strict=False):
+            (tmp_path / row["image"]).write_bytes(prompt.images[0]["bytes"])
+        (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        changes["data"] = {"path": tmp_path / "labels.jsonl", "images": tmp_path}
+    manifest = start(name, "clinical_rules", changes)
+    assert manifest.rows_in == manifest.rows_used == (6 if name.endswith("scenes") else 4)
 
 
 @pytest.mark.parametrize("name", names("curate_instructions"))

@@ -145,3 +145,24 @@ def test_3000_items_take_less_than_a_second():
     assert time.process_time() - start < 1.0
     assert found.ci95 is not None
     assert (found.ci95[1] - found.ci95[0]) / 2 == pytest.approx(0.012, abs=0.002)
+
+
+def test_weighted_kappa_is_agreement_over_that_of_chance():
+    """Worked by the table: rows and columns are grades, weights their squared differences, chance the product of the margins."""
+    first, second = [0, 1, 2, 4, 4, 3], [0, 2, 2, 4, 3, 0]
+    seen = np.zeros((5, 5))
+    for pair in zip(first, second, strict=True):
+        seen[pair] += 1 / len(first)
+    chance = np.outer(seen.sum(axis=1), seen.sum(axis=0))
+    weights = np.subtract.outer(np.arange(5), np.arange(5)) ** 2
+    expected = 1 - (weights * seen).sum() / (weights * chance).sum()
+    assert statistics.weighted_kappa(first, second, grades=5) == pytest.approx(expected)
+    assert statistics.weighted_kappa([0, 4], [0, 4], grades=5) == 1
+    assert statistics.weighted_kappa([0, 4], [4, 0], grades=5) == -1
+    assert statistics.weighted_kappa([0, 0, 4, 4], [0, 4, 0, 4], grades=5) == 0
+    assert statistics.weighted_kappa([], [], grades=5) is None
+    assert statistics.weighted_kappa([3, 3], [3, 3], grades=5) is None
+    with pytest.raises(ValueError, match="2 and 1 grades: give both grades of each thing"):
+        statistics.weighted_kappa([1, 2], [1], grades=5)
+    with pytest.raises(ValueError, match="grade 5 is not between 0 and 4"):
+        statistics.weighted_kappa([5], [1], grades=5)

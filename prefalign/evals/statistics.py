@@ -135,6 +135,39 @@ def median(values: Sequence[float], groups: Sequence[str], *, draws: int = DRAWS
     return _estimate(value, drawn, len(ranked))
 
 
+def weighted_kappa(first: Sequence[int], second: Sequence[int], *, grades: int) -> float | None:
+    """Cohen's kappa with quadratic weights: agreement of two gradings of the same things, over that of chance.
+
+    1 less the mean squared difference over that of all pairs of a first and a second grade (Cohen 1968).
+
+    Args:
+        first: grades from 0 to `grades` - 1.
+        second: the other grades of the same things, in the same order.
+        grades: how many grades there are; it only bounds what is accepted.
+
+    Returns:
+        1 for equal gradings, 0 for chance, below 0 for less; None without any grade, or where all grades of both are one value.
+
+    Raises:
+        ValueError: lists of different lengths, or a grade outside the range.
+
+    Example:
+        >>> weighted_kappa([0, 1, 2, 4], [0, 2, 2, 4], grades=5)
+        0.9411764705882353
+    """
+    import numpy as np
+
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} and {len(second)} grades: give both grades of each thing.")
+    if strange := [grade for grade in (*first, *second) if not 0 <= grade < grades]:
+        raise ValueError(f"grade {strange[0]} is not between 0 and {grades - 1}. Count from 0, or raise `grades`.")
+    if not len(first):
+        return None
+    one, other = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    chance = float(np.mean(np.subtract.outer(one, other) ** 2))
+    return None if chance == 0 else 1 - float(np.mean((one - other) ** 2)) / chance
+
+
 def mcnemar(gains: int, losses: int) -> float:
     """Exact two-sided McNemar p-value from the discordant counts; 1 if there are none."""
     from scipy import stats

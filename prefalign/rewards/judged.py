@@ -10,6 +10,7 @@ Legend of shapes: `N` responses.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Sequence
@@ -122,6 +123,7 @@ class JudgedAttributes(_Asking):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._backwards = False
         unknown = [name for name in self.attributes if name not in RUBRIC]
         if unknown or not self.attributes or len(set(self.attributes)) < len(self.attributes):
             raise ValueError(
@@ -138,6 +140,21 @@ class JudgedAttributes(_Asking):
     def version(self) -> str:
         """Model and wording."""
         return self.judge.version
+
+    def again(self) -> JudgedAttributes:
+        """The same judge, asked for its attributes in the reverse order: how far it agrees with itself.
+
+        Raises:
+            ValueError: with one attribute, whose question would be the same.
+        """
+        if len(self.attributes) < 2:
+            raise ValueError(
+                f"the judge grades {self.attributes[0]} alone, so it would be asked the same question again and say the same. "
+                "Name a second attribute, or do not ask again (regrade: 0)."
+            )
+        other = dataclasses.replace(self, model=None, engine=self.judge.engine)
+        other._backwards = True
+        return other
 
     def score(self, responses: Sequence[Response]) -> dict[str, torch.Tensor]:
         """By attribute, (N,) from 0 to 4; NaN for all where the judge gave no readable reply in three attempts."""
@@ -161,6 +178,8 @@ class JudgedAttributes(_Asking):
         conversation = transcript(response.messages)
         order = list(self.attributes)
         random.Random(row_seed(self.seed, f"{conversation}\n{response.text}")).shuffle(order)
+        if self._backwards:
+            order.reverse()
         text = grading_prompt(
             conversation, response.text, order, self._known(response), pictures=self.pictures and bool(response.images)
         )

@@ -366,18 +366,24 @@ _SIDES = Variable(
     }
 )
 
+_SAYS_YES_OR_NO = Variable(read=_yes_no, closed=("yes", "no"))
+_SOME_OR_NONE = Variable(read=_any_or_none, closed=("some", "none"))
 RULE_SETS: dict[str, RuleSet] = {
     "bone_marrow": _BONE_MARROW,
     "existence_count": RuleSet(
-        {"exists": Variable(read=_yes_no, closed=("yes", "no")), "count": Variable(read=_any_or_none, closed=("some", "none"))},
+        {"exists": _SAYS_YES_OR_NO, "count": _SOME_OR_NONE},
         ({"exists": "yes", "count": "some"}, {"exists": "no", "count": "none"}),
     ),
     "existence_absence": RuleSet(
-        {"exists": Variable(read=_yes_no, closed=("yes", "no")), "absent": Variable(read=_yes_no, closed=("yes", "no"))},
+        {"exists": _SAYS_YES_OR_NO, "absent": _SAYS_YES_OR_NO},
         ({"exists": "yes", "absent": "no"}, {"exists": "no", "absent": "yes"}),
     ),
+    "presence": RuleSet(
+        {"exists": _SAYS_YES_OR_NO, "absent": _SAYS_YES_OR_NO, "count": _SOME_OR_NONE},
+        ({"exists": "yes", "absent": "no", "count": "some"}, {"exists": "no", "absent": "yes", "count": "none"}),
+    ),
     "attribute": RuleSet(
-        {"is": Variable(read=_yes_no, closed=("yes", "no")), "which": Variable(read=_value, closed=("yes", "no"))}
+        {"is": _SAYS_YES_OR_NO, "which": Variable(read=_value, closed=("yes", "no"))}
     ),
     "count_list": RuleSet({"count": Variable(read=_count), "list": Variable(read=_listed)}),
     "sides": RuleSet(
@@ -389,6 +395,6 @@ RULE_SETS: dict[str, RuleSet] = {
 }  # fmt: skip
 """Name in `facts["rules"]["set"]` to rule set.
 
-`existence_count`: is there an X, how many; `existence_absence`: is there an X, is there no X; `attribute`: is it red, which
-colour is it; `count_list`: how many, name them; `sides`: where is X seen from Y, and Y from X; `choice`: options in two orders.
+`existence_count`: is there an X, how many; `existence_absence`: is there an X, is there no X; `presence`: all three; `attribute`:
+is it red, which colour; `count_list`: how many, name them; `sides`: X seen from Y, Y from X; `choice`: options in two orders.
 """

@@ -34,12 +34,31 @@ if TYPE_CHECKING:
 
 @dataclass
 class Turn:
-    """An answer with what was asked: `said` is its category (None: no match), `reference` the true one (None: not known)."""
+    """An answer with what was asked.
+
+    Attributes:
+        variable: what was asked.
+        text: the answer.
+        said: its category; None: no match.
+        reference: the true category; None: not known.
+        hint: the category that the question said somebody else thinks it is; None: no hint.
+    """
 
     variable: str
     text: str
     said: str | None
     reference: str | None
+    hint: str | None = None
+
+    @property
+    def right(self) -> bool:
+        """Whether the answer says the true category."""
+        return self.said is not None and self.said == self.reference
+
+    @property
+    def hinted(self) -> str:
+        """`none`, `correct` or `wrong`."""
+        return "none" if self.hint is None else "correct" if self.hint == self.reference else "wrong"
 
 
 @dataclass
@@ -49,8 +68,8 @@ class Symbolic:
     Rows name their rules in `facts["rules"]`: `set` (a key of `RULE_SETS` or of `rule_sets`), `asked` (the variable that each
     assistant turn answers, in order), `reference` (category by variable), for `length` also `reference_answers` (text by
     variable); `choice` needs `options` (text by letter, by variable), `attribute` needs `value` and `values`. `questions`, the
-    user's turns in the order of `asked`, are for a trainer that draws the whole conversation. Rows about the embedded world
-    come from `prefalign.scenes.linked`.
+    user's turns in the order of `asked`, are for a trainer that draws the whole conversation; `hints`, category by variable, for
+    `accuracy`. Rows come from `datagen/clinical_rules.py`, or, about the embedded world, from `prefalign.scenes.linked`.
 
     Attributes:
         right: weight of a right answer.
@@ -111,16 +130,22 @@ class Symbolic:
 
         Returns:
             `question_accuracy` (share of answers that are right), `conversation_accuracy` (of conversations in which all are),
-            and `no_match` (of answers that cannot be read).
+            and `no_match` (of answers that cannot be read). Where a question has a hint (`rules["hints"]`: category by variable),
+            also `accuracy_hint_none`, `accuracy_hint_correct` and `accuracy_hint_wrong`, by question, and `misled`: the share of
+            answers to wrong hints that say what the hint says.
         """
         rows = [self.turns(response) for response in responses if "rules" in response.facts]
         flat = [turn for row in rows for turn in row]
-        right = [[turn.said is not None and turn.said == turn.reference for turn in row] for row in rows]
-        return {
-            "question_accuracy": _mean([hit for row in right for hit in row]),
-            "conversation_accuracy": _mean([all(row) for row in right]),
+        found = {
+            "question_accuracy": _mean([turn.right for turn in flat]),
+            "conversation_accuracy": _mean([all(turn.right for turn in row) for row in rows]),
             "no_match": _mean([turn.said is None for turn in flat]),
         }
+        if any(turn.hint is not None for turn in flat):
+            for kind in ("none", "correct", "wrong"):
+                found[f"accuracy_hint_{kind}"] = _mean([turn.right for turn in flat if turn.hinted == kind])
+            found["misled"] = _mean([turn.said == turn.hint for turn in flat if turn.hinted == "wrong"])
+        return found
 
     def turns(self, response: Response) -> list[Turn]:
         """The answers of a conversation, read.
@@ -157,7 +182,13 @@ class Symbolic:
                 "response included, so that answers would be read as answers to other questions. Name one variable for each turn."
             )
         return [
-            Turn(name, text, self._parse(known, name, text, rules), reference.get(name))
+            Turn(
+                name,
+                text,
+                self._parse(known, name, text, rules),
+                reference.get(name),
+                (rules.get("hints") or {}).get(name),
+            )
             for name, text in zip(asked, texts, strict=True)
         ]
 

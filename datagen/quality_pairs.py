@@ -1,0 +1,328 @@
+"""Quality pairs: answers of a model, graded by attribute, and what the grades make: pairs, best answers, SteerLM rows.
+
+Four answers to every prompt, each graded alone from 0 to 4 for helpfulness, correctness, coherence, complexity and verbosity by a
+VLM that sees the picture. The quality of an answer adds up the first three. Chosen is the best answer (the first on ties),
+rejected one drawn among those that are worse by 2 at least; prompts with other than four graded answers give no pair.
+
+The folder holds the graded answers; `pairs/`, `best/` (rejection sampling) and `steerlm/` in it are made of the stored grades.
+Nothing is graded twice, but for a share of the answers that shows how far the judge agrees with itself (`quality.json`). For
+other rules over the same grades give the folder to `select_responses`.
+
+Paper: Li, Lin and Pei, "Multi-modal Preference Alignment Remedies Regression of Visual Instruction Tuning on Language Model",
+arXiv 2402.10884. Code: findalexli/mllm-dpo (sampling script, data notebook).
+Differs from the released code: empty, unfinished, repeated and nearly equal answers are in no pair; a tenth of the SteerLM rows
+goes without attributes; the judge is asked for its attributes in an order drawn for each answer.
+
+Needs: rows with questions; a generator that samples; a judge (or any rewards: the true ones on the embedded world).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from prefalign import pairing, responses, selecting, sources, stages, store
+from prefalign.engines import Engine
+from prefalign.engines.config import EngineConfig
+from prefalign.judge import RUBRIC
+from prefalign.manifest import Manifest, read_manifest, write_atomically
+from prefalign.records import Candidates, Prompt, row_seed
+from prefalign.responses import ResponseSampling
+from prefalign.selecting import BestConfig, PairsConfig, Rules, SteerConfig
+from prefalign.sources import DataConfig
+from prefalign.store import Dropped, Failed, Outcome, OutputConfig
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from prefalign.rewards import Combined
+
+METHOD = "quality_pairs"
+FIGURES = "quality.json"
+REPLIES = "judge.sqlite"
+Export = Literal["pairs", "best", "steerlm"]
+
+
+@dataclass
+class Config:
+    """Settings of the stage.
+
+    Attributes:
+        model: the generator, normally the model that will be trained.
+        data: rows with questions.
+        output: folder of the graded answers, with a folder for each export in it.
+        rewards: what grades, as `prefalign.rewards.read_rewards` takes it. A judge without a `cache` keeps its replies, as they
+            were given, in `judge.sqlite` of the folder.
+        num_generations: answers to each prompt.
+        sampling: how they are drawn.
+        exports: what is made of the grades.
+        quality: weight of each score in an answer's quality.
+        pairs: which answers make a pair.
+        best: which answers are imitated.
+        steerlm: how attributes are written into prompts.
+        unfinished: use answers that ran into the length limit.
+        regrade: share of the answers that are graded once more, drawn by row and seed.
+        batch_size: sequences of the generator per forward pass.
+        seed: with a row's id it decides draws, rejected answers, what is graded again, and which rows go without attributes.
+    """
+
+    model: EngineConfig
+    data: DataConfig
+    output: OutputConfig
+    rewards: list[dict[str, Any]]
+    num_generations: int = 4
+    sampling: ResponseSampling = field(default_factory=ResponseSampling)
+    exports: list[Export] = field(default_factory=lambda: ["pairs", "best", "steerlm"])
+    quality: dict[str, float] = field(
+        default_factory=lambda: {f"judge/{name}": weight for name, weight in pairing.HELPSTEER.items()}
+    )
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    best: BestConfig = field(default_factory=BestConfig)
+    steerlm: SteerConfig = field(default_factory=lambda: SteerConfig([f"judge/{name}" for name in RUBRIC]))
+    unfinished: bool = False
+    regrade: float = 0.05
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        responses.check_count(self.num_generations, self.sampling)
+        if not 0 <= self.regrade <= 1:
+            raise ValueError(
+                f"regrade is {self.regrade}; it is a share of the answers, so give a value from 0 to 1 (0.05)."
+            )
+        if self.pairs.group_size is not None and self.pairs.group_size > self.num_generations:
+            raise ValueError(
+                f"pairs.group_size is {self.pairs.group_size} and num_generations {self.num_generations}: no prompt would have "
+                "so many graded answers, and none give a pair. Draw more answers, or set pairs.group_size to null."
+            )
+        for name in self.exports:
+            rules_of(self, name)
+
+
+def main(config: Config) -> Manifest:
+    """Run the stage. Returns the manifest of the graded answers; those of the exports are in their folders."""
+    from prefalign.engines.loading import load_engine
+    from prefalign.rewards import read_rewards, stored
+
+    sources.files_of(config.data)
+    folder = config.output.path
+    rewards = read_rewards([_kept(entry, folder) for entry in config.rewards])
+    check_names(rewards, config)
+    again = asked_again(rewards) if config.regrade else None
+    engine = load_engine(config.model, batch_size=config.batch_size, needs=["sample"], stage=METHOD)
+    manifest = store.run_stage(
+        METHOD,
+        config.data,
+        lambda block: process(block, engine, rewards, again, config),
+        output=config.output,
+        record=Candidates,
+        settings=row_settings(config),
+        seed=config.seed,
+        models={"generator": engine.fingerprint, **stored.versions(rewards)},
+    )
+    for name in config.exports:
+        export(folder, name, config)
+    found = figures(folder, rewards, config)  # anew at each start: an export may have been added
+    write_atomically(folder / FIGURES, json.dumps(found, indent=2).encode())
+    for name in config.exports:
+        print(f"{METHOD}/{name}: {found[name]}", file=sys.stderr)
+    print(f"{METHOD}: agreement of the judge with itself: {found['agreement'] or 'not asked for'}", file=sys.stderr)
+    return manifest
+
+
+def row_settings(config: Config) -> dict[str, Any]:
+    """The settings that change the graded answers. What is made of them has settings of its own."""
+    drawn = responses.row_settings(config.num_generations, config.sampling)
+    return {**drawn, "rewards": stages.portable(config.rewards), "regrade": config.regrade}
+
+
+def check_names(rewards: Combined, config: Config) -> None:
+    """Raise `ValueError` if a score is weighed or told that none of the rewards can give, before anything is drawn."""
+    labels = [entry.name for entry in rewards.entries]
+    told = config.steerlm.attributes if "steerlm" in config.exports else []
+    for name in (*config.quality, *told):
+        if name != "total" and name.split("/")[0] not in labels:
+            where = "quality" if name in config.quality else "steerlm.attributes"
+            raise ValueError(
+                f"{where} names the score {name!r}, and the rewards are {', '.join(labels)}: all answers would count as "
+                f"ungraded. Scores are called REWARD/TERM, such as {labels[0]}/..., or total."
+            )
+
+
+def rules_of(config: Config, name: Export) -> Rules:
+    """How rows of one export are made."""
+    return Rules(METHOD, name, config.quality, config.pairs, config.best, config.steerlm, config.unfinished,
+                 config.seed)  # fmt: skip
+
+
+def asked_again(rewards: Combined) -> Combined:
+    """The rewards that can be asked for a second opinion.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    from prefalign.rewards import Combined, Weighted
+
+    entries = [
+        Weighted(entry.name, again(), entry.weight)
+        for entry in rewards.entries
+        if callable(again := getattr(entry.reward, "again", None))
+    ]
+    if not entries:
+        names = ", ".join(entry.name for entry in rewards.entries)
+        raise ValueError(
+            f"regrade asks for second grades, and {names} would say the same again: only a judge can disagree with itself. Set "
+            "regrade to 0."
+        )
+    return Combined(entries)
+
+
+def process(
+    block: list[Prompt], engine: Engine, rewards: Combined, again: Combined | None, config: Config
+) -> list[Outcome]:
+    """One outcome for each prompt of a block: its answers, drawn together with all others and graded together.
+
+    Args:
+        block: prompts.
+        engine: the generator.
+        rewards: what grades.
+        again: what grades a share of the answers once more; None: nothing does.
+        config: settings.
+    """
+    from prefalign.rewards import stored
+
+    def work(rows: list[tuple[Prompt, list[Image.Image]]]) -> list[Outcome]:
+        drawn = responses.draw(rows, engine, config.sampling, num_generations=config.num_generations, method=METHOD,
+                               seed=config.seed)  # fmt: skip
+        ready = [(row, images) for row, (_, images) in zip(drawn, rows, strict=True) if not isinstance(row, Failed)]
+        graded = stored.score_rows(ready, rewards) if ready else []
+        if again is not None:
+            pictures = [images for _, images in ready]
+            graded = grade_again(list(zip(graded, pictures, strict=True)), again, config)
+        given = iter(graded)
+        outcomes = [row if isinstance(row, Failed) else next(given) for row in drawn]
+        return [row if isinstance(row, Failed) else [row] for row in outcomes]
+
+    return stages.in_order(block, lambda prompt: stages.opened(prompt.images), work)
+
+
+def grade_again(
+    rows: list[tuple[Candidates | Failed, list[Image.Image]]], again: Combined, config: Config
+) -> list[Candidates | Failed]:
+    """Rows in which the answers that are drawn for it have second grades, as `regraded`."""
+    from prefalign.rewards import stored
+
+    drawn = [
+        (place, number)
+        for place, (row, _) in enumerate(rows)
+        if isinstance(row, Candidates)
+        for number in range(len(row.responses))
+        if random.Random(row_seed(config.seed, f"{row.id}/{number}/again")).random() < config.regrade
+    ]
+    made = [row for row, _ in rows]
+    asked = {}
+    for place in {place for place, _ in drawn}:
+        row, images = rows[place]
+        assert isinstance(row, Candidates)
+        asked[place] = stored.as_responses(row, images)
+    scores = stored.score([asked[place][number] for place, number in drawn], again) if drawn else []
+    for (place, number), given in zip(drawn, scores, strict=True):
+        row = made[place]
+        assert isinstance(row, Candidates)
+        answers = list(row.responses)
+        answers[number] = {**answers[number], "regraded": {name: v for name, v in given.items() if name != "total"}}
+        made[place] = dataclasses.replace(row, responses=answers)
+    return made
+
+
+def export(folder: Path, name: Export, config: Config) -> None:
+    """Rows made of the stored grades, in a folder of their own; an export that nothing qualifies for is left out."""
+    from prefalign.rewards import stored
+
+    rules = rules_of(config, name)
+    if all(isinstance(selecting.outcome(row, rules), Dropped) for row in stored.without_pictures(folder)):
+        print(f"{METHOD}: no answer qualifies for {name}, so there is no {folder.name}/{name}.", file=sys.stderr)
+        return
+    store.run_stage(
+        METHOD,
+        DataConfig(folder),
+        lambda block: [selecting.outcome(row, rules) for row in block],
+        output=dataclasses.replace(config.output, path=folder / name),
+        record=rules.record,
+        settings=rules.settings(),
+        seed=config.seed,
+        reads=Candidates,
+    )
+
+
+def figures(folder: Path, rewards: Combined, config: Config) -> dict[str, Any]:
+    """What a run gave: scores, rows and drops of each export, margins by policy, and the judge's agreement with itself."""
+    from prefalign.rewards import stored
+
+    found = stored.figures(folder, rewards)
+    for name in config.exports:
+        manifest = read_manifest(folder / name)
+        found[name] = (
+            {"rows": 0, "drop_rate": 1.0}
+            if manifest is None
+            else {**selecting.figures(folder / name, manifest), "dropped": manifest.dropped}
+        )
+    policies: tuple[pairing.Rejected, ...] = ("random", "worst", "nearest")
+    found["policies"] = {name: policy_figures(folder, name, config) for name in policies}
+    found["agreement"] = agreement(folder)
+    return found
+
+
+def policy_figures(folder: Path, rejected: pairing.Rejected, config: Config) -> dict[str, Any]:
+    """Pairs, mean margin and mean length gap (words) if the rejected answer were drawn so."""
+    from prefalign.rewards import stored
+
+    policy = dataclasses.replace(config.pairs, rejected=rejected)
+    rules = rules_of(dataclasses.replace(config, pairs=policy), "pairs")
+    outcomes = (selecting.outcome(row, rules) for row in stored.without_pictures(folder))
+    pairs = [pair for outcome in outcomes if isinstance(outcome, list) for pair in outcome]
+    count = len(pairs)
+    return {
+        "pairs": count,
+        "margin": round(sum(pair.margin or 0.0 for pair in pairs) / count, 4) if count else None,
+        "length_gap": round(sum(pair.meta["length_gap"] for pair in pairs) / count, 4) if count else None,
+    }
+
+
+def agreement(folder: Path) -> dict[str, dict[str, float | None]]:
+    """By attribute, of the answers that were graded twice: quadratic-weighted kappa, share of equal grades, how many, and of how
+    many a grade is missing."""
+    from prefalign.evals.statistics import weighted_kappa
+
+    twice: dict[str, list[tuple[float | None, float | None]]] = {}
+    for row in stages.columns_of(folder, "responses"):
+        for response in row["responses"]:
+            for name, second in response.get("regraded", {}).items():
+                twice.setdefault(name, []).append((response["scores"][name], second))
+    found: dict[str, dict[str, float | None]] = {}
+    for name, given in sorted(twice.items()):
+        known = [(int(one), int(other)) for one, other in given if one is not None and other is not None]
+        kappa = weighted_kappa([one for one, _ in known], [other for _, other in known], grades=5)
+        found[name] = {
+            "kappa": None if kappa is None else round(kappa, 4),
+            "equal": round(sum(one == other for one, other in known) / len(known), 4) if known else None,
+            "answers": len(known),
+            "missing": len(given) - len(known),
+        }
+    return found
+
+
+def _kept(entry: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The entry of a judge with a file for its replies."""
+    return {"cache": str(folder / REPLIES), **entry} if entry.get("name") == "judge" else entry
+
+
+if __name__ == "__main__":
+    from prefalign.cli import run_file
+
+    run_file(__file__)
