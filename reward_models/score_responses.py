@@ -68,7 +68,7 @@ def main(config: Config) -> Manifest:
         record=Candidates,
         settings={"rewards": stages.portable(config.rewards), "reads": config.reads},
         seed=0,
-        models=versions(rewards),
+        models=rewards.versions(),
         reads=Pair if config.reads == "pairs" else Candidates,
     )
     folder = config.output.path
@@ -80,12 +80,6 @@ def main(config: Config) -> Manifest:
         file=sys.stderr,
     )
     return manifest
-
-
-def versions(rewards: Combined) -> dict[str, str]:
-    """What identifies each reward of the list that has a `version` (weights, prompt), by its label."""
-    known = {entry.name: getattr(entry.reward, "version", None) for entry in rewards.entries}
-    return {name: str(version) for name, version in known.items() if version}
 
 
 def process(block: Sequence[Any], rewards: Combined) -> list[Outcome]:

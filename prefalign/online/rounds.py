@@ -32,7 +32,7 @@ import torch
 
 from prefalign import bundled
 from prefalign import config as settings
-from prefalign.blocks import StoreError
+from prefalign.blocks import NoRows
 from prefalign.config import ConfigError
 from prefalign.engines.transformers import TransformersEngine, load_engine
 from prefalign.losses import VIEWS, read_losses, views_of
@@ -100,9 +100,15 @@ def run_rounds(config: OnlineConfig) -> dict[str, Any]:
             print(f"\n== round {number} of {config.rounds.count}", flush=True)
             measured = _round(config, number, len(identities), offline)
             write_atomically(file, json.dumps(measured, indent=2).encode())
-        done.append(json.loads(file.read_text(encoding="utf-8")))
-    before = _evaluate(config, 0)
-    results = {"before": before, "rounds": done, "warnings": warnings_of(done, before)}
+        done.append(_evaluated(config, number, json.loads(file.read_text(encoding="utf-8"))))
+    before, why = _evaluate(config, 0)
+    failed = [f"before the run: {why}"] if why else []
+    failed += [f"after round {r['round']}: {r['evaluation_failed']}" for r in done if r.get("evaluation_failed")]
+    warnings = warnings_of(done, before) + [
+        f"no evaluation {one}. The policy is saved: start the same command again, and what is missing is measured."
+        for one in failed
+    ]
+    results = {"before": before, "rounds": done, "warnings": warnings}
     write_atomically(config.output / "results.json", json.dumps(results, indent=2).encode())
     print("\n" + table(results))
     return results
@@ -131,6 +137,8 @@ def _check_settings(config: OnlineConfig) -> None:
         )
     if config.bdhs is None:
         read_annotator(config.annotator, config.rewards, config.margin)
+    if config.evaluation is not None:
+        _evaluation(config, 0)
 
 
 def _claim(config: OnlineConfig) -> None:
@@ -179,10 +187,8 @@ def _round(config: OnlineConfig, number: int, total: int, offline: frozenset[str
     if not all(taken) and not (folder / NO_PAIRS).is_file():
         try:
             online = _online_pairs(config, number, prompts, draw, start)
-        except StoreError as error:
-            if "made no row out of" not in str(error):  # a full disk, say
-                raise
-            why = str(error).split(" Mend the cause")[0]
+        except NoRows as error:
+            why = error.why
             if config.bdhs is None and read_manifest(folder / "candidates") is None:
                 raise RunError(
                     f"round {number} of {config.rounds.count} has no answers: {why}. The policy answered none of the "
@@ -202,13 +208,17 @@ def _round(config: OnlineConfig, number: int, total: int, offline: frozenset[str
     _train(config, number, start, folder / "mixed")
     policy = policy_folder(config, number)
     assert policy is not None
-    return round_metrics(
-        folder,
-        policy,
-        number=number,
-        divergence=_measure_divergence(config, number),
-        evaluation=_evaluate(config, number),
-    )
+    return round_metrics(folder, policy, number=number, divergence=_measure_divergence(config, number))
+
+
+def _evaluated(config: OnlineConfig, number: int, measured: dict[str, Any]) -> dict[str, Any]:
+    """A round's metrics with its evaluation; one that failed costs the run nothing, and is tried again at the next start."""
+    if config.evaluation is None or measured["evaluation"]:
+        return measured
+    evaluation, why = _evaluate(config, number)
+    measured = {**measured, "evaluation": evaluation, "evaluation_failed": why}
+    write_atomically(_folder(config, number) / "metrics.json", json.dumps(measured, indent=2).encode())
+    return measured
 
 
 def _online_pairs(config: OnlineConfig, number: int, prompts: Path, draw: Draw, start: ModelConfig) -> Path:
@@ -320,19 +330,36 @@ def _bdhs_pairs(config: OnlineConfig, start: ModelConfig, prompts: Path, draw: D
     ))  # fmt: skip
 
 
-def _evaluate(config: OnlineConfig, number: int) -> dict[str, Any]:
-    """Estimates of `evaluate_model` on the policy after a round; round 0 is what the run starts from."""
-    if config.evaluation is None:
-        return {}
+def _evaluation(config: OnlineConfig, number: int) -> Any:
+    """The config of `evaluate_model` for the policy after a round.
+
+    Raises:
+        ConfigError: `evaluation` or `evaluation_config` name a setting that it has not.
+    """
+    assert config.evaluation is not None
     folder = _folder(config, number) / "evaluation" if number else config.output / "evaluation"
     stage = bundled.load_stage("evaluate_model")
     values = settings.merge(settings.read_yaml(bundled.find(config.evaluation_config)), config.evaluation)
     policy = policy_config(config.model, policy_folder(config, number), lora=config.lora is not None)
     values = settings.merge(values, {"model": settings.to_mapping(policy), "output": folder})
+    return settings.build(stage.Config, values, source=config.evaluation_config)
+
+
+def _evaluate(config: OnlineConfig, number: int) -> tuple[dict[str, Any], str | None]:
+    """Estimates of `evaluate_model` on the policy after a round, 0 being what the run starts from; and why there are none."""
+    if config.evaluation is None:
+        return {}, None
+    stage, chosen = bundled.load_stage("evaluate_model"), _evaluation(config, number)
+    folder = chosen.output
     results = folder / "results.json"
     if not results.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder.parent / f"{folder.name}.txt").open("w") as log, contextlib.redirect_stdout(log):
-            stage.main(settings.build(stage.Config, values, source=config.evaluation_config))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder.parent / f"{folder.name}.txt").open("w") as log, contextlib.redirect_stdout(log):
+                stage.main(chosen)
+        except Exception as error:  # whatever it is, it measures only: the rounds after it need nothing of it
+            why = f"{type(error).__name__}: {error}"
+            print(f"WARNING: the evaluation in {folder} failed ({why}); the run goes on", flush=True)
+            return {}, why
     measured = json.loads(results.read_text(encoding="utf-8"))["metrics"]
-    return {name: entry.get("value") for name, entry in measured.items() if not name.startswith("difference.")}
+    return {name: entry.get("value") for name, entry in measured.items() if not name.startswith("difference.")}, None
