@@ -205,7 +205,6 @@ class PPOTrainer(Upkeep):
             if micro + 1 == args.gradient_accumulation_steps:
                 self._end_update()
         if self._at == 0:
-            self.rollout = None
             self._note({"time/updates": time.perf_counter() - self._began})
         return loss
 
@@ -271,7 +270,7 @@ class PPOTrainer(Upkeep):
 
     def _begin(self, numbers: Sequence[int]) -> None:
         """Draw, score and run through the models; plan the visits."""
-        args, self._stopped = self.args, False
+        args, self._stopped, self.rollout = self.args, False, None
         iteration = self.state.global_step // args.updates_per_iteration
         rows = [self.train_dataset[number] for number in numbers]
         clock = [time.perf_counter()]

@@ -144,6 +144,11 @@ class RewardModel(nn.Module):
         return families.core(self.model).config
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights; the head is float32."""
+        return families.core(self.model).dtype
+
+    @property
     def device(self) -> torch.device:
         """Where the head is, and so the scores."""
         return self.head.weight.device
