@@ -152,7 +152,7 @@ def check_loss(case: DrawnCase) -> list[Finding]:
 
 def check_picture(case: DrawnCase) -> list[Finding]:
     """How far the log-probs of the policy's own answers move when they are read beside another row's picture."""
-    asked: list[tuple[Any, Any, Any, str]] = []
+    asked: list[tuple[Any, ...]] = []
     dataset = case.trainer.train_dataset
     sample = [dataset[number] for number in range(min(LOOKED_AT, len(dataset)))]
     for number, text in case.drawn.texts:
