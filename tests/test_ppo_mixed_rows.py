@@ -23,7 +23,7 @@ NAMES = ("loss", "objective/scores", "objective/kl", "loss/value_avg", "policy/e
 def runs(folder: Path, mode: str, checkpoint: Path) -> list[dict]:
     """A run of an adapter, where features are kept, and one that trains the tower too; two prompts in an iteration."""
     processes = 1 if mode == "one" else 2
-    settings = {"use_cpu": True, "max_steps": 3, "save_steps": 3, "logging_steps": 1, "learning_rate": 1e-3,
+    settings = {"use_cpu": True, "max_steps": 2, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3,
                 "per_device_train_batch_size": 2 // processes, "max_new_tokens": 6, "gradient_checkpointing": False}  # fmt: skip
     shared = {"model": {"model_name_or_path": str(checkpoint), "device": "cpu"}, "prompts": str(folder / "prompts"),
               "trainer": settings, "seed": 3,
@@ -42,12 +42,12 @@ def test_two_processes_of_which_one_sees_no_picture_are_one(tiny_llava, tmp_path
         for number in range(6)
     ]  # fmt: skip
     write_records("test", prompts, output=OutputConfig(tmp_path / "prompts"), record=Prompt, settings={}, seed=0)
-    # prompts in the order of the folder are what the sampler numbers; some iteration gives one process text alone
+    # prompts in the order of the folder are what the sampler numbers; the first iteration gives one process text alone
     asked = [
         [batch[0] % 2 for batch in RolloutBatches(6, prompts=1, visits=1, seed=3, process=process, processes=2)]
         for process in range(2)
     ]
-    assert any(one != other for one, other in zip(*asked, strict=True))
+    assert asked[0][0] != asked[1][0]
     for values in runs(tmp_path, "one", tiny_llava):
         RECIPE.main(build(RECIPE.Config, values))
     work = tmp_path / "work"
