@@ -33,8 +33,11 @@ class NoRows(StoreError):
     """
 
     def __init__(self, why: str, advice: str):
-        super().__init__(f"{why} {advice}")
+        super().__init__(why, advice)
         self.why = why
+
+    def __str__(self) -> str:
+        return " ".join(self.args)
 
 
 def commit(

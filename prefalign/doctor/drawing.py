@@ -23,12 +23,12 @@ from prefalign.doctor.case import Step, alone, one_process
 from prefalign.doctor.findings import NotExaminedError
 from prefalign.engines.transformers import load_engine
 from prefalign.online import ppo_run, rounds, step
-from prefalign.online.checking import Gap, drawn_answers, token_gap, trainer_logprobs
+from prefalign.online.checking import Gap
 from prefalign.online.prompts import gather_prompts
 from prefalign.online.rollout import Rollout
 from prefalign.online.settings import check_settings
-from prefalign.records import Pair, Prompt, normalise_messages
-from prefalign.store import OutputConfig, read_records, write_records
+from prefalign.records import Pair, normalise_messages
+from prefalign.store import OutputConfig, write_records
 from prefalign.training.runs import CONFIG_FILE, run_files
 from prefalign.training.upkeep import plain_lines_without_a_terminal
 
@@ -179,7 +179,9 @@ def prepare_online(config: Any, *, rows: int, scratch: Path) -> DrawnCase:
     picked = random.Random(config.seed).sample(range(len(found)), min(rows, len(found)))
     write_records("online_rows", (found[number] for number in sorted(picked)), output=OutputConfig(tried.output / "rows"),
                   record=Pair, settings={}, seed=config.seed)  # fmt: skip
-    gap = _gap(config, gathered) if config.algorithm == "online_dpo" and config.check.prompts else None
+    gap = None
+    if config.algorithm == "online_dpo" and config.check.prompts:
+        gap = rounds.measure_gap(tried, load_engine(config.model, batch_size=config.batch_size), gathered)
     trainer = step.make_trainer(tried, {}, step.read_settings(tried))
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable()
@@ -194,16 +196,6 @@ def _files(config: Any) -> dict[str, str]:
         return {CONFIG_FILE: run_files(to_mapping(config), "")[CONFIG_FILE]}
     manifest = (config.offline / "manifest.json").read_text(encoding="utf-8") if config.offline is not None else ""
     return run_files(to_mapping(config), manifest, data="offline")
-
-
-def _gap(config: Any, prompts: Path) -> Gap | None:
-    engine = load_engine(config.model, batch_size=config.batch_size)
-    first = [prompt for _, prompt in zip(range(config.check.prompts), read_records(prompts, Prompt), strict=False)]
-    requests, answers = drawn_answers(engine, first, max_new_tokens=config.sampling.max_new_tokens, seed=config.seed)
-    if not answers:
-        return None
-    texts = [answer.text for answer in answers]
-    return token_gap(engine, requests, texts, trainer_logprobs(engine.model, engine.processor, requests, texts))
 
 
 def _iteration(case: DrawnCase) -> Drawn:

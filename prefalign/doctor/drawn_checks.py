@@ -15,7 +15,8 @@ from prefalign.doctor.drawing import DrawnCase
 from prefalign.doctor.findings import Finding, NotExaminedError, judge, some
 from prefalign.engines import Request
 from prefalign.engines.transformers import TransformersEngine
-from prefalign.online.checking import DEFAULT_BOUND, check_gap
+from prefalign.online.checking import check_gap
+from prefalign.online.rounds import gap_bound
 from prefalign.online.settings import FREE
 from prefalign.records import normalise_messages
 from prefalign.rewards.grading import check_fit_for_rl
@@ -131,11 +132,7 @@ def check_engine(case: DrawnCase) -> list[Finding]:
     """The engine samples from the policy that the trainer trains."""
     if case.gap is None:
         raise NotExaminedError("engine and trainer are one, or nothing was drawn")
-    args = case.trainer.args
-    dtype = (
-        "bfloat16" if args.bf16 else "float16" if args.fp16 else str(case.trainer.model.dtype).removeprefix("torch.")
-    )
-    check_gap(case.gap, DEFAULT_BOUND[dtype] if case.config.check.bound is None else case.config.check.bound)
+    check_gap(case.gap, gap_bound(case.config, case.trainer.model.dtype))
     seen = f"{case.gap.tokens} tokens differ by {case.gap.largest:.2g} nats at most"
     return [judge("engine = trainer", seen)]
 

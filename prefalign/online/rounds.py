@@ -41,6 +41,7 @@ from prefalign.models import ModelConfig
 from prefalign.online.annotating import annotate, read_annotator
 from prefalign.online.checking import (
     DEFAULT_BOUND,
+    Gap,
     check_gap,
     divergence,
     drawn_answers,
@@ -275,20 +276,35 @@ def _free() -> None:
 
 def _check(config: OnlineConfig, number: int, engine: TransformersEngine, prompts: Path) -> None:
     """Engine against trainer on the policy's own answers, before anything is sampled; written to `check.json`."""
+    gap = measure_gap(config, engine, prompts)
+    if gap is None:
+        return  # a policy that says nothing gives no pair either, and the pairs' manifest says so
+    check_gap(gap, gap_bound(config, engine.model.dtype))
+    write_atomically(_folder(config, number) / "check.json", json.dumps(asdict(gap), indent=2).encode())
+
+
+def measure_gap(config: OnlineConfig, engine: TransformersEngine, prompts: Path) -> Gap | None:
+    """How far engine and trainer are apart on the policy's answers to the first prompts; None if there is no answer."""
     if not config.check.prompts:
-        return
+        return None
     requests, answers = drawn_answers(engine, _first(prompts, config.check.prompts),
                                       max_new_tokens=config.sampling.max_new_tokens, seed=config.seed)  # fmt: skip
     texts = [answer.text for answer in answers]
     if not texts:
-        return  # a policy that says nothing gives no pair either, and the pairs' manifest says so
+        return None
+    trained = trainer_logprobs(engine.model, engine.processor, requests, texts, autocast=_autocast(config))
+    return token_gap(engine, requests, texts, trained)
+
+
+def gap_bound(config: OnlineConfig, dtype: torch.dtype) -> float:
+    """The bound of `check`, or what the precision that training runs in explains."""
+    precision = str(_autocast(config) or dtype).removeprefix("torch.")
+    return DEFAULT_BOUND[precision] if config.check.bound is None else config.check.bound
+
+
+def _autocast(config: OnlineConfig) -> torch.dtype | None:
     arguments: Any = training_arguments(config.trl, output=config.output, seed=config.seed)
-    autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-    trained = trainer_logprobs(engine.model, engine.processor, requests, texts, autocast=autocast)
-    gap = token_gap(engine, requests, texts, trained)
-    dtype = str(autocast or engine.model.dtype).removeprefix("torch.")
-    check_gap(gap, DEFAULT_BOUND[dtype] if config.check.bound is None else config.check.bound)
-    write_atomically(_folder(config, number) / "check.json", json.dumps(asdict(gap), indent=2).encode())
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
 
 
 def _measure_divergence(config: OnlineConfig, number: int) -> dict[str, Any]:
