@@ -49,6 +49,7 @@ class DrawnCase:
         rows: the rows that one batch asks.
         draw: draws and judges them, and runs forward and backward pass.
         gap: engine against trainer, where the run compares them.
+        bound: largest gap of one token.
         broke: drawing the batch ended in an error, which is said once.
     """
 
@@ -60,6 +61,7 @@ class DrawnCase:
     rows: Sequence[Mapping[str, Any]]
     draw: Callable[[DrawnCase], Drawn]
     gap: Gap | None = None
+    bound: float = 0.0
     broke: bool = False
 
     @property
@@ -179,16 +181,19 @@ def prepare_online(config: Any, *, rows: int, scratch: Path) -> DrawnCase:
     picked = random.Random(config.seed).sample(range(len(found)), min(rows, len(found)))
     write_records("online_rows", (found[number] for number in sorted(picked)), output=OutputConfig(tried.output / "rows"),
                   record=Pair, settings={}, seed=config.seed)  # fmt: skip
-    gap = None
-    if config.algorithm == "online_dpo" and config.check.prompts:
-        gap = rounds.measure_gap(tried, load_engine(config.model, batch_size=config.batch_size), gathered)
+    gap, bound = None, 0.0
+    if (
+        config.algorithm == "online_dpo" and config.check.prompts
+    ):  # before the trainer: settings that are read reset accelerate
+        engine = load_engine(config.model, batch_size=config.batch_size)
+        gap, bound = rounds.measure_gap(tried, engine, gathered), rounds.gap_bound(tried, engine.model.dtype)
     trainer = step.make_trainer(tried, {}, step.read_settings(tried))
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable()
     size = trainer.args.per_device_train_batch_size
     asked = [trainer.train_dataset[number] for number in range(min(size, len(trainer.train_dataset)))]
     entries = [*config.rewards, *([config.annotator] if config.annotator else [])]
-    return DrawnCase(config, trainer, _files(config), entries, (len(found), {}), asked, _pairs, gap)
+    return DrawnCase(config, trainer, _files(config), entries, (len(found), {}), asked, _pairs, gap, bound)
 
 
 def _files(config: Any) -> dict[str, str]:

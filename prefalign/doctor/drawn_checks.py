@@ -16,7 +16,6 @@ from prefalign.doctor.findings import Finding, NotExaminedError, judge, some
 from prefalign.engines import Request
 from prefalign.engines.transformers import TransformersEngine
 from prefalign.online.checking import check_gap
-from prefalign.online.rounds import gap_bound
 from prefalign.online.settings import FREE
 from prefalign.records import normalise_messages
 from prefalign.rewards.grading import check_fit_for_rl
@@ -132,7 +131,7 @@ def check_engine(case: DrawnCase) -> list[Finding]:
     """The engine samples from the policy that the trainer trains."""
     if case.gap is None:
         raise NotExaminedError("engine and trainer are one, or nothing was drawn")
-    check_gap(case.gap, gap_bound(case.config, case.trainer.model.dtype))
+    check_gap(case.gap, case.bound)
     seen = f"{case.gap.tokens} tokens differ by {case.gap.largest:.2g} nats at most"
     return [judge("engine = trainer", seen)]
 
