@@ -284,6 +284,7 @@ class PPOBench:
                 fast_path=fast_path,
             )
         trainer.remove_callback(PrinterCallback)
+        trainer.create_optimizer()
         trainer.engine.shares = trainer.engine.shares and kind != "repeating"
         move(trainer.roles, models)
         meter = Meter()
@@ -327,6 +328,7 @@ def iterate(side: Side) -> tuple[Rollout, torch.Tensor]:
     trainer, meter = side.trainer, side.meter
     meter.clear()
     trainer.keeps_features = not side.reencodes
+    trainer._audited |= not meter.compute  # where nothing is multiplied every gradient is 0
     rows = list(range(len(trainer.train_dataset)))
     with meter.on_begin():
         trainer._begin(rows)
@@ -336,7 +338,7 @@ def iterate(side: Side) -> tuple[Rollout, torch.Tensor]:
     def update() -> torch.Tensor:
         with patch.object(trainer, "_begin", lambda rows: None):
             loss = trainer.training_step(trainer.model, {"rows": torch.tensor(rows)})
-        if trainer.optimizer is not None:
+        if meter.compute:
             trainer.optimizer.step()
         return loss
 

@@ -169,9 +169,7 @@ def models_of(rewards: Mapping[str, Combined], engine: Engine | None, drawn: Map
         kept = sorted(name for name, row in drawn.items() if row.dropped is None)
         found["drawn"] = hashlib.sha256(records.canonical_json(kept).encode()).hexdigest()[:16]
     for stage, combined in rewards.items():
-        for entry in combined.entries:
-            if version := getattr(entry.reward, "version", None):
-                found[f"{stage}/{entry.name}"] = str(version)
+        found |= {f"{stage}/{label}": version for label, version in combined.versions().items()}
     return found
 
 
@@ -237,8 +235,8 @@ def restyle(
     texts: list[Text] = []
     requests: dict[Key, Request] = {}
     for prompt, images in rows:
-        for turn in curation.turns_of(prompt):
-            said = {"question": turn.question, "answer": table[prompt.id].answers.get(turn.place, turn.answer)}
+        for turn in curation.turns_of(prompt, table[prompt.id].answers):
+            said = {"question": turn.question, "answer": turn.answer}
             for part in config.parts:
                 if part == "question" and not curation.one_text(turn.context[-1]):
                     continue

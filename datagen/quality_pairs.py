@@ -123,7 +123,7 @@ def main(config: Config) -> Manifest:
         record=Candidates,
         settings=row_settings(config),
         seed=config.seed,
-        models={"generator": engine.fingerprint, **stored.versions(rewards)},
+        models={"generator": engine.fingerprint, **rewards.versions()},
     )
     for name in config.exports:
         export(folder, name, config)

@@ -21,6 +21,25 @@ class StoreError(RuntimeError):
     """A stage cannot go on; the message says what is on disk and how to continue."""
 
 
+class NoRows(StoreError):
+    """A stage went through all its rows and made none.
+
+    Args:
+        why: the rows and the reasons for which they were dropped.
+        advice: how to continue.
+
+    Attributes:
+        why: as given.
+    """
+
+    def __init__(self, why: str, advice: str):
+        super().__init__(why, advice)
+        self.why = why
+
+    def __str__(self) -> str:
+        return " ".join(self.args)
+
+
 def commit(
     folder: Path,
     number: int,

@@ -236,29 +236,38 @@ def _measured(prompt: Prompt, stratify_by: str) -> dict[str, Any]:
 def _score_block(
     prompts: Sequence[Prompt], answers: Mapping[str, Mapping[int, str]], stage: CascadeStage, judges: Judges
 ) -> list[dict[str, Any]]:
-    """Score the conversations of a block, all in one call of whatever scores."""
+    """Score the conversations of a block.
+
+    All turns in one call of whatever scores; where answers compete turn by turn, as what is kept is the context of the next.
+    """
     found: dict[str, dict[str, Any]] = {}
-    asked: list[_Asked] = []
+    images: dict[str, list[Image.Image]] = {}
     for prompt in prompts:
-        images = opened(prompt.images)
+        opened_images = opened(prompt.images)
         found[prompt.id] = {"id": prompt.id, "failed": None, "score": None, "answers": {}}
-        if isinstance(images, Failed):
-            found[prompt.id]["failed"] = (images.reason, images.message)
-            continue
-        for turn in turns_of(prompt):
-            said = answers[prompt.id].get(turn.place, turn.answer)
-            asked.append(_Asked(prompt, images, turn, [said]))
-    if stage.num_generations:
-        _compete(asked, stage.num_generations, judges)
-    values = iter(_scores(asked, stage, judges))
+        if isinstance(opened_images, Failed):
+            found[prompt.id]["failed"] = (opened_images.reason, opened_images.message)
+        else:
+            images[prompt.id] = opened_images
+    usable = [prompt for prompt in prompts if prompt.id in images]
+    most = max((len(turns_of(prompt)) for prompt in usable), default=0)
     turns: dict[str, list[float | None]] = {}
-    for one in asked:
-        scores = [next(values) for _ in one.texts]
-        known = [place for place, value in enumerate(scores) if value is not None]
-        best = max(known, key=lambda place: (scores[place] or 0.0, -place), default=0)
-        turns.setdefault(one.prompt.id, []).append(scores[best])
-        if best:
-            found[one.prompt.id]["answers"][one.turn.place] = one.texts[best]
+    for part in [slice(number, number + 1) for number in range(most)] if stage.num_generations else [slice(None)]:
+        asked = [
+            _Asked(prompt, images[prompt.id], turn, [turn.answer])
+            for prompt in usable
+            for turn in turns_of(prompt, {**answers[prompt.id], **found[prompt.id]["answers"]})[part]
+        ]
+        if stage.num_generations:
+            _compete(asked, stage.num_generations, judges)
+        values = iter(_scores(asked, stage, judges))
+        for one in asked:
+            scores = [next(values) for _ in one.texts]
+            known = [place for place, value in enumerate(scores) if value is not None]
+            best = max(known, key=lambda place: (scores[place] or 0.0, -place), default=0)
+            turns.setdefault(one.prompt.id, []).append(scores[best])
+            if best:
+                found[one.prompt.id]["answers"][one.turn.place] = one.texts[best]
     for name, scores in turns.items():
         found[name]["score"] = aggregated(scores, stage.aggregate)
     return list(found.values())

@@ -176,6 +176,13 @@ def _check_planned(name: str, stage: ModuleType) -> None:
         raise config.ConfigError(
             "train_preference is planned by itself, without --then: `prefalign plan train_preference`."
         )
+    if Path(name).stem in ("train_reward_model", "train_ppo", "train_online"):
+        raise config.ConfigError(
+            f"plan has no estimate for {Path(name).stem}: it counts the passes of preference training, and this run makes others "
+            "(a head in place of the vocabulary's, or answers drawn, judged and read by several models). Measure one batch on "
+            f"the machine itself: `prefalign doctor {Path(name).stem}` with the run's arguments tells its time, and the "
+            "most memory that a GPU held."
+        )
     if typing.get_type_hints(stage.Config).get("data") is not DataConfig:
         raise config.ConfigError(
             f"plan tells what train_preference and stages that make pairs (`prefalign list`: those in datagen/) will need, and "

@@ -88,9 +88,14 @@ class Turn:
     answer: str
 
 
-def turns_of(prompt: Prompt) -> list[Turn]:
-    """The questions and answers of a conversation whose last answer is the prompt's reference."""
-    messages = [*prompt.messages, assistant_message(prompt.answer or "")]
+def turns_of(prompt: Prompt, answers: Mapping[int, str] | None = None) -> list[Turn]:
+    """The questions and answers of a conversation whose last answer is the prompt's reference.
+
+    Args:
+        prompt: the row.
+        answers: by `Turn.place`, what is answered instead; later turns have it in their context.
+    """
+    messages = conversation(prompt, {}, answers or {})
     return [
         Turn(
             place,

@@ -125,9 +125,9 @@ def run_stage(
         manifest = _sum_up(stage, identity, _run_blocks(job, total))
         if manifest.rows_out == 0:
             _start_afresh(folder)
-            raise StoreError(
-                f"{stage} made no row out of {manifest.rows_in}: {_reasons(manifest.dropped)}."
-                f"{blocks.first_message(folder)} Mend the cause and start again: {folder} starts afresh, with any config."
+            raise blocks.NoRows(
+                f"{stage} made no row out of {manifest.rows_in}: {_reasons(manifest.dropped)}.{blocks.first_message(folder)}",
+                f"Mend the cause and start again: {folder} starts afresh, with any config.",
             )
         write_atomically(folder / "manifest.json", json.dumps(vars(manifest), indent=2).encode())
     return manifest

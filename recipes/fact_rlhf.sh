@@ -14,12 +14,7 @@ config=${1:-configs/recipes/train_ppo_fact_rlhf_scenes.yaml}
 output=${2:-runs/fact_rlhf}
 [ $# -ge 1 ] && shift
 [ $# -ge 1 ] && shift
-case " $* " in *" --model"*)
-    echo "$0: the model is the config's, for every step of this recipe; set model.model_name_or_path in $config." >&2
-    exit 2 ;;
-esac
-file=$(prefalign path "$config")
-base=$(sed -n 's/^  model_name_or_path: *\([^ ]*\).*/\1/p' "$file" | head -n 1)
+. "$(dirname "$0")/base_model.sh" # sets file and base
 
 if [ "$base" = scenes ]; then
     sft=${SFT:-configs/recipes/train_sft_scenes.yaml}

@@ -12,12 +12,7 @@ config=${1:-configs/recipes/train_online_mixed_scenes.yaml}
 output=${2:-runs/mixed_dpo}
 [ $# -ge 1 ] && shift
 [ $# -ge 1 ] && shift
-case " $* " in *" --model"*)
-    echo "$0: the model is the config's, for every step of this recipe; set model.model_name_or_path in $config." >&2
-    exit 2 ;;
-esac
-file=$(prefalign path "$config")
-base=$(sed -n 's/^  model_name_or_path: *\([^ ]*\).*/\1/p' "$file" | head -n 1)
+. "$(dirname "$0")/base_model.sh" # sets file and base
 
 if [ "$base" = scenes ]; then
     pairs=${PAIRS:-configs/datagen/bdhs_scenes.yaml}

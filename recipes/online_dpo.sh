@@ -13,12 +13,8 @@ config=${1:-configs/recipes/train_online_scenes.yaml}
 output=${2:-runs/online_dpo}
 [ $# -ge 1 ] && shift
 [ $# -ge 1 ] && shift
-case " $* " in *" --model"*)
-    echo "$0: the model is the config's, for every step of this recipe; set model.model_name_or_path in $config." >&2
-    exit 2 ;;
-esac
+. "$(dirname "$0")/base_model.sh" # sets file and base
 evaluation=${EVALUATION:-configs/recipes/evaluate_scenes.yaml}
-base=$(sed -n 's/^  model_name_or_path: *\([^ ]*\).*/\1/p' "$(prefalign path "$config")" | head -n 1)
 
 if [ "$base" = scenes ]; then
     prefalign scenes export --output "$output/scenes" --split train_fair --kind caption --stop "${PROMPTS:-1536}"

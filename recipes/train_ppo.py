@@ -58,98 +58,30 @@ class Config:
     seed: int = 0
 
 
-def _with_paths(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The entries of `rewards` and `watch`, their model's folder filled in."""
-    from prefalign.config import ConfigError
-
-    def wants(entry: dict[str, Any]) -> bool:
-        return entry.get("name") == "reward_model" and "path" not in entry
-
-    if config.reward_model is None:
-        return config.rewards, config.watch
-    if not any(wants(entry) for entry in [*config.rewards, *config.watch]):
-        raise ConfigError(
-            f"reward_model is {config.reward_model}, and no entry of rewards or watch is a `{{name: reward_model}}` without a "
-            "`path`: it would not be asked. Add such an entry, or leave reward_model out."
-        )
-    filled = {"path": str(config.reward_model)}
-    rewards, watch = (
-        [{**entry, **filled} if wants(entry) else entry for entry in entries]
-        for entries in (config.rewards, config.watch)
-    )
-    return rewards, watch
-
-
 def main(config: Config) -> None:
     """Train, or go on training, and save everything that an evaluation and a model card need."""
-    from accelerate.utils import is_peft_model
-    from peft import get_peft_model
-    from transformers import set_seed
-
-    from prefalign.config import to_mapping
-    from prefalign.models import fingerprint, freeze, load_processor, parameter_table
-    from prefalign.online.arguments import PPOConfig
-    from prefalign.online.ppo import PPOTrainer
-    from prefalign.online.prompt_rows import keep_fitting, load_prompts
-    from prefalign.online.reward_adapters import share_base, value_start
-    from prefalign.rewards import read_rewards
+    from prefalign.models import parameter_table
+    from prefalign.online import ppo_run
     from prefalign.rewards.grading import check_rewards
-    from prefalign.training.arguments import check_precision, training_arguments
     from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
-    from prefalign.training.lora import check_quantised, check_trainable
-    from prefalign.training.policy import load_policy
-    from prefalign.training.runs import base_file, claim_run, full_disk_explained, is_finished, open_run, run_files
+    from prefalign.training.lora import check_trainable
+    from prefalign.training.runs import claim_run, full_disk_explained, is_finished, open_run
     from prefalign.training.upkeep import plain_lines_without_a_terminal, train_and_save
 
     plain_lines_without_a_terminal()
     prepare_processes(config.trainer)
-    arguments = training_arguments(config.trainer, output=config.output, seed=config.seed, kind=PPOConfig)
-    arguments.check()
-    check_quantised(config.model, config.lora, arguments)
-    entries, watched = _with_paths(config)
-    check_rewards(entries, floor=config.reward_floor, force=config.force_reward)
-    rewards = read_rewards(entries)
-    watch = read_rewards(watched) if watched else None
-    prompts = load_prompts(config.prompts)
-    manifest = (config.prompts / "manifest.json").read_text(encoding="utf-8")
-    files = run_files(to_mapping(config), manifest, data="prompts")
+    inputs = ppo_run.read_inputs(config, output=config.output, trainer=config.trainer)
+    check_rewards(ppo_run.reward_entries(config)[0], floor=config.reward_floor, force=config.force_reward)
+    arguments = inputs.arguments
     main_process, processes = arguments.process_index == 0, arguments.world_size
-    open_run(config.output, files, resume=config.resume, processes=processes)
-
-    processor = load_processor(config.model)
-    model = load_policy(config.model, config.lora, device=str(arguments.device), continues=True)
-    check_precision(model.dtype, arguments)
-    base = fingerprint(model)
-    goes_on = is_peft_model(model)
-    changed = goes_on or bool(getattr(model, "is_quantized", False))
-    files |= base_file(config.model.model_name_or_path, base, changed=changed)
-    checkpoint = open_run(config.output, files, resume=config.resume, processes=processes)
+    open_run(config.output, inputs.files, resume=config.resume, processes=processes)
+    start = ppo_run.load_start(config, inputs)
+    checkpoint = open_run(config.output, start.files, resume=config.resume, processes=processes)
     if is_finished(config.output):
         if main_process:
             print(f"{config.output} is finished; nothing to do.")
         return
-    set_seed(config.seed)  # the start of the adapters
-    if config.lora is None:
-        freeze(model, config.freeze)
-    elif not goes_on:
-        model = get_peft_model(model, config.lora.to_peft())
-    reward_adapter, how = share_base(rewards, model, config.fast_path) if config.lora else (None, "")
-    value_model = None if config.lora else value_start(rewards, model)
-    prompts, fit = keep_fitting(
-        prompts, processor, arguments.max_length, arguments.max_new_tokens, conversations=arguments.conversations
-    )
-    trainer = PPOTrainer(
-        model,
-        args=arguments,
-        train_dataset=prompts,
-        processing_class=processor,
-        rewards=rewards,
-        watch=watch,
-        reward_adapter=reward_adapter,
-        value_model=value_model,
-        files=files,
-        fast_path=config.fast_path,
-    )
+    trainer, fit, how = ppo_run.build_trainer(config, inputs, start)
     running = running_processes(trainer.accelerator, config.trainer)
     check_trainable(trainer.model, config.freeze)
     if main_process:
@@ -162,7 +94,7 @@ def main(config: Config) -> None:
             print(f"going on from {checkpoint.name}")
     with full_disk_explained(config.output):
         if main_process:
-            claim_run(config.output, files)
+            claim_run(config.output, start.files)
         claim_processes(config.output, running, main_process=main_process)
     train_and_save(trainer, config.output, checkpoint=checkpoint, rows=fit.rows(), counts=fit.counts())
     if main_process:

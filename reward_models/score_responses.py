@@ -64,7 +64,7 @@ def main(config: Config) -> Manifest:
         record=Candidates,
         settings={"rewards": stages.portable(config.rewards), "reads": config.reads},
         seed=0,
-        models=stored.versions(rewards),
+        models=rewards.versions(),
         reads=Pair if config.reads == "pairs" else Candidates,
     )
     folder = config.output.path

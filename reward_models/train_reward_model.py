@@ -69,77 +69,36 @@ class Config:
 
 def main(config: Config) -> None:
     """Train, or go on training, and save a reward model that proves itself when it is loaded."""
-    from transformers import set_seed
-
-    from prefalign.config import to_mapping
-    from prefalign.models import fingerprint, freeze, load_processor, parameter_table
-    from prefalign.rewards.rows import check_rows, check_settings, keep_fitting, load_reward_pairs
-    from prefalign.rewards.trainer import RewardTrainer, check_whole, reward_arguments
-    from prefalign.rewards.vlm import BaseModel, RewardModel
-    from prefalign.training.arguments import check_precision
+    from prefalign.models import parameter_table
+    from prefalign.rewards import reward_run
+    from prefalign.rewards.rows import keep_fitting
     from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
-    from prefalign.training.lora import check_quantised, check_trainable
-    from prefalign.training.policy import load_policy
-    from prefalign.training.runs import base_file, claim_run, full_disk_explained, is_finished, open_run, run_files
+    from prefalign.training.lora import check_trainable
+    from prefalign.training.runs import claim_run, full_disk_explained, is_finished, open_run
     from prefalign.training.upkeep import plain_lines_without_a_terminal, train_and_save
 
     plain_lines_without_a_terminal()
     prepare_processes(config.trainer)
-    arguments = reward_arguments(config.trainer, output=config.output, seed=config.seed)
-    check_whole(arguments)
-    check_quantised(config.model, config.lora, arguments)
-    folders = [config.pairs, *([config.eval_pairs] if config.eval_pairs else [])]
-    datasets = [load_reward_pairs(folder) for folder in folders]
-    for folder, dataset in zip(folders, datasets, strict=True):
-        check_rows(dataset, folder, config.attributes, objective=config.objective)
-    check_settings(datasets[0], config.pairs, margins=config.margins, rejected_pictures=config.rejected_pictures)
-    manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]
-    files = run_files(to_mapping(config), *manifests)
+    inputs = reward_run.read_inputs(config, output=config.output, trainer=config.trainer)
+    arguments = inputs.arguments
     main_process, processes = arguments.process_index == 0, arguments.world_size
-    open_run(config.output, files, resume=config.resume, processes=processes)
-
-    processor = load_processor(config.model)
-    model = load_policy(config.model, config.lora, device=str(arguments.device))
-    check_precision(model.dtype, arguments)
-    base = BaseModel(config.model.model_name_or_path, config.model.model_revision, fingerprint(model),
-                     str(model.dtype).removeprefix("torch."), config.model.load_in_4bit)  # fmt: skip
-    files |= base_file(base.name, base.fingerprint, changed=bool(getattr(model, "is_quantized", False)))
-    checkpoint = open_run(config.output, files, resume=config.resume, processes=processes)
+    open_run(config.output, inputs.files, resume=config.resume, processes=processes)
+    start = reward_run.load_start(config, inputs)
+    checkpoint = open_run(config.output, start.files, resume=config.resume, processes=processes)
     if is_finished(config.output):
         if main_process:
             print(f"{config.output} is finished; nothing to do.")
         return
-    if config.lora is None:
-        freeze(model, config.freeze)
-    else:
-        from peft import get_peft_model
-
-        set_seed(config.seed)
-        model = get_peft_model(model, config.lora.to_peft())
-    reward_model = RewardModel(model, processor, base=base, attributes=config.attributes, rating=config.prompt,
-                               fast_path=config.fast_path, seed=config.seed)  # fmt: skip
-    trainer = RewardTrainer(
-        reward_model,
-        args=arguments,
-        train_dataset=datasets[0],
-        eval_dataset=datasets[1] if config.eval_pairs else None,
-        objective=config.objective,
-        centring=config.centring,
-        margins=config.margins,
-        facts=config.facts,
-        drop_facts=config.drop_facts,
-        rejected_pictures=config.rejected_pictures,
-        reference_rows=config.reference_rows,
-        files=files,
-    )
+    trainer = reward_run.build_trainer(config, inputs, start)
     running = running_processes(trainer.accelerator, config.trainer)
-    check_trainable(reward_model.model, config.freeze)
+    check_trainable(trainer.model.model, config.freeze)
+    datasets = [inputs.pairs, *([inputs.eval_pairs] if inputs.eval_pairs is not None else [])]
     used = [keep_fitting(dataset, trainer.data_collator, arguments.max_length) for dataset in datasets]
     trainer.train_dataset, kept = used[0]
     if config.eval_pairs:
         trainer.eval_dataset = used[1][0]
     if main_process:
-        for row in parameter_table(reward_model):
+        for row in parameter_table(trainer.model):
             print(f"{row['tower']:<15}{row['parameters']:>16,} parameters{row['trainable']:>16,} trainable")
         print(f"{kept.rows_used} pairs, {kept.summary()}; {running}")
         if config.eval_pairs:
@@ -148,7 +107,7 @@ def main(config: Config) -> None:
             print(f"going on from {checkpoint.name}")
     with full_disk_explained(config.output):
         if main_process:
-            claim_run(config.output, files)
+            claim_run(config.output, start.files)
         claim_processes(config.output, running, main_process=main_process)
     eval_counts = {f"eval_{name}": count for name, count in used[1][1].counts().items()} if config.eval_pairs else None
     train_and_save(

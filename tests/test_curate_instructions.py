@@ -57,6 +57,11 @@ def gaps(responses):
     return [None if "gap" in one.text else 1.0 for one in responses]
 
 
+def context(responses):
+    said = lambda message: [block["text"] for block in message["content"] if block["type"] == "text"]
+    return [float(sum(len(" ".join(said(m)).split()) for m in one.messages)) for one in responses]
+
+
 def asked(responses):
     return [float(one.messages[-1]["content"][-1]["text"] == "Ask a question about the picture.") for one in responses]
 '''
@@ -232,6 +237,22 @@ def test_competing_answers_replace_worse_ones(stage, scenes, tmp_path):
         assert (said != "There is a picture.") == bool(example.meta["new_answers"])
         assert example.meta["scores"]["best"] > 1 or not example.meta["new_answers"]
     assert manifest.models["model"]
+
+
+def test_later_turns_are_answered_and_scored_after_the_answers_that_were_kept(stage, rewards, tmp_path):
+    """The reward counts the conversation's own words, which the model's answers are not, so a stale context would show."""
+    rows = [row(number, "one two three", turns=3) for number in range(3)]
+    longer = {"name": "longer", "keep": 1.0, "num_generations": 2, "rewards": rewards("words")}
+    context = {"name": "context", "keep": 1.0, "rewards": rewards("context")}
+    changes = {"model": MODEL, "batch_size": 8, "sampling": {"max_new_tokens": 64}}
+    _, made = run(stage, write(tmp_path / "data", rows), tmp_path / "out", stages=[longer, context], **changes)
+    assert all(len(example.meta["new_answers"]) >= 2 for example in made)
+    for example in made:
+        words = [len(message_text([message]).split()) for message in example.messages]
+        places = [place for place, message in enumerate(example.messages) if message["role"] == "assistant"]
+        said = [sum(words[:place]) for place in places]
+        assert example.meta["scores"]["context"] == pytest.approx(sum(said) / len(said))
+        assert example.meta["scores"]["longer"] == pytest.approx(sum(words[place] for place in places) / 3)
 
 
 def test_what_a_rewriting_may_do_to_a_row(stage, engine, scenes, tmp_path, monkeypatch):

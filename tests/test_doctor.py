@@ -204,7 +204,10 @@ def test_one_text_as_both_answers_everywhere(tiny_llava, tmp_path, capsys):
 
 def test_what_doctor_does_not_examine(capsys):
     assert cli.main(["doctor", "bdhs", "--config", "datagen/bdhs"]) == 1
-    assert "doctor examines train_preference, and was given 'bdhs'." in capsys.readouterr().err
+    assert (
+        "doctor examines train_preference, train_reward_model, train_ppo, train_online, and was given 'bdhs'."
+        in capsys.readouterr().err
+    )
     assert cli.main(["doctor", "--config", "x.yaml"]) == 1
     assert "doctor needs a recipe before --config" in capsys.readouterr().err
     assert cli.main(["doctor", "--help"]) == 0

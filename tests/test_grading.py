@@ -195,8 +195,14 @@ def test_a_grade_counts_for_the_use_that_was_graded(model_folder):
         with pytest.raises(ConfigError, match=said):
             check_rewards([{"name": "judge", "rewards": [{**used, **changed}]}], floor=0.6, force=False)
         check_rewards([{**used, **changed}], floor=0.6, force=True)
+    check_rewards([{**used, "normalise": False}], floor=0.6, force=False)  # one attribute: the same answer wins
     write_grade(model_folder, {"held_out": good}, {"held_out": "in"}, term="reward_model/reward")
     assert check_fit_for_rl(model_folder) == []
+    two = {"facts": False, "weights": {"helpfulness": 1.0, "verbosity": -0.5}}
+    write_grade(model_folder, {"held_out": good}, {"held_out": "in"}, entry={**listed, **two})
+    check_rewards([{**used, **two, "normalise": True}], floor=0.6, force=False)
+    with pytest.raises(ConfigError, match="graded with normalise True and is used with False"):
+        check_rewards([{**used, **two, "normalise": False}], floor=0.6, force=False)
 
 
 def test_a_grade_of_few_pairs_and_a_folder_that_is_not_there_are_refused(model_folder):

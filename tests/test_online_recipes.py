@@ -65,6 +65,18 @@ def test_a_model_on_the_command_line_is_refused_before_anything_runs(recipe, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("recipe", ["online_dpo", "mixed_dpo", "fact_rlhf"])
+def test_a_config_without_a_model_is_refused(recipe, tmp_path):
+    (tmp_path / "empty.yaml").write_text("seed: 0\n")
+    (tmp_path / "prefalign").write_text(f"#!/bin/sh\necho {tmp_path / 'empty.yaml'}\n")
+    (tmp_path / "prefalign").chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    done = subprocess.run(["sh", f"recipes/{recipe}.sh", "empty.yaml"], cwd=ROOT, env={**os.environ, "PATH": path},
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert "empty.yaml names no model. Set model.model_name_or_path in it." in done.stderr
+
+
 def test_pairs_of_a_stage_that_the_recipe_does_not_know_are_refused(tmp_path):
     (tmp_path / "prefalign").write_text("#!/bin/sh\necho configs/recipes/train_online.yaml\n")
     (tmp_path / "prefalign").chmod(0o755)

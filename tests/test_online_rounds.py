@@ -177,6 +177,38 @@ def test_another_evaluation_is_another_run_once_one_was_made(prompts, tmp_path, 
         run(prompts, tmp_path / "run", evaluation={"draws": 3})
 
 
+def test_an_evaluation_that_fails_costs_no_round_and_is_made_up_for(prompts, tmp_path, monkeypatch, capsys):
+    """A folder stands where the first round's evaluation writes its log."""
+    small = {"scenes": {"pictures": 4, "evals": ["chair"]}, "reliance": {"conditions": []}, "draws": 50}
+    settings = {"evaluation": small}
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds, "mix", interrupted)
+        with pytest.raises(Interruption):
+            run(prompts, tmp_path / "run", **settings)
+    in_the_way = tmp_path / "run" / "round-1" / "evaluation.txt"
+    in_the_way.mkdir()
+    results = run(prompts, tmp_path / "run", **settings)
+    first, second = results["rounds"]
+    assert first["evaluation"] == {}
+    assert 0 <= second["evaluation"]["chair_i"] <= 1
+    assert results["before"]["chair_i"] is not None
+    [warning] = [line for line in results["warnings"] if "no evaluation" in line]
+    assert "no evaluation after round 1: IsADirectoryError" in warning
+    assert "start the same command again" in warning
+    assert "chair_i" in capsys.readouterr().out
+    weights = policy_weights(tmp_path / "run" / "policy")
+    in_the_way.rmdir()
+    again = run(prompts, tmp_path / "run", **settings)
+    assert 0 <= again["rounds"][0]["evaluation"]["chair_i"] <= 1
+    assert again["rounds"][1] == second
+    assert again["rounds"][0]["rewards"] == first["rewards"]
+    assert not [line for line in again["warnings"] if "no evaluation" in line]
+    assert largest_difference(weights, policy_weights(tmp_path / "run" / "policy")) == 0
+    with pytest.raises(ConfigError, match="drawz"):
+        run(prompts, tmp_path / "bad", evaluation={"drawz": 1})
+    assert not (tmp_path / "bad").exists()
+
+
 def test_a_policy_that_answers_nothing_stops_a_mixed_run(prompts, tmp_path, monkeypatch):
     offline = write_offline(tmp_path / "offline", prompts, 3)
     failing = [Completion("x", "", finish_reason="error", error="no memory")] * 6

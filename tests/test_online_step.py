@@ -29,7 +29,7 @@ def trainer_of(prompts, folder, *, offline=None, **changes):
     config = online_config(prompts, folder, offline=offline, trainer=trainer, **changes)
     write_records("online_rows", step.step_rows(prompts, offline), output=OutputConfig(folder / "rows"), record=Pair,
                   settings={}, seed=0)  # fmt: skip
-    return step.make_trainer(config, {})
+    return step.make_trainer(config, {}, step.read_settings(config))
 
 
 def rows_of(trainer):
@@ -197,4 +197,4 @@ def test_several_processes_are_refused(prompts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(step, "training_arguments", lambda *args, **kwargs: Two())
     with pytest.raises(ConfigError, match=r"2 processes run.*Start one process, or take rounds"):
-        step.make_trainer(config, {})
+        step.make_trainer(config, {}, step.read_settings(config))

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from prefalign.models import ModelConfig, load_processor
-from prefalign.online.features import join_features, split_features
 from prefalign.online.prompt_rows import keep_fitting, load_prompts
 from prefalign.online.sampler import RolloutBatches, visits
 from prefalign.records import Example
 from prefalign.store import OutputConfig, write_records
 from prefalign.training.documents import decode
+from prefalign.training.features import join_features, split_features
 from tests.ppo_runs import write_prompts
 from tests.training_runs import write_pairs
 

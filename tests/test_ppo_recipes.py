@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from prefalign import bundled
 from prefalign.config import ConfigError, build
+from prefalign.online.ppo_run import reward_entries
 from tests.test_online_recipes import carry_out
 
 SCENES = "configs/recipes/train_ppo_fact_rlhf_scenes.yaml"
@@ -49,4 +50,4 @@ def test_a_reward_model_that_nobody_asks_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no entry of rewards or watch is a `{name: reward_model}`"):
         stage.main(config)
     config = build(stage.Config, {**values, "rewards": [{"name": "length"}], "watch": [{"name": "reward_model"}]})
-    assert stage._with_paths(config) == ([{"name": "length"}], [{"name": "reward_model", "path": "runs/r"}])
+    assert reward_entries(config) == ([{"name": "length"}], [{"name": "reward_model", "path": "runs/r"}])

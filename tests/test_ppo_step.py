@@ -80,7 +80,7 @@ def test_counts_are_those_of_an_iteration_that_is_computed(benchmark, tmp_path):
         benchmark.iterate(run)
         assert run.meter.flops == counted[side].parts, side
         encoded[side] = run.meter.pictures.total() / case.answers
-    assert encoded == {"ours": 2, "reencoding": 7, "repeating": 7}
+    assert encoded == {"ours": 1, "reencoding": 7, "repeating": 7}
     assert counted["ours"].total < counted["reencoding"].total < counted["repeating"].total
     assert (
         0
@@ -122,7 +122,7 @@ def test_another_adapter_is_noticed(benchmark, tmp_path):
 
 
 def test_pictures_decide_the_outcome(benchmark, tmp_path):
-    """Swapping the pictures of the two prompts moves the scores and the loss; the noise of the draws stays."""
+    """Swapping the pictures of the two prompts moves reward, log-probs and value of each answer, and the loss."""
     bench = benchmark.PPOBench(tiny(benchmark.CASES["576"]))
     before = benchmark.outcome(bench.side("shared", tmp_path))
     images = bench.prompts["images"]
@@ -131,7 +131,14 @@ def test_pictures_decide_the_outcome(benchmark, tmp_path):
     )
     bench.__dict__["prompts"] = swapped
     after = benchmark.outcome(bench.side("shared", tmp_path))
-    assert (before.passes["scores"] - after.passes["scores"]).abs().min() > 1e-5
+    assert before.tokens == after.tokens  # random weights follow the noise, so each log-prob has its counterpart
+    lengths = [len(tokens) for tokens in before.tokens]
+    for name, values in before.passes.items():
+        moved = (values - after.passes[name]).abs()
+        each = moved if name == "scores" else torch.stack([part.max() for part in moved.split(lengths)])
+        assert len(each) == len(lengths) == 2
+        assert each.min() > 1e-5, name
+    assert set(before.passes) == {"logps", "ref_logps", "values", "scores"}
     assert before.loss != after.loss
 
 

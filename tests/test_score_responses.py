@@ -191,7 +191,7 @@ def test_what_is_published_of_the_rewards(stage, tmp_path, rewards):
         version = "judge-7b+v2"
 
     listed = Combined([Weighted("judge", Versioned()), *read_rewards([OBJECTS]).entries])
-    assert stored.versions(listed) == {"judge": "judge-7b+v2"}
+    assert listed.versions() == {"judge": "judge-7b+v2"}
     manifest, _ = run(stage, write(tmp_path / "data", [row(0)]), tmp_path / "out", rewards("wordy"))
     assert manifest.config["settings"]["rewards"] == [
         {"name": "function", "function": "mine.py:wordy", "label": "wordy"}

@@ -1,7 +1,8 @@
 """`prefalign doctor`: one batch of a run through every check, before the run.
 
 The run is set up as its recipe does it, on a sample of its rows; nothing is written into its output folder and no weight changes.
-Checks are functions of a `case.Case`, listed in `checks.CHECKS`.
+Checks are functions of a case: of `case.Case` for preference training (`checks.CHECKS`), `scoring.RewardCase` for reward models
+(`scoring.CHECKS`), and `drawing.DrawnCase` for runs on the policy's own answers (`drawn_checks`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from prefalign.doctor.findings import Finding, table
 
 __all__ = ["SAMPLE", "STAGES", "Finding", "examine", "table"]
 
-STAGES = ("train_preference",)
+STAGES = ("train_preference", "train_reward_model", "train_ppo", "train_online")
 """Recipes that can be examined."""
 
 SAMPLE = 64
@@ -33,8 +34,16 @@ def examine(stage: ModuleType, config: Any, *, rows: int = SAMPLE) -> list[Findi
     Raises:
         ValueError: whatever the recipe would refuse before its first step.
     """
-    from prefalign.doctor.case import prepare
-    from prefalign.doctor.checks import run_checks
+    from prefalign.doctor import case, drawing, drawn_checks, scoring
+    from prefalign.doctor.checks import CHECKS, run_checks
 
-    with tempfile.TemporaryDirectory() as scratch:
-        return run_checks(prepare(stage, config, rows=rows, scratch=Path(scratch)))
+    name = Path(str(stage.__file__)).stem
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        if name == "train_reward_model":
+            return run_checks(scoring.prepare(config, rows=rows, scratch=scratch), scoring.CHECKS)
+        if name == "train_ppo":
+            return run_checks(drawing.prepare_ppo(config, rows=rows, scratch=scratch), drawn_checks.PPO_CHECKS)
+        if name == "train_online":
+            return run_checks(drawing.prepare_online(config, rows=rows, scratch=scratch), drawn_checks.ONLINE_CHECKS)
+        return run_checks(case.prepare(stage, config, rows=rows, scratch=scratch), CHECKS)

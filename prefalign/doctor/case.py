@@ -215,22 +215,40 @@ def prepare(stage: ModuleType, config: Any, *, rows: int, scratch: Path) -> Case
     Raises:
         ValueError: whatever the recipe would refuse.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        raise ConfigError(
-            f"doctor was started in {processes} processes, and it examines what one of them does with one batch. Start it "
-            "without torchrun or accelerate."
-        )
+    one_process()
     plain_lines_without_a_terminal()
     check_sharing(config)  # a batch is examined in one process, which holds all weights
-    alone = {name: value for name, value in config.trainer.items() if name not in SHARING}
-    inputs = read_inputs(config, output=scratch, trainer=alone)
+    inputs = read_inputs(config, output=scratch, trainer=alone(config.trainer))
     start = load_start(config, inputs)
     trainer = build_trainer(config, inputs, start)
     checkpoint_activations(trainer)
     case = Case(config, trainer, start.files, start.fingerprint)
     read_sample(case, rows)
     return case
+
+
+def alone(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """A trainer's settings without those that share a run out over processes."""
+    return {name: value for name, value in trainer.items() if name not in SHARING}
+
+
+def peak() -> str:
+    """What a GPU has held at most so far, in words; nothing on a CPU."""
+    return f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most" if torch.cuda.is_available() else ""
+
+
+def one_process() -> None:
+    """Check that one process runs.
+
+    Raises:
+        ConfigError: several do.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise ConfigError(
+            f"doctor was started in {processes} processes, and it examines what one of them does with one batch. Start it "
+            "without torchrun or accelerate."
+        )
 
 
 def checkpoint_activations(trainer: PreferenceTrainer) -> None:

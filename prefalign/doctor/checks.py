@@ -1,9 +1,10 @@
-"""All checks, in one literal list, and how they are run."""
+"""The checks of a preference run, in one literal list, and how checks are run."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from prefalign.doctor import data, model, prompts, world
 from prefalign.doctor.case import Case
@@ -37,10 +38,10 @@ CHECKS: tuple[tuple[str, Callable[[Case], list[Finding]]], ...] = (
 )
 
 
-def run_checks(case: Case) -> list[Finding]:
+def run_checks(case: Any, checks: Sequence[tuple[str, Callable[[Any], list[Finding]]]] = CHECKS) -> list[Finding]:
     """What all checks find. A check that breaks has failed, with the error as its finding, and the others go on."""
-    findings = []
-    for name, check in CHECKS:
+    findings: list[Finding] = []
+    for name, check in checks:
         try:
             findings += check(case)
         except NotExaminedError as reason:

@@ -33,6 +33,7 @@ from prefalign.online.conversations import linked
 from prefalign.online.estimates import describe, estimate
 from prefalign.online.monitoring import Alarms, Tally
 from prefalign.online.prepared import PreparedEngine
+from prefalign.online.reward_adapters import encodes_alike
 from prefalign.online.roles import Roles, first_of_two
 from prefalign.online.rollout import VIEW, Rollout, draw
 from prefalign.online.sampler import RolloutBatches, visits
@@ -137,7 +138,8 @@ class PPOTrainer(Upkeep):
         self.plan = partial(linked, permute=args.permute_questions, seed=args.seed) if args.conversations else None
         exact = families.core(model).dtype == torch.float32 and not (args.bf16 or args.fp16)
         self.alarms = Alarms(exact, args.answers_per_iteration * args.world_size)
-        self.scorer = Scorer(rewards, watch, args, self._sum)
+        alike = partial(encodes_alike, policy=roles.policy, processor=processing_class)
+        self.scorer = Scorer(rewards, watch, args, self._sum, alike)
         self.kl = maths.AdaptiveKL(args.kl_coef, args.kl_target or 1.0, args.kl_horizon)
         self.rollout: Rollout | None = None
         self._at = 0
@@ -182,8 +184,7 @@ class PPOTrainer(Upkeep):
         args = self.args
         if not self._at:
             self._begin(inputs["rows"].tolist())
-            if self.optimizer is not None:  # none where a step is only counted
-                self.roles.set_decay(self.optimizer, args.weight_decay if self._policy_trains() else 0.0)
+            self.roles.set_decay(self.optimizer, args.weight_decay if self._policy_trains() else 0.0)
         assert self.rollout is not None
         at, self._at = self._at, (self._at + 1) % args.visits_per_iteration
         update, micro = divmod(at, args.gradient_accumulation_steps)
@@ -204,7 +205,6 @@ class PPOTrainer(Upkeep):
             if micro + 1 == args.gradient_accumulation_steps:
                 self._end_update()
         if self._at == 0:
-            self.rollout = None
             self._note({"time/updates": time.perf_counter() - self._began})
         return loss
 
@@ -245,8 +245,7 @@ class PPOTrainer(Upkeep):
     def _audit(self, kept: Rollout, numbers: Sequence[int]) -> None:
         """Once: a policy whose tokens have advantages has to get a gradient; `Upkeep` sees only that there is one, 0 or not."""
         moves = kept.mask & (kept.advantages != 0) & (kept.entropy > 1e-3)
-        updates = self.optimizer is not None and not self.is_deepspeed_enabled
-        if updates and not self._audited and bool(moves[numbers].any()):
+        if not self.is_deepspeed_enabled and not self._audited and bool(moves[numbers].any()):
             self._audited = True
             self.roles.audit()
 
@@ -271,7 +270,7 @@ class PPOTrainer(Upkeep):
 
     def _begin(self, numbers: Sequence[int]) -> None:
         """Draw, score and run through the models; plan the visits."""
-        args, self._stopped = self.args, False
+        args, self._stopped, self.rollout = self.args, False, None
         iteration = self.state.global_step // args.updates_per_iteration
         rows = [self.train_dataset[number] for number in numbers]
         clock = [time.perf_counter()]

@@ -9,8 +9,8 @@ import torch
 
 from prefalign.engines.stopping import Batch, Row
 from prefalign.engines.transformers import TransformersEngine
-from prefalign.online.features import join_features
 from prefalign.training.documents import Document, stack_vision
+from prefalign.training.features import join_features
 
 
 class PreparedEngine(TransformersEngine):

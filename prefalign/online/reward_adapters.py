@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from accelerate.utils import is_peft_model
 
 from prefalign import families
@@ -12,6 +13,9 @@ from prefalign.rewards import Combined
 from prefalign.rewards.artefact import OtherBaseError, read_note
 from prefalign.rewards.learned import LearnedReward
 from prefalign.rewards.vlm import RewardModel
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 ADAPTER = "reward"
 
@@ -59,3 +63,43 @@ def share_base(rewards: Combined, policy: Any, fast_path: Literal["auto", "off"]
     except OtherBaseError:
         return None, "; the reward model has weights of its own (it was trained on another base than the policy)"
     return ADAPTER, "; the reward model is an adapter of the policy's base"
+
+
+def encodes_alike(reward: RewardModel, policy: Any, processor: ProcessorMixin) -> bool:
+    """Whether a reward model would make of a picture, to the bit, the features that a policy makes of it.
+
+    Args:
+        reward: on the policy's base, or with weights of its own.
+        policy: a full model or a `PeftModel`, as it is now.
+        processor: the policy's.
+
+    Returns:
+        Pictures are prepared alike, and every tensor of vision tower and projector is the same, adapters on them included.
+    """
+    if _preparation(reward.processor) != _preparation(processor):
+        return False
+    active = getattr(reward.model, "active_adapter", None)
+    mine = _picture_side(reward.model, reward.adapter or active)
+    theirs = _picture_side(policy, getattr(policy, "active_adapter", None))
+    return mine.keys() == theirs.keys() and all(_same(tensor, theirs[name]) for name, tensor in mine.items())
+
+
+def _preparation(processor: ProcessorMixin) -> tuple[str, dict[str, Any]]:
+    pictures: Any = processor.image_processor
+    return type(pictures).__name__, pictures.to_dict()
+
+
+def _picture_side(model: Any, adapter: str | None) -> dict[str, torch.Tensor]:
+    """Tensors of tower and projector by the names that they have without PEFT's wrappers; of adapters, those of one."""
+    found = {}
+    for name, tensor in families.core(model).state_dict(keep_vars=True).items():
+        others = ("lora_" in name or ".modules_to_save." in name) and f".{adapter}." not in name
+        if families.tower(name) != "language_model" and not others:
+            found[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor.detach()
+    return found
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.data_ptr() == other.data_ptr() and one.shape == other.shape:
+        return True
+    return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)

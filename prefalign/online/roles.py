@@ -146,6 +146,11 @@ class Roles(nn.Module):
         """The policy's config."""
         return families.core(self.policy).config
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the policy's weights."""
+        return families.core(self.policy).dtype
+
     def parameters_of(self, role: Literal["policy", "value"]) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters that train for a role."""
 

@@ -20,10 +20,10 @@ from prefalign import families
 from prefalign.engines import Sampling
 from prefalign.manifest import write_atomically
 from prefalign.online.conversations import Conversation, Course, single
-from prefalign.online.features import join_features, split_features
 from prefalign.records import assistant_message, message_text
 from prefalign.rewards import Response
 from prefalign.training.documents import Document, Documents, Reader, decode
+from prefalign.training.features import join_features, split_features
 from prefalign.training.forward import encode_pictures
 
 if TYPE_CHECKING:

@@ -23,22 +23,20 @@ INCONSISTENT = 0.7
 """Share of pairs on which a judge should agree with itself in both orders."""
 
 
-def round_metrics(
-    folder: Path, policy: Path, *, number: int, divergence: Mapping[str, Any], evaluation: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Metrics of a finished round.
+def round_metrics(folder: Path, policy: Path, *, number: int, divergence: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of a round whose policy is trained.
 
     Args:
         folder: folder of the round.
         policy: folder of its policy.
         number: its number.
         divergence: KL of the policy after the round to the reference.
-        evaluation: estimates by name.
 
     Returns:
         `annotated` prompts with `order_consistency` and `tie_rate` (None where there is nothing to count), `dropped` by reason,
         `pairs` by source, `share_online`, `length_gap` (mean characters of chosen less rejected) and `length_ratio` by source,
-        `rewards` by source (accuracy and margin, each row before its own update), `kl`, `check` and `evaluation`.
+        `rewards` by source (accuracy and margin, each row before its own update), `kl`, `check`, and
+        `evaluation`, which is empty until it is measured.
     """
     pairs = list(_briefly(folder / "mixed"))
     counts = {
@@ -60,7 +58,7 @@ def round_metrics(
         "kl": divergence.get("kl"),
         "kl_per_token": divergence.get("kl_per_token"),
         "check": json.loads(check.read_text(encoding="utf-8")) if check.is_file() else {},
-        "evaluation": dict(evaluation),
+        "evaluation": {},
     }
 
 
@@ -161,7 +159,8 @@ COLUMNS = ("round", "pairs", "online", "dropped", "order", "ties", "length gap",
 
 def table(results: Mapping[str, Any]) -> str:
     """The rounds as a text table, with the evaluation's main numbers where there is one, and the warnings below."""
-    shown = [name for name in ("chair_i", "recall", "accuracy") if name in results["before"]]
+    measured = [results["before"], *(r["evaluation"] for r in results["rounds"])]
+    shown = [name for name in ("chair_i", "recall", "accuracy") if any(name in one for one in measured)]
     rows = [[*COLUMNS, *shown]]
     if results["before"]:
         rows.append(["0", *["-"] * (len(COLUMNS) - 1), *(_number(results["before"][name]) for name in shown)])

@@ -32,7 +32,7 @@ import torch
 
 from prefalign import bundled
 from prefalign import config as settings
-from prefalign.blocks import StoreError
+from prefalign.blocks import NoRows
 from prefalign.config import ConfigError
 from prefalign.engines.transformers import TransformersEngine, load_engine
 from prefalign.losses import VIEWS, read_losses, views_of
@@ -41,6 +41,7 @@ from prefalign.models import ModelConfig
 from prefalign.online.annotating import annotate, read_annotator
 from prefalign.online.checking import (
     DEFAULT_BOUND,
+    Gap,
     check_gap,
     divergence,
     drawn_answers,
@@ -100,9 +101,15 @@ def run_rounds(config: OnlineConfig) -> dict[str, Any]:
             print(f"\n== round {number} of {config.rounds.count}", flush=True)
             measured = _round(config, number, len(identities), offline)
             write_atomically(file, json.dumps(measured, indent=2).encode())
-        done.append(json.loads(file.read_text(encoding="utf-8")))
-    before = _evaluate(config, 0)
-    results = {"before": before, "rounds": done, "warnings": warnings_of(done, before)}
+        done.append(_evaluated(config, number, json.loads(file.read_text(encoding="utf-8"))))
+    before, why = _evaluate(config, 0)
+    failed = [f"before the run: {why}"] if why else []
+    failed += [f"after round {r['round']}: {r['evaluation_failed']}" for r in done if r.get("evaluation_failed")]
+    warnings = warnings_of(done, before) + [
+        f"no evaluation {one}. The policy is saved: start the same command again, and what is missing is measured."
+        for one in failed
+    ]
+    results = {"before": before, "rounds": done, "warnings": warnings}
     write_atomically(config.output / "results.json", json.dumps(results, indent=2).encode())
     print("\n" + table(results))
     return results
@@ -131,6 +138,8 @@ def _check_settings(config: OnlineConfig) -> None:
         )
     if config.bdhs is None:
         read_annotator(config.annotator, config.rewards, config.margin)
+    if config.evaluation is not None:
+        _evaluation(config, 0)
 
 
 def _claim(config: OnlineConfig) -> None:
@@ -179,10 +188,8 @@ def _round(config: OnlineConfig, number: int, total: int, offline: frozenset[str
     if not all(taken) and not (folder / NO_PAIRS).is_file():
         try:
             online = _online_pairs(config, number, prompts, draw, start)
-        except StoreError as error:
-            if "made no row out of" not in str(error):  # a full disk, say
-                raise
-            why = str(error).split(" Mend the cause")[0]
+        except NoRows as error:
+            why = error.why
             if config.bdhs is None and read_manifest(folder / "candidates") is None:
                 raise RunError(
                     f"round {number} of {config.rounds.count} has no answers: {why}. The policy answered none of the "
@@ -202,13 +209,17 @@ def _round(config: OnlineConfig, number: int, total: int, offline: frozenset[str
     _train(config, number, start, folder / "mixed")
     policy = policy_folder(config, number)
     assert policy is not None
-    return round_metrics(
-        folder,
-        policy,
-        number=number,
-        divergence=_measure_divergence(config, number),
-        evaluation=_evaluate(config, number),
-    )
+    return round_metrics(folder, policy, number=number, divergence=_measure_divergence(config, number))
+
+
+def _evaluated(config: OnlineConfig, number: int, measured: dict[str, Any]) -> dict[str, Any]:
+    """A round's metrics with its evaluation; one that failed costs the run nothing, and is tried again at the next start."""
+    if config.evaluation is None or measured["evaluation"]:
+        return measured
+    evaluation, why = _evaluate(config, number)
+    measured = {**measured, "evaluation": evaluation, "evaluation_failed": why}
+    write_atomically(_folder(config, number) / "metrics.json", json.dumps(measured, indent=2).encode())
+    return measured
 
 
 def _online_pairs(config: OnlineConfig, number: int, prompts: Path, draw: Draw, start: ModelConfig) -> Path:
@@ -265,20 +276,35 @@ def _free() -> None:
 
 def _check(config: OnlineConfig, number: int, engine: TransformersEngine, prompts: Path) -> None:
     """Engine against trainer on the policy's own answers, before anything is sampled; written to `check.json`."""
+    gap = measure_gap(config, engine, prompts)
+    if gap is None:
+        return  # a policy that says nothing gives no pair either, and the pairs' manifest says so
+    check_gap(gap, gap_bound(config, engine.model.dtype))
+    write_atomically(_folder(config, number) / "check.json", json.dumps(asdict(gap), indent=2).encode())
+
+
+def measure_gap(config: OnlineConfig, engine: TransformersEngine, prompts: Path) -> Gap | None:
+    """How far engine and trainer are apart on the policy's answers to the first prompts; None if there is no answer."""
     if not config.check.prompts:
-        return
+        return None
     requests, answers = drawn_answers(engine, _first(prompts, config.check.prompts),
                                       max_new_tokens=config.sampling.max_new_tokens, seed=config.seed)  # fmt: skip
     texts = [answer.text for answer in answers]
     if not texts:
-        return  # a policy that says nothing gives no pair either, and the pairs' manifest says so
+        return None
+    trained = trainer_logprobs(engine.model, engine.processor, requests, texts, autocast=_autocast(config))
+    return token_gap(engine, requests, texts, trained)
+
+
+def gap_bound(config: OnlineConfig, dtype: torch.dtype) -> float:
+    """The bound of `check`, or what the precision that training runs in explains."""
+    precision = str(_autocast(config) or dtype).removeprefix("torch.")
+    return DEFAULT_BOUND[precision] if config.check.bound is None else config.check.bound
+
+
+def _autocast(config: OnlineConfig) -> torch.dtype | None:
     arguments: Any = training_arguments(config.trl, output=config.output, seed=config.seed)
-    autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-    trained = trainer_logprobs(engine.model, engine.processor, requests, texts, autocast=autocast)
-    gap = token_gap(engine, requests, texts, trained)
-    dtype = str(autocast or engine.model.dtype).removeprefix("torch.")
-    check_gap(gap, DEFAULT_BOUND[dtype] if config.check.bound is None else config.check.bound)
-    write_atomically(_folder(config, number) / "check.json", json.dumps(asdict(gap), indent=2).encode())
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
 
 
 def _measure_divergence(config: OnlineConfig, number: int) -> dict[str, Any]:
@@ -320,19 +346,36 @@ def _bdhs_pairs(config: OnlineConfig, start: ModelConfig, prompts: Path, draw: D
     ))  # fmt: skip
 
 
-def _evaluate(config: OnlineConfig, number: int) -> dict[str, Any]:
-    """Estimates of `evaluate_model` on the policy after a round; round 0 is what the run starts from."""
-    if config.evaluation is None:
-        return {}
+def _evaluation(config: OnlineConfig, number: int) -> Any:
+    """The config of `evaluate_model` for the policy after a round.
+
+    Raises:
+        ConfigError: `evaluation` or `evaluation_config` name a setting that it has not.
+    """
+    assert config.evaluation is not None
     folder = _folder(config, number) / "evaluation" if number else config.output / "evaluation"
     stage = bundled.load_stage("evaluate_model")
     values = settings.merge(settings.read_yaml(bundled.find(config.evaluation_config)), config.evaluation)
     policy = policy_config(config.model, policy_folder(config, number), lora=config.lora is not None)
     values = settings.merge(values, {"model": settings.to_mapping(policy), "output": folder})
+    return settings.build(stage.Config, values, source=config.evaluation_config)
+
+
+def _evaluate(config: OnlineConfig, number: int) -> tuple[dict[str, Any], str | None]:
+    """Estimates of `evaluate_model` on the policy after a round, 0 being what the run starts from; and why there are none."""
+    if config.evaluation is None:
+        return {}, None
+    stage, chosen = bundled.load_stage("evaluate_model"), _evaluation(config, number)
+    folder = chosen.output
     results = folder / "results.json"
     if not results.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder.parent / f"{folder.name}.txt").open("w") as log, contextlib.redirect_stdout(log):
-            stage.main(settings.build(stage.Config, values, source=config.evaluation_config))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder.parent / f"{folder.name}.txt").open("w") as log, contextlib.redirect_stdout(log):
+                stage.main(chosen)
+        except Exception as error:  # whatever it is, it measures only: the rounds after it need nothing of it
+            why = f"{type(error).__name__}: {error}"
+            print(f"WARNING: the evaluation in {folder} failed ({why}); the run goes on", flush=True)
+            return {}, why
     measured = json.loads(results.read_text(encoding="utf-8"))["metrics"]
-    return {name: entry.get("value") for name, entry in measured.items() if not name.startswith("difference.")}
+    return {name: entry.get("value") for name, entry in measured.items() if not name.startswith("difference.")}, None

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from prefalign.online.monitoring import Tally
     from prefalign.online.rollout import Rollout
     from prefalign.rewards import Combined
+    from prefalign.rewards.vlm import RewardModel
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class Scorer:
         watch: rewards that are logged only.
         args: settings of the run.
         total: adds a tensor up over processes.
+        alike: whether a reward model makes the same features of a picture as the policy, and may take those of the rollout.
         scale: mean and deviation of the totals of the first rollout, which is drawn from the reference; None before.
     """
 
@@ -47,7 +50,9 @@ class Scorer:
     watch: Combined | None
     args: PPOConfig
     total: Callable[[torch.Tensor], torch.Tensor]
+    alike: Callable[[RewardModel], bool]
     scale: tuple[float, float] | None = None
+    _alike: dict[int, bool] = field(default_factory=dict, init=False)
 
     def score(self, rollout: Rollout, tally: Tally) -> None:
         """Score a rollout's answers, every term of what is learned and what is watched, and once more with blank pictures.
@@ -60,8 +65,9 @@ class Scorer:
             tally: gets `rewards/...`, `watch/...` and `probe/...`.
         """
         responses = [answer.response for answer in rollout.answers]
-        rollout.scores = self._of_drawn(self.rewards, rollout)
-        watched = self._of_drawn(self.watch, rollout) if self.watch is not None else {}
+        with self._lent(rollout):
+            rollout.scores = self._of_drawn(self.rewards, rollout)
+            watched = self._of_drawn(self.watch, rollout) if self.watch is not None else {}
         watched.pop("total", None)
         for prefix, terms in (("rewards", rollout.scores), ("watch", watched)):
             for name, values in terms.items():
@@ -82,6 +88,19 @@ class Scorer:
                 )
                 tally.add(f"probe/{entry.name}/blank_picture_gap", gaps.abs().amax(dim=0))
                 tally.add(f"probe/{entry.name}/blank_picture_drop", gaps.mean(dim=0))
+
+    def _lent(self, rollout: Rollout) -> ExitStack:
+        """Within it, reward models that see pictures as the policy does take the rollout's features; others encode their own."""
+        stack = ExitStack()
+        entries = [*self.rewards.entries, *(self.watch.entries if self.watch is not None else [])]
+        for model in [entry.reward.model for entry in entries if isinstance(entry.reward, LearnedReward)]:
+            if not rollout.features:
+                continue
+            if id(model) not in self._alike:  # towers stay as they are while there are features, so a run looks once
+                self._alike[id(model)] = self.alike(model)
+            if self._alike[id(model)]:
+                stack.enter_context(model.with_features(rollout.features))
+        return stack
 
     @staticmethod
     def _of_drawn(rewards: Combined, rollout: Rollout) -> dict[str, torch.Tensor]:
@@ -116,7 +135,8 @@ class Scorer:
             return shaped
         drawn = _drawn(rollout)
         earned = [torch.zeros(0)] * len(rollout.answers)
-        found = turn_rewards(self.rewards, [rollout.answers[number].response for number in drawn])
+        with self._lent(rollout):
+            found = turn_rewards(self.rewards, [rollout.answers[number].response for number in drawn])
         for number, one in zip(drawn, found, strict=True):
             earned[number] = one
         deviation = self.scale[1] if self.scale is not None and self.args.normalise_rewards else 1.0

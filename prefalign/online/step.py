@@ -306,17 +306,17 @@ def read_settings(config: OnlineConfig) -> tuple[Any, list[Weighted], Annotator 
     return arguments, losses, None if hiding else read_annotator(config.annotator, config.rewards, config.margin)
 
 
-def make_trainer(config: OnlineConfig, files: dict[str, str]) -> OnlineStepTrainer:
+def make_trainer(
+    config: OnlineConfig, files: dict[str, str], read: tuple[Any, list[Weighted], Annotator | None]
+) -> OnlineStepTrainer:
     """The trainer of a run, on the rows in its folder.
 
     Args:
         config: the run.
         files: text files by name, written beside every saved model; the base is added to them.
-
-    Raises:
-        ConfigError: as `read_settings`.
+        read: what `read_settings` gave.
     """
-    arguments, losses, annotator = read_settings(config)
+    arguments, losses, annotator = read
     model = load_policy(config.model, config.lora, device=str(arguments.device))
     check_precision(model.dtype, arguments)
     files |= base_file(
@@ -353,7 +353,7 @@ def train_steps(config: OnlineConfig) -> None:
     """Train step by step, or go on from the last checkpoint, and save the policy in the output folder."""
     if config.offline is not None:
         pairs_manifest(config.offline)
-    read_settings(config)  # bad settings are to fail before the folder is the run's
+    read = read_settings(config)  # bad settings are to fail before the folder is the run's
     own = {CONFIG_FILE: run_files(to_mapping(config), "")[CONFIG_FILE]}
     open_run(config.output, own, resume=config.resume, free=FREE)
     if is_finished(config.output):
@@ -364,7 +364,7 @@ def train_steps(config: OnlineConfig) -> None:
     write_records("online_rows", step_rows(gather_prompts(config), config.offline), output=OutputConfig(rows), record=Pair,
                   settings={"offline": config.offline is not None}, seed=config.seed)  # fmt: skip
     files = run_files(to_mapping(config), (rows / "manifest.json").read_text(encoding="utf-8"), data="data")
-    trainer = make_trainer(config, files)
+    trainer = make_trainer(config, files, read)
     checkpoint = open_run(config.output, trainer.files, resume=config.resume, free=FREE)
     for name, text in trainer.files.items():
         write_atomically(config.output / name, text.encode())

@@ -86,6 +86,11 @@ class Combined:
 
     entries: Sequence[Weighted]
 
+    def versions(self) -> dict[str, str]:
+        """What identifies each reward that has a `version` (weights, prompt), by its entry's name."""
+        known = {entry.name: getattr(entry.reward, "version", None) for entry in self.entries}
+        return {name: str(version) for name, version in known.items() if version}
+
     def score(self, responses: Sequence[Response]) -> dict[str, torch.Tensor]:
         """Score responses.
 

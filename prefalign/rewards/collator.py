@@ -8,7 +8,7 @@ Legend of shapes: `B` rows, `V` views, `M` = V x B answers in the order of the v
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -96,6 +96,8 @@ class RewardCollator(PreferenceCollator):
         attributes: names of the scores, in order.
         rejected_pictures: show the rejected answer on the row's `rejected_images`, where it has them.
         targets: add the graders' scores of both sides (regression).
+        encoded: digests of pictures (`Document.pictures`) whose features the caller has: a batch of these alone names them in
+            `packed["pictures"]`, in the order of its documents, and holds no pixels.
     """
 
     rating: RatingPrompt = field(default_factory=RatingPrompt)
@@ -105,6 +107,7 @@ class RewardCollator(PreferenceCollator):
     attributes: Sequence[str] = ("reward",)
     rejected_pictures: bool = False
     targets: bool = False
+    encoded: Collection[str] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_facts <= 1:
@@ -161,6 +164,9 @@ class RewardCollator(PreferenceCollator):
             shown = [read.documents[number].vision for view in views for number, _ in read.places[view]]
             return {"plain": plain | stack_vision(shown), "places": last}
         packed, _ = replace(self, views=())._packed(read, padding)
+        pictures = [document.pictures for document in read.documents if document.vision]
+        if pictures and all(digest in self.encoded for digest in pictures):
+            packed |= {"vision": {}, "pictures": pictures}
         layout = packed["layout"]
         ends = torch.tensor([len(answer) for document in read.documents for answer in document.answers]).cumsum(0) - 1
         packed["layout"] = replace(layout, label_rows=layout.label_rows[ends], labels=layout.labels[ends])

@@ -172,7 +172,8 @@ def check_fit_for_rl(
 
     Args:
         folder: the reward model.
-        entry: the reward as the run lists it; `facts`, `weights` and the signs of `weight` have to be those of the grade.
+        entry: the reward as the run lists it; `facts`, `weights`, the signs of `weight` and, of a sum of several
+            attributes, `normalise` have to be those of the grade.
         floor: least accuracy; a policy that is trained against a worse one learns its mistakes.
         force: go on all the same.
 
@@ -225,7 +226,12 @@ def weights_digest(folder: Path) -> str:
 
 
 def _used(folder: Path, entry: Mapping[str, Any], term: str = "total") -> dict[str, Any]:
-    """How a list uses a reward model, as far as it decides which answer wins: by term 1 or -1, the weights inside, the facts."""
+    """How a list uses a reward model, as far as it decides which answer wins.
+
+    Returns:
+        By term 1 or -1, the weights inside, the facts; and where several attributes are added up whether each is normalised
+        first, as that decides how much each of them counts.
+    """
     weights, weight = entry.get("weights"), entry.get("weight", 1.0)
     if term != "total":
         signs = {term.rpartition("/")[2]: 1}
@@ -234,7 +240,9 @@ def _used(folder: Path, entry: Mapping[str, Any], term: str = "total") -> dict[s
     else:
         note = json.loads((folder / "reward_model.json").read_text(encoding="utf-8"))
         signs = dict.fromkeys(["reward"] if weights is not None else note["attributes"], _sign(weight))
-    return {"signs of weight": signs, "weights": weights, "facts": entry.get("facts", True)}
+    added = [value for value in (signs if weights is None else weights).values() if value]
+    normalise = entry.get("normalise", True) if len(added) > 1 else None
+    return {"signs of weight": signs, "weights": weights, "facts": entry.get("facts", True), "normalise": normalise}
 
 
 def _problems(folder: Path, entry: Mapping[str, Any], floor: float) -> list[str]:

@@ -24,12 +24,6 @@ if TYPE_CHECKING:
 Scores = dict[str, float | None]
 
 
-def versions(rewards: Combined) -> dict[str, str]:
-    """What identifies each reward of the list that has a `version` (weights, prompt), by its label."""
-    known = {entry.name: getattr(entry.reward, "version", None) for entry in rewards.entries}
-    return {name: str(version) for name, version in known.items() if version}
-
-
 def as_responses(row: Candidates, images: list[Image.Image]) -> list[Response]:
     """The answers of one row as rewards take them; the last ones of whole conversations, in view of those before.
 

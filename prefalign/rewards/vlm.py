@@ -23,6 +23,7 @@ from prefalign.records import canonical_json, normalise_messages
 from prefalign.rewards.augmentation import RatingPrompt
 from prefalign.rewards.collator import RewardCollator
 from prefalign.training.documents import digest_of, picture_bytes
+from prefalign.training.features import join_features
 from prefalign.training.forward import hidden_states, is_shared, share, shared_layout
 from prefalign.training.routes import find_route
 
@@ -124,6 +125,7 @@ class RewardModel(nn.Module):
         self.rating = rating or RatingPrompt()
         self.adapter = adapter
         self.calibration: Calibration | None = None
+        self._features: Mapping[str, dict[str, Any]] = {}
         self.route = find_route(model, fast_path)
         core = families.core(model)
         if not is_shared(model):
@@ -140,6 +142,11 @@ class RewardModel(nn.Module):
     def config(self) -> Any:
         """The transformers config of the model."""
         return families.core(self.model).config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights; the head is float32."""
+        return families.core(self.model).dtype
 
     @property
     def device(self) -> torch.device:
@@ -203,6 +210,22 @@ class RewardModel(nn.Module):
             with torch.autocast(last.device.type, enabled=False):
                 return self.head(last.float())
 
+    @contextmanager
+    def with_features(self, features: Mapping[str, dict[str, Any]]) -> Iterator[None]:
+        """Within it, `score` takes these features of pictures instead of running the tower on them.
+
+        Right only for features that this model's own tower and projector would make of what its own processor prepares. A
+        batch with a picture that is not among them is encoded whole, and so is every batch of the layout `plain`.
+
+        Args:
+            features: by digest of the pictures (`Document.pictures`), as `split_features` cuts them, on the model's device.
+        """
+        self._features = features
+        try:
+            yield
+        finally:
+            self._features = {}
+
     @torch.no_grad()
     def score(
         self, rows: Sequence[Mapping[str, Any]], *, facts: bool = True, batch_size: int = 16, seed: int = 0
@@ -218,7 +241,7 @@ class RewardModel(nn.Module):
         Returns:
             (N, A) float32 on the CPU, in the order of the rows.
         """
-        collator = self.collator(views=("chosen",), facts=facts, seed=seed)
+        collator = self.collator(views=("chosen",), facts=facts, seed=seed, encoded=self._features)
         order = sorted(range(len(rows)), key=lambda number: _prompt_key(rows[number]))
         found = torch.zeros(len(rows), len(self.attributes))
         training = self.training
@@ -228,6 +251,8 @@ class RewardModel(nn.Module):
             for start in range(0, len(order), batch_size):
                 numbers = order[start : start + batch_size]
                 batch = on_device(collator.answers([rows[number] for number in numbers]), self.device)
+                if pictures := batch.get("packed", {}).pop("pictures", None):
+                    batch["packed"]["features"] = join_features([self._features[digest] for digest in pictures])
                 found[numbers] = self(**batch).float().cpu()
         finally:
             if self.adapter is None:
