@@ -30,7 +30,7 @@ from prefalign.store import read_records
 from prefalign.text import normalised
 
 TEXT_STAGES = {"bdhs": "train_biased", "povid": "train_biased", "m3id": "train_fair", "stic": "train_fair",
-               "re_align": "train_biased", "mia_dpo": "train_biased"}  # fmt: skip
+               "re_align": "train_biased", "mia_dpo": "train_biased", "rlaif_v": "train_fair"}  # fmt: skip
 STAGES = (*TEXT_STAGES, "image_contrast", "s_vco")
 GOAL = 0.95
 Row = dict[str, Any]
