@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from prefalign import pairing, sources, stages, store
-from prefalign.claims import Answer, ClaimJudge, DivideConfig, Judgement, LabelConfig, as_meta
+from prefalign.claims import Answer, ClaimJudge, DivideConfig, Judgement, ConquerConfig, as_meta
 from prefalign.engines import Engine, Request, Sampling
 from prefalign.engines.config import EngineConfig
 from prefalign.length_balance import Balance, Cut, Lengths
@@ -89,7 +89,7 @@ class Config:
         num_generations: answers to each prompt (not read for candidates).
         sampling: how they are drawn (likewise).
         divide: how answers become claims and questions.
-        label: how the labeller is asked.
+        conquer: how the labeller is asked.
         per_claim: score by the share of rejected claims instead of their number.
         pairs: which answers make a pair.
         batch_size: sequences per forward pass.
@@ -104,7 +104,7 @@ class Config:
     num_generations: int = 10
     sampling: AnswerSampling = field(default_factory=AnswerSampling)
     divide: DivideConfig = field(default_factory=DivideConfig)
-    label: LabelConfig = field(default_factory=LabelConfig)
+    conquer: ConquerConfig = field(default_factory=ConquerConfig)
     per_claim: bool = False
     pairs: PairsConfig = field(default_factory=PairsConfig)
     batch_size: int = 16
@@ -176,7 +176,7 @@ def load(config: Config) -> Models:
     found = [next((engine for known, engine in loaded if known == wanted), None) for wanted, _ in roles]
     splitter = found[2] if len(found) > 2 else None
     assert found[1] is not None
-    return Models(found[0], ClaimJudge(found[1], splitter, config.divide, config.label, config.seed))
+    return Models(found[0], ClaimJudge(found[1], splitter, config.divide, config.conquer, config.seed))
 
 
 def row_settings(config: Config, models: Models) -> Row:
@@ -185,7 +185,7 @@ def row_settings(config: Config, models: Models) -> Row:
     unread = ["sampling", "attempts"] if config.divide.by == "rules" else ["rules"]
     divide = {name: value for name, value in known["divide"].items() if name not in unread}
     drawn = ["num_generations", "sampling"] if config.model is not None else []
-    settings = {name: known[name] for name in ("label", "per_claim", "pairs", *drawn)}
+    settings = {name: known[name] for name in ("conquer", "per_claim", "pairs", *drawn)}
     return {**settings, "divide": divide, "judge": models.judge.version}
 
 

@@ -162,7 +162,7 @@ class DivideConfig:
 
 
 @dataclass
-class LabelConfig:
+class ConquerConfig:
     """How the labeller is asked, and what its reply is read from.
 
     Attributes:
@@ -180,12 +180,12 @@ class LabelConfig:
     def __post_init__(self) -> None:
         if not self.yes or not self.no or set(self.yes) & set(self.no):
             raise ValueError(
-                f"label.yes is {self.yes} and label.no {self.no}: each needs a word, and none may be in both, or it would speak "
+                f"conquer.yes is {self.yes} and conquer.no {self.no}: each needs a word, and none may be in both, or it would speak "
                 "for and against a claim. Give the spellings of yes and of no."
             )
         if not 0 <= self.least_mass <= 1:
             raise ValueError(
-                f"label.least_mass is {self.least_mass}; it is a probability: 0.5 wants half of all replies to be yes or no."
+                f"conquer.least_mass is {self.least_mass}; it is a probability: 0.5 wants half of all replies to be yes or no."
             )
 
 
@@ -250,14 +250,14 @@ class ClaimJudge:
         labeller: says yes or no; needs `first_token`.
         splitter: lists claims and questions, from text alone; not needed where rules do.
         divide: how answers become claims and questions.
-        label: how the labeller is asked.
+        conquer: how the labeller is asked.
         seed: with an answer's id it decides the draw of its lists.
     """
 
     labeller: Engine
     splitter: Engine | None
     divide: DivideConfig = field(default_factory=DivideConfig)
-    label: LabelConfig = field(default_factory=LabelConfig)
+    conquer: ConquerConfig = field(default_factory=ConquerConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -279,12 +279,12 @@ class ClaimJudge:
         asked: dict[tuple[Any, ...], Request] = {}
         for answer, judged in zip(answers, found, strict=True):
             for question in judged.questions if judged.reason is None else ():
-                text = f"{question} {self.label.suffix}".strip()
+                text = f"{question} {self.conquer.suffix}".strip()
                 request = Request(
                     f"{answer.id}/{len(asked)}", [user_message(text, len(answer.images))], list(answer.images)
                 )
                 asked.setdefault(_key(answer, question), request)
-        words = [*self.label.yes, *self.label.no]
+        words = [*self.conquer.yes, *self.conquer.no]
         replies = self.labeller.first_token(list(asked.values()), words) if asked else []
         probs = dict(zip(asked, replies, strict=True))
         for answer, judged in zip(answers, found, strict=True):
@@ -293,13 +293,13 @@ class ClaimJudge:
         return found
 
     def _label(self, judged: Judgement, replies: Sequence[dict[str, float]]) -> None:
-        judged.p_yes = [math.fsum(reply[word] for word in self.label.yes) for reply in replies]
-        judged.p_no = [math.fsum(reply[word] for word in self.label.no) for reply in replies]
+        judged.p_yes = [math.fsum(reply[word] for word in self.conquer.yes) for reply in replies]
+        judged.p_no = [math.fsum(reply[word] for word in self.conquer.no) for reply in replies]
         pairs = list(zip(judged.p_yes, judged.p_no, strict=True))
         if any(math.isnan(yes + no) for yes, no in pairs):
             judged.p_yes, judged.p_no, judged.reason = [], [], "not_labelled"
             return
-        judged.verdicts = [verdict(yes, no, self.label.least_mass) for yes, no in pairs]
+        judged.verdicts = [verdict(yes, no, self.conquer.least_mass) for yes, no in pairs]
         if all(one == "undecided" for one in judged.verdicts):
             judged.reason = "undecided"
 
@@ -310,8 +310,8 @@ class ClaimJudge:
         short = [number for number, judged in enumerate(found) if judged.reason is None]
         if self.divide.by == "rules":
             for number in short:
-                pairs = dict(reversed(self.divide.rules.of(answers[number].text)))  # of equal claims the first
-                self._claim(found[number], list(reversed(pairs)))
+                pairs = dict(self.divide.rules.of(answers[number].text))
+                self._claim(found[number], list(pairs))
                 found[number].questions = [pairs[claim] for claim in found[number].claims]
             return found
         prompts = {
@@ -335,7 +335,10 @@ class ClaimJudge:
         return found
 
     def _claim(self, judged: Judgement, claims: Sequence[str]) -> None:
-        distinct = list({normalised(claim): claim for claim in reversed(claims)}.values())[::-1]
+        first: dict[str, str] = {}
+        for claim in claims:
+            first.setdefault(normalised(claim), claim)
+        distinct = list(first.values())
         kept = [claim for claim in distinct if self.divide.negated == "ask" or not _NEGATED.search(claim)]
         judged.claims, judged.left_out = kept, len(distinct) - len(kept)
         if not kept:

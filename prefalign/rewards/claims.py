@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from prefalign.claims import Answer, ClaimJudge, DivideConfig, LabelConfig
+from prefalign.claims import Answer, ClaimJudge, DivideConfig, ConquerConfig
 from prefalign.engines.config import EngineConfig
 from prefalign.images import EncodedImage, ImageError, open_image
 from prefalign.judge import picture_hash
@@ -33,7 +33,7 @@ class Claims:
         labeller: model that says yes or no to each claim; its engine needs `first_token`.
         splitter: model that lists claims and questions, from text alone; null: the labeller.
         divide: how responses become claims and questions.
-        label: how the labeller is asked.
+        conquer: how the labeller is asked.
         per_claim: over the number of decided claims: a share of rejected ones, which does not grow with length.
         batch_size: questions in one forward pass.
         seed: with a response's id it decides the draw of its lists.
@@ -42,7 +42,7 @@ class Claims:
     labeller: EngineConfig
     splitter: EngineConfig | None = None
     divide: DivideConfig = field(default_factory=DivideConfig)
-    label: LabelConfig = field(default_factory=LabelConfig)
+    conquer: ConquerConfig = field(default_factory=ConquerConfig)
     per_claim: bool = False
     batch_size: int = 16
     seed: int = 0
@@ -60,7 +60,7 @@ class Claims:
             splitter = labeller
             if wanted != self.labeller:
                 splitter = load_engine(wanted, batch_size=self.batch_size, needs=["sample"], stage=asked)
-        return ClaimJudge(labeller, splitter, self.divide, self.label, self.seed)
+        return ClaimJudge(labeller, splitter, self.divide, self.conquer, self.seed)
 
     @property
     def version(self) -> str:
