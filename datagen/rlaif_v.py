@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from prefalign import pairing, sources, stages, store
-from prefalign.claims import Answer, ClaimJudge, DivideConfig, Judgement, ConquerConfig, as_meta
+from prefalign.claims import Answer, ClaimJudge, ConquerConfig, DivideConfig, Judgement, as_meta
 from prefalign.engines import Engine, Request, Sampling
 from prefalign.engines.config import EngineConfig
 from prefalign.length_balance import Balance, Cut, Lengths

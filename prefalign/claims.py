@@ -180,8 +180,8 @@ class ConquerConfig:
     def __post_init__(self) -> None:
         if not self.yes or not self.no or set(self.yes) & set(self.no):
             raise ValueError(
-                f"conquer.yes is {self.yes} and conquer.no {self.no}: each needs a word, and none may be in both, or it would speak "
-                "for and against a claim. Give the spellings of yes and of no."
+                f"conquer.yes is {self.yes} and conquer.no {self.no}: each needs a word, and none may be in both, or it would "
+                "speak for and against a claim. Give the spellings of yes and of no."
             )
         if not 0 <= self.least_mass <= 1:
             raise ValueError(

@@ -9,9 +9,9 @@ from PIL import Image
 from prefalign.claims import (
     Answer,
     ClaimJudge,
+    ConquerConfig,
     DivideConfig,
     Judgement,
-    ConquerConfig,
     Rules,
     asking_prompt,
     dividing_prompt,
@@ -271,8 +271,8 @@ def test_the_reward_scores_what_the_picture_says(reward):
     """Of a blank picture nothing at any place is true; the same text on a drawn one is believed where something stands."""
     from prefalign.scenes import world
 
-    drawn = next(scene for scene in map(lambda i: world.scene("train_fair", i), range(50)) if "top left" in
-                 [thing.place for thing in scene.objects if thing.clear])  # fmt: skip
+    scenes = (world.scene("train_fair", number) for number in range(50))
+    drawn = next(one for one in scenes if "top left" in [thing.place for thing in one.objects if thing.clear])
     real = {"bytes": world.png(drawn), "path": "a.png"}
     blank = encode_png(Image.new("RGB", (60, 60), "white"), "b.png")
     text = "There is a circle at the top left. There is a star at the bottom right. There is a ring at the bottom left."

@@ -21,7 +21,7 @@ def kept(pairs, cut):
 
 
 def test_worked_by_hand():
-    """r 0 keeps (10, 10) and (12, 10): means 11 and 10, gap 0.1. r 0.2 adds (8, 10): 10 and 10, gap 0. r 0.5 adds (5, 10): 0.125."""
+    """r 0 keeps (10, 10) and (12, 10): means 11 and 10, gap 0.1. r 0.2 adds (8, 10): 10 and 10, gap 0. r 0.5 adds (5, 10)."""
     cut = lengths(SHORT).cut("published")
     assert (cut.side, cut.step) == ("chosen", 24)  # the largest r below 0.5
     assert kept(SHORT, cut) == [(8, 10), (10, 10), (12, 10)]

@@ -20,8 +20,8 @@ from tests.tiny_vlms import picture
 
 ROWS = 6
 SCENES = config.read_yaml(bundled.find("datagen/rlaif_v_scenes"))
-SMALL = {"output": {"block_size": 2}, "batch_size": 16, "num_generations": 4, "sampling": {"max_new_tokens": 64, "temperature": 1.0},
-         "pairs": {"length_balance": "off"}}  # fmt: skip
+SMALL = {"output": {"block_size": 2}, "batch_size": 16, "num_generations": 4, "pairs": {"length_balance": "off"},
+         "sampling": {"max_new_tokens": 64, "temperature": 1.0}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def finished(stage, rows, tmp_path_factory):
 
 
 def test_every_verdict_of_a_pair_is_kept(finished):
-    folder, manifest, pairs = finished
+    _, manifest, pairs = finished
     assert manifest.rows_in == ROWS == manifest.rows_used + sum(manifest.dropped.values())
     assert manifest.rows_out == len(pairs) >= 4
     assert set(manifest.models) == {"generator", "labeller"}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from prefalign.claims import Answer, ClaimJudge, DivideConfig, ConquerConfig
+from prefalign.claims import Answer, ClaimJudge, ConquerConfig, DivideConfig
 from prefalign.engines.config import EngineConfig
 from prefalign.images import EncodedImage, ImageError, open_image
 from prefalign.judge import picture_hash
