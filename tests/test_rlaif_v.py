@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import os
+import subprocess
 
 import pytest
 from PIL import Image
 from test_claims import Labeller
+from test_online_recipes import carry_out
 
 from prefalign import bundled, config
 from prefalign.claims import ClaimJudge, DivideConfig
@@ -16,6 +19,7 @@ from prefalign.length_balance import Cut
 from prefalign.records import Candidates, Pair, Prompt, message_text, user_message
 from prefalign.scenes.export import export
 from prefalign.store import Dropped, Failed, OutputConfig, StoreError, read_records, write_records
+from tests.launching import ROOT
 from tests.tiny_vlms import picture
 
 ROWS = 6
@@ -302,3 +306,38 @@ def test_answers_that_cannot_be_drawn_are_named(stage, rows, tmp_path):
 def test_settings_that_cannot_be_are_refused(stage, rows, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         settings(stage, rows, tmp_path, **changes)
+
+
+def test_rounds_end_to_end(tmp_path):
+    """Two rounds: the second answers with the first one's policy and is trained from it; another start does nothing again."""
+    settings = {"ROUNDS": "2", "PROMPTS": "8", "PAIR_SETTINGS": "--num_generations 4 --sampling.temperature 1.2 "
+                "--pairs.length_balance off --sampling.max_new_tokens 64", "TRAINING_SETTINGS": "--trainer.max_steps 1 "
+                "--trainer.per_device_train_batch_size 4 --trainer.save_steps 1", "EVALUATION_SETTINGS": "--scenes.pictures 8 "
+                "--scenes.evals [chair] --reliance.conditions [] --draws 100"}  # fmt: skip
+    (tmp_path / "commands").mkdir()
+    arguments = [
+        "configs/datagen/rlaif_v_scenes.yaml",
+        "configs/recipes/train_preference_scenes.yaml",
+        str(tmp_path / "out"),
+    ]
+    given = carry_out("recipes/rlaif_v.sh", arguments, tmp_path / "commands", **settings)
+    verbs = [words[1] for words in given if words[0] == "run"]
+    assert verbs == ["rlaif_v", "train_preference"] * 2 + ["evaluate_model"] * 2
+    rounds = [tmp_path / "out" / f"round-{number}" for number in (1, 2)]
+    for words in given[-4:-2]:
+        assert words[words.index("--model.model_name_or_path") + 1] == str(rounds[0] / "policy")
+    first, second = (next(read_records(folder / "pairs", Pair)) for folder in rounds)
+    assert first.meta["generator"] != second.meta["generator"]
+    assert first.meta["seed"] == 1 != second.meta["seed"]
+    results = json.loads((tmp_path / "out" / "evaluation" / "policy" / "results.json").read_text())["metrics"]
+    assert {"chair_i", "recall", "difference.chair_i"} <= set(results)
+
+
+def test_rounds_without_prompts_are_refused(tmp_path):
+    (tmp_path / "prefalign").write_text(f"#!/bin/sh\necho {ROOT}/configs/datagen/rlaif_v.yaml\n")
+    (tmp_path / "prefalign").chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    done = subprocess.run(["sh", "recipes/rlaif_v.sh", "rlaif_v.yaml", "t.yaml", str(tmp_path / "out")], cwd=ROOT,
+                          env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert "DATA is not set, so there are no prompts for llava-hf/llava-1.5-7b-hf" in done.stderr
