@@ -341,3 +341,22 @@ def test_rounds_without_prompts_are_refused(tmp_path):
                           env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 2
     assert "DATA is not set, so there are no prompts for llava-hf/llava-1.5-7b-hf" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["rlaif_v", "rlaif_v_scenes"])
+def test_the_bundled_configs_run_on_the_tiny_model(stage, rows, tmp_path, name):
+    """The tiny model takes every place in their own settings; it can list no claims, so only rules give pairs."""
+    values = config.read_yaml(bundled.find(f"datagen/{name}"))
+    changes = {"model": SCENES["model"], "labeller": None, "splitter": None, "num_generations": 4, "batch_size": 16,
+               "data": {"path": rows, "images": None, "limit": 3}, "output": {"path": tmp_path / "out"},
+               "sampling": {"max_new_tokens": 48}, "divide": {"sampling": {"max_new_tokens": 16}}}  # fmt: skip
+    if name == "rlaif_v_scenes":
+        manifest = stage.main(config.build(stage.Config, config.merge(values, changes)))
+        assert manifest.rows_in == 3 == manifest.rows_used + sum(manifest.dropped.values())
+        return
+    changes["conquer"] = {"yes": ["Yes"], "no": ["No"]}  # its "yes" and "no" begin with one token
+    with pytest.raises(StoreError, match="made no row out of 3: 3 few_judged"):
+        stage.main(config.build(stage.Config, config.merge(values, changes)))
+    answers = json.loads((tmp_path / "out" / "claims.json").read_text())["answers"]
+    assert answers.pop("unreadable_list") >= 9
+    assert set(answers) <= {"duplicate"}
