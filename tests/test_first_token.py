@@ -118,3 +118,13 @@ def test_a_mask_is_refused_where_it_would_hide_nothing() -> None:
     (request,) = some_requests(1, image_mask=ImageMask(0.5, 0))
     assert math.isnan(engine.first_token([request], ["Yes"])[0]["Yes"])
     assert "a mask would hide nothing" in str(engine.problem(request))
+
+
+def test_an_unknown_word_is_refused() -> None:
+    engine = load_engine(ModelConfig("scenes", device="cpu"))
+    (request,) = some_requests(1)
+    _, answer = families.render_answer(engine.processor, request.messages, "Yes")
+    token = engine.tokenizer(answer, add_special_tokens=False).input_ids[0]
+    engine.tokenizer.unk_token = engine.tokenizer.convert_ids_to_tokens(token)
+    with pytest.raises(ValueError, match="'Yes' begins with a token that is unknown to this model.*Give another spelling"):
+        engine.first_token([request], ["No", "Yes"])
