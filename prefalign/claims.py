@@ -13,6 +13,7 @@ labeller that says neither yes nor no decides nothing.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from prefalign.text import normalised
 
 if TYPE_CHECKING:
     from PIL import Image
+
+logger = logging.getLogger(__name__)
 
 _BULLET = re.compile(r"\s*(?:[-*\u2022]|\d{1,3}[.)])\s+(\S.*?)\s*")
 _NOTHING = re.compile(r"\W*(?:none|no claims)\W*", re.IGNORECASE)
@@ -366,6 +369,10 @@ class ClaimJudge:
                 for number in left
             ]
             replies = self.splitter.generate(requests, self.divide.sampling)
+            if errors := [str(reply.error) for reply in replies if reply.error is not None]:
+                logger.warning(
+                    "%d of %d requests to the splitter failed (first: %s).", len(errors), len(left), errors[0]
+                )
             for number, reply in zip(left, replies, strict=True):
                 if reply.finish_reason == "stop" and (entries := read_list(reply.text)) is not None:
                     lists[number] = entries

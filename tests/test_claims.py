@@ -61,8 +61,10 @@ class Splitter:
             text = message_text(request.messages)
             key = next(key for key in self.replies if key in text)
             reply = self.replies[key].pop(0)
-            reason = "length" if reply.endswith("...") else "stop"
-            out.append(Completion(request.id, reply, finish_reason=reason))
+            reason = "length" if reply.endswith("...") else "error" if reply == "cut" else "stop"
+            out.append(
+                Completion(request.id, reply, finish_reason=reason, error="no server" if reply == "cut" else None)
+            )
         return out
 
 
@@ -218,6 +220,15 @@ def test_lists_are_asked_for_again_and_then_given_up(lists, questions, reason, c
     assert (found.reason, len(splitter.requests)) == (reason, calls)
     assert len({request.id for request in splitter.requests}) == calls
     assert len(labeller.asked) == (0 if reason else 2)
+
+
+def test_a_splitter_that_fails_is_heard_of(caplog):
+    splitter = Splitter({"Answer:\n": ["cut", LISTED], "statements": [ASKED]})
+    (found,) = ClaimJudge(Labeller(), splitter).judge([answer("A cat sits.")])
+    assert found.score() == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 of 1 requests to the splitter failed (first: no server)."
+    ]
 
 
 def test_one_bad_answer_of_several_is_alone_in_that():
