@@ -40,6 +40,11 @@ while [ "$round" -le "${ROUNDS:-4}" ]; do
     prefalign run train_preference --config "$training" --model.model_name_or_path "$policy" --pairs "$folder/pairs" \
         --output "$folder/policy" ${TRAINING_SETTINGS:-}
     policy=$folder/policy
+    if [ -f "$policy/adapter_config.json" ]; then # the next round trains an adapter of its own, against this policy
+        [ -d "$folder/merged" ] || prefalign run merge_adapter --config configs/recipes/merge_adapter.yaml --adapter "$policy" \
+            --output "$folder/merged"
+        policy=$folder/merged
+    fi
     round=$((round + 1))
 done
 

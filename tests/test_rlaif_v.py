@@ -309,11 +309,15 @@ def test_settings_that_cannot_be_are_refused(stage, rows, tmp_path, changes, mes
 
 
 def test_rounds_end_to_end(tmp_path):
-    """Two rounds: the second answers with the first one's policy and is trained from it; another start does nothing again."""
-    settings = {"ROUNDS": "2", "PROMPTS": "8", "PAIR_SETTINGS": "--num_generations 4 --sampling.temperature 1.2 "
-                "--pairs.length_balance off --sampling.max_new_tokens 64", "TRAINING_SETTINGS": "--trainer.max_steps 1 "
-                "--trainer.per_device_train_batch_size 4 --trainer.save_steps 1", "EVALUATION_SETTINGS": "--scenes.pictures 8 "
-                "--scenes.evals [chair] --reliance.conditions [] --draws 100"}  # fmt: skip
+    """Two rounds, each with an adapter: the second answers with the first one's merged policy and is trained from it."""
+    settings = {
+        "ROUNDS": "2",
+        "PROMPTS": "8",
+        "PAIR_SETTINGS": "--num_generations 4 --sampling.temperature 1.2 --sampling.max_new_tokens 64 --pairs.length_balance off",
+        "TRAINING_SETTINGS": "--trainer.max_steps 1 --trainer.per_device_train_batch_size 4 --trainer.save_steps 1 "
+        "--lora.r 2 --lora.alpha 4",
+        "EVALUATION_SETTINGS": "--scenes.pictures 8 --scenes.evals [chair] --reliance.conditions [] --draws 100",
+    }
     (tmp_path / "commands").mkdir()
     arguments = [
         "configs/datagen/rlaif_v_scenes.yaml",
@@ -322,15 +326,20 @@ def test_rounds_end_to_end(tmp_path):
     ]
     given = carry_out("recipes/rlaif_v.sh", arguments, tmp_path / "commands", **settings)
     verbs = [words[1] for words in given if words[0] == "run"]
-    assert verbs == ["rlaif_v", "train_preference"] * 2 + ["evaluate_model"] * 2
+    assert verbs == ["rlaif_v", "train_preference", "merge_adapter"] * 2 + ["evaluate_model"] * 2
     rounds = [tmp_path / "out" / f"round-{number}" for number in (1, 2)]
-    for words in given[-4:-2]:
-        assert words[words.index("--model.model_name_or_path") + 1] == str(rounds[0] / "policy")
+    for words in given[-5:-3]:
+        assert words[words.index("--model.model_name_or_path") + 1] == str(rounds[0] / "merged")
     first, second = (next(read_records(folder / "pairs", Pair)) for folder in rounds)
     assert first.meta["generator"] != second.meta["generator"]
     assert first.meta["seed"] == 1 != second.meta["seed"]
     results = json.loads((tmp_path / "out" / "evaluation" / "policy" / "results.json").read_text())["metrics"]
     assert {"chair_i", "recall", "difference.chair_i"} <= set(results)
+    weights = rounds[1] / "policy" / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    again = carry_out("recipes/rlaif_v.sh", arguments, tmp_path / "commands", **settings)
+    assert [words[1] for words in again if words[0] == "run"] == [verb for verb in verbs if verb != "merge_adapter"]
+    assert weights.read_bytes() == before
 
 
 def test_rounds_without_prompts_are_refused(tmp_path):
