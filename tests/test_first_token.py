@@ -126,5 +126,7 @@ def test_an_unknown_word_is_refused() -> None:
     _, answer = families.render_answer(engine.processor, request.messages, "Yes")
     token = engine.tokenizer(answer, add_special_tokens=False).input_ids[0]
     engine.tokenizer.unk_token = engine.tokenizer.convert_ids_to_tokens(token)
-    with pytest.raises(ValueError, match="'Yes' begins with a token that is unknown to this model.*Give another spelling"):
+    with pytest.raises(
+        ValueError, match="'Yes' begins with a token that is unknown to this model.*Give another spelling"
+    ):
         engine.first_token([request], ["No", "Yes"])
