@@ -33,7 +33,7 @@ from prefalign.text import normalised
 
 TEXT_STAGES = {"bdhs": "train_biased", "povid": "train_biased", "m3id": "train_fair", "stic": "train_fair",
                "re_align": "train_biased", "mia_dpo": "train_biased", "quality_pairs": "train_fair",
-               "clinical_rules": "train_biased"}  # fmt: skip
+               "clinical_rules": "train_biased", "rlaif_v": "train_fair"}  # fmt: skip
 IN_A_FOLDER = {"quality_pairs": "pairs"}  # of the stage's output
 BY_RULES = ("clinical_rules",)  # answers to questions, true and false by construction; the verifier reads captions
 MAKE_PAIRS = {"knowada": {"produce": "pairs"}, "mpa": {"produce": "pairs"}}

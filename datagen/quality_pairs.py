@@ -107,7 +107,7 @@ class Config:
 def main(config: Config) -> Manifest:
     """Run the stage. Returns the manifest of the graded answers; those of the exports are in their folders."""
     from prefalign.engines.loading import load_engine
-    from prefalign.rewards import read_rewards, stored
+    from prefalign.rewards import read_rewards
 
     sources.files_of(config.data)
     folder = config.output.path

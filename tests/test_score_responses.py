@@ -10,7 +10,7 @@ from prefalign import bundled, config, stages
 from prefalign.config import ConfigError
 from prefalign.images import encode_png
 from prefalign.records import Candidates, Pair, RecordError, assistant_message, user_message
-from prefalign.rewards import Combined, Weighted, read_rewards, stored
+from prefalign.rewards import Combined, Weighted, read_rewards
 from prefalign.sources import DataConfig, to_candidates
 from prefalign.store import Dropped, Failed, OutputConfig, StoreError, read_records, write_records
 from tests.tiny_vlms import picture

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 REWARDS: dict[str, str] = {
     "reward_model": "prefalign.rewards.learned:LearnedReward",
     "judge": "prefalign.rewards.judged:JudgedAttributes",
+    "claims": "prefalign.rewards.claims:Claims",
+    "implicit": "prefalign.rewards.implicit:Implicit",
     "objects": "prefalign.rewards.objects:Objects",
     "symbolic": "prefalign.rewards.symbolic:Symbolic",
     "missing_eos": "prefalign.rewards.shaping:MissingEos",

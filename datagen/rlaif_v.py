@@ -1,0 +1,386 @@
+"""RLAIF-V: several answers of one model, each scored by how many of its claims a labeller refutes; the better against the worse.
+
+1. Sample n answers to each prompt from the policy (or take stored ones): same model and decoding on both sides, so that style
+   cannot tell them apart.
+2. Divide each into claims, and turn every claim into a yes/no question (a model, or rules).
+3. Conquer: the labeller sees picture and question; yes against no by its first token's probabilities.
+4. Score: -(number of rejected claims). Pairs that differ by a least gap; a few of each prompt are drawn.
+5. Balance lengths over the whole set: the score punishes long answers, so rejected ones are longer.
+
+Source: Yu et al., "RLAIF-V: Open-Source AI Feedback Leads to Super GPT-4V Trustworthiness", arXiv 2405.17220, and its released
+pipeline. Equations, and where they differ from the release, are in `prefalign.claims` and `prefalign.length_balance`. Differs
+besides: pairs are drawn by the row's seed, equal answers are judged once and make no pair.
+
+How: steps 1 to 4 are one pass over all prompts, kept block by block in `survey/` of the output; then the balance is decided
+from counts, and pairs are written block by block. A killed run goes on where it was.
+
+Needs: prompts with pictures and `model`, or candidates of one model (`datagen/sample_responses.py`); a labeller that gives
+probabilities (`first_token`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefalign import pairing, sources, stages, store
+from prefalign.claims import Answer, ClaimJudge, ConquerConfig, DivideConfig, Judgement, as_meta
+from prefalign.engines import Engine, Request, Sampling
+from prefalign.engines.config import EngineConfig
+from prefalign.length_balance import Balance, Cut, Lengths
+from prefalign.manifest import Manifest, write_atomically
+from prefalign.records import Candidates, Pair, Prompt, canonical_json, row_seed
+from prefalign.sources import DataConfig
+from prefalign.store import Dropped, Failed, Outcome, OutputConfig
+from prefalign.surveys import Survey
+
+METHOD = "rlaif_v"
+PASS = "claims"
+FIGURES = "claims.json"
+Row = dict[str, Any]
+
+
+@dataclass
+class AnswerSampling(Sampling):
+    """How answers are drawn: `Sampling` with the published temperature and length."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.7
+
+
+@dataclass
+class PairsConfig:
+    """Which answers make a pair.
+
+    Attributes:
+        min_gap: least difference of scores, above 0: 1 is one rejected claim (with `per_claim`, a share of the claims).
+        per_prompt: pairs drawn from all of a prompt that differ so; fewer where there are fewer.
+        unfinished: use answers that ran into the length limit, as published.
+        length_balance: `published` drops pairs whose chosen answer is the shorter one, `both` those of the side that is shorter
+            on average, `off` none.
+    """
+
+    min_gap: float = 1.0
+    per_prompt: int = 2
+    unfinished: bool = True
+    length_balance: Balance = "both"
+
+    def __post_init__(self) -> None:
+        pairing.make_dpo_pairs([], random.Random(0), min_gap=self.min_gap, per_prompt=self.per_prompt)
+
+
+@dataclass
+class Config:
+    """Settings of the stage.
+
+    Attributes:
+        data: prompts; without `model` candidates.
+        output: folder of pairs.
+        model: the policy, whose answers are drawn; null: the data hold answers.
+        labeller: says yes or no; null: the policy itself.
+        splitter: lists claims and questions from text alone; null: the labeller.
+        num_generations: answers to each prompt (not read for candidates).
+        sampling: how they are drawn (likewise).
+        divide: how answers become claims and questions.
+        conquer: how the labeller is asked.
+        per_claim: score by the share of rejected claims instead of their number.
+        pairs: which answers make a pair.
+        batch_size: sequences per forward pass.
+        seed: with a row's id it decides answers, lists and which pairs are drawn.
+    """
+
+    data: DataConfig
+    output: OutputConfig
+    model: EngineConfig | None = None
+    labeller: EngineConfig | None = None
+    splitter: EngineConfig | None = None
+    num_generations: int = 10
+    sampling: AnswerSampling = field(default_factory=AnswerSampling)
+    divide: DivideConfig = field(default_factory=DivideConfig)
+    conquer: ConquerConfig = field(default_factory=ConquerConfig)
+    per_claim: bool = False
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.model is None and self.labeller is None:
+            raise ValueError(
+                "neither `model` nor `labeller` is given, so nothing could say which claims are true. Name a labeller for stored "
+                "answers, or a model to draw answers from, which then labels its own."
+            )
+        if self.model is not None and (self.num_generations < 2 or self.sampling.temperature == 0):
+            raise ValueError(
+                f"num_generations is {self.num_generations} and sampling.temperature {self.sampling.temperature}: a pair needs "
+                "two answers that differ. Give 2 or more (10, as published), and a temperature above 0 (0.7)."
+            )
+
+
+@dataclass
+class Models:
+    """The engines of a run: `generator` draws answers (None: they are stored), `judge` divides and labels."""
+
+    generator: Engine | None
+    judge: ClaimJudge
+
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprints by role, for the manifest."""
+        splitter = self.judge.splitter
+        known = {"generator": self.generator, "labeller": self.judge.labeller, "splitter": splitter}
+        return {role: engine.fingerprint for role, engine in known.items() if engine is not None}
+
+
+def main(config: Config) -> Manifest:
+    """Run the stage. Returns its manifest."""
+    sources.files_of(config.data)
+    models = load(config)
+    settings = row_settings(config, models)
+    decided = functools.cache(lambda: Decided(config, models))
+    return store.run_stage(
+        METHOD,
+        config.data,
+        lambda block: [outcome(row, found, decided().cut, settings, config) for row, found in decided().of(block)],
+        output=config.output,
+        record=Pair,
+        settings=settings,
+        seed=config.seed,
+        models=models.fingerprints(),
+        reads=Prompt if config.model is not None else Candidates,
+    )
+
+
+def load(config: Config) -> Models:
+    """The engines that a config asks for; roles with equal settings share one.
+
+    Raises:
+        ValueError: if one of them cannot do its part.
+    """
+    from prefalign.engines.loading import load_engine
+
+    labeller = config.labeller or config.model
+    roles: list[tuple[EngineConfig | None, list[str]]] = [(config.model, ["sample"]), (labeller, ["first_token"])]
+    if config.divide.by == "model":
+        roles.append((config.splitter or labeller, ["sample"]))
+    loaded: list[tuple[EngineConfig, Engine]] = []
+    for wanted, _ in roles:
+        if wanted is not None and not any(wanted == known for known, _ in loaded):
+            needs = sorted({need for other, all_needs in roles if other == wanted for need in all_needs})
+            loaded.append((wanted, load_engine(wanted, batch_size=config.batch_size, needs=needs, stage=METHOD)))
+    found = [next((engine for known, engine in loaded if known == wanted), None) for wanted, _ in roles]
+    splitter = found[2] if len(found) > 2 else None
+    assert found[1] is not None
+    return Models(found[0], ClaimJudge(found[1], splitter, config.divide, config.conquer, config.seed))
+
+
+def row_settings(config: Config, models: Models) -> Row:
+    """The settings that change rows, with the models that judge."""
+    known = dataclasses.asdict(config)
+    unread = ["sampling", "attempts"] if config.divide.by == "rules" else ["rules"]
+    divide = {name: value for name, value in known["divide"].items() if name not in unread}
+    drawn = ["num_generations", "sampling"] if config.model is not None else []
+    settings = {name: known[name] for name in ("conquer", "per_claim", "pairs", *drawn)}
+    return {**settings, "divide": divide, "judge": models.judge.version}
+
+
+class Decided:
+    """What the pass over all inputs found, read back block by block, and the cut that it led to.
+
+    Args:
+        config: settings of the run.
+        models: its engines.
+    """
+
+    def __init__(self, config: Config, models: Models):
+        total, repeated = sources.survey(config.data)
+        reads: type[Any] = Prompt if config.model is not None else Candidates
+        survey = Survey(METHOD, config.data, config.output, reads, total, repeated)
+        counts, lengths, seen = Counts(), Lengths(), set()
+        for block in survey(PASS, lambda rows: measure(rows, models, config)):
+            for found in block:
+                if found["id"] not in seen:
+                    seen.add(found["id"])
+                    counts.add(found)
+                    for chosen, rejected in found["drawn"]:
+                        lengths.add(*words_of(found, chosen, rejected))
+        self.cut: Cut = lengths.cut(config.pairs.length_balance)
+        figures = {**counts.figures(), "length_balance": lengths.summary(self.cut)}
+        write_atomically(config.output.path / FIGURES, json.dumps(figures, indent=2).encode())
+        self._blocks = self._kept(config.output.path / "survey")
+        self._known: dict[str, Row] = {}
+
+    @staticmethod
+    def _kept(folder: Path) -> Iterator[dict[str, Row]]:
+        files = folder.glob(f"{PASS}-*.json")
+        for file in sorted(files, key=lambda name: int(name.stem.rsplit("-", 1)[1])):
+            yield {found["id"]: found for found in json.loads(file.read_text())["rows"]}
+
+    def of(self, block: Sequence[Any]) -> list[tuple[Any, Row]]:
+        """Each row of a block with what was found of it; blocks come in the order of the inputs."""
+        while block and block[0].id not in self._known:
+            self._known = next(self._blocks)
+        return [(row, self._known[row.id]) for row in block]
+
+
+def measure(rows: Sequence[Prompt | Candidates], models: Models, config: Config) -> list[Row]:
+    """Steps 1 to 4 for a block: answers, their judgements, and the pairs drawn, as JSON-able values for each row."""
+    found: list[Row] = [{"id": row.id, "responses": [], "judged": [], "drawn": []} for row in rows]
+    ready = []
+    for row, known in zip(rows, found, strict=True):
+        prompt = Prompt(row.id, row.images, row.messages, row.answer, row.facts)
+        images = stages.usable(prompt, answer=False)
+        if isinstance(images, Dropped):
+            known["dropped"] = images.reason
+        elif isinstance(images, Failed):
+            known["failed"] = [images.reason, images.message]
+        else:
+            ready.append((row, images, known))
+    _draw(ready, models, config)
+    ready = [entry for entry in ready if "failed" not in entry[2]]
+    asked, places = [], []
+    for row, images, known in ready:
+        if isinstance(row, Candidates):
+            known["responses"] = [_stored(response) for response in row.responses]
+        if len({(one["generator"], canonical_json(one["settings"])) for one in known["responses"]}) > 1:
+            known["dropped"] = "several_generators"
+            continue
+        problems = pairing.unusable(known["responses"], unfinished=config.pairs.unfinished)
+        known["judged"] = [as_meta(Judgement(reason=problem)) for problem in problems]
+        for number, problem in enumerate(problems):
+            if problem is None:
+                asked.append(Answer(f"{row.id}/{number}", row.messages, known["responses"][number]["text"], images))
+                places.append((known, number))
+    for (known, number), judged in zip(places, models.judge.judge(asked), strict=True):
+        known["judged"][number] = {**as_meta(judged), "score": judged.score(per_claim=config.per_claim)}
+    for _, _, known in ready:
+        _choose(known, config)
+    return found
+
+
+def _draw(ready: Sequence[tuple[Any, Any, Row]], models: Models, config: Config) -> None:
+    """Answers to prompts, with the same noise as `sample_responses` draws them with."""
+    if models.generator is None:
+        return
+    requests = [
+        Request(f"{row.id}/{number}", row.messages, images, seed=config.seed)
+        for row, images, _ in ready
+        for number in range(config.num_generations)
+    ]
+    said = iter(models.generator.generate(requests, config.sampling))
+    drawn_as = {**dataclasses.asdict(config.sampling), "seed": config.seed}
+    for _, _, known in ready:
+        completions = [next(said) for _ in range(config.num_generations)]
+        error = next((completion.error for completion in completions if completion.error is not None), None)
+        if error is not None:
+            known["failed"] = ["generation_failed", error]
+            continue
+        known["responses"] = [
+            {"text": completion.text.strip(), "finish_reason": completion.finish_reason, "settings": drawn_as,
+             "generator": models.generator.fingerprint,
+             "tokens": len(completion.token_ids) + (completion.finish_reason == "stop")}
+            for completion in completions
+        ]  # fmt: skip
+
+
+def _stored(response: Mapping[str, Any]) -> Row:
+    """What is needed of a stored answer."""
+    known = {name: response.get(name) for name in ("text", "finish_reason", "tokens", "settings")}
+    return {**known, "generator": response.get("generator") or ""}
+
+
+def _choose(known: Row, config: Config) -> None:
+    scores = [judged.get("score") for judged in known["judged"]]
+    pairs = pairing.ranked_pairs(scores, min_gap=config.pairs.min_gap)
+    rng = random.Random(row_seed(config.seed, f"{known['id']}/pairs"))
+    drawn = rng.sample(pairs, min(len(pairs), config.pairs.per_prompt))
+    known["drawn"] = [(choice.chosen, choice.rejected) for choice in drawn]
+    if not drawn and "dropped" not in known:
+        known["dropped"] = "few_judged" if sum(score is not None for score in scores) < 2 else "small_gap"
+
+
+def words_of(found: Row, chosen: int, rejected: int) -> tuple[int, int]:
+    """Words of the two answers of a pair."""
+    texts = (found["responses"][number]["text"] for number in (chosen, rejected))
+    one, other = (len(text.split()) for text in texts)
+    return one, other
+
+
+def outcome(row: Prompt | Candidates, found: Row, cut: Cut, settings: Row, config: Config) -> Outcome:
+    """The pairs of a row that the length balance leaves, or why there are none."""
+    if "failed" in found:
+        return Failed(*found["failed"])
+    if "dropped" in found:
+        return Dropped(found["dropped"])
+    made = [
+        pair_of(row, found, chosen, rejected, index, settings, config)
+        for index, (chosen, rejected) in enumerate(found["drawn"])
+        if cut.keeps(*words_of(found, chosen, rejected))
+    ]
+    return made or Dropped("length_balance")
+
+
+def pair_of(
+    row: Prompt | Candidates, found: Row, chosen: int, rejected: int, index: int, settings: Row, config: Config
+) -> Pair:
+    """A pair with every verdict that led to it."""
+    sides = {"chosen": chosen, "rejected": rejected}
+    judged = {side: found["judged"][number] for side, number in sides.items()}
+    words = dict(zip(sides, words_of(found, chosen, rejected), strict=True))
+    told = {side: found["responses"][number] for side, number in sides.items()}
+    return stages.make_pair(
+        Prompt(row.id, row.images, row.messages, row.answer, row.facts),
+        method=METHOD,
+        chosen=told["chosen"]["text"],
+        rejected=told["rejected"]["text"],
+        settings=settings,
+        seed=config.seed,
+        model=told["chosen"]["generator"],
+        margin=judged["chosen"]["score"] - judged["rejected"]["score"],
+        index=index,
+        meta={
+            "answers": len(found["responses"]),
+            "scores": [entry.get("score") for entry in found["judged"]],
+            **{f"{side}_index": number for side, number in sides.items()},
+            "claims": judged,
+            "words": words,
+            "sampling": told["chosen"]["settings"],
+        },
+    )
+
+
+@dataclass
+class Counts:
+    """Running sums for the figures of a run."""
+
+    answers: Counter[str] = field(default_factory=Counter)
+    verdicts: Counter[str] = field(default_factory=Counter)
+    claims: Counter[str] = field(default_factory=Counter)
+    pairs: int = 0
+
+    def add(self, found: Row) -> None:
+        """Count a row of the pass."""
+        self.answers.update(judged["reason"] or "judged" for judged in found["judged"])
+        for judged in found["judged"]:
+            self.verdicts.update(judged["verdicts"])
+        self.pairs += len(found["drawn"])
+        for pair in found["drawn"]:
+            for side, number in zip(("chosen", "rejected"), pair, strict=True):
+                self.claims[side] += len(found["judged"][number]["claims"])
+
+    def figures(self) -> Row:
+        """Answers by what became of them, claims by verdict, and mean claims of either side of the pairs that were drawn."""
+        means = {side: round(self.claims[side] / max(1, self.pairs), 3) for side in ("chosen", "rejected")}
+        return {"answers": dict(sorted(self.answers.items())), "claims": dict(sorted(self.verdicts.items())),
+                "pairs_drawn": self.pairs, "mean_claims": means}  # fmt: skip
+
+
+if __name__ == "__main__":
+    from prefalign.cli import run_file
+
+    run_file(__file__)

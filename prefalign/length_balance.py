@@ -1,0 +1,100 @@
+"""Length balance of a whole set of pairs: which pairs go so that chosen and rejected answers are equally long on average.
+
+Equation: for r in {0, 0.02, ..., 0.98} keep the pairs with (rejected - chosen) / rejected <= r, in words, and take the r for
+which |mean chosen - mean rejected| / mean rejected is least; of equals the largest, which keeps most.
+Source: RLAIF-V, arXiv 2405.17220, released pair filter. Differs from it: that rule only drops pairs whose chosen answer is
+shorter; where chosen answers are longer on average, `both` drops by (chosen - rejected) / chosen instead. An r that leaves no
+pair is never taken, and if none leaves any, all stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+STEPS = 50
+Balance = Literal["both", "published", "off"]
+
+
+def step(shorter: int, longer: int) -> int:
+    """The least r, in steps of 1/50, that keeps a pair: 0 where nothing is missing, 50 where none does.
+
+    Args:
+        shorter: words of the side that a pair is dropped for being short.
+        longer: words of the other.
+
+    Example:
+        >>> step(8, 10), step(10, 8), step(0, 10)
+        (10, 0, 50)
+    """
+    return max(0, -(-(longer - shorter) * STEPS // longer)) if longer else 0
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which pairs stay.
+
+    Attributes:
+        side: which side may not be much shorter than the other; None: all pairs stay.
+        step: the largest difference that stays, in steps of 1/50.
+    """
+
+    side: Literal["chosen", "rejected"] | None = None
+    step: int = STEPS
+
+    def keeps(self, chosen: int, rejected: int) -> bool:
+        """Whether a pair of these lengths stays."""
+        if self.side is None:
+            return True
+        short, long = (chosen, rejected) if self.side == "chosen" else (rejected, chosen)
+        return step(short, long) <= self.step
+
+
+@dataclass
+class Lengths:
+    """Sums of lengths by the `r` that keeps a pair: all that is needed of a set, whatever its size."""
+
+    sums: dict[str, list[list[int]]] = field(
+        default_factory=lambda: {side: [[0, 0, 0] for _ in range(STEPS + 1)] for side in ("chosen", "rejected")}
+    )
+
+    def add(self, chosen: int, rejected: int) -> None:
+        """Count a pair.
+
+        Args:
+            chosen: words of the chosen answer.
+            rejected: words of the rejected answer.
+        """
+        for side, at in (("chosen", step(chosen, rejected)), ("rejected", step(rejected, chosen))):
+            for place, value in enumerate((1, chosen, rejected)):
+                self.sums[side][at][place] += value
+
+    def cut(self, balance: Balance = "both") -> Cut:
+        """The cut of the rule above."""
+        pairs, chosen, rejected = self._within("chosen", STEPS)
+        if balance == "off" or not pairs:
+            return Cut()
+        side: Literal["chosen", "rejected"] = "rejected" if balance == "both" and chosen > rejected else "chosen"
+        known = [(number, self._within(side, number)) for number in range(STEPS)]
+        gaps = [(abs(c - r) / r, -number) for number, (count, c, r) in known if count and r]
+        return Cut(side, -min(gaps)[1]) if gaps else Cut()
+
+    def summary(self, cut: Cut) -> dict[str, Any]:
+        """What the cut does: pairs and mean words of both sides, before and after it."""
+        before = self._within("chosen", STEPS)
+        after = before if cut.side is None else self._within(cut.side, cut.step)
+        share = None if cut.side is None else cut.step / STEPS
+        return {"short_side": cut.side, "share": share, "before": _means(*before), "after": _means(*after)}
+
+    def _within(self, side: str, number: int) -> tuple[int, int, int]:
+        """Pairs, words of chosen and words of rejected answers that a step keeps."""
+        count, chosen, rejected = (sum(column) for column in zip(*self.sums[side][: number + 1], strict=True))
+        return count, chosen, rejected
+
+
+def _means(pairs: int, chosen: int, rejected: int) -> dict[str, float]:
+    return {
+        "pairs": pairs,
+        "chosen_words": round(chosen / max(1, pairs), 3),
+        "rejected_words": round(rejected / max(1, pairs), 3),
+    }
