@@ -8,11 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefalign.images import EncodedImage, ImageError, read_image
+from prefalign.images import SYSTEM_ERRORS, EncodedImage, ImageError, read_image
 from prefalign.sources.config import DataConfig
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".zip", ".gz")
+
+
+class HubError(ValueError):
+    """A data set of the Hub that cannot be read; the message says why and what to do."""
 
 
 def is_named(config: DataConfig) -> bool:
@@ -25,7 +29,7 @@ def check(config: DataConfig) -> None:
     """Look the data set and its split up, before any work starts.
 
     Raises:
-        ValueError: there is none, it may not be read, or the Hub cannot be asked.
+        HubError: there is none, it may not be read, or the Hub cannot be asked.
     """
     _opened(config, None)
 
@@ -57,13 +61,13 @@ def rows(config: DataConfig, columns: Sequence[str] | None = None) -> Iterator[M
         columns: read only these. Of Parquet files nothing else is fetched; where they have none of them, their rows are counted.
 
     Raises:
-        ValueError: as `check`; or the connection broke for good, or a file is not what it says.
+        HubError: as `check`; or the connection broke for good, or a file is not what it says.
     """
     opened = _opened(config, columns)
     try:
         for row in opened:
             yield row if columns is None else {name: row[name] for name in columns if name in row}
-    except _errors() as error:
+    except Exception as error:
         raise _explained(error, config) from error
 
 
@@ -76,7 +80,7 @@ def read_picture(path: str, config: DataConfig) -> EncodedImage:
 
     Raises:
         ImageError: `missing_image` if the repository has no such file.
-        ValueError: the Hub cannot be asked.
+        HubError: the Hub cannot be asked.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
@@ -88,10 +92,10 @@ def read_picture(path: str, config: DataConfig) -> EncodedImage:
     except (EntryNotFoundError, HFValidationError) as error:
         raise ImageError(
             "missing_image",
-            f"picture {inside[:100]!r} is not in the data set {repository} on the Hub. Sets that name pictures of others (COCO) do "
-            "not hold them: fetch those pictures, and say where they are with `data.images`.",
+            f"picture {inside[:100]!r} is not in the data set {repository} on the Hub. Sets that name pictures of others (COCO) "
+            "do not hold them: fetch those pictures, and say where they are with `data.images`.",
         ) from error
-    except _errors() as error:
+    except Exception as error:
         raise _explained(error, config) from error
 
 
@@ -101,30 +105,46 @@ def _commit(endpoint: str, repository: str, revision: str | None) -> str:
 
     try:
         found = HfApi(endpoint=endpoint).dataset_info(repository, revision=revision)
-    except _errors() as error:
+    except Exception as error:
         raise _explained(error, DataConfig(Path(repository), revision=revision)) from error
     return str(found.sha)
 
 
 def _opened(config: DataConfig, columns: Sequence[str] | None) -> Any:
     """The split as a `datasets.IterableDataset` that decodes no picture."""
+    from huggingface_hub import constants
+
+    wanted = None if columns is None else tuple(columns)
+    try:
+        return _stream(
+            constants.ENDPOINT,
+            config.path.as_posix(),
+            config.config,
+            config.split or "train",
+            commit_of(config),
+            wanted,
+        )
+    except Exception as error:
+        raise _explained(error, config) from error
+
+
+@functools.cache
+def _stream(
+    endpoint: str, repository: str, name: str | None, split: str, commit: str, columns: tuple[str, ...] | None
+) -> Any:
     from datasets import load_dataset_builder
 
-    split, commit = config.split or "train", commit_of(config)
-    try:
-        builder = load_dataset_builder(config.path.as_posix(), config.config, revision=commit)
-        known = builder.as_streaming_dataset()
-        if split not in known:
-            raise ValueError(
-                f"the data set {config.path.as_posix()} has no split {split!r}, only {', '.join(map(str, known))}. Give one of them "
-                "as `data.split`."
-            )
-        stream = known[split]
-        if columns is not None and hasattr(builder.config, "columns") and stream.features:
-            builder.config.columns = _columns(stream.features, columns)
-            stream = builder.as_streaming_dataset(split)
-    except _errors() as error:
-        raise _explained(error, config) from error
+    builder = load_dataset_builder(repository, name, revision=commit)
+    splits = builder.as_streaming_dataset()
+    if split not in splits:
+        raise HubError(
+            f"the data set {repository} has no split {split!r}, only {', '.join(map(str, splits))}. Give one of them as "
+            "`data.split`."
+        )
+    stream = splits[split]
+    if columns is not None and hasattr(builder.config, "columns") and stream.features:
+        builder.config.columns = _columns(stream.features, columns)
+        stream = builder.as_streaming_dataset(split)
     return stream.decode(False) if stream.features else stream
 
 
@@ -137,18 +157,7 @@ def _columns(features: Mapping[str, Any], wanted: Sequence[str]) -> list[str]:
     return present or (single or list(features))[:1]
 
 
-def _errors() -> tuple[type[Exception], ...]:
-    """What the Hub's client, `datasets` and the connection raise for causes outside this process."""
-    import httpx
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-    from pyarrow import ArrowException
-
-    return (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, DatasetsError, ArrowException, ConnectionError, TimeoutError,
-            FileNotFoundError)  # fmt: skip
-
-
-def _explained(error: Exception, config: DataConfig) -> ValueError:
+def _explained(error: Exception, config: DataConfig) -> HubError:
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -158,27 +167,35 @@ def _explained(error: Exception, config: DataConfig) -> ValueError:
         RevisionNotFoundError,
     )
 
+    if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+        raise error
+    if isinstance(error, HubError):
+        return error
     name = config.path.as_posix()
     nothing = f"no data at {name} on this disk"
     if isinstance(error, OfflineModeIsEnabled) or constants.is_offline_mode():
-        return ValueError(f"{nothing}, and HF_HUB_OFFLINE is set, so no data set of that name can be streamed from the Hub. Set "
+        return HubError(f"{nothing}, and HF_HUB_OFFLINE is set, so no data set of that name can be streamed from the Hub. Set "
                           "`data.path` to a file or folder that is there, or unset HF_HUB_OFFLINE.")  # fmt: skip
     if isinstance(error, GatedRepoError):
-        return ValueError(f"the data set {name} is gated: its owner lets in who accepted the conditions on its page. Accept them, "
+        return HubError(f"the data set {name} is gated: its owner lets in who accepted the conditions on its page. Accept them, "
                           "then set HF_TOKEN or run `hf auth login`.")  # fmt: skip
     if isinstance(error, RevisionNotFoundError):
-        return ValueError(f"the data set {name} has no revision {config.revision!r}. Give a branch, tag or commit of it as "
+        return HubError(f"the data set {name} has no revision {config.revision!r}. Give a branch, tag or commit of it as "
                           "`data.revision`, or leave it out.")  # fmt: skip
     if isinstance(error, RepositoryNotFoundError):
-        return ValueError(f"{nothing}, and the Hub has no data set of that name, or not for you. Check how it is written; for a "
+        return HubError(f"{nothing}, and the Hub has no data set of that name, or not for you. Check how it is written; for a "
                           "private one set HF_TOKEN. Set `data.path` to a file, a stage's output or OWNER/NAME.")  # fmt: skip
     if isinstance(error, HfHubHTTPError) and error.response is not None:
-        return ValueError(f"the Hub answered {error.response.status_code} for the data set {name}. If it is 429 or 5xx, wait and "
+        return HubError(f"the Hub answered {error.response.status_code} for the data set {name}. If it is 429 or 5xx, wait and "
                           "start the same command again: finished blocks are kept.")  # fmt: skip
     if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith("http"):
-        return ValueError(f"{nothing}, and the Hub at {constants.ENDPOINT} cannot be reached ({type(error).__name__}). Check the "
+        return HubError(f"{nothing}, and the Hub at {constants.ENDPOINT} cannot be reached ({type(error).__name__}). Check the "
                           "network and HF_ENDPOINT and start the same command again: finished blocks are kept.")  # fmt: skip
-    return ValueError(
-        f"the data set {name} cannot be streamed ({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}). "
-        "Download it (`hf download --repo-type dataset`) and give its file as `data.path`; JSON lines need not have equal columns."
+    if config.config is not None and "BuilderConfig" in str(error):
+        return HubError(f"the data set {name} has no configuration {config.config!r}: {str(error).splitlines()[0][:300]} Give "
+                        "another `data.config`, or leave it out.")  # fmt: skip
+    why = (str(error).strip().splitlines() or [""])[0][:200]
+    return HubError(
+        f"the data set {name} cannot be streamed ({type(error).__name__}: {why}). Download it (`hf download --repo-type "
+        "dataset`) and give its file as `data.path`; lines of a JSONL file need not have equal columns there."
     )

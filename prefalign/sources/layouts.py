@@ -1,8 +1,7 @@
 """One reader for each published layout of prompts and preferences: what its columns mean, its pictures not yet read.
 
-Sources: field.md of the surveys behind this project names them; the layouts are those of the released files (RLHF-V, RLAIF-V, POVID,
-STIC, MIA-DPO, mDPO, MVC of S-VCO, LLaVA-RLHF, VLFeedback) and of the trainers that people prepare files for (TRL, LLaMA-Factory,
-ms-swift, EasyR1).
+Released files: RLHF-V, RLAIF-V, POVID, STIC, MIA-DPO, mDPO, S-VCO's MVC, LLaVA-RLHF, VLFeedback. Files made for trainers: TRL,
+LLaMA-Factory (ShareGPT), ms-swift, EasyR1 and verl.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ CHOSEN = ("chosen", "chosen_response")
 REJECTED = ("rejected", "rejected_response", "rejected_messages", "rejected_conversations")
 _QUESTIONS = ("conversations", "messages", "prompt", "instruction_prompt", "question", "problem")
 _READ = frozenset(
-    (*ID_COLUMNS, "images", "image", *CHOSEN, *REJECTED, *_QUESTIONS, "chosen_images", "rejected_images", "system_prompt", "answer",
-     "facts", "margin", "method", "category", "responses")
+    (*ID_COLUMNS, "images", "image", *CHOSEN, *REJECTED, *_QUESTIONS, "chosen_images", "rejected_images", "system_prompt",
+     "answer", "facts", "margin", "method", "category", "responses")
 )  # fmt: skip
 """Columns that have a field of their own in records; all others are kept as `columns`."""
 _VICUNA = re.compile(r"\s*(USER|ASSISTANT):\s*")
@@ -193,8 +192,8 @@ def _trl_implicit(row: Mapping[str, Any]) -> Row:
     if not turns:
         raise RecordError(
             "missing_column",
-            "a row needs `conversations`, `messages`, `prompt` or `question`, or in `chosen` the turns up to the answer; this one "
-            f"has {', '.join(sorted(row))}.",
+            "a row needs `conversations`, `messages`, `prompt` or `question`, or in `chosen` the turns up to the answer; this "
+            f"one has {', '.join(sorted(row))}.",
         )
     return _pair(row, turns)
 
@@ -249,7 +248,8 @@ def _rlhf_v(row: Mapping[str, Any]) -> Row:
         text = json.loads(row["text"]) if isinstance(row["text"], str) else row["text"]
     except ValueError as error:
         raise RecordError(
-            "bad_text", f"`text` of an RLHF-V row is JSON with `question`, `chosen` and `rejected`, and this is not JSON ({error})."
+            "bad_text",
+            f"`text` of an RLHF-V row is JSON with `question`, `chosen` and `rejected`, and this is not JSON ({error}).",
         ) from error
     if not isinstance(text, Mapping) or not isinstance(text.get("question"), str):
         raise RecordError(

@@ -164,8 +164,9 @@ def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Containe
     if said.responses is not None and (said.chosen is None or said.rejected is None):
         raise RecordError(
             "not_a_pair",
-            f"a row of the layout {said.layout} holds {len(said.responses)} answer(s) and does not say which is chosen and which "
-            "rejected. Read it as candidates (import_published with `produce: candidates`); select_responses makes pairs of them.",
+            f"a row of the layout {said.layout} holds {len(said.responses)} answer(s) and does not say which is chosen and "
+            "which rejected. Read it as candidates (import_published with `produce: candidates`); select_responses makes "
+            "pairs of them.",
         )
     for side, value in given.items():
         if value is None:
@@ -187,9 +188,7 @@ def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Containe
     return pair
 
 
-def _foreign_prompt(
-    row: Mapping[str, Any], config: DataConfig, repeated: Container[str]
-) -> tuple[Prompt, layouts.Row]:
+def _foreign_prompt(row: Mapping[str, Any], config: DataConfig, repeated: Container[str]) -> tuple[Prompt, layouts.Row]:
     said = layouts.read(row, config.layout)
     images = [_read_picture(picture, config) for picture in said.images]
     answer = said.last if said.answer is None else said.answer
