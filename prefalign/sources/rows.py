@@ -208,8 +208,9 @@ def _candidates(row: Mapping[str, Any], config: DataConfig, repeated: Container[
     else:
         prompt, said = _foreign_prompt(asked, config, repeated)
         given = said.responses if given is None else given
-        if given is None and said.chosen is not None and said.rejected is not None:
-            sides = (("chosen", said.chosen, 1.0), ("rejected", said.rejected, 0.0))
+        chosen = said.last if said.chosen is None else said.chosen
+        if given is None and chosen is not None and said.rejected is not None:
+            sides = (("chosen", chosen, 1.0), ("rejected", said.rejected, 0.0))
             given = [{"text": answer_text(text, side), "scores": {"preference": score}} for side, text, score in sides]
     if given is None:
         raise RecordError(
