@@ -93,7 +93,6 @@ def test_spans_are_the_tokens_that_ddpo_weighs():
         ("a large red star and a small ring at the top", "a small red star and a small heart at the top"),
     ):
         told = {text: tokenizer.encode(text, add_special_tokens=False) for text in (chosen, rejected)}
-        assert "<unk>" not in told[chosen].tokens + told[rejected].tokens
         ids = [told[text].ids for text in (chosen, rejected)]
         spans = changed_spans(*ids)
         found = stage.changed_characters(chosen, rejected)
