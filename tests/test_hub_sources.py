@@ -35,6 +35,10 @@ for step in json.loads(sys.argv[1]):
             data.images = data.images and Path(data.images)
             stage.main(stage.Config(data, stage.OutputConfig(Path(output), block_size=3)))
             done.append("finished")
+        elif kind == "forget":
+            for file in settings:
+                Path(name, file).unlink()
+            done.append(Path(name, "data/train-00000.parquet").stat().st_mtime_ns)
         elif kind == "survey":
             total, repeated = sources.survey(DataConfig(Path(name), **settings))
             done.append([total, "1" in repeated, "2" in repeated])
@@ -111,22 +115,47 @@ def local(folder, files):
     return [to_pair(row, data) for row in read_rows(data)]
 
 
-def test_rows_streamed_are_those_of_the_files(hub, tmp_path):
-    files = hub.repositories["dataset", "tester/rlhf_v"].files
-    images = tmp_path / "coco"
+@pytest.fixture(scope="module")
+def ran(hub, tmp_path_factory):
+    """One process that does everything: where it worked, what came of each step, by name."""
+    where = tmp_path_factory.mktemp("streamed")
+    images = where / "coco"
     (images / "pictures").mkdir(parents=True)
-    (images / "pictures" / "gone.png").write_bytes(encode_png(picture(8))["bytes"])
-    (images / "pictures" / "a.png").write_bytes(encode_png(picture(9))["bytes"])
-    whole, first, test, found, elsewhere = steps(
-        hub, tmp_path,
-        ("import", "tester/rlhf_v", {"data": {}, "output": "out"}),
-        ("import", "tester/rlhf_v", {"data": {"limit": 4}, "output": "first"}),
-        ("import", "tester/rlhf_v", {"data": {"split": "test", "revision": "main"}, "output": "test"}),
-        ("import", "tester/files", {"data": {}, "output": "files"}),
-        ("import", "tester/files", {"data": {"images": str(images)}, "output": "elsewhere"}),
-    )  # fmt: skip
-    assert [whole, first, test, found, elsewhere] == ["finished"] * 5
-    pairs = list(read_records(tmp_path / "out", Pair))
+    for name, number in (("a.png", 9), ("gone.png", 8)):
+        (images / "pictures" / name).write_bytes(encode_png(picture(number))["bytes"])
+    (where / "tester" / "here").mkdir(parents=True)
+    (where / "tester" / "here" / "rows.jsonl").write_text(json.dumps(ROWS["trl"][0]) + "\n")
+    killed = ["manifest.json", "import.json", "progress/00002.json", "data/train-00002.parquet"]
+    wanted = {
+        "survey": ("survey", "tester/large", {}),
+        "whole": ("import", "tester/rlhf_v", {"data": {}, "output": "out"}),
+        "first": ("import", "tester/rlhf_v", {"data": {"limit": 4}, "output": "first"}),
+        "test": ("import", "tester/rlhf_v", {"data": {"split": "test", "revision": "main"}, "output": "test"}),
+        "files": ("import", "tester/files", {"data": {}, "output": "files"}),
+        "elsewhere": ("import", "tester/files", {"data": {"images": str(images)}, "output": "elsewhere"}),
+        "started": ("import", "tester/moving", {"data": {}, "output": "stopped"}),
+        "stopped": ("forget", "stopped", killed),
+        "gone on": ("import", "tester/moving", {"data": {}, "output": "stopped"}),
+        "unknown": ("check", "tester/nothing", {}),
+        "split": ("check", "tester/rlhf_v", {"split": "validation"}),
+        "revision": ("check", "tester/rlhf_v", {"revision": "v9"}),
+        "config": ("check", "tester/rlhf_v", {"config": "french"}),
+        "broken": ("check", "tester/broken", {}),
+        "on disk": ("check", "tester/here", {}),
+        "split on disk": ("check", "tester/here", {"split": "train"}),
+    }
+    files = dict(hub.repositories["dataset", "tester/rlhf_v"].files)
+    hub.repositories["dataset", "tester/moving"] = Repository(False, files, 1)
+    hub.repositories["dataset", "tester/broken"] = Repository(False, {"train.parquet": b"PAR1 and no more"}, 1)
+    done = dict(zip(wanted, steps(hub, where, *wanted.values()), strict=True))
+    assert [name for name, step in wanted.items() if step[0] == "import" and done[name] != "finished"] == []
+    return where, done
+
+
+def test_rows_streamed_are_those_of_the_files(hub, ran, tmp_path):
+    where, _ = ran
+    files = hub.repositories["dataset", "tester/rlhf_v"].files
+    pairs = list(read_records(where / "out", Pair))
     expected = local(tmp_path / "local", [files[name] for name in sorted(files) if "train" in name])
     assert [pair.meta["parent"] for pair in pairs] == [pair.id for pair in expected] == [str(n) for n in range(10)]
     for pair, known in zip(pairs, expected, strict=True):
@@ -139,77 +168,63 @@ def test_rows_streamed_are_those_of_the_files(hub, tmp_path):
         assert pair.meta["columns"] == {"ds_name": "RLHF-V"}
     assert len({pair.images[0]["bytes"] for pair in pairs}) == 10
     source = {"repository": "tester/rlhf_v", "commit": f"{1:040d}", "config": "default", "split": "train"}
-    assert read_manifest(tmp_path / "out").config["settings"]["source"] == source == pairs[0].meta["settings"]["source"]
-    assert len(list(read_records(tmp_path / "first", Pair))) == 4
-    [pair] = read_records(tmp_path / "test", Pair)
+    assert read_manifest(where / "out").config["settings"]["source"] == source == pairs[0].meta["settings"]["source"]
+    assert len(list(read_records(where / "first", Pair))) == 4
+    [pair] = read_records(where / "test", Pair)
     assert (pair.meta["parent"], message_text(pair.prompt)) == ("99", f"{QUESTION} 99")
-    # pictures that lie in the repository as files, or on this disk
-    [pair] = read_records(tmp_path / "files", Pair)
+
+
+def test_pictures_that_are_files_of_the_repository_or_of_this_disk(ran):
+    where, _ = ran
+    [pair] = read_records(where / "files", Pair)
     assert pair.images == [{**encode_png(picture(3)), "path": "a.png"}]
-    assert read_manifest(tmp_path / "files").dropped == {"missing_image": 1}
-    assert (
-        "'pictures/gone.png' is not in the data set tester/files on the Hub"
-        in (tmp_path / "files/quarantine/00000.jsonl").read_text()
-    )
-    assert [pair.images[0]["bytes"] for pair in read_records(tmp_path / "elsewhere", Pair)] == [
-        encode_png(picture(number))["bytes"] for number in (9, 8)
-    ]
+    assert read_manifest(where / "files").dropped == {"missing_image": 1}
+    quarantine = (where / "files/quarantine/00000.jsonl").read_text()
+    assert "'pictures/gone.png' is not in the data set tester/files on the Hub" in quarantine
+    shown = [pair.images[0]["bytes"] for pair in read_records(where / "elsewhere", Pair)]
+    assert shown == [encode_png(picture(number))["bytes"] for number in (9, 8)]
 
 
-def test_a_survey_fetches_no_pictures(hub, tmp_path):
-    hub.served.clear()
-    assert steps(hub, tmp_path, ("survey", "tester/large", {})) == [[4, True, False]]
-    [(name, served)] = [(name, count) for name, count in hub.served.items() if name.endswith(".parquet")]
+def test_a_survey_fetches_no_pictures(hub, ran):
+    assert ran[1]["survey"] == [4, True, False]  # rows; whether the ids 1 and 2 come again
+    name = "data/train-00000-of-00001.parquet"
     size = len(hub.repositories["dataset", "tester/large"].files[name])
     assert size > 24_000_000
-    assert served < size / 2, f"{served} of {size} bytes"
+    assert hub.served[name] < size / 20
 
 
-def test_a_stopped_import_goes_on_at_the_same_commit_only(hub, tmp_path):
-    files = dict(hub.repositories["dataset", "tester/rlhf_v"].files)
-    hub.repositories["dataset", "tester/moving"] = repository = Repository(False, files, 1)
-    started = ("import", "tester/moving", {"data": {}, "output": "out"})
-    assert steps(hub, tmp_path, started) == ["finished"]
-    before = list(read_records(tmp_path / "out", Pair))
-    for name in ("manifest.json", "import.json", "progress/00002.json", "data/train-00002.parquet"):
-        (tmp_path / "out" / name).unlink()
-    written = (tmp_path / "out/data/train-00000.parquet").stat().st_mtime_ns
-    assert steps(hub, tmp_path, started) == ["finished"]
-    assert list(read_records(tmp_path / "out", Pair)) == before
-    assert (tmp_path / "out/data/train-00000.parquet").stat().st_mtime_ns == written
-    repository.commits += 1
-    pinned = ("import", "tester/moving", {"data": {"revision": f"{2:040d}"}, "output": "pinned"})
-    refused, fresh = steps(hub, tmp_path, started, pinned)
-    assert "holds rows made with another config" in refused
-    assert f"{1:040d} -> {2:040d}" in refused
-    assert fresh == "finished"
-
-
-def test_what_cannot_be_streamed_is_said_before_any_work(hub, tmp_path):
-    hub.repositories["dataset", "tester/broken"] = Repository(False, {"train.parquet": b"PAR1 and no more"}, 1)
-    (tmp_path / "tester" / "here").mkdir(parents=True)
-    (tmp_path / "tester" / "here" / "rows.jsonl").write_text(json.dumps(ROWS["trl"][0]) + "\n")
-    unknown, split, revision, name, broken, on_disk, given = steps(
-        hub, tmp_path,
-        ("check", "tester/nothing", {}),
-        ("check", "tester/rlhf_v", {"split": "validation"}),
-        ("check", "tester/rlhf_v", {"revision": "v9"}),
-        ("check", "tester/rlhf_v", {"config": "french"}),
-        ("check", "tester/broken", {}),
-        ("check", "tester/here", {}),
-        ("check", "tester/here", {"split": "train"}),
+def test_a_stopped_import_goes_on_at_the_same_commit_only(hub, ran, tmp_path):
+    where, done = ran
+    stopped = where / "stopped"
+    pairs = list(read_records(stopped, Pair))
+    assert [pair.meta["parent"] for pair in pairs] == [str(n) for n in range(10)]
+    assert [pair.images for pair in pairs] == [pair.images for pair in read_records(where / "out", Pair)]
+    assert (stopped / "data/train-00000.parquet").stat().st_mtime_ns == done["stopped"]
+    assert (stopped / "data/train-00002.parquet").stat().st_mtime_ns > done["stopped"]
+    hub.repositories["dataset", "tester/moving"].commits += 1
+    refused, pinned = steps(
+        hub, where,
+        ("import", "tester/moving", {"data": {}, "output": "stopped"}),
+        ("import", "tester/moving", {"data": {"revision": f"{2:040d}"}, "output": str(tmp_path / "pinned")}),
     )  # fmt: skip
-    assert unknown.startswith(
-        "HubError: no data at tester/nothing on this disk, and the Hub has no data set of that name"
+    assert "holds rows made with another config" in refused
+    assert f"settings.source.commit: {1:040d} -> {2:040d}" in refused
+    assert pinned == "finished"
+
+
+def test_what_cannot_be_streamed_is_said_before_any_work(ran):
+    done = ran[1]
+    nothing = "HubError: no data at tester/nothing on this disk, and the Hub has no data set of that name"
+    assert done["unknown"].startswith(nothing)
+    assert "the data set tester/rlhf_v has no split 'validation', only train, test. Give one of them" in done["split"]
+    assert "the data set tester/rlhf_v has no revision 'v9'. Give a branch, tag or commit" in done["revision"]
+    assert "the data set tester/rlhf_v has no configuration 'french'" in done["config"]
+    assert "the data set tester/broken cannot be streamed" in done["broken"]
+    assert "give its file as `data.path`" in done["broken"]
+    assert len(done["on disk"]) == 64  # a folder of that name on disk is read instead
+    assert done["split on disk"].startswith(
+        "ValueError: tester/here is on this disk, and data.split is for data sets of the Hub"
     )
-    assert "has no split 'validation', only" in split
-    assert "train" in split
-    assert "the data set tester/rlhf_v has no revision 'v9'. Give a branch, tag or commit" in revision
-    assert "the data set tester/rlhf_v has no configuration 'french'" in name
-    assert "the data set tester/broken cannot be streamed" in broken
-    assert "give its file as `data.path`" in broken
-    assert len(on_disk) == 64  # a folder of that name on disk wins
-    assert given.startswith("ValueError: tester/here is on this disk, and data.split is for data sets of the Hub")
 
 
 def test_offline_and_a_hub_that_does_not_answer(monkeypatch):

@@ -12,6 +12,7 @@ from prefalign.images import SYSTEM_ERRORS, EncodedImage, ImageError, read_image
 from prefalign.sources.config import DataConfig
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+PIECE = 2**16
 FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".zip", ".gz")
 
 
@@ -143,6 +144,8 @@ def _stream(
         )
     stream = splits[split]
     if columns is not None and hasattr(builder.config, "columns") and stream.features:
+        # a few bytes of each row group: read them in small pieces, not with the five megabytes around them
+        builder = load_dataset_builder(repository, name, revision=commit, storage_options={"hf": {"block_size": PIECE}})
         builder.config.columns = _columns(stream.features, columns)
         stream = builder.as_streaming_dataset(split)
     return stream.decode(False) if stream.features else stream
