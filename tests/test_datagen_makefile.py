@@ -61,7 +61,7 @@ def test_every_stage_runs_on_scenes_by_default(stage, tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_takes_a_model_and_data(stage, tmp_path):
     [command] = commands(tmp_path, stage, "MODEL=some/model", "DATA=my rows.jsonl", "OUT=out", "ARGS=--seed 3")
-    with_model = "    model: ModelConfig" in (ROOT / "datagen" / f"{stage}.py").read_text()
+    with_model = "    model: EngineConfig" in (ROOT / "datagen" / f"{stage}.py").read_text()
     named = " --model.model_name_or_path 'some/model'" if with_model else ""
     assert (
         command == f"{stage} --config 'datagen/{stage}'{named} --data.path 'my rows.jsonl' --output.path 'out' --seed 3"
@@ -89,7 +89,9 @@ def test_all_on_own_data_leaves_out_what_needs_twins(tmp_path):
     given = ("all", "MODEL=m", "DATA=rows.jsonl", "ARGS_povid=--seed 4")
     order = {command.split()[0]: command for command in commands(tmp_path, *given)}
     assert sorted(order) == [
-        stage for stage in STAGES if stage not in ("curate_instructions", "s_vco", "select_responses")
+        stage
+        for stage in STAGES
+        if stage not in ("curate_instructions", "import_published", "s_vco", "select_responses")
     ]
     assert order["povid"].endswith("--seed 4")
     assert "--seed 4" not in order["bdhs"]
@@ -98,6 +100,7 @@ def test_all_on_own_data_leaves_out_what_needs_twins(tmp_path):
         "s_vco (needs TWINS=",
         "select_responses (needs SCORED=",
         "curate_instructions (needs reward models of",
+        "import_published (needs a published set",
     ):
         assert left_out in shown[shown.index("left out: ") :]
     order = {command.split()[0]: command for command in commands(tmp_path, *given, "TWINS=twins", "SCORED=scored")}

@@ -11,6 +11,7 @@ from prefalign.images import encode_png
 from prefalign.losses.changed import changed_spans
 from prefalign.manifest import read_manifest
 from prefalign.records import Candidates, Example, Pair, message_text
+from prefalign.scenes.export import export
 from prefalign.sources import DataConfig
 from prefalign.store import OutputConfig, StoreError, read_records
 from tests.published_sets import BAD, GOOD, PAIRED, QUESTION, ROWS, pictures, talk, write
@@ -213,6 +214,21 @@ def test_a_stopped_import_goes_on_and_another_reading_is_refused(folder):
     assert (out / "data" / "train-00000.parquet").stat().st_mtime_ns == before
     with pytest.raises(StoreError, match="holds rows made with another config.*data_sha256"):
         run(folder, rows, block_size=2, output="stopped", layout="rlaif_v")
+
+
+@pytest.mark.parametrize("name", ["datagen/import_published", "datagen/import_published_scenes"])
+def test_both_configs_read_twins(name, tmp_path):
+    """Twins of the embedded world in TRL's columns: both pictures are kept, and the changed words are found."""
+    export(tmp_path / "twins", kind="twin", regime="fair", start=0, stop=4)
+    changes = {"data": {"path": tmp_path / "twins"}, "output": {"path": tmp_path / "out"}}
+    values = config.merge(config.read_yaml(bundled.configs()[name]), changes)
+    manifest = stage.main(config.build(stage.Config, values, source=name))
+    assert manifest.rows_out == 4
+    twins = list(read_records(tmp_path / "twins", Pair))
+    for pair, twin in zip(read_records(tmp_path / "out", Pair), twins, strict=True):
+        assert (pair.images, pair.rejected_images, pair.chosen) == (twin.images, twin.rejected_images, twin.chosen)
+        assert (pair.method, pair.facts["world"], pair.meta["parent"]) == (twin.method, "scenes", twin.id)
+        assert pair.meta["changed"]["chosen"]
 
 
 def test_an_imported_set_trains_with_ddpo(folder):

@@ -29,7 +29,7 @@ COMMAND = Path(sys.executable).parent / "prefalign"
 def make(where, *arguments, **environment):
     """`make -C datagen` started in `where`."""
     command = ["make", "--no-print-directory", "-C", str(ROOT / "datagen"), f"PREFALIGN={COMMAND}", *arguments]
-    variables = {**os.environ, **environment, "PWD": str(where)}
+    variables = {**(environment or os.environ), "PWD": str(where)}
     return subprocess.run(command, cwd=where, env=variables, capture_output=True, text=True)
 
 
