@@ -49,6 +49,8 @@ def test_every_paired_layout_at_once(folder):
     found = json.loads((folder / "out" / "import.json").read_text())
     assert found["layouts"] == {name: len(ROWS[name]) for name in sorted(PAIRED)}
     assert found["with_rejected_images"] == 2  # mvc, ms_swift
+    views = {pair.meta["layout"] for pair in pairs if pair.meta.get("rejected_view") == "rejected_on_rejected_image"}
+    assert views == {"ms_swift"}
     spans = sum(len(pair.meta["changed"]["chosen"]) for pair in pairs)
     assert found["changed_spans_per_pair"] == round(spans / len(pairs), 2)
 
