@@ -43,6 +43,7 @@ class StandInHub:
         repositories: by (type, id), as in `("model", "tester/x")`.
         requests: method, path and whether the right token came with it, in order.
         commit_status: answer commits with this status instead of accepting them.
+        served: bytes of each file that were sent, by path in its repository.
     """
 
     def __init__(self) -> None:
@@ -50,6 +51,7 @@ class StandInHub:
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, bool]] = []
         self.commit_status = 200
+        self.served: dict[str, int] = {}
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -151,14 +153,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, {"files": files})
 
     def lfs_batch(self, body: bytes, name: str) -> None:
-        objects = [
-            {
-                "oid": item["oid"],
-                "size": item["size"],
-                "actions": {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}", "header": {}}},
-            }
-            for item in json.loads(body)["objects"]
-        ]
+        objects = []
+        for item in json.loads(body)["objects"]:
+            upload = {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}", "header": {}}}
+            known = item["oid"] in self.hub.objects
+            objects.append(
+                {"oid": item["oid"], "size": item["size"], **({} if known else {"actions": upload})}
+            )  # none: it is there
         self.answer(200, {"transfer": "basic", "objects": objects})
 
     def lfs_put(self, body: bytes, oid: str) -> None:
@@ -184,10 +185,12 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{name}/commit/{repository.sha}"
         return self.answer(200, {"success": True, "commitOid": repository.sha, "commitUrl": url, "hookOutput": ""})
 
-    def info(self, body: bytes, kind: str, name: str) -> None:
+    def info(self, body: bytes, kind: str, name: str, revision: str | None = None) -> None:
         repository = self.hub.repositories.get((kind, name))
         if repository is None:
             return self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        if revision not in (None, "main", repository.sha):
+            return self.answer(404, {"error": "Revision not found"}, {"X-Error-Code": "RevisionNotFound"})
         siblings = [{"rfilename": path} for path in repository.files]
         about = {"id": name, "sha": repository.sha, "private": repository.private, "tags": [], "siblings": siblings}
         return self.answer(200, about)
@@ -219,7 +222,17 @@ class _Handler(BaseHTTPRequestHandler):
         content = repository.files.get(path)
         if content is None:
             return self.answer(404, {"error": "Entry not found"}, {**headers, "X-Error-Code": "EntryNotFound"})
-        return self.answer(200, content, {**headers, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'})
+        headers |= {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "Accept-Ranges": "bytes"}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked is None:
+            part, status = content, 200
+        else:
+            start, stop = int(asked[1]), min(int(asked[2]) + 1, len(content))
+            part, status = content[start:stop], 206
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+        if self.command != "HEAD":
+            self.hub.served[path] = self.hub.served.get(path, 0) + len(part)
+        return self.answer(status, part, headers)
 
 
 NAME = r"(?P<name>[^/]+/[^/]+)"
@@ -231,7 +244,7 @@ ROUTES = [
     (rf"/api/(?P<kind>model|dataset)s/{NAME}/commit/main", _Handler.commit),
     (rf"/(?:datasets/)?{NAME}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     (r"/lfs/(?P<oid>[0-9a-f]{64})", _Handler.lfs_put),
-    (rf"/api/(?P<kind>model|dataset)s/{NAME}(?:/revision/[^/]+)?", _Handler.info),
+    (rf"/api/(?P<kind>model|dataset)s/{NAME}(?:/revision/(?P<revision>[^/]+))?", _Handler.info),
     (rf"/api/(?P<kind>model|dataset)s/{NAME}/tree/[^/]+(?:/(?P<folder>.+))?", _Handler.tree),
     (rf"/(?:(?P<kind>datasets)/)?{NAME}/resolve/[^/]+/(?P<path>.+)", _Handler.resolve),
 ]

@@ -91,7 +91,16 @@ def test_all_on_own_data_leaves_out_what_needs_twins(tmp_path):
     assert sorted(order) == [
         stage
         for stage in STAGES
-        if stage not in ("curate_instructions", "clinical_rules", "knowada", "mpa", "s_vco", "select_responses")
+        if stage
+        not in (
+            "curate_instructions",
+            "clinical_rules",
+            "import_published",
+            "knowada",
+            "mpa",
+            "s_vco",
+            "select_responses",
+        )
     ]
     assert order["povid"].endswith("--seed 4")
     assert "--seed 4" not in order["bdhs"]
@@ -101,6 +110,7 @@ def test_all_on_own_data_leaves_out_what_needs_twins(tmp_path):
         "select_responses (needs SCORED=",
         "curate_instructions (needs labels or models of its own",
         "clinical_rules (needs labels or models of its own",
+        "import_published (needs a published set",
     ):
         assert left_out in shown[shown.index("left out: ") :]
     order = {command.split()[0]: command for command in commands(tmp_path, *given, "TWINS=twins", "SCORED=scored")}

@@ -268,6 +268,13 @@ def test_score_responses_config(name, scored, tmp_path):
     assert found["scores"]["total"]["missing"] == (0 if name.endswith("scenes") else 8)
 
 
+@pytest.mark.parametrize("name", names("import_published"))
+def test_import_published_config(name, tmp_path):
+    export(tmp_path / "twins", kind="twin", start=0, stop=6)
+    changes = {"data": {"path": tmp_path / "twins", "images": None}, "output": {"path": tmp_path / "out"}}
+    assert start(name, "import_published", changes).rows_out == 6
+
+
 @pytest.mark.parametrize("name", names("select_responses"))
 @pytest.mark.parametrize("produce", ["pairs", "best", "steerlm", "ranked"])
 def test_select_responses_config(name, produce, scored, tmp_path):

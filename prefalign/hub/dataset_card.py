@@ -15,6 +15,9 @@ from prefalign.images import sha256
 from prefalign.manifest import Manifest
 from prefalign.records import message_text, normalise_messages
 
+IMPORTED = "import_published"
+PREVIEW_ROWS = 3
+PREVIEW_LETTERS = 300
 COLUMNS = {
     "id": "identity of the row: a hash of method, parent row, settings, generator, seed and index",
     "images": "the picture(s) that both answers are about, as their original encoded bytes",
@@ -44,6 +47,7 @@ class RowStatistics:
     rejected_images: int = 0
     scenes: int = 0
     margins: list[float] = field(default_factory=list)
+    preview: list[str] = field(default_factory=list)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Count one Parquet row (pictures encoded)."""
@@ -64,6 +68,8 @@ class RowStatistics:
         for side, counts in self.words.items():
             if row.get(side):
                 counts.append(len(message_text(normalise_messages(row[side])).split()))
+        if len(self.preview) < PREVIEW_ROWS:
+            self.preview.append(_shown(row))
 
     def as_table(self) -> dict[str, str]:
         """Name to text, for a card."""
@@ -132,12 +138,16 @@ def dataset_card(
         dataset_info={"splits": [split], "download_size": size, "dataset_size": size},
     )
     kind = "Preference pairs: a prompt with picture(s), a chosen and a rejected answer" if is_pairs else "Rows"
+    imported = manifest.stage == IMPORTED
     limitations = [
         f"The rows are published under `{license}`. That covers what prefalign made; the pictures keep the licence of "
         "their source, which prefalign does not know: check it before you use them."
         if license
         else "The publisher named no licence, neither for the rows nor for the pictures in them: ask before you use them.",
-        "No person checked the rows one by one; which answer is better was decided by the method named above.",
+        "Which answer is better was decided by whoever published the source; their licence and limitations hold for these rows."
+        if imported
+        else "No person checked the rows one by one; which answer is better was decided by the method named above.",
+        _contamination(manifest),
     ]
     if statistics.scenes:
         which = "All rows show" if statistics.scenes == statistics.rows else f"{statistics.scenes:,} rows show"
@@ -151,7 +161,8 @@ def dataset_card(
             template_str=template("dataset_card.md.j2"),
             name=repo_id.split("/")[-1],
             repo_id=repo_id,
-            what=f"{kind}, made without human labels by the stage `{manifest.stage}` of prefalign.",
+            what=f"{kind}, {_origin(manifest) if imported else 'made without human labels'} by the stage `{manifest.stage}` of "
+            "prefalign.",
             is_pairs=is_pairs,
             first_text="chosen" if is_pairs else "messages",
             rejected_images=statistics.rejected_images,
@@ -160,10 +171,57 @@ def dataset_card(
             about=stage_docstring(manifest.stage),
             settings=json.dumps(manifest.config, indent=2),
             statistics=statistics.as_table(),
+            preview="\n\n".join(statistics.preview),
             limitations=limitations,
             versions={"prefalign": manifest.code_version, **manifest.libraries},
         )
     )
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    """A row's texts for a card, cut; pictures by their number."""
+    lines = [f"{row.get('id')}: {len(row.get('images') or [])} picture(s)"]
+    for column in ("prompt", "messages", "chosen", "rejected"):
+        if row.get(column):
+            lines.append(f"{column}: {_cut(message_text(normalise_messages(row[column])))}")
+    if isinstance(row.get("responses"), str):
+        for response in json.loads(row["responses"]):
+            lines.append(f"response {json.dumps(response.get('scores') or {})}: {_cut(response['text'])}")
+    return "\n".join(lines)
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split()).replace("```", "` ` `")  # a fence would end the card's own
+    return text if len(text) <= PREVIEW_LETTERS else f"{text[:PREVIEW_LETTERS]} ..."
+
+
+def _origin(manifest: Manifest) -> str:
+    """Where imported rows come from, for a card."""
+    source = manifest.config.get("settings", {}).get("source") or {}
+    where = (
+        f" as `{source['repository']}` (commit `{source['commit'][:12]}`, split `{source['split']}`)" if source else ""
+    )
+    return f"published by others{where} and brought into this form"
+
+
+def _contamination(manifest: Manifest) -> str:
+    """What is known of benchmark pictures among the rows."""
+    if _mentions(manifest.config.get("settings"), "contamination"):
+        return (
+            f"The pictures were compared with lists of benchmark pictures (`contamination` in the settings); "
+            f"{manifest.dropped.get('benchmark_picture', 0):,} rows had one and went. Benchmarks on no list were not looked for."
+        )
+    return (
+        "The pictures were not compared with those of benchmarks in this stage. POPE, CHAIR and others use COCO: "
+        "compare before you evaluate on them (`prefalign run filter_pairs`, `filters.contamination`)."
+    )
+
+
+def _mentions(settings: Any, name: str) -> bool:
+    """Whether nested settings hold a value of this name."""
+    if isinstance(settings, Mapping):
+        return bool(settings.get(name)) or any(_mentions(value, name) for value in settings.values())
+    return isinstance(settings, list) and any(_mentions(value, name) for value in settings)
 
 
 def _is_scene(facts: Any) -> bool:

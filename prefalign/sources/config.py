@@ -1,0 +1,54 @@
+"""Where rows come from: what a stage's `data` section says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prefalign.sources.layouts import AUTO, LAYOUTS
+
+
+@dataclass
+class DataConfig:
+    """Where rows come from.
+
+    Attributes:
+        path: JSONL, JSON or Parquet file, a folder of Parquet shards that a stage wrote, or a data set of the Hub as OWNER/NAME,
+            which is streamed. What is on disk under that name is read instead.
+        images: folder that relative picture paths start from; the data file's own folder if empty, the repository for data
+            sets of the Hub.
+        limit: use only the first rows (0: all).
+        split: of a data set of the Hub; `train` if empty.
+        config: configuration (subset) of a data set of the Hub; its default one if empty.
+        revision: branch, tag or commit of a data set of the Hub; `main` if empty.
+        layout: `auto` tells each row's layout from its columns; a name of `layouts.LAYOUTS` reads all rows as that one.
+        fact_columns: columns that become facts of a row (labels, measurements).
+        question: what is asked of rows that have no question of their own (a table of labels); None: they are bad rows.
+    """
+
+    path: Path
+    images: Path | None = None
+    limit: int = 0
+    split: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    layout: str = AUTO
+    fact_columns: list[str] = field(default_factory=list)
+    question: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise ValueError(f"limit is {self.limit}; give how many of the first rows to use, or 0 for all of them.")
+        if self.layout != AUTO and self.layout not in LAYOUTS:
+            raise ValueError(
+                f"layout is {self.layout!r}, and no reader has that name, so no row could be read. Give {AUTO}, which tells it "
+                f"from the columns, or one of {', '.join(LAYOUTS)}."
+            )
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A line that could not even be read as a row."""
+
+    reason: str
+    message: str

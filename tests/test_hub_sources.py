@@ -1,0 +1,245 @@
+"""Data sets of the Hub read in streaming, against a stand-in server: rows, pictures, what is fetched, resume, errors."""
+
+import io
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from prefalign.images import encode_png
+from prefalign.manifest import read_manifest
+from prefalign.records import Pair, message_text
+from prefalign.sources import DataConfig, files_of, read_rows, to_pair
+from prefalign.store import read_records
+from tests.published_sets import BAD, GOOD, QUESTION, ROWS
+from tests.stand_in_hub import TOKEN, Repository, StandInHub
+from tests.tiny_vlms import picture
+
+STEPS = """
+import json, sys
+from pathlib import Path
+from prefalign import bundled, cli, sources
+from prefalign.sources import DataConfig
+
+done = []
+for step in json.loads(sys.argv[1]):
+    kind, name, settings = step
+    try:
+        if kind == "import":
+            stage = bundled.load_stage("import_published")
+            data, output = DataConfig(Path(name), **settings["data"]), settings["output"]
+            data.images = data.images and Path(data.images)
+            stage.main(stage.Config(data, stage.OutputConfig(Path(output), block_size=3)))
+            done.append("finished")
+        elif kind == "forget":
+            for file in settings:
+                Path(name, file).unlink()
+            done.append(Path(name, "data/train-00000.parquet").stat().st_mtime_ns)
+        elif kind == "survey":
+            total, repeated = sources.survey(DataConfig(Path(name), **settings))
+            done.append([total, "1" in repeated, "2" in repeated])
+        elif kind == "check":
+            sources.files_of(DataConfig(Path(name), **settings))
+            done.append(sources.fingerprint(DataConfig(Path(name), **settings)))
+    except (ValueError, RuntimeError) as error:
+        done.append(f"{type(error).__name__}: {error}")
+print(json.dumps(done))
+"""
+
+
+def steps(server, where, *wanted):
+    """What came of each step, in one new process that may talk to the server alone."""
+    done = subprocess.run([sys.executable, "-c", STEPS, json.dumps(wanted)], cwd=where, capture_output=True, text=True,
+                          env=server.environment(where / "cache"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def as_parquet(rows, **settings):
+    """Rows with encoded pictures as one Parquet file, with the column types of a data set of the Hub."""
+    from datasets import Dataset, Features, Image, Value
+
+    kinds = {int: Value("int64"), str: Value("string"), dict: Image()}
+    features = Features({name: kinds[type(value)] for name, value in rows[0].items()})
+    buffer = io.BytesIO()
+    Dataset.from_list(rows, features=features).to_parquet(buffer, **settings)
+    return buffer.getvalue()
+
+
+def rlhf_v(number):
+    said = {"question": f"{QUESTION} {number}", "chosen": GOOD, "rejected": BAD}
+    return {
+        "image": encode_png(picture(number), f"{number}.png"),
+        "idx": number,
+        "text": json.dumps(said),
+        "ds_name": "RLHF-V",
+    }
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """`tester/rlhf_v` of ten rows in two shards and a test split; `tester/large`, 24 MB; `tester/files`, pictures as files."""
+    rows = [rlhf_v(number) for number in range(10)]
+    noise = random.Random(0)
+    large = [{"image": {"bytes": noise.randbytes(6_000_000), "path": "x.png"}, "question_id": n, "question": QUESTION}
+             for n in (1, 2, 1, 3)]  # fmt: skip
+    lines = [
+        {**ROWS["povid"][0], "id": str(n), "image": name}
+        for n, name in enumerate(("pictures/a.png", "pictures/gone.png"))
+    ]
+    with StandInHub() as server:
+        server.repositories["dataset", "tester/rlhf_v"] = Repository(False, {
+            "data/train-00000-of-00002.parquet": as_parquet(rows[:5]), "data/train-00001-of-00002.parquet": as_parquet(rows[5:]),
+            "data/test-00000-of-00001.parquet": as_parquet([rlhf_v(99)]),
+        }, 1)  # fmt: skip
+        server.repositories["dataset", "tester/large"] = Repository(
+            False, {"data/train-00000-of-00001.parquet": as_parquet(large, batch_size=1)}, 1
+        )
+        server.repositories["dataset", "tester/files"] = Repository(False, {
+            "train.jsonl": "".join(json.dumps(line) + "\n" for line in lines).encode(),
+            "pictures/a.png": encode_png(picture(3))["bytes"],
+        }, 1)  # fmt: skip
+        yield server
+
+
+def local(folder, files):
+    """The rows of these files as pairs, read from disk."""
+    folder.mkdir()
+    for number, content in enumerate(files):
+        (folder / f"{number}.parquet").write_bytes(content)
+    data = DataConfig(folder)
+    return [to_pair(row, data) for row in read_rows(data)]
+
+
+@pytest.fixture(scope="module")
+def ran(hub, tmp_path_factory):
+    """One process that does everything: where it worked, what came of each step, by name."""
+    where = tmp_path_factory.mktemp("streamed")
+    images = where / "coco"
+    (images / "pictures").mkdir(parents=True)
+    for name, number in (("a.png", 9), ("gone.png", 8)):
+        (images / "pictures" / name).write_bytes(encode_png(picture(number))["bytes"])
+    (where / "tester" / "here").mkdir(parents=True)
+    (where / "tester" / "here" / "rows.jsonl").write_text(json.dumps(ROWS["trl"][0]) + "\n")
+    killed = ["manifest.json", "import.json", "progress/00002.json", "data/train-00002.parquet"]
+    wanted = {
+        "survey": ("survey", "tester/large", {}),
+        "whole": ("import", "tester/rlhf_v", {"data": {}, "output": "out"}),
+        "first": ("import", "tester/rlhf_v", {"data": {"limit": 4}, "output": "first"}),
+        "test": ("import", "tester/rlhf_v", {"data": {"split": "test", "revision": "main"}, "output": "test"}),
+        "files": ("import", "tester/files", {"data": {}, "output": "files"}),
+        "elsewhere": ("import", "tester/files", {"data": {"images": str(images)}, "output": "elsewhere"}),
+        "started": ("import", "tester/moving", {"data": {}, "output": "stopped"}),
+        "stopped": ("forget", "stopped", killed),
+        "gone on": ("import", "tester/moving", {"data": {}, "output": "stopped"}),
+        "unknown": ("check", "tester/nothing", {}),
+        "split": ("check", "tester/rlhf_v", {"split": "validation"}),
+        "revision": ("check", "tester/rlhf_v", {"revision": "v9"}),
+        "config": ("check", "tester/rlhf_v", {"config": "french"}),
+        "broken": ("check", "tester/broken", {}),
+        "on disk": ("check", "tester/here", {}),
+        "split on disk": ("check", "tester/here", {"split": "train"}),
+    }
+    files = dict(hub.repositories["dataset", "tester/rlhf_v"].files)
+    hub.repositories["dataset", "tester/moving"] = Repository(False, files, 1)
+    hub.repositories["dataset", "tester/broken"] = Repository(False, {"train.parquet": b"PAR1 and no more"}, 1)
+    done = dict(zip(wanted, steps(hub, where, *wanted.values()), strict=True))
+    assert [name for name, step in wanted.items() if step[0] == "import" and done[name] != "finished"] == []
+    return where, done
+
+
+def test_rows_streamed_are_those_of_the_files(hub, ran, tmp_path):
+    where, _ = ran
+    files = hub.repositories["dataset", "tester/rlhf_v"].files
+    pairs = list(read_records(where / "out", Pair))
+    expected = local(tmp_path / "local", [files[name] for name in sorted(files) if "train" in name])
+    assert [pair.meta["parent"] for pair in pairs] == [pair.id for pair in expected] == [str(n) for n in range(10)]
+    for pair, known in zip(pairs, expected, strict=True):
+        assert (pair.images, pair.prompt, pair.chosen, pair.rejected) == (
+            known.images,
+            known.prompt,
+            known.chosen,
+            known.rejected,
+        )
+        assert pair.meta["columns"] == {"ds_name": "RLHF-V"}
+    assert len({pair.images[0]["bytes"] for pair in pairs}) == 10
+    source = {"repository": "tester/rlhf_v", "commit": f"{1:040d}", "config": "default", "split": "train"}
+    assert read_manifest(where / "out").config["settings"]["source"] == source == pairs[0].meta["settings"]["source"]
+    assert len(list(read_records(where / "first", Pair))) == 4
+    [pair] = read_records(where / "test", Pair)
+    assert (pair.meta["parent"], message_text(pair.prompt)) == ("99", f"{QUESTION} 99")
+
+
+def test_pictures_that_are_files_of_the_repository_or_of_this_disk(ran):
+    where, _ = ran
+    [pair] = read_records(where / "files", Pair)
+    assert pair.images == [{**encode_png(picture(3)), "path": "a.png"}]
+    assert read_manifest(where / "files").dropped == {"missing_image": 1}
+    quarantine = (where / "files/quarantine/00000.jsonl").read_text()
+    assert "'pictures/gone.png' is not in the data set tester/files on the Hub" in quarantine
+    shown = [pair.images[0]["bytes"] for pair in read_records(where / "elsewhere", Pair)]
+    assert shown == [encode_png(picture(number))["bytes"] for number in (9, 8)]
+
+
+def test_a_survey_fetches_no_pictures(hub, ran):
+    assert ran[1]["survey"] == [4, True, False]  # rows; whether the ids 1 and 2 come again
+    name = "data/train-00000-of-00001.parquet"
+    size = len(hub.repositories["dataset", "tester/large"].files[name])
+    assert size > 24_000_000
+    assert hub.served[name] < size / 20
+
+
+def test_a_stopped_import_goes_on_at_the_same_commit_only(hub, ran, tmp_path):
+    where, done = ran
+    stopped = where / "stopped"
+    pairs = list(read_records(stopped, Pair))
+    assert [pair.meta["parent"] for pair in pairs] == [str(n) for n in range(10)]
+    assert [pair.images for pair in pairs] == [pair.images for pair in read_records(where / "out", Pair)]
+    assert (stopped / "data/train-00000.parquet").stat().st_mtime_ns == done["stopped"]
+    assert (stopped / "data/train-00002.parquet").stat().st_mtime_ns > done["stopped"]
+    hub.repositories["dataset", "tester/moving"].commits += 1
+    refused, pinned = steps(
+        hub, where,
+        ("import", "tester/moving", {"data": {}, "output": "stopped"}),
+        ("import", "tester/moving", {"data": {"revision": f"{2:040d}"}, "output": str(tmp_path / "pinned")}),
+    )  # fmt: skip
+    assert "holds rows made with another config" in refused
+    assert f"settings.source.commit: {1:040d} -> {2:040d}" in refused
+    assert pinned == "finished"
+
+
+def test_what_cannot_be_streamed_is_said_before_any_work(ran):
+    done = ran[1]
+    nothing = "HubError: no data at tester/nothing on this disk, and the Hub has no data set of that name"
+    assert done["unknown"].startswith(nothing)
+    assert "the data set tester/rlhf_v has no split 'validation', only train, test. Give one of them" in done["split"]
+    assert "the data set tester/rlhf_v has no revision 'v9'. Give a branch, tag or commit" in done["revision"]
+    assert "the data set tester/rlhf_v has no configuration 'french'" in done["config"]
+    assert "the data set tester/broken cannot be streamed" in done["broken"]
+    assert "give its file as `data.path`" in done["broken"]
+    assert len(done["on disk"]) == 64  # a folder of that name on disk is read instead
+    assert done["split on disk"].startswith(
+        "ValueError: tester/here is on this disk, and data.split is for data sets of the Hub"
+    )
+
+
+def test_offline_and_a_hub_that_does_not_answer(monkeypatch):
+    with pytest.raises(ValueError, match="no data at tester/rlhf_v on this disk, and HF_HUB_OFFLINE is set"):
+        files_of(DataConfig(Path("tester/rlhf_v")))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(
+        ValueError, match=r"the Hub at http://127\.0\.0\.1:9 cannot be reached .*finished blocks are kept"
+    ):
+        files_of(DataConfig(Path("tester/rlhf_v")))
+
+
+@pytest.mark.parametrize("path", ["rows/nothing.jsonl", "nothing", "a/b/c", "/tmp/nothing"])
+def test_what_is_no_name_on_the_hub_is_a_missing_file(path):
+    with pytest.raises(ValueError, match=r"no data at .*Set `data\.path` to a JSONL.*OWNER/NAME"):
+        files_of(DataConfig(Path(path)))
