@@ -19,6 +19,7 @@ CAPABILITIES = {
     "image_mask": "hide a share of the image tokens",
     "contrast": "decode against the same prompt without its picture (M3ID)",
     "attention": "attention of an answer to each image token",
+    "first_token": "probabilities of words at the start of an answer",
     "vision_embed": "features of pictures from the model's own vision encoder",
 }
 
@@ -200,16 +201,17 @@ class Usage:
 USAGE = Usage()
 
 
-def require(engine: Engine, needed: Sequence[str], stage: str) -> None:
-    """Raise if an engine lacks a capability that a stage needs.
+def require(engine: Engine | type[Engine], needed: Sequence[str], stage: str) -> None:
+    """Raise if an engine, or what engines of a class can do at best, lacks a capability that a stage needs.
 
     Raises:
         ValueError: names what is missing and an engine that has it.
     """
     missing = sorted(set(needed) - engine.capabilities)
     if missing:
-        wanted = "; ".join(f"{name} ({CAPABILITIES[name]})" for name in missing)
+        name = engine.__name__ if isinstance(engine, type) else type(engine).__name__
+        wanted = "; ".join(f"{one} ({CAPABILITIES[one]})" for one in missing)
         raise ValueError(
-            f"{stage} needs {wanted}, which {type(engine).__name__} cannot do with this model. Use the transformers engine and a "
+            f"{stage} needs {wanted}, which {name} cannot do with this model. Use the transformers engine and a "
             "model that has its pictures among the tokens of its prompt, such as LLaVA or Qwen-VL."
         )

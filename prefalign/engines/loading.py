@@ -22,6 +22,10 @@ def load_engine(
     Raises:
         ValueError: if the engine lacks one of `needs`.
     """
+    if config.engine == "openai":
+        from prefalign.engines import openai
+
+        return openai.load_engine(config, needs=needs, stage=stage)
     from prefalign.engines import transformers
 
     engine = transformers.load_engine(config, batch_size=batch_size)
