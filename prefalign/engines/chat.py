@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefalign.engines import Request
-from prefalign.images import encode_png
+from prefalign.images import encode_png, pixels_sha256
 from prefalign.records import Message
 
 if TYPE_CHECKING:
@@ -24,8 +23,7 @@ class Pictures:
         self._digests: dict[int, str] = {}
         for image in (image for request in requests for image in request.images):
             if id(image) not in self._digests:
-                content = f"{image.mode}{image.size}".encode() + image.tobytes()
-                self._digests[id(image)] = hashlib.sha256(content).hexdigest()
+                self._digests[id(image)] = pixels_sha256(image)
         self._locks = {digest: threading.Lock() for digest in self._digests.values()}
         self._uses: Counter[str] = Counter()
         self._urls: dict[str, str] = {}

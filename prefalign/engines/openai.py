@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -55,6 +55,10 @@ class Answer:
     top: list[tuple[str, float]] = field(default_factory=list)
     prompt_tokens: int = 0
     new_tokens: int = 0
+
+
+Said = SimpleQueue[tuple[str, Answer | str | BaseException]]
+"""What workers bring: by key an answer, why there is none, or an error that concerns every request."""
 
 
 class OpenAIEngine:
@@ -161,7 +165,7 @@ class OpenAIEngine:
         if any(request.given for request in requests):
             raise _refusal("going on after given token ids (given)")
         if "prefix" not in self.capabilities and any(request.prefix.rstrip() for request in requests):
-            raise _refusal("a forced start of the answer (prefix)", known=CONTINUES, owner=self.server.owner)
+            raise _refusal("a forced start of the answer (prefix) was asked for, which", owner=self.server.owner)
         if self.server.owner not in PLAIN:
             for name, value, off in (
                 ("top_k", sampling.top_k, 0),
@@ -212,7 +216,7 @@ class OpenAIEngine:
         if not asked:
             return
         pictures.count(asked.values())
-        said: SimpleQueue[tuple[str, Answer | str | BaseException]] = SimpleQueue()
+        said: Said = SimpleQueue()
 
         def work(key: str) -> None:
             try:
@@ -230,21 +234,11 @@ class OpenAIEngine:
                 pool.submit(work, key)
             left = len(asked)
             while left:
-                batch = [said.get()]
-                while not said.empty():
-                    batch.append(said.get())
-                left -= len(batch)
-                got = {key: answer for key, answer in batch if isinstance(answer, Answer)}
-                if self.replies is not None:
-                    kept = {key: json.dumps(dataclasses.asdict(answer)) for key, answer in got.items()}
-                    self.replies.keep(kept, self.fingerprint)
-                for key, answer in batch:
-                    if isinstance(answer, BaseException):
-                        raise answer
-                    found[key] = answer
+                left -= self._take(said, found)
         finally:
             self.server.stop()
             pool.shutdown(cancel_futures=True)
+            self._keep(list(_drained(said)))  # of a call that has stopped: what was under way
         if failed := self.server.failed_tries - failed_before:
             logger.info(
                 "%s: %d of the tries for %d requests failed and were made again.",
@@ -252,6 +246,21 @@ class OpenAIEngine:
                 failed,
                 len(asked),
             )
+
+    def _take(self, said: Said, found: dict[str, Answer | str]) -> int:
+        """Wait for answers, keep all that are there, and say how many; an error that concerns every request is raised."""
+        batch = [said.get(), *_drained(said)]
+        self._keep(batch)
+        for key, answer in batch:
+            if isinstance(answer, BaseException):
+                raise answer
+            found[key] = answer
+        return len(batch)
+
+    def _keep(self, batch: Sequence[tuple[str, Answer | str | BaseException]]) -> None:
+        if self.replies is not None:
+            got = {key: json.dumps(dataclasses.asdict(one)) for key, one in batch if isinstance(one, Answer)}
+            self.replies.keep(got, self.fingerprint)
 
     def _answer(self, request: Request, sampling: Sampling, pictures: Pictures, top: bool) -> Answer:
         try:
@@ -336,8 +345,14 @@ def load_engine(config: EngineConfig, *, needs: Sequence[str] = (), stage: str =
                 "and give the name that it serves the model under as model_name_or_path."
             )
     engine = OpenAIEngine(config.model_name_or_path, config.server, revision=config.model_revision)
-    require(engine, needs, stage)
+    if set(needs) - engine.capabilities:
+        raise _refusal(f"{stage} needs a forced start of the answer (prefix), which", owner=engine.server.owner)
     return engine
+
+
+def _drained(said: Said) -> Iterator[tuple[str, Answer | str | BaseException]]:
+    while not said.empty():
+        yield said.get()
 
 
 def _completion(request: Request, answer: Answer | str) -> Completion:
@@ -367,10 +382,12 @@ def _check_settings(settings: ServerConfig) -> None:
         raise ValueError(f"server.timeout is {settings.timeout:g}; give the seconds until a request counts as failed.")
 
 
-def _refusal(what: str, *, known: Sequence[str] = (), owner: str = "") -> ValueError:
-    if known:
+def _refusal(what: str, *, owner: str | None = None) -> ValueError:
+    if owner is None:
         return ValueError(
-            f"{what} was asked for, and a server that calls itself {owner!r} is not known to take it: {', '.join(known)} are. "
-            "Use one of these, or `engine: transformers`."
+            f"{what} was asked for, which no server does over OpenAI's protocol. Use `engine: transformers`."
         )
-    return ValueError(f"{what} was asked for, which no server does over OpenAI's protocol. Use `engine: transformers`.")
+    return ValueError(
+        f"{what} a server that calls itself {owner!r} is not known to do: {', '.join(CONTINUES)} are. Use one of these, or "
+        "`engine: transformers`."
+    )

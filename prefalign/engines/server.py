@@ -106,13 +106,13 @@ class Server:
 
     def _before(self, request: httpx2.Request) -> None:
         """Wait for this try's turn."""
-        self.failed_tries += request.headers.get("x-stainless-retry-count", "0") != "0"
         limit = self.settings.requests_per_minute
-        if limit:
-            with self._turn:
-                start = max(time.monotonic(), self._next)
-                self._next = start + 60 / limit
-            self._stopping.wait(start - time.monotonic())
+        with self._turn:
+            self.failed_tries += request.headers.get("x-stainless-retry-count", "0") != "0"
+            now = time.monotonic()
+            start = max(now, self._next)
+            self._next = start + 60 / limit if limit else now
+        self._stopping.wait(start - now)
         if self._stopping.is_set():
             raise Stopped
 
