@@ -224,6 +224,7 @@ class OpenAIEngine:
             except RequestFailed as error:
                 said.put((key, str(error)))
             except BaseException as error:
+                self.server.stop()
                 said.put((key, error))
 
         failed_before = self.server.failed_tries
