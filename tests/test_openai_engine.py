@@ -13,8 +13,10 @@ import sqlite3
 import time
 import traceback
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import yaml
 
 from prefalign import bundled, config, planner
 from prefalign.engines import USAGE, Contrast, ImageMask, Request, Sampling, chat
@@ -24,10 +26,10 @@ from prefalign.engines.openai import OpenAIEngine
 from prefalign.engines.server import ServerError
 from prefalign.images import encode_png, open_image
 from prefalign.records import Candidates, assistant_message, row_seed, user_message
-from prefalign.rewards import Response
+from prefalign.rewards import Response, read_rewards
 from prefalign.rewards.judged import JudgedAttributes, PairwiseJudge
 from prefalign.scenes.export import export
-from prefalign.store import read_records
+from prefalign.store import OutputConfig, read_records, write_records
 from tests.stand_in_server import KEY, MODEL, StandInServer, described
 from tests.tiny_vlms import picture
 
@@ -440,13 +442,13 @@ def test_sentences_are_cut_and_joined_as_the_transformers_engine_does(server, pr
     assert whole.text == (said if prefix.rstrip() == prefix != "" else said.lstrip())
 
 
-def test_token_ids_of_vllm_are_the_answers_without_their_end(server):
-    server.words = {"row": "Two words"}
+def test_token_ids_of_vllm_are_the_answers_without_their_end_and_others_are_counted(server):
+    server.words = {"row": "Three words more"}
     [answer] = engine_on(server).generate([about("row")], GREEDY)
-    assert (answer.token_ids, answer.end_token) == ([10, 11], 2)
+    assert (answer.token_ids, answer.end_token, answer.length) == ([10, 11, 12], 2, 3)
     server.owner = "acme"
     [answer] = engine_on(server).generate([about("row")], GREEDY)
-    assert (answer.token_ids, answer.end_token) == ([], None)
+    assert (answer.token_ids, answer.end_token, answer.length) == ([], None, 3)
 
 
 class TestFirstToken:
@@ -632,6 +634,16 @@ class TestStages:
         assert made.new_tokens == pytest.approx(used["new_tokens"], rel=0.3)
 
 
+def test_the_examples_of_the_page_are_configs():
+    page = (Path(__file__).parents[1] / "docs" / "engines.md").read_text(encoding="utf-8")
+    found = re.findall(r"```yaml\n# (\w+)\n(.*?)```", page, re.DOTALL)
+    assert [name for name, _ in found] == ["sample_responses", "score_responses"]
+    for name, text in found:
+        built = config.build(bundled.load_stage(name).Config, yaml.safe_load(text), source="docs/engines.md")
+        model = built.model if name == "sample_responses" else read_rewards(built.rewards).entries[0].reward.model
+        assert model.engine == "openai"
+
+
 class TestJudges:
     GRADES = json.dumps({"helpfulness": 3, "correctness": 1, "coherence": 4, "complexity": 1, "verbosity": 2})
 
@@ -650,6 +662,23 @@ class TestJudges:
                 assert len({json.dumps(content[0]) for content in contents}) == 2
             else:
                 assert all(isinstance(content, str) and "A dog." in content for content in contents)
+
+    def test_scores_are_those_of_the_judge_wherever_it_runs(self, server, tmp_path):
+        stage = bundled.load_stage("score_responses")
+        server.words = {"Grade": self.GRADES}
+        turn = [user_message("What?", 1)]
+        rows = [
+            Candidates(f"r{n}", [encode_png(PICTURES[n])], turn, [{"text": "A cat."}, {"text": "A dog."}])
+            for n in range(2)
+        ]
+        write_records("t", rows, output=OutputConfig(tmp_path / "rows"), record=Candidates, settings={}, seed=0)
+        for address in (server.url, server.url.replace("127.0.0.1", "localhost")):
+            judge = {"name": "judge", "model": on(server, base_url=address), "weight": {"correctness": 1.0}}
+            values = {"data": {"path": tmp_path / "rows"}, "output": {"path": tmp_path / "out"}, "rewards": [judge]}
+            stage.main(config.build(stage.Config, values))
+        assert len(server.asked) == 4
+        scored = list(read_records(tmp_path / "out", Candidates))
+        assert [response["scores"]["total"] for row in scored for response in row.responses] == [1.0] * 4
 
     def test_a_pairwise_judge(self, server):
         server.words = {"Compare": '{"reason": "r", "better": "A", "confidence": 90}'}

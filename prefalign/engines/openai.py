@@ -342,8 +342,8 @@ def load_engine(config: EngineConfig, *, needs: Sequence[str] = (), stage: str =
     for name, off in (("adapter", None), ("load_in_4bit", False), ("dtype", "auto")):
         if (value := getattr(config, name)) != off:
             raise ValueError(
-                f"{name} is {value!r}, and a server decides itself what it loads, and how. Leave it out, start the server so, "
-                "and give the name that it serves the model under as model_name_or_path."
+                f"{name} is {value!r}, and a server decides itself what it loads, and how. Set {name} to {json.dumps(off)}, "
+                "start the server so, and give the name that it serves the model under as model_name_or_path."
             )
     engine = OpenAIEngine(config.model_name_or_path, config.server, revision=config.model_revision)
     if set(needs) - engine.capabilities:
@@ -364,10 +364,13 @@ def _completion(request: Request, answer: Answer | str) -> Completion:
     text = answer.text if joined else answer.text.lstrip()
     if request.stop_at_sentence and (cut := certain_sentence(request.prefix, text)) is not None:
         return Completion(request.id, cut, finish_reason="sentence")
-    ids, end = answer.token_ids, None
-    if ids and answer.finish_reason == "stop":
+    ids, end, ended = answer.token_ids, None, answer.finish_reason == "stop"
+    if ids and ended:
         ids, end = ids[:-1], ids[-1]
-    return Completion(request.id, text, token_ids=ids, finish_reason=answer.finish_reason, end_token=end)
+    counted = 0 if ids else max(0, answer.new_tokens - ended)
+    return Completion(
+        request.id, text, token_ids=ids, finish_reason=answer.finish_reason, end_token=end, counted=counted
+    )
 
 
 def _seed(request: Request) -> int:
