@@ -59,7 +59,7 @@ class StandInServer:
     fails_after: int | None = None
     delay: float = 0.0
     headers: dict[str, str] = field(default_factory=dict)
-    words: dict[str, str] = field(default_factory=dict)
+    words: dict[str, str | None] = field(default_factory=dict)
     top: list[tuple[str, float]] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
     listed: int = 0
@@ -172,16 +172,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _reply(self, asked: Asked) -> dict[str, Any]:
         body = asked.body
-        said = self.owner.words.get(asked.name)
-        if said is None:
-            said = " " + looked(body["messages"])
-            if "seed" in body:
-                said += f" Drawn with {body['seed']}."
-        choice: dict[str, Any] = {
-            "index": 0,
-            "finish_reason": "stop",
-            "message": {"role": "assistant", "content": said},
-        }
+        drawn = f" Drawn with {body['seed']}." if "seed" in body else ""
+        words = self.owner.words.get(asked.name, f" {looked(body['messages'])}{drawn}")
+        said = words or ""
+        reason = "content_filter" if said == "withheld" else "stop"
+        message = {"role": "assistant", "content": words}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "message": message}
         if body.get("return_token_ids"):
             choice["token_ids"] = [*range(10, 10 + len(said.split())), 2]
         if body.get("logprobs"):

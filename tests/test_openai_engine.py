@@ -1,5 +1,6 @@
 """The server engine against a local server that fails on command: nothing lost, twice or paid twice, and no key shown."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -119,6 +120,21 @@ def test_settings_reach_the_server_and_what_it_would_add_itself_is_off(server):
     assert other == {**common, "temperature": 0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repeat_penalty": 1.3,
                      "max_tokens": 11}  # fmt: skip
     assert unknown == {**common, "temperature": 0.0, "top_p": 1.0, "max_tokens": 32}
+
+
+def test_openai_itself_takes_the_limit_of_length_under_its_new_name(server):
+    engine = engine_on(server)
+    engine.server.address = "https://api.openai.com/v1"  # the connection stays
+    engine.generate([about("row")], GREEDY)
+    assert server.asked[0].body["max_completion_tokens"] == 32
+    assert "max_tokens" not in server.asked[0].body
+
+
+def test_an_answer_that_is_withheld_or_empty(server):
+    server.words = {"row0": "withheld", "row1": None}
+    answers = engine_on(server).generate(some(2), GREEDY)
+    assert answers[0].error == "request row0: the server broke off with finish_reason 'content_filter'"
+    assert (answers[1].text, answers[1].finish_reason) == ("", "stop")
 
 
 def test_a_draw_belongs_to_seed_and_id_whatever_is_asked_beside_it(server):
@@ -353,33 +369,36 @@ class TestKeptAnswers:
             engine_on(server, cache=tmp_path / "notes.txt")
         assert not server.listed
 
-    def test_a_killed_process_loses_no_answer_that_was_kept(self, server, tmp_path):
+    @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+    def test_a_process_that_is_killed_or_interrupted_loses_no_answer_that_was_kept(self, server, tmp_path, how):
         server.delay = 0.03
         settings = server.settings(cache=tmp_path / "kept.sqlite", concurrency=2)
         requests = some(30)
 
         def run():
-            OpenAIEngine(MODEL, settings).generate(requests, GREEDY)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with contextlib.suppress(KeyboardInterrupt):
+                OpenAIEngine(MODEL, settings).generate(requests, GREEDY)
 
         process = multiprocessing.get_context("fork").Process(target=run)
         process.start()
         deadline = time.monotonic() + 20
         while len(server.answers()) < 8 and time.monotonic() < deadline:
             time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
+        os.kill(process.pid, how)
         process.join()
+        time.sleep(0.1)  # the server finishes what it was at
         with sqlite3.connect(settings.cache) as base:
             [[kept]] = base.execute("SELECT COUNT(*) FROM replies").fetchall()
-        assert 1 <= kept < 30
         before = server.answers()
+        lost = len(before) - kept  # on their way when the process died
+        assert 1 <= kept < 30
+        assert 0 <= lost <= (4 if how == signal.SIGKILL else 0)
         answers = OpenAIEngine(MODEL, settings).generate(requests, GREEDY)
         assert [one.text for one in answers] == [seen(one) for one in requests]
         paid = server.answers() - before
         assert sum(paid.values()) == 30 - kept
         assert set(paid.values()) == {1}
-        assert (
-            sum((server.answers() - Counter(request.id for request in requests)).values()) <= 4
-        )  # on their way when killed
 
 
 def test_requests_per_minute_holds_for_tries_too(server):
