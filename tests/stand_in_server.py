@@ -154,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
                 error["param"] = "temperature"
             self._json({"error": error}, {402: 429, 422: 400}.get(fault, fault), self.owner.headers)
         elif fault == "late":
-            time.sleep(1.0)
+            time.sleep(3.0)
         elif fault == "no json":
             self._send(b'{"choices": [{"message": {"content": "half an ans')
         elif fault == "no answer":
