@@ -126,7 +126,7 @@ def _outcome(prompt: Prompt, said: list[Completion], generator: str, config: Con
             "parent": prompt.id,
             "text": completion.text.strip(),
             "token_ids": completion.token_ids,
-            "tokens": completion.length + (completion.finish_reason == "stop"),
+            "tokens": len(completion.token_ids) + (completion.finish_reason == "stop"),
             "finish_reason": completion.finish_reason,
             "settings": {**settings["sampling"], "seed": config.seed},
             "generator": generator,

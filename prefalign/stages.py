@@ -16,6 +16,8 @@ from prefalign.store import Dropped, Failed, Outcome
 if TYPE_CHECKING:
     from PIL import Image
 
+_ELSEWHERE = ("engine", "vllm", "server", "batch_size", "device", "cache")
+
 Given = TypeVar("Given", Prompt, Pair, Candidates)
 Prepared = TypeVar("Prepared")
 
@@ -139,16 +141,14 @@ def write_figures(folder: Path, name: str, figures: Callable[[], Mapping[str, An
     return found
 
 
-NOT_PORTABLE = ("batch_size", "device", "cache", "engine", "server", "vllm")
-
-
 def portable(value: Any) -> Any:
-    """Settings of rewards as they decide rows, on any machine: nothing of how a model is run, of an absolute path its last part.
+    """Settings of rewards as they decide rows, on any machine: no engine, batch size, device or cache, of an absolute path its
+    last part.
 
     Weights are told apart by the version that their reward gives.
     """
     if isinstance(value, Mapping):
-        return {key: portable(item) for key, item in value.items() if key not in NOT_PORTABLE}
+        return {key: portable(item) for key, item in value.items() if key not in _ELSEWHERE}
     if isinstance(value, (list, tuple)):
         return [portable(item) for item in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
