@@ -7,6 +7,7 @@ or one that was changed on its way, is another answer. A request is known by the
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -21,10 +22,17 @@ from typing import Any
 
 from PIL import Image
 
+from prefalign.engines import Request, Sampling
 from prefalign.engines.config import ServerConfig
+from prefalign.engines.openai import OpenAIEngine
+from prefalign.records import user_message
+from tests.tiny_vlms import picture
 
 KEY = "sk-" + "standin" * 4
 MODEL = "tiny-vlm"
+GREEDY = Sampling(max_new_tokens=32, temperature=0.0)
+DRAWN = Sampling(max_new_tokens=32)
+PICTURES = [picture(number) for number in range(4)]
 
 
 @dataclass
@@ -224,3 +232,25 @@ def described(images: list[Image.Image]) -> str:
     pixels = b"".join(image.tobytes() for image in images)
     middle = images[0].getpixel((images[0].width // 2, images[0].height // 2))
     return f"{len(images)} of {middle}, {hashlib.sha256(pixels).hexdigest()[:12]}."
+
+
+def engine_on(server, **changes):
+    return OpenAIEngine(MODEL, server.settings(**changes))
+
+
+def model_section(server, **changes):
+    """The `model` section of a config."""
+    return {"model_name_or_path": MODEL, "device": "auto", "engine": "openai",
+            "server": dataclasses.asdict(server.settings(**changes))}  # fmt: skip
+
+
+def about(name, *images, **more):
+    return Request(name, [user_message(f"{name} what is this?", len(images))], list(images), **more)
+
+
+def some(count):
+    return [about(f"row{number}", PICTURES[number % len(PICTURES)]) for number in range(count)]
+
+
+def seen(request):
+    return described(request.images)
