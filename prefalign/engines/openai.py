@@ -217,6 +217,7 @@ class OpenAIEngine:
             return
         pictures.count(asked.values())
         said: Said = SimpleQueue()
+        came: list[tuple[str, Answer | str | BaseException]] = []
 
         def work(key: str) -> None:
             try:
@@ -235,11 +236,19 @@ class OpenAIEngine:
                 pool.submit(work, key)
             left = len(asked)
             while left:
-                left -= self._take(said, found)
+                came.append(said.get())
+                came += _drained(said)
+                self._keep(came)
+                for key, answer in came:
+                    if isinstance(answer, BaseException):
+                        raise answer
+                    found[key] = answer
+                left -= len(came)
+                came.clear()
         finally:
             self.server.stop()
             pool.shutdown(cancel_futures=True)
-            self._keep(list(_drained(said)))  # of a call that has stopped: what was under way
+            self._keep([*came, *_drained(said)])  # of a call that has stopped: what was under way
         if failed := self.server.failed_tries - failed_before:
             logger.info(
                 "%s: %d of the tries for %d requests failed and were made again.",
@@ -247,16 +256,6 @@ class OpenAIEngine:
                 failed,
                 len(asked),
             )
-
-    def _take(self, said: Said, found: dict[str, Answer | str]) -> int:
-        """Wait for answers, keep all that are there, and say how many; an error that concerns every request is raised."""
-        batch = [said.get(), *_drained(said)]
-        self._keep(batch)
-        for key, answer in batch:
-            if isinstance(answer, BaseException):
-                raise answer
-            found[key] = answer
-        return len(batch)
 
     def _keep(self, batch: Sequence[tuple[str, Answer | str | BaseException]]) -> None:
         if self.replies is not None:
