@@ -319,8 +319,8 @@ def _pair(
         **task.meta,
         "chosen_prompt": config.guided_prompt,
         "rejected_prompt": task.asked,
-        "chosen_tokens": len(chosen.token_ids),
-        "rejected_tokens": len(rejected.token_ids),
+        "chosen_tokens": chosen.length,
+        "rejected_tokens": rejected.length,
         "similarity": round(similarity, 6),
     }
     parent = dataclasses.replace(prompt, messages=[records.user_message(task.neutral, images=1)], answer=None)
@@ -344,7 +344,7 @@ def rejection(chosen: Completion, rejected: Completion, similarity: float, filte
     if words and re.search(rf"\b(?:{words})\b", rejected.text, re.IGNORECASE):
         return "announced_fiction"
     lowest, highest = filters.length_ratio or (0.0, float("inf"))
-    ratio = len(rejected.token_ids) / max(1, len(chosen.token_ids))
+    ratio = rejected.length / max(1, chosen.length)
     return None if lowest <= ratio <= highest else "length_ratio"
 
 
@@ -380,7 +380,7 @@ def _example(prompt: Prompt, description: Completion | None, generator: str, con
         messages = describing.with_description(messages, description.text, config.infusion.template)
         meta["description"] = description.text
         meta["description_prompt"] = describing.drawn_prompt(config.neutral_prompts, config.seed, prompt.id)
-        meta["description_tokens"] = len(description.token_ids)
+        meta["description_tokens"] = description.length
     name = records.record_id(method=METHOD, parent=prompt.id, settings=settings, model=generator, seed=config.seed)
     return [Example(name, prompt.images, [*messages, records.assistant_message(str(prompt.answer))], meta)]
 

@@ -1,7 +1,7 @@
 """Shared by all tests: no network, one thread, tiny checkpoints."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +57,14 @@ def doctor_case(tiny_llava: Path, healthy_pairs: Path, tmp_path: Path) -> Callab
         return prepare(checkpoint, folder, tmp_path, **changes)
 
     return make
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A local server that speaks OpenAI's protocol, and no settings for another one in the environment."""
+    from tests.stand_in_server import StandInServer
+
+    for name in [name for name in os.environ if name.startswith("OPENAI_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    with StandInServer() as running:
+        yield running

@@ -120,13 +120,14 @@ class Completion:
     Attributes:
         id: the request's id.
         text: new text only, without the forced prefix and special tokens.
-        token_ids: new tokens, end-of-sequence excluded.
+        token_ids: new tokens, end-of-sequence excluded; none where a server does not give them.
         finish_reason: `stop` (end of sequence), `sentence`, `length`, or `error`.
         error: why this request alone failed, when `finish_reason` is `error`.
         contrast: what a decoding with `Sampling.contrast` did; None where there was no picture to take away.
         attention: what `Sampling.attention_layer` asked for, of the tokens in `token_ids` that were fed back: what
             `Engine.attention` gives for this completion. None where it was not asked for, or the request failed.
         end_token: id of the end-of-sequence that ended it, of several that may; None where none did.
+        counted: how many new tokens a server that gives no ids counted, end-of-sequence excluded.
     """
 
     id: str
@@ -137,6 +138,12 @@ class Completion:
     contrast: Contrasted | None = None
     attention: ImageAttention | None = field(default=None, compare=False)
     end_token: int | None = field(default=None, compare=False)
+    counted: int = field(default=0, compare=False)
+
+    @property
+    def length(self) -> int:
+        """Number of new tokens, end-of-sequence excluded."""
+        return len(self.token_ids) or self.counted
 
 
 @dataclass
@@ -212,8 +219,13 @@ class Usage:
 USAGE = Usage()
 
 
-def require(engine: Engine, needed: Sequence[str], stage: str) -> None:
+def require(engine: Engine | type[Engine], needed: Sequence[str], stage: str) -> None:
     """Raise if an engine lacks a capability that a stage needs.
+
+    Args:
+        engine: the engine, or its class where that alone says what it can do.
+        needed: capabilities.
+        stage: its name, for the message.
 
     Raises:
         ValueError: names what is missing and an engine that has it.
@@ -221,6 +233,10 @@ def require(engine: Engine, needed: Sequence[str], stage: str) -> None:
     missing = sorted(set(needed) - engine.capabilities)
     if missing:
         wanted = "; ".join(f"{name} ({CAPABILITIES[name]})" for name in missing)
+        if isinstance(engine, type):
+            raise ValueError(
+                f"{stage} needs {wanted}, which {engine.__name__} cannot do with any model. Set `engine` to transformers."
+            )
         raise ValueError(
             f"{stage} needs {wanted}, which {type(engine).__name__} cannot do with this model. Use the transformers engine and a "
             "model that has its pictures among the tokens of its prompt, such as LLaVA or Qwen-VL."
