@@ -283,7 +283,7 @@ def _draw(ready: Sequence[tuple[Any, Any, Row]], models: Models, config: Config)
         known["responses"] = [
             {"text": completion.text.strip(), "finish_reason": completion.finish_reason, "settings": drawn_as,
              "generator": models.generator.fingerprint,
-             "tokens": len(completion.token_ids) + (completion.finish_reason == "stop")}
+             "tokens": completion.length + (completion.finish_reason == "stop")}
             for completion in completions
         ]  # fmt: skip
 

@@ -150,7 +150,7 @@ def _conversation(
         return found
     for response, course in zip(found.responses, courses, strict=True):
         response["earlier"] = [one.text.strip() for one in course[:-1]]
-        response["tokens"] = sum(len(one.token_ids) + (one.finish_reason == "stop") for one in course)
+        response["tokens"] = sum(one.length + (one.finish_reason == "stop") for one in course)
         if any(one.finish_reason == "length" for one in course):
             response["finish_reason"] = "length"
     return found
@@ -169,7 +169,7 @@ def _candidates(
             "parent": prompt.id,
             "text": completion.text.strip(),
             "token_ids": completion.token_ids,
-            "tokens": len(completion.token_ids) + (completion.finish_reason == "stop"),
+            "tokens": completion.length + (completion.finish_reason == "stop"),
             "finish_reason": completion.finish_reason,
             "settings": {**settings["sampling"], "seed": seed},
             "generator": generator,
