@@ -29,7 +29,7 @@ who works on the blocks (changes no row; docs/scale.md):
   --executor EXECUTOR    local: this process (default); ray: actors of a Ray cluster
   --actors N             with ray: how many, each with a model of its own; as many as there are GPUs if left out, else 1
   --actor-gpus G         with ray: GPUs of each; 1 if left out and the cluster has GPUs, else 0
-  --ray-address ADDRESS  with ray: a cluster that runs, `auto` for the one of this machine; if left out RAY_ADDRESS, else a new one"""
+  --ray-address ADDRESS  with ray: a cluster that runs, `auto` for this machine's; if left out RAY_ADDRESS, else a new one"""
 FLAGS = ("--shard", "--executor", "--actors", "--actor-gpus", "--ray-address")
 
 
@@ -119,7 +119,7 @@ def take_options(arguments: Sequence[str]) -> tuple[Options, list[str]]:
         raise ConfigError(f"--executor {executor}: there are `local` and `ray`.")
     if executor == "ray" and "--shard" in given:
         raise ConfigError(
-            "--shard and --executor ray are two ways to share out the same blocks, the first for schedulers without Ray. Give one."
+            "--shard and --executor ray are two ways to share out the same blocks (the first needs no Ray). Give one."
         )
     alien = [flag for flag in given if flag in FLAGS[2:]]
     if alien and executor != "ray":
@@ -166,12 +166,14 @@ class Ended:
         error: message of what it raised, or None.
         trace: where that came from.
         expected: whether the error is of a kind whose message says all (`ValueError` and other errors that stages raise).
+        said: what it wrote to stderr after its blocks were done.
     """
 
     result: Any = None
     error: str | None = None
     trace: str = ""
     expected: bool = True
+    said: str = ""
 
 
 @dataclass
@@ -215,7 +217,7 @@ class StageWorker:
             try:
                 self._answers.put(list(process(asked)))
             except Exception as error:
-                self._answers.put(_ended(error))
+                self._answers.put(ended(error))
                 raise
         return asked.manifest
 
@@ -223,15 +225,16 @@ class StageWorker:
         WORKER.set(self)
         with sharded(shard):
             try:
-                ended = Ended(main(config))
+                end = Ended(main(config))
             except BaseException as error:  # SystemExit too: nobody else hears of it
-                ended = _ended(error)
-        self._steps.put(ended)
+                end = ended(error)
+        self._steps.put(end)
 
 
 WORKER: ContextVar[StageWorker | None] = ContextVar("worker", default=None)
 
 
-def _ended(error: BaseException) -> Ended:
+def ended(error: BaseException) -> Ended:
+    """The end that an exception, being handled, makes of a stage."""
     expected = isinstance(error, (ValueError, RuntimeError, OSError, ImportError, FloatingPointError))
     return Ended(error=str(error) or type(error).__name__, trace=traceback.format_exc(), expected=expected)
