@@ -14,6 +14,7 @@ import dataclasses
 import io
 import os
 import pickle
+import re
 import sys
 import time
 from collections import Counter, deque
@@ -226,16 +227,16 @@ class _Crew:
             try:
                 answer = self._get(future)
             except _Lost as error:
-                lost = list(member.blocks.values())
+                lost = list(member.blocks.values())  # in the order in which the actor takes them
                 again.extendleft(reversed(lost))
-                tries.update(block.number for block in lost)
-                self._replace(member, error)
-                if (worst := max(tries[block.number] for block in lost)) > MOST_DEATHS:
-                    number = next(block.number for block in lost if tries[block.number] == worst)
+                number = lost[0].number
+                tries[number] += 1
+                if tries[number] > MOST_DEATHS:
                     raise ExecutorError(
-                        f"{worst} actors died with block {number} in hand ({error}), so starting one more would not help: look "
-                        f"at its rows, from input {number * self._known_job().output.block_size} on. Finished blocks are safe."
+                        f"{tries[number]} actors died at block {number} ({error}). One more would too: look at its rows, from input "
+                        f"{number * self._known_job().output.block_size} on. Finished blocks are safe."
                     ) from error
+                self._replace(member, error)
                 continue
             block = member.blocks.pop(future)
             if isinstance(answer, Ended):
@@ -275,7 +276,9 @@ class _Crew:
         except self.ray.exceptions.RayTaskError as error:
             raise ExecutorError(f"an actor could not answer: {error}") from error
         except self.ray.exceptions.RayError as error:
-            raise _Lost(" ".join(str(error).split())[-300:]) from error
+            text = " ".join(str(error).split())
+            known = re.search(r"The actor (?:died|is dead) because .*?(?= Some common causes| If the process|$)", text)
+            raise _Lost((known[0] if known else text)[-300:]) from error
 
     def _hear(self, future: Any) -> Ended | None:
         """Take in an actor's next step: it is ready for the job at hand, must catch up, or has ended."""
@@ -323,11 +326,12 @@ class _Crew:
         self.deaths += 1
         if self.deaths > MOST_DEATHS * len(self.members):
             raise ExecutorError(
-                f"{self.deaths} actors died in a row and no block was done meanwhile; the last one: {error}. Is there memory "
+                f"{self.deaths} actors were lost in a row and no block was done meanwhile; the last one: {error} Is there memory "
                 "enough for the model in each? Finished blocks are safe."
             ) from error
         for future in [future for future, asked in self.asked.items() if asked is member]:
             del self.asked[future]
+        print(f"an actor was lost and another takes over what it had in hand: {error}", file=sys.stderr)
         self.ray.kill(member.actor)
         self.members[self.members.index(member)] = self._hire(member.shard)
 
