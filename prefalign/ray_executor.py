@@ -233,8 +233,8 @@ class _Crew:
                 tries[number] += 1
                 if tries[number] > MOST_DEATHS:
                     raise ExecutorError(
-                        f"{tries[number]} actors died at block {number} ({error}). One more would too: look at its rows, from input "
-                        f"{number * self._known_job().output.block_size} on. Finished blocks are safe."
+                        f"{tries[number]} actors died at block {number} ({error}). One more would too: look at its rows, from "
+                        f"input {number * self._known_job().output.block_size} on. Finished blocks are safe."
                     ) from error
                 self._replace(member, error)
                 continue

@@ -65,10 +65,8 @@ def test_the_folder_is_that_of_one_process(file, rows, straight, tmp_path):
 
 def test_a_block_whose_actor_is_killed_is_done_again(file, rows, straight, tmp_path, capsys):
     run(file, rows, tmp_path / "out", mishap="die_once", marks=tmp_path)
-    assert len(list(tmp_path.glob("mark-*"))) == 2, (
-        "two actors had the block of r07 in hand, and the first killed itself"
-    assert "an actor was lost and another takes over what it had in hand: The actor died because" in capsys.readouterr().err
-    )
+    assert len(list(tmp_path.glob("mark-*"))) == 2, "two actors began with the block of r07; the first killed itself"
+    assert "an actor was lost and another takes over what it had in hand: The actor died" in capsys.readouterr().err
     assert files(tmp_path / "out") == straight
 
 
