@@ -65,6 +65,27 @@ def run(name: str, config: Any, options: Options) -> Any:
     return step.result
 
 
+def connect(address: str, **settings: Any) -> Any:
+    """The module `ray`, connected to a cluster; what Ray has to say of itself stays in its log files.
+
+    Args:
+        address: of a cluster that runs, or `local` for a new one.
+        settings: of `ray.init`, for a new one.
+
+    Raises:
+        ExecutorError: Ray is not installed, or there is no such cluster.
+    """
+    ray = _import_ray()
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **settings)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ExecutorError(
+            f"no Ray cluster at {address} ({str(error).splitlines()[0]}). Start one (`ray start --head`), or leave --ray-address "
+            "and RAY_ADDRESS out: then one is started on this machine for the run."
+        ) from error
+    return ray
+
+
 def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault(
@@ -84,15 +105,9 @@ def _cluster(ray: Any, options: Options) -> Iterator[tuple[int, float]]:
     """Connect to the cluster, or start one on this machine. Gives the number of actors and the GPUs of each."""
     address = options.ray_address or os.environ.get("RAY_ADDRESS")
     connected = ray.is_initialized()  # by the program that calls this
-    size = {} if address else {"num_cpus": max(options.actors or 1, os.cpu_count() or 1), "include_dashboard": False}
-    try:
-        if not connected:
-            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **size)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ExecutorError(
-            f"no Ray cluster at {address or 'this machine'} ({str(error).splitlines()[0]}). Start one (`ray start --head`) "
-            "or leave --ray-address out: then one is started on this machine for the run."
-        ) from error
+    if not connected:
+        cores = max(options.actors or 1, os.cpu_count() or 1)
+        connect(address or "local", **({} if address else {"num_cpus": cores, "include_dashboard": False}))
     try:
         there = ray.cluster_resources().get("GPU", 0)
         gpus = float(bool(there)) if options.actor_gpus is None else options.actor_gpus

@@ -26,9 +26,8 @@ RAY = Options(executor="ray", actors=2)
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     """A cluster of this machine; runs of this process are its jobs."""
-    ray_executor._import_ray()
-    context = ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield context.address_info["gcs_address"]
+    ray_executor.connect("local", num_cpus=4, include_dashboard=False)
+    yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
 
@@ -66,13 +65,15 @@ def test_the_folder_is_that_of_one_process(file, rows, straight, tmp_path):
 def test_a_block_whose_actor_is_killed_is_done_again(file, rows, straight, tmp_path, capsys):
     run(file, rows, tmp_path / "out", mishap="die_once", marks=tmp_path)
     assert len(list(tmp_path.glob("mark-*"))) == 2, "two actors began with the block of r07; the first killed itself"
-    assert "an actor was lost and another takes over what it had in hand: The actor died" in capsys.readouterr().err
+    assert "an actor was lost and another takes over what it had in hand: The actor is dead" in capsys.readouterr().err
     assert files(tmp_path / "out") == straight
 
 
 def test_a_block_that_kills_every_actor_is_named(file, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(ray_executor, "MOST_DEATHS", 1)
-    message = "^2 actors died at block 2 .The actor died because .* look at its rows, from input 6 on. Finished blocks are safe"
+    message = (
+        "^2 actors died at block 2 .The actor is dead because .* look at its rows, from input 6 on. Finished blocks"
+    )
     with pytest.raises(ExecutorError, match=message):
         run(file, rows, tmp_path / "out", mishap="die", marks=tmp_path, options=Options(executor="ray", actors=1))
     assert len(list(tmp_path.glob("mark-*"))) == 2
