@@ -170,16 +170,14 @@ def try_shards(ground: Ground, output: Path) -> list[str]:
     return [f"{moment:.2f} s (shard {victim})"] if killed else []
 
 
-def try_ray(ground: Ground, output: Path, address: str, nodes: int) -> list[str]:
+def try_ray(ground: Ground, output: Path, options: Options) -> list[str]:
     """A run on actors, one of which or whose driver is killed. Returns which and when.
 
     Args:
         ground: the case.
         output: folder of the run. Trials with an even number at the end of its name lose an actor, the others the driver.
-        address: of the cluster.
-        nodes: id of the process whose descendants all actors are.
+        options: actors, on a cluster of this process.
     """
-    options = Options(executor="ray", actors=ACTORS, ray_address=address)
     driver = ground.start(output, options)
     moment = ground.moment()
     if int(output.name.split("-")[-1]) % 2:
@@ -188,7 +186,7 @@ def try_ray(ground: Ground, output: Path, address: str, nodes: int) -> list[str]
             ground.run(output, options)
         return [f"{moment:.2f} s (driver)"] if killed else []
     driver.join(moment)
-    actors = actors_under(nodes) if driver.exitcode is None else []
+    actors = actors_under(os.getpid()) if driver.exitcode is None else []
     for victim in actors[:1] and [ground.rng.choice(actors)]:
         os.kill(victim, signal.SIGKILL)
     end(ground.case, driver)
@@ -210,38 +208,35 @@ def actors_under(process: int) -> list[int]:
     return sorted(one for one, name in names.items() if name.startswith("ray::_Actor") and descends(one))
 
 
-def host(pipe: Any) -> None:
-    """A Ray cluster of this machine, until the other end of the pipe says so (in a process of its own)."""
+@contextlib.contextmanager
+def cluster() -> Iterator[str]:
+    """A Ray cluster of this process, which processes started later may use: its address."""
     from prefalign.ray_executor import connect
 
     ray = connect("local", num_cpus=2 * ACTORS, include_dashboard=False)
-    pipe.send(ray.get_runtime_context().gcs_address)
-    pipe.recv()
-    ray.shutdown()
-
-
-@contextlib.contextmanager
-def cluster(context: ForkServerContext) -> Iterator[tuple[str, int]]:
-    """Address of a Ray cluster, and the process that it belongs to."""
-    here, there = context.Pipe()
-    process = context.Process(target=host, args=(there,))
-    process.start()
     try:
-        assert process.pid is not None
-        yield here.recv(), process.pid
+        yield ray.get_runtime_context().gcs_address
     finally:
-        here.send("end")
-        process.join()
+        ray.shutdown()
 
 
 def try_case(
-    ground: Ground, root: Path, attempt: Callable[[Ground, Path], list[str]], executor: str, kills: int
+    ground: Ground, root: Path, attempt: Callable[[Ground, Path], list[str]], executor: str, whole: Options, kills: int
 ) -> list[dict[str, Any]]:
-    """Trials of one case until something was killed so many times; the lines of the result file."""
+    """Trials of one case until something was killed so many times; the lines of the result file.
+
+    Args:
+        ground: the case.
+        root: folder of all trials.
+        attempt: one trial; returns what it has killed.
+        executor: its name.
+        whole: options of an uninterrupted run, over whose duration the kills are drawn.
+        kills: how many.
+    """
     case = ground.case
     ground.run(root / f"{case}-straight")
     started = time.perf_counter()
-    ground.run(root / f"{case}-warm")
+    ground.run(root / f"{case}-whole", whole)
     ground.duration = time.perf_counter() - started
     expected = contents(root / f"{case}-straight")
     print(f"{case}, {executor}: uninterrupted {ground.duration:.1f} s, {len(expected)} files", flush=True)
@@ -282,15 +277,17 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         attempts: dict[str, Callable[[Ground, Path], list[str]]] = {"local": try_local, "shards": try_shards}
+        whole = dict.fromkeys(EXECUTORS, Options())
         if "ray" in executors:
-            address, nodes = stack.enter_context(cluster(context))
-            attempts["ray"] = lambda ground, output: try_ray(ground, output, address, nodes)
+            address = stack.enter_context(cluster())
+            whole["ray"] = Options(executor="ray", actors=ACTORS, ray_address=address)
+            attempts["ray"] = lambda ground, output: try_ray(ground, output, whole["ray"])
         for executor in executors:
             for case in wanted:
                 root = Path(scratch) / executor
                 rng = random.Random(f"{chosen.seed} {case}")
                 ground = Ground(context, case, prepare(case, root, chosen.rows), rng)
-                found += try_case(ground, root, attempts[executor], executor, chosen.kills)
+                found += try_case(ground, root, attempts[executor], executor, whole[executor], chosen.kills)
     for line in found:
         print(f"{line['name']:<40} {line['value']} of {line['goal']} {line['unit']}")
     if chosen.json:

@@ -79,8 +79,9 @@ def connect(address: str, **settings: Any) -> Any:
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **settings)
     except (ConnectionError, RuntimeError, ValueError) as error:
+        why = " ".join(str(error.__cause__ or error).split())
         raise ExecutorError(
-            f"no Ray cluster at {address} ({str(error).splitlines()[0]}). Start one (`ray start --head`), or leave --ray-address "
+            f"no Ray cluster could be reached at {address}: {why[:300]}. Start one (`ray start --head`), or leave --ray-address "
             "and RAY_ADDRESS out: then one is started on this machine for the run."
         ) from error
     return ray
