@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from prefalign import bundled, config, ray_executor, running
-from prefalign.execution import Options
+from prefalign.execution import Options, take_options
 from prefalign.manifest import read_manifest
 from prefalign.ray_executor import ExecutorError
 from prefalign.records import Candidates
@@ -181,3 +181,18 @@ def test_without_ray_the_extra_is_named(file, rows, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ExecutorError, match=r"needs Ray, which is not installed: pip install 'prefalign\[ray\]'"):
         run(file, rows, tmp_path / "out")
+
+
+def test_the_cluster_file_is_one_that_ray_takes():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    path = bundled.find("ray/cluster")
+    known = prepare_config(config.read_yaml(path))
+    validate_config(known)
+    assert known["max_workers"] == len(known["provider"]["worker_ips"])
+    header = "".join(line.lstrip("# \\") for line in path.read_text().splitlines() if line.startswith("#"))
+    command = re.search('prefalign run (\\S+) (.*?)"', header.replace("\\", " "))
+    options, rest = take_options(command[2].split())
+    assert options == Options(executor="ray", actors=16, ray_address="auto")
+    assert command[1] in bundled.stages()
+    assert rest[:2] == ["--config", "configs/datagen/sample_responses.yaml"]

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -16,6 +17,7 @@ from prefalign.records import Prompt
 from prefalign.sources import DataConfig, survey
 from prefalign.store import OutputConfig, StoreError, write_records
 from prefalign.surveys import Survey
+from tests.launching import ENVIRONMENT
 from tests.shared_out import files, prompts_with_a_duplicate, scenes_config, write_rows, write_stage
 from tests.test_select_responses import row as scored_row
 
@@ -305,3 +307,52 @@ def test_the_command_tells_of_shards_and_says_which_stages_have_none(rows, tmp_p
     assert "--shard" not in capsys.readouterr().out
     assert cli.main(["run", "merge_adapter", "--adapter", "a", "--output", "b", "--shard", "0/2"]) == 1
     assert "merge_adapter does not work by blocks" in capsys.readouterr().err
+
+
+SRUN = '#!/bin/bash\nexec "$@"\n'
+ARRAY = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "2", "SLURM_JOB_ID": "71", "SLURM_CPUS_PER_TASK": "1"}
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A command that does a task of an array on this machine: Slurm's own commands are stand-ins."""
+    for name, text in (("srun", SRUN), ("scontrol", '#!/bin/bash\necho "$@" >> requeued\n')):
+        (tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path / "bin"), ENVIRONMENT["PATH"]])
+
+    def go(task, *words, **environment):
+        return subprocess.Popen(["bash", str(bundled.find("slurm/generate")), *map(str, words)], cwd=tmp_path, text=True,
+                                env=ENVIRONMENT | ARRAY | {"PATH": path, "SLURM_ARRAY_TASK_ID": str(task)} | environment,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+
+    return go
+
+
+def test_a_slurm_array_does_a_shard_in_each_task(slurm, stage, rows, tmp_path):
+    start(stage, settings(stage, rows, tmp_path / "straight"))
+    words = [tmp_path / "capitals.py", "--data.path", rows, "--output.path", tmp_path / "out", "--output.block_size", 3]
+    said = []
+    for task in (2, 0):
+        said.append(slurm(task, *words).communicate())
+    assert "shard 2/3 of capitals has done its blocks; 6 of 8" in said[0][0], said
+    again = slurm(1, *words, SLURM_ARRAY_TASK_MIN="1", SLURM_ARRAY_TASK_MAX="1")
+    assert "The array begins at 1, so blocks of shard 0 would not be done" in again.communicate()[1]
+    assert again.returncode == 2
+    last = slurm(1, *words, SLURM_ARRAY_TASK_MIN="1", SLURM_ARRAY_TASK_MAX="1", SHARDS="3").communicate()
+    assert "capitals: 22 rows in, 18 rows out" in last[0], last
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+
+
+def test_a_slurm_task_asks_to_be_queued_again(slurm, tmp_path):
+    (tmp_path / "bin" / "srun").write_text("#!/bin/bash\ntouch started\nexec sleep 20\n")
+    task = slurm(0, "capitals")
+    while not (tmp_path / "started").exists():
+        assert task.poll() is None
+        time.sleep(0.05)
+    task.send_signal(signal.SIGUSR1)
+    task.wait(timeout=60)
+    os.killpg(task.pid, signal.SIGKILL)
+    task.communicate()
+    assert (tmp_path / "requeued").read_text() == "requeue 71\n"
