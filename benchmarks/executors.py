@@ -1,11 +1,11 @@
 """What shards of work and Ray's actors cost for each row, beside one plain process.
 
-    python benchmarks/executors.py [--json FILE] [--rows 512] [--actors 1,2,4] [--parts povid,sample_responses]
+    python benchmarks/executors.py [--json FILE] [--rows 512] [--actors 1,2,4] [--repeats 3] [--parts povid,sample_responses]
 
 `povid`             rules edit the answers, no model: what is left is reading, sending to and fro, and storing.
 `sample_responses`  one answer of up to 24 tokens from the scenes model on a CPU. Actors share the machine's cores.
 
-Each is run on an eighth of the rows and on all; the difference gives the time of a row, the rest is the start (imports, models,
+Each is run on an eighth of the rows and on all, `repeats` times, of which the fastest counts; the difference gives the time of a row, the rest is the start (imports, models,
 actors; the cluster runs already). Models think on one thread. `overhead_ms` is the time of a row less that in one plain process:
 below zero where actors have cores to themselves.
 """
@@ -40,7 +40,7 @@ def seconds(stage: str, data: Path, output: Path, options: Options) -> float:
     return time.perf_counter() - started
 
 
-def measure(stage: str, rows: int, actors: list[int], root: Path) -> list[dict[str, Any]]:
+def measure(stage: str, rows: int, actors: list[int], repeats: int, root: Path) -> list[dict[str, Any]]:
     """The lines of one stage: one plain process, then each number of actors."""
     from prefalign.scenes.export import export
 
@@ -53,7 +53,13 @@ def measure(stage: str, rows: int, actors: list[int], root: Path) -> list[dict[s
     lines: list[dict[str, Any]] = []
     plain = 0.0
     for way, options in ways.items():
-        short, long = (seconds(stage, root / f"rows-{size}", root / f"{stage}-{way}-{size}", options) for size in sizes)
+        short, long = (
+            min(
+                seconds(stage, root / f"rows-{size}", root / f"{stage}-{way}-{size}-{number}", options)
+                for number in range(repeats)
+            )
+            for size in sizes
+        )
         row = (long - short) / (sizes[1] - sizes[0])
         plain = row if way == "plain" else plain
         found = {"ms_per_row": (1000 * row, "ms"), "start_s": (short - sizes[0] * row, "s")}
@@ -70,6 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--actors", default="1,2,4")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parts", default=",".join(SETTINGS))
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
@@ -83,7 +90,9 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             lines = [
-                line for stage in chosen.parts.split(",") for line in measure(stage, chosen.rows, actors, Path(scratch))
+                line
+                for stage in chosen.parts.split(",")
+                for line in measure(stage, chosen.rows, actors, chosen.repeats, Path(scratch))
             ]
     finally:
         ray.shutdown()
