@@ -5,9 +5,9 @@
 `povid`             rules edit the answers, no model: what is left is reading, sending to and fro, and storing.
 `sample_responses`  one answer of up to 24 tokens from the scenes model on a CPU. Actors share the machine's cores.
 
-Each is run on an eighth of the rows and on all, `repeats` times, of which the fastest counts; the difference gives the time of a row, the rest is the start (imports, models,
-actors; the cluster runs already). Models think on one thread. `overhead_ms` is the time of a row less that in one plain process:
-below zero where actors have cores to themselves.
+Each is run on an eighth of the rows and on all, `repeats` times, of which the fastest counts. The difference gives the time of a
+row, the rest is the start (imports, models, actors; the cluster runs already). Models think on one thread. `overhead_ms` is the
+time of a row less that in one plain process: below zero where actors have cores to themselves.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ def test_the_cluster_file_is_one_that_ray_takes():
     validate_config(known)
     assert known["max_workers"] == len(known["provider"]["worker_ips"])
     header = "".join(line.lstrip("# \\") for line in path.read_text().splitlines() if line.startswith("#"))
-    command = re.search('prefalign run (\\S+) (.*?)"', header.replace("\\", " "))
+    command = re.search('prefalign run (sample\\S+) (.*?)"', header.replace("\\", " "))
     options, rest = take_options(command[2].split())
     assert options == Options(executor="ray", actors=16, ray_address="auto")
     assert command[1] in bundled.stages()
