@@ -15,6 +15,7 @@ import io
 import os
 import pickle
 import re
+import socket
 import sys
 import time
 from collections import Counter, deque
@@ -76,9 +77,12 @@ def connect(address: str, **settings: Any) -> Any:
         ExecutorError: Ray is not installed, or there is no such cluster.
     """
     ray = _import_ray()
+    known = re.fullmatch(r"([^:/]+):(\d+)", address)
     try:
+        if known:  # Ray itself tries for two minutes
+            socket.create_connection((known[1], int(known[2])), timeout=10).close()
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **settings)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         why = " ".join(str(error.__cause__ or error).split())
         raise ExecutorError(
             f"no Ray cluster could be reached at {address}: {why[:300]}. Start one (`ray start --head`), or leave --ray-address "

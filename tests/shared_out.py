@@ -39,6 +39,8 @@ class Config:
 def main(config):
     if config.mishap == "start":
         raise ValueError("there is no such model. Name another.")
+    if config.mishap == "die_at_start":
+        os.kill(os.getpid(), signal.SIGKILL)
     settings = {"pid": os.getpid()} if config.mishap == "differ" else {}
     def process(block):
         if any(prompt.id.startswith(config.at) for prompt in block):

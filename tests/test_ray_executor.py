@@ -166,6 +166,32 @@ def test_a_missing_model_is_one_line_and_ray_is_silent(cluster, tmp_path):
     assert "PREFALIGN_TRACEBACK=1" in second
 
 
+def test_actors_that_die_before_any_block_is_done(file, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_executor, "MOST_DEATHS", 1)
+    with pytest.raises(
+        ExecutorError, match="2 actors were lost in a row and no block was done .* memory enough for the model"
+    ):
+        run(file, rows, tmp_path / "out", mishap="die_at_start", options=Options(executor="ray", actors=1))
+
+
+def test_what_cannot_be_placed(file, rows, tmp_path, monkeypatch, capsys):
+    with pytest.raises(ExecutorError, match="--actor-gpus 2: this machine has 0 GPUs. Give no more than that"):
+        run(file, rows, tmp_path / "out", options=Options(executor="ray", actor_gpus=2))
+    monkeypatch.setattr(ray_executor, "_PATIENCE", 0.1)
+    run(file, rows, tmp_path / "out")
+    assert re.search(r"waiting for an actor .* a place for it .1 CPU, 0 GPU.; the cluster has \d CPU and 0 GPU free of 4 CPU",
+                     capsys.readouterr().err)  # fmt: skip
+
+
+def test_a_cluster_that_is_not_there():
+    code = "from prefalign.ray_executor import connect; connect('127.0.0.1:1')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    message = (
+        "ExecutorError: no Ray cluster could be reached at 127.0.0.1:1: .* Start one .`ray start --head`., or leave"
+    )
+    assert re.search(message, done.stderr)
+
+
 def test_nodes_that_do_not_see_the_folder(file, rows, tmp_path, monkeypatch):
     """Actors are told the driver's folder; here it is gone when they start."""
     gone = tmp_path / "gone"
