@@ -17,7 +17,6 @@ import pickle
 import re
 import socket
 import sys
-import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -188,6 +187,7 @@ class _Crew:
         stage = name if name in bundled.stages() else str(Path(name).resolve())
         self.arguments = (stage, pickle.dumps(config), str(Path.cwd()))
         self.deaths = 0  # in a row, without a block done
+        self.told = False  # what actors wait for
         self.done: list[tuple[Job, Any]] = []
         self.job: Job | None = None
         self.asked: dict[Any, _Member] = {}  # those whose next step is awaited
@@ -278,10 +278,10 @@ class _Crew:
         return min(ready, key=lambda member: len(member.blocks), default=None)
 
     def _wait(self, futures: list[Any]) -> Any:
-        """The first future that is done; says on stderr what actors wait for if none has started for long."""
-        since = time.monotonic()
+        """The first future that is done; says on stderr, once, what actors wait for if none has started for long."""
         while not (found := self.ray.wait(futures, num_returns=1, timeout=_PATIENCE)[0]):
-            if not any(member.ready for member in self.members) and time.monotonic() - since < 2 * _PATIENCE:
+            if not self.told and not any(member.ready for member in self.members):
+                self.told = True
                 print(
                     f"waiting for an actor to load its model, or for a place for it (1 CPU, {self.gpus:g} GPU); the cluster "
                     f"has {_sizes(self.ray.available_resources())} free of {_sizes(self.ray.cluster_resources())}",
