@@ -7,7 +7,8 @@
 
 Each is run on an eighth of the rows and on all, `repeats` times, of which the fastest counts. The difference gives the time of a
 row, the rest is the start (imports, models, actors; the cluster runs already). Models think on one thread. `overhead_ms` is the
-time of a row less that in one plain process: below zero where actors have cores to themselves.
+time of a row less that in one plain process: below zero where actors have cores to themselves. `driver_cpu_ms` is the processor
+time of the driver for a row (of the plain process: everything); how many actors one driver can keep busy follows from it.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 BLOCK = 16
 
 
-def seconds(stage: str, data: Path, output: Path, options: Options) -> float:
-    """Wall time of a run over exported rows."""
+def seconds(stage: str, data: Path, output: Path, options: Options) -> tuple[float, float]:
+    """Wall time of a run over exported rows, and the processor time of this process."""
     module = bundled.load_stage(stage)
     given = {"data": {"path": str(data)}, "output": {"path": str(output), "block_size": BLOCK}, **SETTINGS[stage]}
     values = config.merge(config.read_yaml(bundled.find(f"datagen/{stage}_scenes")), given)
     resolved = config.build(module.Config, values)
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     running.run(stage, module, resolved, options)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - worked
 
 
 def measure(stage: str, rows: int, actors: list[int], repeats: int, root: Path) -> list[dict[str, Any]]:
@@ -53,16 +54,24 @@ def measure(stage: str, rows: int, actors: list[int], repeats: int, root: Path) 
     lines: list[dict[str, Any]] = []
     plain = 0.0
     for way, options in ways.items():
-        short, long = (
-            min(
+        tried = [
+            [
                 seconds(stage, root / f"rows-{size}", root / f"{stage}-{way}-{size}-{number}", options)
                 for number in range(repeats)
-            )
+            ]
             for size in sizes
+        ]
+        row, worked = (
+            (min(run[kind] for run in tried[1]) - min(run[kind] for run in tried[0])) / (sizes[1] - sizes[0])
+            for kind in (0, 1)
         )
-        row = (long - short) / (sizes[1] - sizes[0])
         plain = row if way == "plain" else plain
-        found = {"ms_per_row": (1000 * row, "ms"), "start_s": (short - sizes[0] * row, "s")}
+        start = min(run[0] for run in tried[0]) - sizes[0] * row
+        found = {
+            "ms_per_row": (1000 * row, "ms"),
+            "driver_cpu_ms": (1000 * worked, "ms a row"),
+            "start_s": (start, "s"),
+        }
         if way != "plain":
             found["overhead_ms"] = (1000 * (row - plain), "ms a row")
         for name, (value, unit) in found.items():
