@@ -17,6 +17,7 @@ from prefalign.manifest import read_manifest
 from prefalign.ray_executor import ExecutorError
 from prefalign.records import Candidates
 from prefalign.store import OutputConfig, StoreError, write_records
+from tests.launching import ROOT
 from tests.shared_out import files, prompts_with_a_duplicate, scenes_config, write_rows, write_stage
 from tests.test_select_responses import row as scored_row
 
@@ -222,3 +223,13 @@ def test_the_cluster_file_is_one_that_ray_takes():
     assert options == Options(executor="ray", actors=16, ray_address="auto")
     assert command[1] in bundled.stages()
     assert rest[:2] == ["--config", "configs/datagen/sample_responses.yaml"]
+
+
+def test_the_benchmark_of_executors(tmp_path):
+    benchmark = bundled.load_stage(str(ROOT / "benchmarks" / "executors.py"))
+    lines = benchmark.measure("povid", 32, [1], 1, tmp_path)
+    names = [line["name"].removeprefix("executors/povid/") for line in lines]
+    assert names == ["plain/ms_per_row", "plain/driver_cpu_ms", "plain/start_s", "ray_1/ms_per_row", "ray_1/driver_cpu_ms",
+                     "ray_1/start_s", "ray_1/overhead_ms"]  # fmt: skip
+    assert read_manifest(tmp_path / "povid-ray_1-32-0") == read_manifest(tmp_path / "povid-plain-32-0")
+    assert read_manifest(tmp_path / "povid-plain-32-0").rows_in == 32
