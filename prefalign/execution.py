@@ -39,10 +39,15 @@ class LeftToOthers(Exception):
 
 @dataclass(frozen=True)
 class Shard:
-    """The blocks of one of `count` processes: those whose number is `number` modulo `count`. The default owns all."""
+    """The blocks of one of `count` processes: those whose number is `number` modulo `count`. The default owns all.
+
+    With `rest` it owns all too, and others may be at work on them: what a stage makes of its finished rows in a second folder is
+    done by whoever has come to it.
+    """
 
     number: int = 0
     count: int = 1
+    rest: bool = False
 
     @property
     def alone(self) -> bool:
@@ -51,7 +56,7 @@ class Shard:
 
     def owns(self, block: int) -> bool:
         """Whether a block is this process's."""
-        return block % self.count == self.number
+        return self.rest or block % self.count == self.number
 
 
 WHOLE = Shard()
@@ -60,7 +65,7 @@ SHARD: ContextVar[Shard] = ContextVar("shard", default=WHOLE)
 
 @contextmanager
 def sharded(shard: Shard) -> Iterator[None]:
-    """Within this context `store.run_stage` does the blocks of a shard; files that it shares get temporary names of their own."""
+    """Within this context a stage's first `store.run_stage` does the blocks of a shard. Temporary files get this process's name."""
     before = SHARD.set(shard), WRITER.set("" if shard.alone else f".{socket.gethostname()}-{os.getpid()}")
     try:
         yield

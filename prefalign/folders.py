@@ -11,8 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import prefalign
 from prefalign.blocks import StoreError
-from prefalign.manifest import Manifest, differences, read_manifest, temporary, write_atomically
+from prefalign.manifest import Manifest, differences, library_versions, read_manifest, temporary, write_atomically
+from prefalign.records import SCHEMA_VERSION
 
 
 def finished(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
@@ -133,6 +135,13 @@ class Ledgers:
             for entry in os.listdir(self._folder):
                 if not entry.startswith(".") and int(entry.removesuffix(".json")) not in self._known:
                     self.read(int(entry.removesuffix(".json")))
+
+    def manifest(self, stage: str, identity: Mapping[str, Any]) -> Manifest:
+        """The sum of the ledgers, and what the rows were made with."""
+        counts = {name: self.counts[name] for name in ("rows_in", "rows_used", "rows_out", "quarantined")}
+        return Manifest(stage=stage, complete=True, schema_version=SCHEMA_VERSION, code_version=prefalign.__version__,
+                        config=dict(identity), seed=identity["seed"], models=dict(identity["models"]),
+                        libraries=library_versions(), dropped=dict(sorted(self.dropped.items())), **counts)  # fmt: skip
 
     def missing(self, blocks: int) -> int:
         """How many of so many blocks are not committed."""

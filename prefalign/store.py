@@ -21,17 +21,16 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import prefalign
 from prefalign import blocks, folders, sources
 from prefalign.blocks import AnyRecord, Record, StoreError
 from prefalign.execution import SHARD, WORKER, LeftToOthers, Shard
 from prefalign.folders import Ledgers
 from prefalign.images import ImageError
-from prefalign.manifest import Manifest, library_versions, write_atomically
+from prefalign.manifest import Manifest, write_atomically
 from prefalign.records import SCHEMA_VERSION, Candidates, Pair, Prompt, RecordError, canonical_json
 from prefalign.seen import RepeatedIds, SeenIds
 from prefalign.sources import BadRow, DataConfig
@@ -119,14 +118,17 @@ def run_stage(
     """
     job = Job(stage, data, output, record, dict(settings), seed, dict(models or {}), reads)
     if (worker := WORKER.get()) is not None:
-        made: Manifest = worker.serve(job, process)
-        return made
+        served: Manifest = worker.serve(job, process)
+        return served
 
     def here(given: Iterator[Block]) -> Iterator[tuple[Block, Sequence[Outcome]]]:
         for block in given:
             yield block, list(process(block.given)) if block.inputs else []
 
-    return run_job(job, here, SHARD.get())
+    shard = SHARD.get()
+    made = run_job(job, here, shard)
+    SHARD.set(shard if shard.alone else replace(shard, rest=True))
+    return made
 
 
 def write_records(
@@ -155,7 +157,7 @@ def write_records(
                       "dropped": {}, "quarantined": 0}  # fmt: skip
             blocks.commit(folder, number, block, [], ledger, record)
             ledgers.count(ledger)
-        manifest = _sum_up(stage, identity, ledgers)
+        manifest = ledgers.manifest(stage, identity)
         write_atomically(folder / "manifest.json", json.dumps(vars(manifest), indent=2).encode())
     return manifest
 
@@ -242,7 +244,7 @@ def run_job(job: Job, spread: Spread, shard: Shard) -> Manifest:
                 "still to be done by the other shards. The last of them to end writes the manifest; started without --shard, "
                 "the same command does what is left."
             )
-        manifest = _sum_up(job.stage, identity, ledgers)
+        manifest = ledgers.manifest(job.stage, identity)
         if manifest.rows_out == 0:
             raise StoreError(
                 f"{job.stage} made no row out of {manifest.rows_in}: {_reasons(manifest.dropped)}."
@@ -268,7 +270,7 @@ def _run_blocks(job: Job, spread: Spread, shard: Shard, ledgers: Ledgers, total:
     size = job.output.block_size
     seen = SeenIds(total)
     all_distinct = not len(repeated) and repeated.total == total
-    own = sum(min(size, total - number * size) for number in range(shard.number, math.ceil(total / size), shard.count))
+    own = sum(min(size, total - first) for first in range(0, total, size) if shard.owns(first // size))
     with tqdm(total=own, desc=job.stage, unit="row", disable=None) as bar:
 
         def to_do() -> Iterator[Block]:
@@ -380,13 +382,6 @@ def _identity(
             "seed": seed, "models": dict(models or {}), "data_sha256": sources.fingerprint(data) if data else "",
             "images_folder_sha256": images, "limit": data.limit if data else 0,
             "block_size": output.block_size}  # fmt: skip
-
-
-def _sum_up(stage: str, identity: Mapping[str, Any], ledgers: Ledgers) -> Manifest:
-    counts = {name: ledgers.counts[name] for name in ("rows_in", "rows_used", "rows_out", "quarantined")}
-    return Manifest(stage=stage, complete=True, schema_version=SCHEMA_VERSION, code_version=prefalign.__version__,
-                    config=dict(identity), seed=identity["seed"], models=dict(identity["models"]),
-                    libraries=library_versions(), dropped=dict(sorted(ledgers.dropped.items())), **counts)  # fmt: skip
 
 
 def _reasons(dropped: Mapping[str, int]) -> str:

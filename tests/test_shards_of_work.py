@@ -219,6 +219,16 @@ def test_a_pass_over_all_inputs_begins_with_the_shards_own_blocks(rows, tmp_path
     assert done == firsts[1::2] + firsts[2::2], "its own, then those that nobody has done"
 
 
+def test_a_stage_that_writes_a_second_folder_has_it_written_by_the_last_shard(stage, rows, tmp_path):
+    start(stage, settings(stage, rows, tmp_path / "straight", mishap="two"))
+    asked = settings(stage, rows, tmp_path / "out", mishap="two")
+    with pytest.raises(LeftToOthers):
+        start(stage, asked, 0, 2)
+    assert not (tmp_path / "out" / "again").exists()
+    assert start(stage, asked, 1, 2).config["settings"] == {"again": 1}
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+
+
 def test_figures_are_made_when_the_last_block_is_done(tmp_path):
     stage = bundled.load_stage("select_responses")
     write_records("t", [scored_row(f"row{n}") for n in range(6)], output=OutputConfig(tmp_path / "in"),
