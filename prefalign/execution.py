@@ -65,7 +65,7 @@ SHARD: ContextVar[Shard] = ContextVar("shard", default=WHOLE)
 
 @contextmanager
 def sharded(shard: Shard) -> Iterator[None]:
-    """Within this context a stage's first `store.run_stage` does the blocks of a shard. Temporary files get this process's name."""
+    """Within this context a stage's first `store.run_stage` does the blocks of a shard; temporary names are its own."""
     before = SHARD.set(shard), WRITER.set("" if shard.alone else f".{socket.gethostname()}-{os.getpid()}")
     try:
         yield
