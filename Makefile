@@ -1,7 +1,7 @@
 # make demo    pictures -> pairs -> DPO -> measured hallucination -> report, on a laptop
 # make test    all tests (make check: format, lint, types, import order, dependencies)
 # make prove   the shared path against the plain one and TRL's trainer in every case; benchmarks/results/prove.md
-# make chaos   kill every data stage at random moments, resume, compare
+# make chaos   kill every data stage at random moments, resume, compare: one process, shards, actors and driver of Ray
 # make bench   what generation and training steps cost and whether pairs are right, measured; figures in runs/bench/
 #
 # Preference pairs with every method: make -C datagen help
@@ -45,10 +45,12 @@ prove: $(VENV)/.dev $(FAMILIES)/.ready
 
 chaos: $(VENV)/.dev
 	$(OFFLINE) $(BIN)/python benchmarks/chaos.py --kills 5
+	$(OFFLINE) $(BIN)/python benchmarks/chaos.py --kills 2 --executor shards,ray
 
 bench: $(VENV)/.dev
 	mkdir -p runs/bench
 	$(OFFLINE) $(BIN)/python benchmarks/generation.py --json runs/bench/generation.json
+	$(OFFLINE) $(BIN)/python benchmarks/executors.py --json runs/bench/executors.json
 	$(OFFLINE) $(BIN)/python benchmarks/pair_truth.py --json runs/bench/pair_truth.json
 	$(OFFLINE) $(BIN)/python benchmarks/preference_step.py --json runs/bench/preference_step.json
 	$(OFFLINE) $(BIN)/python benchmarks/ppo_step.py --json runs/bench/ppo_step.json

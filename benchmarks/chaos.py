@@ -1,28 +1,44 @@
 """Kill data generation with SIGKILL at random moments, resume it, and compare with an uninterrupted run.
 
-    python benchmarks/chaos.py [--stage all] [--kills 5] [--rows 32] [--json FILE]
+    python benchmarks/chaos.py [--executor local] [--stage all] [--kills 5] [--rows 32] [--json FILE]
 
 Every `configs/datagen/*_scenes.yaml` is a case (`bdhs`, `stic`, `stic_sft`, ...). A trial starts it in an empty folder, kills it
 at a moment drawn uniformly over an uninterrupted run's duration, starts it again (which may be killed once more), lets it end,
 and compares every file of the folder, caches such as `pool/` included, except hidden temporary ones.
+
+`local`   one process, killed and started again.
+`shards`  three processes on one folder, started at once; one of them, drawn, is killed and started again.
+`ray`     a driver and two actors, of which in turn an actor and the driver is killed. A killed driver is started again; a killed
+          actor is the executor's affair. Processes are found in `/proc`: needs Linux.
+What `shards` and `ray` make is compared with the uninterrupted run of one process.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
+import os
 import random
 import re
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from prefalign import bundled, config
+from prefalign import bundled, config, running
+from prefalign.execution import Options, Shard
 
+EXECUTORS = ("local", "shards", "ray")
+SHARDS = 3
+ACTORS = 2
 PRELOAD = ["torch", "transformers", "datasets", "pyarrow.parquet", "prefalign.engines.transformers"]
 BLOCK = 8
 
@@ -35,20 +51,20 @@ def cases() -> dict[str, str]:
     return {name: next(stage for stage in known if name == stage or name.startswith(f"{stage}_")) for name in names}
 
 
-def generate(case: str, data: str, output: str) -> None:
+def generate(case: str, data: str, output: str, options: Options | None = None) -> None:
     """One run of a case over exported rows (in a process of its own)."""
     import torch
 
     torch.set_num_threads(1)
-    run_config(f"datagen/{case}_scenes", cases()[case], data, output)
+    run_config(f"datagen/{case}_scenes", cases()[case], data, output, options)
 
 
-def run_config(name: str, stage: str, data: str, output: str) -> None:
+def run_config(name: str, stage: str, data: str, output: str, options: Options | None = None) -> None:
     """Run a bundled config over other rows."""
     module = bundled.load_stage(stage)
     changes = {"data": {"path": data}, "output": {"path": output, "block_size": BLOCK}}
     values = config.merge(config.read_yaml(bundled.find(name)), changes)
-    module.main(config.build(module.Config, values))
+    running.run(stage, module, config.build(module.Config, values), options or Options())
 
 
 def prepare(case: str, root: Path, rows: int) -> Path:
@@ -84,11 +100,16 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def launch(context: ForkServerContext, case: str, data: Path, output: Path, kill_after: float | None = None) -> bool:
-    """Run a case to the end, or kill it after so many seconds. Returns whether it was killed."""
-    process = context.Process(target=generate, args=(case, str(data), str(output)))
+def start(context: ForkServerContext, case: str, data: Path, output: Path, options: Options) -> BaseProcess:
+    """Start a run of a case in a process of its own."""
+    process = context.Process(target=generate, args=(case, str(data), str(output), options))
     process.start()
-    process.join(kill_after)
+    return process
+
+
+def end(case: str, process: BaseProcess, seconds: float | None = None) -> bool:
+    """Wait for a run, or kill it after so many seconds. Returns whether it was killed."""
+    process.join(seconds)
     if process.exitcode is None:
         process.kill()
         process.join()
@@ -98,64 +119,177 @@ def launch(context: ForkServerContext, case: str, data: Path, output: Path, kill
     return False
 
 
-def try_case(
-    context: ForkServerContext, case: str, root: Path, rows: int, kills: int, rng: random.Random
-) -> list[dict[str, Any]]:
-    """Trials of one case until it was killed so many times; the lines of the result file."""
-    data = prepare(case, root, rows)
-    launch(context, case, data, root / f"{case}-warm_up")
+@dataclass
+class Ground:
+    """Where a case is tried: its rows, and how long an uninterrupted run takes."""
+
+    context: ForkServerContext
+    case: str
+    data: Path
+    rng: random.Random
+    duration: float = 0.0
+
+    def start(self, output: Path, options: Options | None = None) -> BaseProcess:
+        """Start a run."""
+        return start(self.context, self.case, self.data, output, options or Options())
+
+    def run(self, output: Path, options: Options | None = None, kill_after: float | None = None) -> bool:
+        """A run to the end, or killed after so many seconds. Returns whether it was killed."""
+        return end(self.case, self.start(output, options), kill_after)
+
+    def moment(self, spent: float = 0.0) -> float:
+        """Seconds until a kill."""
+        return self.rng.uniform(0.02, 1.0) * (self.duration - spent)
+
+
+def try_local(ground: Ground, output: Path) -> list[str]:
+    """A run killed up to twice. Returns when."""
+    moments: list[float] = []
     started = time.perf_counter()
-    launch(context, case, data, root / f"{case}-straight")
-    duration = time.perf_counter() - started
+    for _ in range(2):
+        moment = ground.moment(sum(moments))
+        if not ground.run(output, kill_after=moment):
+            break
+        moments.append(moment)
+    if not moments:  # the machine is faster now than it was
+        ground.duration = time.perf_counter() - started
+    ground.run(output)
+    return [f"{moment:.2f} s" for moment in moments]
+
+
+def try_shards(ground: Ground, output: Path) -> list[str]:
+    """Three shards at once, one of them killed and started again. Returns which and when."""
+    options = [Options(Shard(number, SHARDS)) for number in range(SHARDS)]
+    processes = [ground.start(output, each) for each in options]
+    victim, moment = ground.rng.randrange(SHARDS), ground.moment()
+    killed = end(ground.case, processes.pop(victim), moment)
+    if killed:
+        ground.run(output, options[victim])
+    for process in processes:
+        end(ground.case, process)
+    return [f"{moment:.2f} s (shard {victim})"] if killed else []
+
+
+def try_ray(ground: Ground, output: Path, options: Options) -> list[str]:
+    """A run on actors, one of which or whose driver is killed. Returns which and when.
+
+    Args:
+        ground: the case.
+        output: folder of the run. Trials with an even number at the end of its name lose an actor, the others the driver.
+        options: actors, on a cluster of this process.
+    """
+    driver = ground.start(output, options)
+    moment = ground.moment()
+    if int(output.name.split("-")[-1]) % 2:
+        killed = end(ground.case, driver, moment)
+        if killed:
+            ground.run(output, options)
+        return [f"{moment:.2f} s (driver)"] if killed else []
+    driver.join(moment)
+    actors = actors_under(os.getpid()) if driver.exitcode is None else []
+    for victim in actors[:1] and [ground.rng.choice(actors)]:
+        os.kill(victim, signal.SIGKILL)
+    end(ground.case, driver)
+    return [f"{moment:.2f} s (actor)"] if actors else []
+
+
+def actors_under(process: int) -> list[int]:
+    """Ids of the actors among the descendants of a process."""
+    parents, names = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it ends just now
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                names[int(entry.name)] = (entry / "cmdline").read_text()
+
+    def descends(one: int) -> bool:
+        return one == process or (one in parents and descends(parents[one]))
+
+    return sorted(one for one, name in names.items() if name.startswith("ray::_Actor") and descends(one))
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[str]:
+    """A Ray cluster of this process, which processes started later may use: its address."""
+    from prefalign.ray_executor import connect
+
+    ray = connect("local", num_cpus=2 * ACTORS, include_dashboard=False)
+    try:
+        yield ray.get_runtime_context().gcs_address
+    finally:
+        ray.shutdown()
+
+
+def try_case(
+    ground: Ground, root: Path, attempt: Callable[[Ground, Path], list[str]], executor: str, whole: Options, kills: int
+) -> list[dict[str, Any]]:
+    """Trials of one case until something was killed so many times; the lines of the result file.
+
+    Args:
+        ground: the case.
+        root: folder of all trials.
+        attempt: one trial; returns what it has killed.
+        executor: its name.
+        whole: options of an uninterrupted run, over whose duration the kills are drawn.
+        kills: how many.
+    """
+    case = ground.case
+    ground.run(root / f"{case}-straight")
+    started = time.perf_counter()
+    ground.run(root / f"{case}-whole", whole)
+    ground.duration = time.perf_counter() - started
     expected = contents(root / f"{case}-straight")
-    print(f"{case}: uninterrupted {duration:.1f} s, {len(expected)} files", flush=True)
+    print(f"{case}, {executor}: uninterrupted {ground.duration:.1f} s, {len(expected)} files", flush=True)
     equal = trials = killed = 0
     while killed < kills:
-        output = root / f"{case}-{trials}"
-        moments: list[float] = []
-        started = time.perf_counter()
-        for _ in range(2):
-            moment = rng.uniform(0.02, 1.0) * (duration - sum(moments))
-            if not launch(context, case, data, output, moment):
-                break
-            moments.append(moment)
-        if not moments:  # the machine is faster now than it was
-            duration = time.perf_counter() - started
-        launch(context, case, data, output)
+        output = root / f"{case}-{executor}-{trials}"
+        moments = attempt(ground, output)
         found = contents(output)
         other = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
         trials += 1
         killed += len(moments)
         equal += not other
-        when = ", ".join(f"{moment:.2f} s" for moment in moments) or "no moment"
+        when = ", ".join(moments) or "no moment"
         print(f"  killed at {when}: {f'DIFFERENT: {other[:5]}' if other else 'identical'}", flush=True)
+    name = f"chaos/{case}" if executor == "local" else f"chaos/{executor}/{case}"
     return [
-        {"name": f"chaos/{case}/identical", "value": equal, "unit": "trials", "baseline": trials, "goal": trials},
-        {"name": f"chaos/{case}/kills", "value": killed, "unit": "kills", "baseline": None, "goal": kills},
+        {"name": f"{name}/identical", "value": equal, "unit": "trials", "baseline": trials, "goal": trials},
+        {"name": f"{name}/kills", "value": killed, "unit": "kills", "baseline": None, "goal": kills},
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--executor", default="local", help=f"all, or some of {','.join(EXECUTORS)}")
     parser.add_argument("--stage", default="all", help=f"all, or some of {','.join(cases())}")
     parser.add_argument("--kills", type=int, default=5, help="of each case")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
+    executors = list(EXECUTORS) if chosen.executor == "all" else chosen.executor.split(",")
     wanted = list(cases()) if chosen.stage == "all" else chosen.stage.split(",")
-    if unknown := set(wanted) - set(cases()):
-        parser.error(f"no case called {', '.join(sorted(unknown))}; there are {', '.join(cases())}")
+    for kind, asked, known in (("executor", executors, EXECUTORS), ("case", wanted, cases())):
+        if unknown := set(asked) - set(known):
+            parser.error(f"no {kind} called {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     found = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for case in wanted:
-            found += try_case(
-                context, case, Path(scratch), chosen.rows, chosen.kills, random.Random(f"{chosen.seed} {case}")
-            )
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        attempts: dict[str, Callable[[Ground, Path], list[str]]] = {"local": try_local, "shards": try_shards}
+        whole = dict.fromkeys(EXECUTORS, Options())
+        if "ray" in executors:
+            address = stack.enter_context(cluster())
+            whole["ray"] = Options(executor="ray", actors=ACTORS, ray_address=address)
+            attempts["ray"] = lambda ground, output: try_ray(ground, output, whole["ray"])
+        for executor in executors:
+            for case in wanted:
+                root = Path(scratch) / executor
+                rng = random.Random(f"{chosen.seed} {case}")
+                ground = Ground(context, case, prepare(case, root, chosen.rows), rng)
+                found += try_case(ground, root, attempts[executor], executor, whole[executor], chosen.kills)
     for line in found:
-        print(f"{line['name']:<32} {line['value']} of {line['goal']} {line['unit']}")
+        print(f"{line['name']:<40} {line['value']} of {line['goal']} {line['unit']}")
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=2) + "\n")
     sys.exit(0 if all(line["value"] >= line["goal"] for line in found) else 1)

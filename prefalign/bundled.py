@@ -13,6 +13,7 @@ STAGE_FOLDERS = ("datagen", "reward_models", "recipes")
 PROFILES = {
     "accelerate": "configs/accelerate/*.yaml",
     "deepspeed": "configs/deepspeed/*.json",
+    "ray": "recipes/ray/*.yaml",
     "slurm": "recipes/slurm/*.sbatch",
 }
 """What a launcher reads, by name: not configs of a stage."""

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import prefalign
-from prefalign import bundled, config
+from prefalign import bundled, config, execution, running
 from prefalign.manifest import Manifest
 from prefalign.shards import whole_shards
 
@@ -111,12 +111,13 @@ def run_stage(name: str, arguments: Sequence[str], *, default_config: str | None
     """Load a stage, resolve its config strictly, run it; `default_config` is read where no `--config` is given."""
     stage = bundled.load_stage(name)
     if "--help" in arguments or "-h" in arguments:
-        print(_describe(stage))
+        print(running.describe(stage))
         return
-    named, rest = _config_file(arguments)
+    options, rest = execution.take_options(arguments)
+    named, rest = _config_file(rest)
     chosen = named or default_config
     resolved = config.load(stage.Config, bundled.find(chosen) if chosen else None, rest)
-    made = stage.main(resolved)
+    made = running.run(name, stage, resolved, options)
     if isinstance(made, Manifest):
         print(f"{made.stage}: {made.rows_in} rows in, {made.rows_out} rows out")
         if "rejected" in whole_shards(resolved.output.path, made).columns:  # STIC's second stage writes conversations
@@ -375,31 +376,6 @@ def _copy(name: str, target: Path) -> None:
     destination.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, destination)
     print(destination)
-
-
-def _describe(stage: ModuleType) -> str:
-    lines = [inspect.getdoc(stage) or "", "", "settings (--config FILE sets them, --name VALUE overrides):"]
-    lines += _settings(stage.Config, "")
-    return "\n".join(lines)
-
-
-def _settings(cls: type, prefix: str) -> list[str]:
-    lines: list[str] = []
-    for entry in dataclasses.fields(cls):
-        annotation = typing.get_type_hints(cls)[entry.name]
-        sections = [] if typing.get_origin(annotation) in (list, tuple, dict) else config._dataclasses_in(annotation)
-        inner = [line for section in sections for line in _settings(section, f"{prefix}{entry.name}.")]
-        if sections == [annotation]:
-            lines += inner
-            continue
-        if entry.default is not dataclasses.MISSING:
-            default = f"= {entry.default}"
-        elif entry.default_factory is not dataclasses.MISSING:
-            default = f"= {entry.default_factory()}"
-        else:
-            default = "(required)"
-        lines += [f"  --{prefix}{entry.name} {default}", *inner]
-    return lines
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,15 +50,24 @@ def read_manifest(folder: Path) -> Manifest | None:
     return Manifest(**json.loads(file.read_text())) if file.is_file() else None
 
 
+WRITER: ContextVar[str] = ContextVar("writer", default="")
+"""Name of this process where several write into one folder."""
+
+
+def temporary(path: Path) -> Path:
+    """The hidden name beside a file under which it is written first; where several processes write there, this one's own."""
+    return path.with_name(f".{path.name}{WRITER.get()}.tmp")
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it either is there whole or is not there: temporary name, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as stream:
+    unfinished = temporary(path)
+    with unfinished.open("wb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    os.replace(unfinished, path)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

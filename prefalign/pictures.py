@@ -19,7 +19,7 @@ import numpy as np
 
 from prefalign import sources
 from prefalign.images import SYSTEM_ERRORS, EncodedImage, ImageError, open_image, sha256
-from prefalign.manifest import write_atomically
+from prefalign.manifest import temporary, write_atomically
 from prefalign.sources import BadRow, DataConfig
 
 _BROKEN = (AttributeError, TypeError, KeyError, IndexError, ValueError, OSError, RecursionError)
@@ -89,7 +89,7 @@ def build_pool(folder: Path, data: DataConfig) -> PicturePool:
     done.unlink(missing_ok=True)
     offsets, digests = [0], []
     seen: set[bytes] = set()
-    unfinished = folder / ".pictures.bin.tmp"  # a pool in use keeps its own files
+    unfinished = temporary(folder / "pictures.bin")  # a pool in use keeps its own files
     with unfinished.open("wb") as stream:
         for row in tqdm(sources.read_rows(data), desc="picture pool", unit="row", disable=None):
             for image in _pictures(row, data):
@@ -111,6 +111,9 @@ def build_pool(folder: Path, data: DataConfig) -> PicturePool:
             f"{data.path.name} holds no picture that can be opened, so there is nothing to draw other pictures from. Check the "
             "rows' picture paths and `data.images`."
         )
+    if done.is_file() and json.loads(done.read_text()) == wanted:  # another process has built it meanwhile
+        unfinished.unlink()
+        return PicturePool(folder)
     os.replace(unfinished, folder / "pictures.bin")
     for name, values in (("offsets", np.array(offsets, dtype=np.int64)), ("digests", np.array(digests, dtype="S32"))):
         buffer = io.BytesIO()

@@ -48,6 +48,9 @@ class RepeatedIds:
 
     Args:
         ids: the ids of all rows.
+
+    Attributes:
+        total: how many ids were given.
     """
 
     def __init__(self, ids: Iterable[str]):
@@ -55,6 +58,7 @@ class RepeatedIds:
 
         ordered = np.array(array("Q", map(hash_bits, ids)), dtype=np.uint64)
         ordered.sort()
+        self.total = len(ordered)
         self._hashes = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
 
     def __len__(self) -> int:

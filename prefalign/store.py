@@ -9,28 +9,30 @@ A stage's folder holds
     manifest.json      the sum of all ledgers, written last
 
 Work is cut into blocks by input index, so a run killed at any moment and started again with the same config makes the
-same batches and ends with the same rows.
+same batches and ends with the same rows. So do several processes that share out the blocks (`execution`): of rows with one id
+the first of all inputs counts, whoever works on it.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import prefalign
-from prefalign import blocks, sources
+from prefalign import blocks, folders, sources
 from prefalign.blocks import AnyRecord, Record, StoreError
+from prefalign.execution import SHARD, WORKER, LeftToOthers, Shard
+from prefalign.folders import Ledgers
 from prefalign.images import ImageError
-from prefalign.manifest import Manifest, differences, library_versions, read_manifest, write_atomically
+from prefalign.manifest import Manifest, write_atomically
 from prefalign.records import SCHEMA_VERSION, Candidates, Pair, Prompt, RecordError, canonical_json
-from prefalign.seen import SeenIds
+from prefalign.seen import RepeatedIds, SeenIds
 from prefalign.sources import BadRow, DataConfig
 
 
@@ -114,23 +116,19 @@ def run_stage(
     Raises:
         StoreError: if the folder belongs to another config, too many rows failed, nothing was left, or the disk is full.
     """
-    folder = output.path
-    identity = _identity(stage, settings, seed, output, models, data)
-    if (finished := _finished(folder, identity)) is not None:
-        return finished
-    total, repeated = sources.survey(data)
-    with _disk_errors(folder):
-        _claim_folder(folder, identity)
-        job = _Job(stage, data, process, output, record, repeated, reads, SeenIds(total))
-        manifest = _sum_up(stage, identity, _run_blocks(job, total))
-        if manifest.rows_out == 0:
-            _start_afresh(folder)
-            raise blocks.NoRows(
-                f"{stage} made no row out of {manifest.rows_in}: {_reasons(manifest.dropped)}.{blocks.first_message(folder)}",
-                f"Mend the cause and start again: {folder} starts afresh, with any config.",
-            )
-        write_atomically(folder / "manifest.json", json.dumps(vars(manifest), indent=2).encode())
-    return manifest
+    job = Job(stage, data, output, record, dict(settings), seed, dict(models or {}), reads)
+    if (worker := WORKER.get()) is not None:
+        served: Manifest = worker.serve(job, process)
+        return served
+
+    def here(given: Iterator[Block]) -> Iterator[tuple[Block, Sequence[Outcome]]]:
+        for block in given:
+            yield block, list(process(block.given)) if block.inputs else []
+
+    shard = SHARD.get()
+    made = run_job(job, here, shard)
+    SHARD.set(shard if shard.alone else replace(shard, rest=True))
+    return made
 
 
 def write_records(
@@ -149,17 +147,17 @@ def write_records(
     """
     folder = output.path
     identity = _identity(stage, settings, seed, output)
-    if (finished := _finished(folder, identity)) is not None:
-        return finished
-    with _disk_errors(folder):
-        _claim_folder(folder, identity)
-        ledgers = []
+    if (done := folders.finished(folder, identity)) is not None:
+        return done
+    with folders.disk_errors(folder):
+        folders.claim(folder, identity)
+        ledgers = Ledgers(folder)
         for number, block in enumerate(_batched(records, output.block_size)):
             ledger = {"block": number, "rows_in": len(block), "rows_used": len(block), "rows_out": len(block),
                       "dropped": {}, "quarantined": 0}  # fmt: skip
             blocks.commit(folder, number, block, [], ledger, record)
-            ledgers.append(ledger)
-        manifest = _sum_up(stage, identity, ledgers)
+            ledgers.count(ledger)
+        manifest = ledgers.manifest(stage, identity)
         write_atomically(folder / "manifest.json", json.dumps(vars(manifest), indent=2).encode())
     return manifest
 
@@ -174,81 +172,179 @@ def read_records(folder: Path, record: type[AnyRecord]) -> Iterator[AnyRecord]:
             yield record.from_row(row)
 
 
-@dataclass
-class _Job:
-    """What `run_stage` was asked for, the ids that several rows have, and the content of each id met so far."""
+@dataclass(frozen=True)
+class Job:
+    """What a stage asks of `run_stage`, but for the work itself: alike in every process that works for it."""
 
     stage: str
     data: DataConfig
-    process: Process
     output: OutputConfig
     record: type[Record]
-    repeated: Container[str]
+    settings: dict[str, Any]
+    seed: int
+    models: dict[str, str]
     reads: type[Input]
-    seen: SeenIds
 
 
-def _run_blocks(job: _Job, total: int) -> Iterator[dict[str, Any]]:
+@dataclass
+class Block:
+    """A block of rows, read: what can be worked on, and what became of the others.
+
+    Attributes:
+        number: of the block; its first row has the index `number * block_size`.
+        rows: as the source gave them.
+        inputs: the good ones with their place in `rows`.
+        dropped: how many are duplicates.
+        quarantine: rows that could not be read.
+        ids: of `inputs`, with the digest of what each holds.
+    """
+
+    number: int
+    rows: list[Mapping[str, Any] | BadRow]
+    inputs: list[tuple[int, Input]]
+    dropped: Counter[str]
+    quarantine: list[dict[str, Any]]
+    ids: dict[str, str]
+
+    @property
+    def given(self) -> list[Input]:
+        """What `process` is called with."""
+        return [given for _, given in self.inputs]
+
+
+Spread = Callable[[Iterator[Block]], Iterator[tuple[Block, Sequence[Outcome]]]]
+"""Takes blocks as it has hands for them, gives each back with one outcome for each of its inputs, in any order."""
+
+
+def run_job(job: Job, spread: Spread, shard: Shard) -> Manifest:
+    """What `run_stage` does, whoever does the work.
+
+    Args:
+        job: what is to be done.
+        spread: has the work done.
+        shard: which blocks are done here.
+
+    Raises:
+        StoreError: as `run_stage` does.
+        LeftToOthers: if `shard` has done its blocks and other processes have not.
+    """
+    folder = job.output.path
+    identity = _identity(job.stage, job.settings, job.seed, job.output, job.models, job.data)
+    if (done := folders.finished(folder, identity)) is not None:
+        return done
+    total, repeated = sources.survey(job.data)
+    with folders.disk_errors(folder):
+        folders.claim(folder, identity, alone=shard.alone)
+        ledgers = Ledgers(folder)
+        _run_blocks(job, spread, shard, ledgers, total, repeated)
+        count = math.ceil(total / job.output.block_size)
+        if missing := ledgers.missing(count):
+            raise LeftToOthers(
+                f"shard {shard.number}/{shard.count} of {job.stage} has done its blocks; {missing} of {count} in {folder} are "
+                "still to be done by the other shards. The last of them to end writes the manifest; started without --shard, "
+                "the same command does what is left."
+            )
+        manifest = ledgers.manifest(job.stage, identity)
+        if manifest.rows_out == 0:
+            raise blocks.NoRows(
+                f"{job.stage} made no row out of {manifest.rows_in}: {_reasons(manifest.dropped)}.{blocks.first_message(folder)}",
+                f"Mend the cause{_anew(folder, shard, ', with any config')}.",
+            )
+        folders.sweep(folder)
+        write_atomically(folder / "manifest.json", json.dumps(vars(manifest), indent=2).encode())
+    return manifest
+
+
+def _anew(folder: Path, shard: Shard, config: str = "") -> str:
+    """How to go on with a folder without a row; what blocks it has are forgotten, unless other processes are at work there."""
+    if shard.alone:
+        folders.start_afresh(folder)
+        return f" and start again: {folder} starts afresh{config}"
+    return f", stop the other shards, delete {folder} and start again"
+
+
+def _run_blocks(job: Job, spread: Spread, shard: Shard, ledgers: Ledgers, total: int, repeated: RepeatedIds) -> None:
+    """Have the blocks of a shard done that are not, and count them. Of the rows of other shards only the ids matter."""
     from tqdm import tqdm
 
-    output = job.output
-    quarantined = made = 0
-    with tqdm(total=total, desc=job.stage, unit="row", disable=None) as bar:
-        for number, rows in enumerate(_batched(sources.read_rows(job.data), output.block_size)):
-            ledger_file = output.path / "progress" / f"{number:05d}.json"
-            if ledger_file.is_file():
-                ledger = json.loads(ledger_file.read_text())
-                for identity, digest in ledger["ids"].items():
-                    job.seen.add(identity, digest)
-            else:
-                ledger = _work_block(job, number, rows)
-            quarantined += ledger["quarantined"]
-            made += ledger["rows_out"]
-            if quarantined > output.max_quarantine:
-                how = "Mend the data and start in another folder, or raise the limit and start again: it resumes."
-                if not made:
-                    _start_afresh(output.path)
-                    how = f"No row was made yet: mend the cause and start again, {output.path} starts afresh."
-                raise StoreError(
-                    f"{job.stage} stopped: {quarantined} rows failed, above --output.max_quarantine "
-                    f"{output.max_quarantine} (last block: {_reasons(ledger['dropped'])})."
-                    f"{blocks.first_message(output.path)} {how}"
-                )
-            bar.update(len(rows))
-            yield ledger
+    size = job.output.block_size
+    seen = SeenIds(total)
+    all_distinct = not len(repeated) and repeated.total == total
+    own = sum(min(size, total - first) for first in range(0, total, size) if shard.owns(first // size))
+    with tqdm(total=own, desc=job.stage, unit="row", disable=None) as bar:
+
+        def to_do() -> Iterator[Block]:
+            for number, rows in enumerate(_batched(sources.read_rows(job.data), size)):
+                if (ledger := ledgers.read(number)) is not None:
+                    for identity, digest in ledger["ids"].items():
+                        seen.add(identity, digest)
+                    _check_failures(job, shard, ledgers, ledger)
+                    bar.update(len(rows) * shard.owns(number))
+                elif shard.owns(number):
+                    yield _read_block(job, number, rows, seen, repeated)
+                elif not all_distinct:
+                    _read_block(job, number, rows, seen, repeated)
+
+        for block, outcomes in spread(to_do()):
+            ledger = ledgers.read(block.number)  # another process may have done it meanwhile: its rows stay
+            ledger = ledger or _commit(job, block, outcomes)
+            ledgers.count(ledger)
+            if not shard.alone:
+                ledgers.refresh()
+            _check_failures(job, shard, ledgers, ledger)
+            bar.update(len(block.rows))
 
 
-def _work_block(job: _Job, number: int, rows: list[Mapping[str, Any] | BadRow]) -> dict[str, Any]:
-    dropped: Counter[str] = Counter()
-    quarantine: list[dict[str, Any]] = []
-    inputs: list[tuple[int, Input]] = []
-    ids: dict[str, str] = {}
-    first = number * job.output.block_size
+def _check_failures(job: Job, shard: Shard, ledgers: Ledgers, last: Mapping[str, Any]) -> None:
+    if ledgers.counts["quarantined"] <= job.output.max_quarantine:
+        return
+    folder = job.output.path
+    how = "Mend the data and start in another folder, or raise the limit and start again: it resumes."
+    if not ledgers.counts["rows_out"]:
+        how = f"No row was made yet: mend the cause{_anew(folder, shard)}."
+    raise StoreError(
+        f"{job.stage} stopped: {ledgers.counts['quarantined']} rows failed, above --output.max_quarantine "
+        f"{job.output.max_quarantine} (last block: {_reasons(last['dropped'])}).{blocks.first_message(folder)} {how}"
+    )
+
+
+def _read_block(
+    job: Job, number: int, rows: list[Mapping[str, Any] | BadRow], seen: SeenIds, repeated: Container[str]
+) -> Block:
+    """Read the rows of a block. Blocks are read in order, so that of rows with one id the first of all inputs keeps it."""
+    block = Block(number, rows, [], Counter(), [], {})
     for offset, row in enumerate(rows):
         try:
-            given = READERS[job.reads](row, job.data, repeated=job.repeated)
+            given = READERS[job.reads](row, job.data, repeated=repeated)
             digest = sources.content_digest(given)
-            if (known := job.seen.holds(given.id, digest)) is False:
+            if (known := seen.holds(given.id, digest)) is False:
                 raise RecordError("conflicting_id", f"id {given.id!r} belongs to an earlier row with other content, so rows "
                                   "made from the two could not be told apart. Give each row its own id.")  # fmt: skip
         except (RecordError, ImageError) as error:
-            quarantine.append(blocks.quarantined(first + offset, row, error.reason, str(error)))
+            index = number * job.output.block_size + offset
+            block.quarantine.append(blocks.quarantined(index, row, error.reason, str(error)))
             continue
         if known:
-            dropped["duplicate"] += 1
+            block.dropped["duplicate"] += 1
             continue
-        job.seen.add(given.id, digest)
-        ids[given.id] = digest
-        inputs.append((offset, given))
+        seen.add(given.id, digest)
+        block.ids[given.id] = digest
+        block.inputs.append((offset, given))
+    return block
+
+
+def _commit(job: Job, block: Block, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Write what became of a block's rows. Returns its ledger."""
+    dropped, quarantine = block.dropped.copy(), list(block.quarantine)
     records: list[Record] = []
     used = 0
-    outcomes = list(job.process([given for _, given in inputs])) if inputs else []
-    assert len(outcomes) == len(inputs), "a stage gives one outcome per input"
-    for (offset, _), outcome in zip(inputs, outcomes, strict=True):
+    assert len(outcomes) == len(block.inputs), "a stage gives one outcome per input"
+    for (offset, _), outcome in zip(block.inputs, outcomes, strict=True):
         if isinstance(outcome, Dropped):
             dropped[outcome.reason] += 1
         elif isinstance(outcome, Failed):
-            quarantine.append(blocks.quarantined(first + offset, rows[offset], outcome.reason, outcome.message))
+            index = block.number * job.output.block_size + offset
+            quarantine.append(blocks.quarantined(index, block.rows[offset], outcome.reason, outcome.message))
         elif unfit := _unfit(outcome):
             dropped[unfit] += 1
         else:
@@ -256,9 +352,9 @@ def _work_block(job: _Job, number: int, rows: list[Mapping[str, Any] | BadRow]) 
             records.extend(outcome)
     for row in quarantine:
         dropped[row["reason"]] += 1
-    ledger = {"block": number, "rows_in": len(rows), "rows_used": used, "rows_out": len(records),
-              "dropped": dict(sorted(dropped.items())), "quarantined": len(quarantine), "ids": ids}  # fmt: skip
-    blocks.commit(job.output.path, number, records, quarantine, ledger, job.record)
+    ledger = {"block": block.number, "rows_in": len(block.rows), "rows_used": used, "rows_out": len(records),
+              "dropped": dict(sorted(dropped.items())), "quarantined": len(quarantine), "ids": block.ids}  # fmt: skip
+    blocks.commit(job.output.path, block.number, records, quarantine, ledger, job.record)
     return ledger
 
 
@@ -291,57 +387,6 @@ def _identity(
             "block_size": output.block_size, **read}  # fmt: skip
 
 
-def _finished(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
-    manifest = read_manifest(folder)
-    if manifest is None:
-        return None
-    _claim_folder(folder, identity)
-    return manifest
-
-
-def _start_afresh(folder: Path) -> None:
-    """Forget the blocks of a run that made no row. Its quarantine stays to be read until the next start."""
-    for ledger in folder.glob("progress/*.json"):
-        ledger.unlink()
-
-
-def _claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
-    file = folder / "config.json"
-    if file.is_file():
-        before = json.loads(file.read_text())
-        unused = not any(
-            next(folder.glob(kind), None) for kind in ("progress/*.json", "data/*.parquet", "manifest.json")
-        )
-        if before != identity and not (unused and "data_sha256" in before):
-            changed = "; ".join(differences(before, identity))
-            raise StoreError(
-                f"{folder} holds rows made with another config ({changed}). Mixing them would make the manifest a lie: "
-                "give another `output.path`, or delete the folder."
-            )
-        if not unused:
-            return
-        for failures in folder.glob("quarantine/*.jsonl"):
-            failures.unlink()
-    elif folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        raise StoreError(f"{folder} is not empty and holds no stage's output. Give another `output.path`.")
-    write_atomically(file, json.dumps(identity, indent=2).encode())
-
-
-def _sum_up(stage: str, identity: Mapping[str, Any], ledgers: Iterable[Mapping[str, Any]]) -> Manifest:
-    manifest = Manifest(stage=stage, complete=True, schema_version=SCHEMA_VERSION, code_version=prefalign.__version__,
-                        config=dict(identity), seed=identity["seed"], models=dict(identity["models"]),
-                        libraries=library_versions(), rows_in=0, rows_used=0, rows_out=0)  # fmt: skip
-    dropped: Counter[str] = Counter()
-    for ledger in ledgers:
-        manifest.rows_in += ledger["rows_in"]
-        manifest.rows_used += ledger["rows_used"]
-        manifest.rows_out += ledger["rows_out"]
-        manifest.quarantined += ledger["quarantined"]
-        dropped.update(ledger["dropped"])
-    manifest.dropped = dict(sorted(dropped.items()))
-    return manifest
-
-
 def _reasons(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
 
@@ -350,24 +395,3 @@ def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(items)
     while block := list(itertools.islice(iterator, size)):
         yield block
-
-
-class _disk_errors:
-    """Turn a full or read-only disk into a message that says how to go on."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError(
-                f"the disk that holds {self.folder} is full. Finished blocks are safe: free some space and start the same "
-                "command again, it resumes."
-            ) from error
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
-            raise StoreError(
-                f"cannot write to {self.folder} ({error.strerror}). Give an `output.path` you may write to."
-            ) from error

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefalign import sources
+from prefalign.execution import SHARD
 from prefalign.images import ImageError
 from prefalign.manifest import write_atomically
 from prefalign.records import RecordError
@@ -44,6 +45,8 @@ class Survey:
         """Work on the readable inputs of each block; what a killed run has done is taken from disk.
 
         What decides the rows (data, settings, model) is in the `config.json` with which `run_stage` has claimed the folder.
+        Of several processes at work on one folder (`execution`) each does its own blocks first, and then of the others' those
+        that are not done yet: nobody waits for anybody.
 
         Args:
             kind: name of the pass.
@@ -51,24 +54,38 @@ class Survey:
         """
         from tqdm import tqdm
 
-        folder = self.output.path
-        of = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
-        raw = sources.read_rows(self.data)
+        shard = SHARD.get()
+        if not shard.alone:
+            for number, block in self._blocks():
+                if shard.owns(number):
+                    self._found(kind, number, block, work)
         with tqdm(total=self.total, desc=f"{self.stage}: {kind}", unit="row", disable=None) as bar:
-            for number in itertools.count():
-                block = list(itertools.islice(raw, self.output.block_size))
-                if not block:
-                    return
-                file = folder / "survey" / f"{kind}-{number:05d}.json"
-                done = json.loads(file.read_text()) if file.is_file() else {}
-                if done.get("of") != of:
-                    inputs = []
-                    for row in block:
-                        try:
-                            inputs.append(READERS[self.reads](row, self.data, repeated=self.repeated))
-                        except (RecordError, ImageError):
-                            continue  # the store puts it into quarantine
-                    done = {"of": of, "rows": work(inputs)}
-                    write_atomically(file, json.dumps(done).encode())
+            for number, block in self._blocks():
+                found = self._found(kind, number, block, work)
                 bar.update(len(block))
-                yield done["rows"]
+                yield found
+
+    def _blocks(self) -> Iterator[tuple[int, list[Any]]]:
+        raw = sources.read_rows(self.data)
+        for number in itertools.count():
+            block = list(itertools.islice(raw, self.output.block_size))
+            if not block:
+                return
+            yield number, block
+
+    def _found(self, kind: str, number: int, block: list[Any], work: Work) -> list[dict[str, Any]]:
+        """What was found of a block, on disk or now."""
+        of = hashlib.sha256((self.output.path / "config.json").read_bytes()).hexdigest()
+        file = self.output.path / "survey" / f"{kind}-{number:05d}.json"
+        done: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+        if done.get("of") != of:
+            inputs = []
+            for row in block:
+                try:
+                    inputs.append(READERS[self.reads](row, self.data, repeated=self.repeated))
+                except (RecordError, ImageError):
+                    continue  # the store puts it into quarantine
+            done = {"of": of, "rows": work(inputs)}
+            write_atomically(file, json.dumps(done).encode())
+        rows: list[dict[str, Any]] = done["rows"]
+        return rows

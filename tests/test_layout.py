@@ -74,7 +74,7 @@ def stage_of(name):
 
 def test_configs_were_found():
     assert len(bundled.configs()) >= 8
-    profiles = {file for name, file in bundled.profiles().items() if not name.startswith("slurm/")}
+    profiles = {file for name, file in bundled.profiles().items() if not name.startswith(("ray/", "slurm/"))}
     assert profiles | set(bundled.configs().values()) == {
         file for file in (ROOT / "configs").rglob("*") if file.is_file()
     }

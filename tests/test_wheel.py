@@ -35,7 +35,11 @@ def test_everything_that_runs_is_inside(wheel):
     for folder in ("datagen", "recipes"):
         for file in (ROOT / folder).glob("*.py"):
             assert f"prefalign/_bundled/{folder}/{file.name}" in names
-    for file in [*(ROOT / "configs").rglob("*.*"), *(ROOT / "recipes").rglob("*.sbatch")]:
+    for file in [
+        *(ROOT / "configs").rglob("*.*"),
+        *(ROOT / "recipes").rglob("*.sbatch"),
+        *(ROOT / "recipes" / "ray").iterdir(),
+    ]:
         assert f"prefalign/_bundled/{file.relative_to(ROOT).as_posix()}" in names
     for file in (ROOT / "prefalign").rglob("*"):
         if file.is_file() and file.suffix != ".pyc" and "__pycache__" not in file.parts:

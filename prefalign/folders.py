@@ -1,0 +1,166 @@
+"""A stage's folder: whom it belongs to, and which of its blocks are committed, by whatever process."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import prefalign
+from prefalign.blocks import StoreError
+from prefalign.manifest import Manifest, differences, library_versions, read_manifest, temporary, write_atomically
+from prefalign.records import SCHEMA_VERSION
+
+
+def finished(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
+    """The manifest of a finished folder of this config, or None.
+
+    Raises:
+        StoreError: it is finished with another config.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    claim(folder, identity)
+    return manifest
+
+
+def claim(folder: Path, identity: Mapping[str, Any], *, alone: bool = True) -> None:
+    """Write `config.json` into a folder that is empty or was claimed and not used, or see that it is this config's.
+
+    Args:
+        folder: the output folder.
+        identity: what decides the rows.
+        alone: no other process is at work there. If one may be, whoever comes first claims the folder, and no other config can
+            take it over.
+
+    Raises:
+        StoreError: the folder belongs to another config, or to somebody else.
+    """
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    file = folder / "config.json"
+    if file.is_file():
+        before = json.loads(file.read_text())
+        unused = not any(
+            next(folder.glob(kind), None) for kind in ("progress/*.json", "data/*.parquet", "manifest.json")
+        )
+        if before != identity and not (alone and unused and "data_sha256" in before):
+            changed = "; ".join(differences(before, identity))
+            raise StoreError(
+                f"{folder} holds rows made with another config ({changed}). Mixing them would make the manifest a lie: "
+                "give another `output.path`, or delete the folder."
+            )
+        if not unused or not alone:
+            return
+        for failures in folder.glob("quarantine/*.jsonl"):
+            failures.unlink()
+    elif any(not name.startswith(".") for name in names):
+        raise StoreError(f"{folder} is not empty and holds no stage's output. Give another `output.path`.")
+    content = json.dumps(identity, indent=2).encode()
+    if alone:
+        write_atomically(file, content)
+    else:
+        _create(file, content)
+        claim(folder, identity, alone=False)
+
+
+def _create(file: Path, content: bytes) -> None:
+    """Write a file whole unless another process has done so before."""
+    unfinished = temporary(file)
+    write_atomically(unfinished, content)
+    try:
+        os.link(unfinished, file)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(unfinished, file)
+    unfinished.unlink(missing_ok=True)
+
+
+def start_afresh(folder: Path) -> None:
+    """Forget the blocks of a run that made no row. Its quarantine stays to be read until the next start."""
+    for ledger in folder.glob("progress/*.json"):
+        ledger.unlink()
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed writers of blocks have left under temporary names, once every block is committed."""
+    for kind in ("data", "quarantine", "progress"):
+        for left in (folder / kind).glob(".*.tmp"):
+            left.unlink(missing_ok=True)
+
+
+class Ledgers:
+    """The ledgers of a folder's committed blocks, summed up; memory holds their counts.
+
+    Attributes:
+        counts: `rows_in`, `rows_used`, `rows_out` and `quarantined` of all blocks known so far.
+        dropped: rows dropped by reason.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder / "progress"
+        self._known: set[int] = set()
+        self.counts: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
+
+    def file(self, number: int) -> Path:
+        """The ledger of a block, there or not."""
+        return self._folder / f"{number:05d}.json"
+
+    def read(self, number: int) -> dict[str, Any] | None:
+        """A block's ledger, counted; None if the block is not committed."""
+        try:
+            ledger: dict[str, Any] = json.loads(self.file(number).read_bytes())
+        except FileNotFoundError:
+            return None
+        self.count(ledger)
+        return ledger
+
+    def count(self, ledger: Mapping[str, Any]) -> None:
+        """Add a committed block to the sums, once."""
+        if ledger["block"] not in self._known:
+            self._known.add(ledger["block"])
+            self.counts.update({name: ledger[name] for name in ("rows_in", "rows_used", "rows_out", "quarantined")})
+            self.dropped.update(ledger["dropped"])
+
+    def refresh(self) -> None:
+        """Count the blocks that other processes have committed meanwhile."""
+        with suppress(FileNotFoundError):
+            for entry in os.listdir(self._folder):
+                if not entry.startswith(".") and int(entry.removesuffix(".json")) not in self._known:
+                    self.read(int(entry.removesuffix(".json")))
+
+    def manifest(self, stage: str, identity: Mapping[str, Any]) -> Manifest:
+        """The sum of the ledgers, and what the rows were made with."""
+        counts = {name: self.counts[name] for name in ("rows_in", "rows_used", "rows_out", "quarantined")}
+        return Manifest(stage=stage, complete=True, schema_version=SCHEMA_VERSION, code_version=prefalign.__version__,
+                        config=dict(identity), seed=identity["seed"], models=dict(identity["models"]),
+                        libraries=library_versions(), dropped=dict(sorted(self.dropped.items())), **counts)  # fmt: skip
+
+    def missing(self, blocks: int) -> int:
+        """How many of so many blocks are not committed."""
+        return sum(number not in self._known and self.read(number) is None for number in range(blocks))
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into a message that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(
+                f"the disk that holds {folder} is full. Finished blocks are safe: free some space and start the same "
+                "command again, it resumes."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS):
+            raise StoreError(
+                f"cannot write to {folder} ({error.strerror}). Give an `output.path` you may write to."
+            ) from error
+        raise

@@ -1,0 +1,82 @@
+"""Run a stage as its options say: in this process, as one of several shards, or over a Ray cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from prefalign import config as configs
+from prefalign.config import ConfigError
+from prefalign.execution import HELP, LeftToOthers, Options, sharded
+from prefalign.sources import DataConfig
+from prefalign.store import OutputConfig
+
+
+def is_shared_out(stage: ModuleType) -> bool:
+    """Whether a stage makes rows out of rows, block by block, so that several processes can share them out."""
+    kinds = typing.get_type_hints(stage.Config)
+    return kinds.get("data") is DataConfig and kinds.get("output") is OutputConfig
+
+
+def run(name: str, stage: ModuleType, config: Any, options: Options) -> Any:
+    """What a stage's `main` returns; None where this was a shard and others have blocks left, which is printed.
+
+    Args:
+        name: the stage's name or file.
+        stage: its module.
+        config: its resolved config.
+        options: who works on the blocks.
+
+    Raises:
+        ConfigError: if the stage does not work by blocks.
+    """
+    if options.plain:
+        return stage.main(config)
+    if not is_shared_out(stage):
+        raise ConfigError(
+            f"--shard and --executor share out the blocks of stages that make rows (those in datagen/, and score_responses), and "
+            f"{Path(name).stem} does not work by blocks. A training is started on several devices with `torchrun` or `accelerate "
+            "launch`."
+        )
+    if options.executor == "ray":
+        from prefalign import ray_executor
+
+        return ray_executor.run(name, config, options)
+    try:
+        with sharded(options.shard):
+            return stage.main(config)
+    except LeftToOthers as left:
+        print(left)
+        return None
+
+
+def describe(stage: ModuleType) -> str:
+    """What `prefalign run STAGE --help` prints: the stage's docstring, its settings, and who may work on its blocks."""
+    lines = [inspect.getdoc(stage) or "", "", "settings (--config FILE sets them, --name VALUE overrides):"]
+    lines += _settings(stage.Config, "")
+    if is_shared_out(stage):
+        lines += ["", HELP]
+    return "\n".join(lines)
+
+
+def _settings(cls: type, prefix: str) -> list[str]:
+    lines: list[str] = []
+    for entry in dataclasses.fields(cls):
+        annotation = typing.get_type_hints(cls)[entry.name]
+        sections = [] if typing.get_origin(annotation) in (list, tuple, dict) else configs._dataclasses_in(annotation)
+        inner = [line for section in sections for line in _settings(section, f"{prefix}{entry.name}.")]
+        if sections == [annotation]:
+            lines += inner
+            continue
+        if entry.default is not dataclasses.MISSING:
+            default = f"= {entry.default}"
+        elif entry.default_factory is not dataclasses.MISSING:
+            default = f"= {entry.default_factory()}"
+        else:
+            default = "(required)"
+        lines += [f"  --{prefix}{entry.name} {default}", *inner]
+    return lines

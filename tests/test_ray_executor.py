@@ -1,0 +1,235 @@
+"""`--executor ray`: the folder of one process, whoever is killed; what actors say is said once and in words."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import ray
+
+from prefalign import bundled, config, ray_executor, running
+from prefalign.execution import Options, take_options
+from prefalign.manifest import read_manifest
+from prefalign.ray_executor import ExecutorError
+from prefalign.records import Candidates
+from prefalign.store import OutputConfig, StoreError, write_records
+from tests.launching import ROOT
+from tests.shared_out import files, prompts_with_a_duplicate, scenes_config, write_rows, write_stage
+from tests.test_select_responses import row as scored_row
+
+RAY = Options(executor="ray", actors=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """A cluster of this machine; runs of this process are its jobs."""
+    ray_executor.connect("local", num_cpus=4, include_dashboard=False)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write_rows(tmp_path / "in")
+
+
+@pytest.fixture
+def file(tmp_path):
+    return write_stage(tmp_path)
+
+
+def run(file, rows, folder, *, options=RAY, mishap="none", marks=".", **output):
+    stage = bundled.load_stage(str(file))
+    values = {"data": {"path": rows}, "output": {"path": folder, "block_size": 3} | output, "mishap": mishap,
+              "marks": str(marks)}  # fmt: skip
+    return running.run(str(file), stage, config.build(stage.Config, values), options)
+
+
+@pytest.fixture
+def straight(file, rows, tmp_path):
+    run(file, rows, tmp_path / "straight", options=Options())
+    return files(tmp_path / "straight")
+
+
+def test_the_folder_is_that_of_one_process(file, rows, straight, tmp_path):
+    manifest = run(file, rows, tmp_path / "out")
+    assert manifest == read_manifest(tmp_path / "out")
+    assert manifest.dropped == {"bad_json": 1, "duplicate": 2, "missing_image": 1}
+    assert files(tmp_path / "out") == straight
+    assert run(file, rows, tmp_path / "out") == manifest, "a finished folder stays as it is"
+
+
+def test_a_block_whose_actor_is_killed_is_done_again(file, rows, straight, tmp_path, capsys):
+    run(file, rows, tmp_path / "out", mishap="die_once", marks=tmp_path)
+    assert len(list(tmp_path.glob("mark-*"))) == 2, "two actors began with the block of r07; the first killed itself"
+    assert "an actor was lost and another takes over what it had in hand: The actor is dead" in capsys.readouterr().err
+    assert files(tmp_path / "out") == straight
+
+
+def test_a_block_that_kills_every_actor_is_named(file, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_executor, "MOST_DEATHS", 1)
+    message = (
+        "^2 actors died at block 2 .The actor is dead because .* look at its rows, from input 6 on. Finished blocks"
+    )
+    with pytest.raises(ExecutorError, match=message):
+        run(file, rows, tmp_path / "out", mishap="die", marks=tmp_path, options=Options(executor="ray", actors=1))
+    assert len(list(tmp_path.glob("mark-*"))) == 2
+
+
+def test_a_killed_driver_is_started_again(cluster, file, rows, straight, tmp_path):
+    """The first driver is killed with SIGKILL while one of its actors hangs in a block; the second finds what is committed."""
+    command = [sys.executable, str(file), "--data.path", str(rows), "--output.path", str(tmp_path / "out"),
+               "--output.block_size", "3", "--executor", "ray", "--actors", "2", "--ray-address", cluster,
+               "--marks", str(tmp_path)]  # fmt: skip
+    driver = subprocess.Popen([*command, "--mishap", "hang"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    finished = tmp_path / "out" / "progress"
+    while len(list(finished.glob("*.json"))) < 3 or not list(tmp_path.glob("mark-*")):
+        assert driver.poll() is None, driver.stderr.read()
+        time.sleep(0.05)
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL
+    driver.stderr.close()
+    before = {ledger.name: ledger.stat().st_mtime_ns for ledger in finished.glob("*.json")}
+    assert "00002.json" not in before
+    run(file, rows, tmp_path / "out")
+    assert files(tmp_path / "out") == straight
+    assert before.items() <= {ledger.name: ledger.stat().st_mtime_ns for ledger in finished.glob("*.json")}.items()
+
+
+@pytest.mark.parametrize("name", ["sample_responses", "mia_dpo"])
+def test_stages_with_a_model(name, tmp_path):
+    prompts_with_a_duplicate(tmp_path / "in")
+    stage = bundled.load_stage(name)
+    running.run(name, stage, scenes_config(stage, name, tmp_path / "in", tmp_path / "straight"), Options())
+    manifest = running.run(name, stage, scenes_config(stage, name, tmp_path / "in", tmp_path / "out"), RAY)
+    assert manifest.dropped["duplicate"] == 1
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+
+
+def test_what_a_stage_does_after_its_rows(tmp_path, capsys):
+    """select_responses makes figures of all rows and tells them on stderr."""
+    stage = bundled.load_stage("select_responses")
+    write_records("t", [scored_row(f"row{n}") for n in range(6)], output=OutputConfig(tmp_path / "in"),
+                  record=Candidates, settings={}, seed=0)  # fmt: skip
+    said = []
+    for folder, options in (("straight", Options()), ("out", RAY)):
+        values = {"data": {"path": tmp_path / "in"}, "output": {"path": tmp_path / folder, "block_size": 2}}
+        running.run("select_responses", stage, config.build(stage.Config, values), options)
+        said.append(re.findall("^select_responses: .*", capsys.readouterr().err, re.MULTILINE))
+    assert said[0] == said[1] != []
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+
+
+def test_a_stage_that_writes_two_folders(file, rows, straight, tmp_path):
+    run(file, rows, tmp_path / "two", options=Options(), mishap="two")
+    manifest = run(file, rows, tmp_path / "out", mishap="two")
+    assert manifest.config["settings"] == {"again": 1}
+    assert files(tmp_path / "out") == files(tmp_path / "two")
+    assert straight.items() < files(tmp_path / "out").items()
+
+
+@pytest.mark.parametrize(
+    ("mishap", "message"),
+    [
+        ("start", "^there is no such model. Name another.$"),
+        ("refuse", "^r07 cannot be done. Leave it out.$"),
+        ("bug", r"(?s)^the stage failed in an actor:\nTraceback .*befall.*KeyError: 'unforeseen'"),
+        ("differ", r"^actors disagree on what they make \(settings.pid: \d+ -> \d+\): .* load the same model"),
+    ],
+)
+def test_what_goes_wrong_in_an_actor_is_told_once(file, rows, tmp_path, mishap, message):
+    with pytest.raises(ExecutorError, match=message):
+        run(file, rows, tmp_path / "out", mishap=mishap)
+
+
+def test_the_store_stops_a_run_on_actors_too(file, rows, tmp_path):
+    with pytest.raises(StoreError, match="capitals stopped: 2 rows failed, above --output.max_quarantine 1"):
+        run(file, rows, tmp_path / "out", max_quarantine=1)
+
+
+def test_a_missing_model_is_one_line_and_ray_is_silent(cluster, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"id": "a", "question": "What?", "answer": "That."}))
+    done = subprocess.run(
+        [sys.executable, "-m", "prefalign.cli", "run", "sample_responses", "--model.model_name_or_path", "no/model",
+         "--data.path", str(rows), "--output.path", str(tmp_path / "out"), "--executor", "ray", "--ray-address", cluster],
+        capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout == ""
+    first, second = done.stderr.strip().splitlines()
+    assert first.startswith("error: ")
+    assert "no/model" in first
+    assert "PREFALIGN_TRACEBACK=1" in second
+
+
+def test_actors_that_die_before_any_block_is_done(file, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_executor, "MOST_DEATHS", 1)
+    with pytest.raises(
+        ExecutorError, match="2 actors were lost in a row and no block was done .* memory enough for the model"
+    ):
+        run(file, rows, tmp_path / "out", mishap="die_at_start", options=Options(executor="ray", actors=1))
+
+
+def test_what_cannot_be_placed(file, rows, tmp_path, monkeypatch, capsys):
+    with pytest.raises(ExecutorError, match="--actor-gpus 2: this machine has 0 GPUs. Give no more than that"):
+        run(file, rows, tmp_path / "out", options=Options(executor="ray", actor_gpus=2))
+    monkeypatch.setattr(ray_executor, "_PATIENCE", 0.1)
+    run(file, rows, tmp_path / "out")
+    assert re.search(r"waiting for an actor .* a place for it .1 CPU, 0 GPU.; the cluster has \d CPU and 0 GPU free of 4 CPU",
+                     capsys.readouterr().err)  # fmt: skip
+
+
+def test_a_cluster_that_is_not_there():
+    code = "from prefalign.ray_executor import connect; connect('127.0.0.1:1')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    message = (
+        "ExecutorError: no Ray cluster could be reached at 127.0.0.1:1: .* Start one .`ray start --head`., or leave"
+    )
+    assert re.search(message, done.stderr)
+
+
+def test_nodes_that_do_not_see_the_folder(file, rows, tmp_path, monkeypatch):
+    """Actors are told the driver's folder; here it is gone when they start."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setattr(ray_executor.Path, "cwd", lambda: gone)
+    with pytest.raises(ExecutorError, match="node .* does not see .*gone, from where the run was started"):
+        run(file, rows, tmp_path / "out")
+
+
+def test_without_ray_the_extra_is_named(file, rows, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ExecutorError, match=r"needs Ray, which is not installed: pip install 'prefalign\[ray\]'"):
+        run(file, rows, tmp_path / "out")
+
+
+def test_the_cluster_file_is_one_that_ray_takes():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    path = bundled.find("ray/cluster")
+    known = prepare_config(config.read_yaml(path))
+    validate_config(known)
+    assert known["max_workers"] == len(known["provider"]["worker_ips"])
+    header = "".join(line.lstrip("# \\") for line in path.read_text().splitlines() if line.startswith("#"))
+    command = re.search('prefalign run (sample\\S+) (.*?)"', header.replace("\\", " "))
+    options, rest = take_options(command[2].split())
+    assert options == Options(executor="ray", actors=16, ray_address="auto")
+    assert command[1] in bundled.stages()
+    assert rest[:2] == ["--config", "configs/datagen/sample_responses.yaml"]
+
+
+def test_the_benchmark_of_executors(tmp_path):
+    benchmark = bundled.load_stage(str(ROOT / "benchmarks" / "executors.py"))
+    lines = benchmark.measure("povid", 32, [1], 1, tmp_path)
+    names = [line["name"].removeprefix("executors/povid/") for line in lines]
+    assert names == ["plain/ms_per_row", "plain/driver_cpu_ms", "plain/start_s", "ray_1/ms_per_row", "ray_1/driver_cpu_ms",
+                     "ray_1/start_s", "ray_1/overhead_ms"]  # fmt: skip
+    assert read_manifest(tmp_path / "povid-ray_1-32-0") == read_manifest(tmp_path / "povid-plain-32-0")
+    assert read_manifest(tmp_path / "povid-plain-32-0").rows_in == 32

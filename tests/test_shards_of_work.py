@@ -1,0 +1,368 @@
+"""`--shard i/n`: whatever the order, whoever dies, the folder is that of one process; what is shared is shared safely."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from prefalign import bundled, cli, config, running, store
+from prefalign.execution import LeftToOthers, Options, Shard, sharded, take_options
+from prefalign.manifest import read_manifest
+from prefalign.records import Prompt
+from prefalign.sources import DataConfig, survey
+from prefalign.store import OutputConfig, StoreError, write_records
+from prefalign.surveys import Survey
+from tests.launching import ENVIRONMENT
+from tests.shared_out import files, prompts_with_a_duplicate, scenes_config, write_rows, write_stage
+from tests.test_select_responses import row as scored_row
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write_rows(tmp_path / "in")
+
+
+@pytest.fixture
+def stage(tmp_path):
+    return bundled.load_stage(str(write_stage(tmp_path)))
+
+
+def settings(stage, rows, folder, *, mishap="none", marks=".", **output):
+    output = {"path": folder, "block_size": 3} | output
+    return config.build(
+        stage.Config, {"data": {"path": rows}, "output": output, "mishap": mishap, "marks": str(marks), "at": "r06"}
+    )
+
+
+def start(stage, asked, number=0, count=1):
+    with sharded(Shard(number, count)):
+        return stage.main(asked)
+
+
+def test_the_data_have_traps_across_blocks(stage, rows, tmp_path):
+    manifest = start(stage, settings(stage, rows, tmp_path / "out"))
+    assert manifest.dropped == {"bad_json": 1, "duplicate": 2, "missing_image": 1}
+    assert (manifest.rows_in, manifest.rows_out, manifest.quarantined) == (22, 18, 2)
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_shards_in_any_order_make_the_folder_of_one_process(stage, rows, tmp_path, order):
+    start(stage, settings(stage, rows, tmp_path / "straight"))
+    asked = settings(stage, rows, tmp_path / "out")
+    for number in order[:2]:
+        with pytest.raises(
+            LeftToOthers, match=rf"shard {number}/3 of capitals has done its blocks; \d of 8 in .* are still to be done"
+        ):
+            start(stage, asked, number, 3)
+        assert read_manifest(tmp_path / "out") is None
+    manifest = start(stage, asked, order[2], 3)
+    assert manifest.rows_in == 22
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+    assert start(stage, asked, order[0], 3) == manifest
+
+
+@pytest.mark.parametrize("then", [(0, 1), (0, 2)])
+def test_what_shards_have_left_is_done_by_others(stage, rows, tmp_path, then):
+    """By a process without --shard, or by another number of shards."""
+    start(stage, settings(stage, rows, tmp_path / "straight"))
+    asked = settings(stage, rows, tmp_path / "out")
+    with pytest.raises(LeftToOthers):
+        start(stage, asked, 1, 3)
+    if then == (0, 2):
+        with pytest.raises(LeftToOthers):
+            start(stage, asked, 1, 2)
+    assert start(stage, asked, *then).rows_out == 18
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+
+
+def in_process(stage, asked, number, count, barrier=None):
+    """A shard in a process of its own. Its exit status: 0, it wrote the manifest; 3, it left blocks; 1, it stopped."""
+
+    def go():
+        if barrier is not None:
+            barrier.wait()
+        try:
+            start(stage, asked, number, count)
+        except LeftToOthers:
+            os._exit(3)
+        except StoreError:
+            os._exit(1)
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=go)
+    process.start()
+    return process
+
+
+def test_a_shard_killed_in_mid_block_is_started_again(stage, rows, tmp_path):
+    """Shard 2 hangs in the block of r06 and is killed with SIGKILL; the others end meanwhile."""
+    start(stage, settings(stage, rows, tmp_path / "straight"))
+    asked = settings(stage, rows, tmp_path / "out", mishap="hang", marks=tmp_path)
+    killed = in_process(stage, asked, 2, 3)
+    while not list(tmp_path.glob("mark-*")):
+        time.sleep(0.01)
+    for number in (0, 1):
+        with pytest.raises(LeftToOthers):
+            start(stage, asked, number, 3)
+    killed.kill()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    (tmp_path / "out" / "data" / ".train-00002.parquet.node-17.tmp").write_bytes(b"half")
+    assert start(stage, asked, 2, 3).rows_in == 22
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+    assert not [file for file in (tmp_path / "out").rglob(".*") if file.is_file()], (
+        "what a killed writer left is swept up"
+    )
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 2, 3), (1, 1, 0, 0)], ids=["four shards", "two shards, twice each"])
+def test_shards_that_start_at_the_same_moment(stage, rows, tmp_path, numbers):
+    start(stage, settings(stage, rows, tmp_path / "straight"))
+    barrier = multiprocessing.get_context("fork").Barrier(4)
+    count = max(numbers) + 1
+    processes = [
+        in_process(stage, settings(stage, rows, tmp_path / "out"), number, count, barrier) for number in numbers
+    ]
+    for process in processes:
+        process.join()
+    assert {process.exitcode for process in processes} <= {0, 3}
+    assert 0 in {process.exitcode for process in processes}
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+
+
+def test_of_two_configs_started_at_the_same_moment_one_gets_the_folder(stage, rows, tmp_path):
+    for trial in range(5):
+        barrier = multiprocessing.get_context("fork").Barrier(2)
+        folder = tmp_path / f"out{trial}"
+        processes = [
+            in_process(stage, settings(stage, rows, folder, block_size=size), 0, 2, barrier) for size in (3, 4)
+        ]
+        for process in processes:
+            process.join()
+        assert sorted(process.exitcode for process in processes) == [1, 3]
+
+
+def test_a_claimed_folder_is_not_taken_over_while_others_may_work_there(stage, rows, tmp_path):
+    with pytest.raises(ValueError, match="r06 cannot be done"):
+        start(stage, settings(stage, rows, tmp_path / "out", mishap="refuse"), 2, 8)
+    with pytest.raises(StoreError, match=r"another config \(block_size: 3 -> 4\)"):
+        start(stage, settings(stage, rows, tmp_path / "out", block_size=4), 0, 8)
+
+
+def test_failures_of_all_shards_count_together(stage, rows, tmp_path):
+    """r09 has no picture (block 3, shard 1 of 2) and a line is torn (the same block); one more fails in block 0."""
+    lines = rows.read_text().splitlines()
+    lines[0] = "{"
+    rows.write_text("\n".join(lines))
+    asked = settings(stage, rows, tmp_path / "out", max_quarantine=2)
+    with pytest.raises(LeftToOthers):
+        start(stage, asked, 0, 2)
+    with pytest.raises(StoreError, match="capitals stopped: 3 rows failed, above --output.max_quarantine 2"):
+        start(stage, asked, 1, 2)
+    assert len(list((tmp_path / "out").glob("progress/*.json"))) > 4, "blocks of the others stay"
+
+
+def test_shards_without_a_row_do_not_forget_the_blocks_of_others(stage, rows, tmp_path):
+    rows.write_text('{"id": "a"}\n' * 8)
+    asked = settings(stage, rows, tmp_path / "out", max_quarantine=4)
+    with pytest.raises(
+        StoreError, match="No row was made yet: mend the cause, stop the other shards, delete .*out and start again"
+    ):
+        start(stage, asked, 0, 2)
+    assert list((tmp_path / "out").glob("progress/*.json"))
+
+
+def test_rows_of_other_shards_are_read_only_where_ids_may_meet(stage, rows, tmp_path, monkeypatch):
+    read = []
+    plain = store.READERS[Prompt]
+    monkeypatch.setitem(
+        store.READERS, Prompt, lambda row, *rest, **more: read.append(row["id"]) or plain(row, *rest, **more)
+    )
+    distinct = [json.dumps({"id": f"r{n}", "image": "1.png", "question": f"{n}?", "answer": "Yes."}) for n in range(12)]
+    rows.write_text("\n".join(distinct))
+    with pytest.raises(LeftToOthers):
+        start(stage, settings(stage, rows, tmp_path / "out"), 1, 2)
+    assert read == ["r3", "r4", "r5", "r9", "r10", "r11"]
+    read.clear()
+    rows.write_text("\n".join([*distinct, distinct[0]]))
+    with pytest.raises(LeftToOthers):
+        start(stage, settings(stage, rows, tmp_path / "out2"), 1, 2)
+    assert len(read) == 13
+
+
+def test_a_pass_over_all_inputs_begins_with_the_shards_own_blocks(rows, tmp_path):
+    data, output = DataConfig(rows), OutputConfig(tmp_path / "out", block_size=3)
+    output.path.mkdir()
+    (output.path / "config.json").write_text("{}")
+    total, repeated = survey(data)
+    done = []
+
+    def work(block):
+        done.append(block[0].id)
+        return [{"id": prompt.id} for prompt in block]
+
+    passes = Survey("test", data, output, Prompt, total, repeated)
+    plain = list(passes("straight", work))
+    straight, firsts = list(done), [block[0]["id"] for block in plain]
+    with sharded(Shard(1, 2)):
+        done.clear()
+        (output.path / "survey" / "shared-00000.json").write_bytes(
+            (output.path / "survey" / "straight-00000.json").read_bytes()
+        )
+        assert list(passes("shared", work)) == plain
+    assert straight == firsts
+    assert done == firsts[1::2] + firsts[2::2], "its own, then those that nobody has done"
+
+
+def test_a_stage_that_writes_a_second_folder_has_it_written_by_the_last_shard(stage, rows, tmp_path):
+    start(stage, settings(stage, rows, tmp_path / "straight", mishap="two"))
+    asked = settings(stage, rows, tmp_path / "out", mishap="two")
+    with pytest.raises(LeftToOthers):
+        start(stage, asked, 0, 2)
+    assert not (tmp_path / "out" / "again").exists()
+    assert start(stage, asked, 1, 2).config["settings"] == {"again": 1}
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+
+
+def test_figures_are_made_when_the_last_block_is_done(tmp_path):
+    stage = bundled.load_stage("select_responses")
+    write_records("t", [scored_row(f"row{n}") for n in range(6)], output=OutputConfig(tmp_path / "in"),
+                  record=store.Candidates, settings={}, seed=0)  # fmt: skip
+
+    def asked(folder):
+        return config.build(
+            stage.Config, {"data": {"path": tmp_path / "in"}, "output": {"path": folder, "block_size": 2}}
+        )
+
+    start(stage, asked(tmp_path / "straight"))
+    for number in (2, 0):
+        with pytest.raises(LeftToOthers):
+            start(stage, asked(tmp_path / "out"), number, 3)
+        assert not (tmp_path / "out" / "selection.json").exists()
+    start(stage, asked(tmp_path / "out"), 1, 3)
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("name", ["sample_responses", "mia_dpo"])
+def test_stages_with_a_model(name, tmp_path, capsys):
+    """mia_dpo draws other pictures from a pool in the output folder, which every shard needs and one builds."""
+    prompts_with_a_duplicate(tmp_path / "in")
+    stage = bundled.load_stage(name)
+
+    def asked(folder):
+        return scenes_config(stage, name, tmp_path / "in", folder)
+
+    running.run(name, stage, asked(tmp_path / "straight"), Options())
+    for number in (1, 0):
+        made = running.run(name, stage, asked(tmp_path / "out"), Options(Shard(number, 2)))
+        assert (made is None) == (number == 1)
+    assert "shard 1/2 of" in capsys.readouterr().out
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.dropped["duplicate"] == 1
+    assert manifest.rows_out > 3
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--shard", "3/3"], "--shard 3/3: give I/N with I from 0 to N - 1, as in `--shard 0/8`"),
+        (["--shard=one"], "--shard one: give I/N"),
+        (["--shard", "0/2", "--shard", "1/2"], "--shard is given twice"),
+        (["--shard", "--seed", "1"], "--shard needs a value. do the blocks I, I [+] N"),
+        (["--shard", "0/2", "--executor", "ray"], "two ways to share out the same blocks"),
+        (["--executor", "dask"], "--executor dask: there are `local` and `ray`"),
+        (["--actors", "4"], "--actors says something of Ray's actors, and nothing asks for them. Add `--executor ray`"),
+        (["--executor", "ray", "--actors", "0"], "--actors 0: give a number of at least 1"),
+        (["--executor", "ray", "--actor-gpus", "half"], "--actor-gpus half: give a number of at least 0"),
+    ],
+)
+def test_options_that_cannot_be(given, message):
+    with pytest.raises(config.ConfigError, match=message):
+        take_options(given)
+
+
+def test_options_are_taken_out_of_the_settings():
+    options, rest = take_options(["--config", "x", "--shard=2/5", "--seed", "3"])
+    assert (options, rest) == (Options(Shard(2, 5)), ["--config", "x", "--seed", "3"])
+    options, rest = take_options(["--executor", "ray", "--actors", "4", "--actor-gpus", "0.5", "--ray-address", "auto"])
+    assert (options, rest) == (Options(executor="ray", actors=4, actor_gpus=0.5, ray_address="auto"), [])
+
+
+def test_the_command_tells_of_shards_and_says_which_stages_have_none(rows, tmp_path, capsys):
+    file = str(write_stage(tmp_path))
+    assert cli.main(["run", file, "--help"]) == 0
+    assert "--shard I/N" in capsys.readouterr().out
+    command = [
+        "run",
+        file,
+        "--data.path",
+        str(rows),
+        "--output.path",
+        str(tmp_path / "out"),
+        "--output.block_size",
+        "8",
+    ]
+    assert cli.main([*command, "--shard", "1/2"]) == 0
+    assert "shard 1/2 of capitals has done its blocks; 2 of 3" in capsys.readouterr().out
+    assert cli.main([*command, "--shard", "0/2"]) == 0
+    assert "capitals: 22 rows in, 18 rows out" in capsys.readouterr().out
+    assert "shard" not in (tmp_path / "out" / "config.json").read_text()
+    assert cli.main(["run", "merge_adapter", "--help"]) == 0
+    assert "--shard" not in capsys.readouterr().out
+    assert cli.main(["run", "merge_adapter", "--adapter", "a", "--output", "b", "--shard", "0/2"]) == 1
+    assert "merge_adapter does not work by blocks" in capsys.readouterr().err
+
+
+SRUN = '#!/bin/bash\nexec "$@"\n'
+ARRAY = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "2", "SLURM_JOB_ID": "71", "SLURM_CPUS_PER_TASK": "1"}
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A command that does a task of an array on this machine: Slurm's own commands are stand-ins."""
+    for name, text in (("srun", SRUN), ("scontrol", '#!/bin/bash\necho "$@" >> requeued\n')):
+        (tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path / "bin"), ENVIRONMENT["PATH"]])
+
+    def go(task, *words, **environment):
+        return subprocess.Popen(["bash", str(bundled.find("slurm/generate")), *map(str, words)], cwd=tmp_path, text=True,
+                                env=ENVIRONMENT | ARRAY | {"PATH": path, "SLURM_ARRAY_TASK_ID": str(task)} | environment,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+
+    return go
+
+
+def test_a_slurm_array_does_a_shard_in_each_task(slurm, stage, rows, tmp_path):
+    start(stage, settings(stage, rows, tmp_path / "straight"))
+    words = [tmp_path / "capitals.py", "--data.path", rows, "--output.path", tmp_path / "out", "--output.block_size", 3]
+    said = []
+    for task in (2, 0):
+        said.append(slurm(task, *words).communicate())
+    assert "shard 2/3 of capitals has done its blocks; 6 of 8" in said[0][0], said
+    again = slurm(1, *words, SLURM_ARRAY_TASK_MIN="1", SLURM_ARRAY_TASK_MAX="1")
+    assert "The array begins at 1, so blocks of shard 0 would not be done" in again.communicate()[1]
+    assert again.returncode == 2
+    last = slurm(1, *words, SLURM_ARRAY_TASK_MIN="1", SLURM_ARRAY_TASK_MAX="1", SHARDS="3").communicate()
+    assert "capitals: 22 rows in, 18 rows out" in last[0], last
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+
+
+def test_a_slurm_task_asks_to_be_queued_again(slurm, tmp_path):
+    (tmp_path / "bin" / "srun").write_text("#!/bin/bash\ntouch started\nexec sleep 20\n")
+    task = slurm(0, "capitals")
+    while not (tmp_path / "started").exists():
+        assert task.poll() is None
+        time.sleep(0.05)
+    task.send_signal(signal.SIGUSR1)
+    task.wait(timeout=60)
+    os.killpg(task.pid, signal.SIGKILL)
+    task.communicate()
+    assert (tmp_path / "requeued").read_text() == "requeue 71\n"
