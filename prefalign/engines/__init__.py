@@ -19,6 +19,7 @@ CAPABILITIES = {
     "image_mask": "hide a share of the image tokens",
     "contrast": "decode against the same prompt without its picture (M3ID)",
     "attention": "attention of an answer to each image token",
+    "first_token": "probabilities of words at the start of an answer",
     "vision_embed": "features of pictures from the model's own vision encoder",
 }
 
@@ -177,6 +178,17 @@ class Engine(Protocol):
         self, requests: Sequence[Request], answers: Sequence[str | Completion], *, layer: int | None = None
     ) -> list[ImageAttention]:
         """Attention of given answers to the image tokens of their prompts, in one decoder layer."""
+        ...
+
+    def first_token(self, requests: Sequence[Request], words: Sequence[str]) -> list[dict[str, float]]:
+        """Probability that the answer to each request begins with each word: that of the word's first token.
+
+        Returns:
+            By word, for each request in order, without temperature or penalties; NaN for a request that fails.
+
+        Raises:
+            ValueError: if two words begin with the same token: a sum over both would count it twice.
+        """
         ...
 
 

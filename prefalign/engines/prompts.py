@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prefalign import families
-from prefalign.engines import ImageMask, Request
+from prefalign.engines import Completion, ImageMask, Request
 from prefalign.records import placeholder_count
 
 if TYPE_CHECKING:
@@ -46,6 +46,12 @@ def request_problem(request: Request, answer: str, engine: TransformersEngine) -
                     "Take it out, or make it an image block."
                 )
     return None
+
+
+def check_answers(requests: Sequence[Request], answers: Sequence[str | Completion]) -> None:
+    """Raise `ValueError` unless there is one answer for each request."""
+    if len(requests) != len(answers):
+        raise ValueError(f"there are {len(requests)} requests for {len(answers)} answers; give one answer to each.")
 
 
 def with_tails(

@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from prefalign import families
-from prefalign.engines import USAGE, Completion, ImageAttention, Request, Sampling, sharing
+from prefalign.engines import USAGE, Completion, ImageAttention, Request, Sampling, first_token, sharing
 from prefalign.engines.attention import measure, readable_layer
 from prefalign.engines.contrast import blind_branch, text_alone_works
-from prefalign.engines.prompts import hidden_mask, request_problem, with_tails
+from prefalign.engines.prompts import check_answers, hidden_mask, request_problem, with_tails
 from prefalign.engines.sampling import RowNoise, check_sampling
 from prefalign.engines.stopping import SENTENCE_MARKS, Batch, Row, RowStop, certain_sentence
 from prefalign.engines.watching import watching
@@ -59,7 +59,7 @@ class TransformersEngine:
         )
         self.banned = families.banned_token_ids(processor, self.config, keep=self.ends)
         self.context = families.context_length(self.config)
-        self.capabilities = frozenset({"sample", "logprobs", "prefix", "vision_embed"})
+        self.capabilities = frozenset({"sample", "logprobs", "prefix", "vision_embed", "first_token"})
         if not families.cross_attends(self.config):
             self.capabilities |= {"contrast", "image_mask", "attention"}
         self.visual_tokens = families.visual_tokens(processor, self.config)
@@ -105,7 +105,7 @@ class TransformersEngine:
             closes the turn with (of a completion: for its tokens, and for the end of the turn if it came to it). A request that
             cannot be scored (`problem` says why) gives a single NaN.
         """
-        _check_answers(requests, answers)
+        check_answers(requests, answers)
         failed: dict[int, Completion] = {}
         scored: dict[int, torch.Tensor] = {}
         for rows in self._batches(requests, answers, failed, score=True):
@@ -132,8 +132,12 @@ class TransformersEngine:
         Raises:
             ValueError: if there is no such layer, or it has no attention map.
         """
-        _check_answers(requests, answers)
+        check_answers(requests, answers)
         return measure(self, requests, answers, layer)
+
+    def first_token(self, requests: Sequence[Request], words: Sequence[str]) -> list[dict[str, float]]:
+        """As `Engine.first_token` says; a `prefix` counts as prompt, an `image_mask` is applied, `given` is refused."""
+        return first_token.measure(self, requests, words)
 
     def problem(self, request: Request, answer: str = "") -> str | None:
         """Why a request cannot be put to the model, as far as that shows before the pictures are prepared; None if it can."""
@@ -388,11 +392,6 @@ def load_engine(config: ModelConfig, *, batch_size: int = 16) -> TransformersEng
     """Load model and processor and put an engine on them, with the fingerprint of the weights."""
     model = load_model(config)
     return TransformersEngine(model, load_processor(config), batch_size=batch_size, fingerprint=fingerprint(model))
-
-
-def _check_answers(requests: Sequence[Request], answers: Sequence[str | Completion]) -> None:
-    if len(requests) != len(answers):
-        raise ValueError(f"there are {len(requests)} requests for {len(answers)} answers; give one answer to each.")
 
 
 def _error(row: Row, reason: str) -> Completion:
