@@ -212,8 +212,13 @@ class Usage:
 USAGE = Usage()
 
 
-def require(engine: Engine, needed: Sequence[str], stage: str) -> None:
+def require(engine: Engine | type[Engine], needed: Sequence[str], stage: str) -> None:
     """Raise if an engine lacks a capability that a stage needs.
+
+    Args:
+        engine: the engine, or its class where that alone says what it can do.
+        needed: capabilities.
+        stage: its name, for the message.
 
     Raises:
         ValueError: names what is missing and an engine that has it.
@@ -221,6 +226,10 @@ def require(engine: Engine, needed: Sequence[str], stage: str) -> None:
     missing = sorted(set(needed) - engine.capabilities)
     if missing:
         wanted = "; ".join(f"{name} ({CAPABILITIES[name]})" for name in missing)
+        if isinstance(engine, type):
+            raise ValueError(
+                f"{stage} needs {wanted}, which {engine.__name__} cannot do with any model. Set `engine` to transformers."
+            )
         raise ValueError(
             f"{stage} needs {wanted}, which {type(engine).__name__} cannot do with this model. Use the transformers engine and a "
             "model that has its pictures among the tokens of its prompt, such as LLaVA or Qwen-VL."

@@ -20,8 +20,13 @@ def load_engine(
         stage: its name, for the message.
 
     Raises:
-        ValueError: if the engine lacks one of `needs`.
+        ValueError: if the engine lacks one of `needs`; where that does not depend on the model, before it is loaded.
     """
+    if config.engine == "vllm":
+        from prefalign.engines import vllm_loading
+
+        require(vllm_loading.VllmEngine, needs, stage)
+        return vllm_loading.load_engine(config)
     from prefalign.engines import transformers
 
     engine = transformers.load_engine(config, batch_size=batch_size)
