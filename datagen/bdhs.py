@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from prefalign import sources, stages, store
 from prefalign.engines import Engine, Sampling
 from prefalign.engines.config import EngineConfig
-from prefalign.guided import BiasConfig, Corrupted, Item, corrupted_answers, rejection
+from prefalign.guided import BiasConfig, Corrupted, Item, corrupted_answers, needs, rejection
 from prefalign.manifest import Manifest
 from prefalign.records import Pair, Prompt
 from prefalign.sources import DataConfig
@@ -62,7 +62,7 @@ def main(config: Config) -> Manifest:
 
     sources.files_of(config.data)
     similarity = load_similarity(config.similarity)
-    engine = load_engine(config.model, batch_size=config.batch_size)
+    engine = load_engine(config.model, batch_size=config.batch_size, needs=needs(config.bias), stage=METHOD)
     return store.run_stage(
         METHOD,
         config.data,

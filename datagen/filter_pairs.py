@@ -105,7 +105,8 @@ def load_verifier(config: Config) -> Engine | None:
         )
     from prefalign.engines.loading import load_engine
 
-    return load_engine(config.model, batch_size=config.batch_size)
+    needs = ["logprobs", *(["image_mask"] if config.without == "hidden" else [])]
+    return load_engine(config.model, batch_size=config.batch_size, needs=needs, stage=METHOD)
 
 
 def row_settings(config: Config, known: PictureList) -> dict[str, Any]:

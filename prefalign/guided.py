@@ -119,6 +119,11 @@ class _Piece:
     settled: bool = False
 
 
+def needs(bias: BiasConfig) -> list[str]:
+    """What an engine must be capable of."""
+    return ["sample", *(["prefix"] if bias.guided else []), *(["image_mask"] if bias.variant == "attention" else [])]
+
+
 def corrupted_answers(
     engine: Engine,
     items: Sequence[Item],
@@ -152,8 +157,7 @@ def corrupted_answers(
     Raises:
         ValueError: if the engine lacks a capability.
     """
-    needed = ["sample", *(["prefix"] if bias.guided else []), *(["image_mask"] if bias.variant == "attention" else [])]
-    require(engine, needed, "BDHS")
+    require(engine, needs(bias), "BDHS")
     results: dict[int, Corrupted] = {}
     waiting = list(range(len(items)))
     for iteration in range(1, bias.iterations + 1):

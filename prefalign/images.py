@@ -83,6 +83,11 @@ def sha256(image: EncodedImage) -> str:
     return hashlib.sha256(image["bytes"]).hexdigest()
 
 
+def pixels_sha256(image: Image.Image) -> str:
+    """Hex SHA-256 of a decoded picture's mode, size and pixels."""
+    return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
+
+
 def open_image(image: EncodedImage, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode to RGB: EXIF orientation applied, alpha laid over white, first frame of animations, CMYK and palette converted.
 

@@ -14,17 +14,16 @@ import hashlib
 import json
 import logging
 import re
-import sqlite3
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from prefalign.engines import Completion, Engine, Request, Sampling
-from prefalign.images import EncodedImage, ImageError, open_image, sha256
+from prefalign.engines import Engine, Request, Sampling
+from prefalign.images import EncodedImage, ImageError, open_image, pixels_sha256, sha256
 from prefalign.records import Message, canonical_json, message_text, user_message
+from prefalign.replies import Replies
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -186,7 +185,7 @@ class Judge:
         engine: the model.
         prompt_version: names the wording; with the model it is the judge's version.
         sampling: how replies are drawn; greedy unless set.
-        cache: file that replies are kept in (SQLite, shared by processes); None keeps none.
+        cache: file that replies are kept in (`Replies`); None keeps none.
         retries: how often an unreadable reply is asked for again.
         counts: questions since the start, by `asked` (requests to the model), `cached`, `read` and `missing`.
     """
@@ -237,7 +236,8 @@ class Judge:
         if attempt > 1 and not sampling.temperature:
             sampling = dataclasses.replace(sampling, temperature=0.7)
         keys = [self._key(question, text, sampling, attempt) for question, text in zip(questions, texts, strict=True)]
-        known = self._kept(keys)
+        kept = Replies(self.cache) if self.cache is not None else None
+        known = kept.kept(keys) if kept is not None else {}
         fresh = {key: row for row, key in enumerate(keys) if key not in known}
         requests = []
         for key, row in fresh.items():
@@ -249,7 +249,8 @@ class Judge:
             requests.append(Request(key, [user_message(texts[row], len(images))], images, seed=attempt))
         completions = self.engine.generate(requests, sampling) if requests else []
         said = {request.id: completion for request, completion in zip(requests, completions, strict=True)}
-        self._keep(said)
+        if kept is not None:
+            kept.keep({key: one.text for key, one in said.items() if one.finish_reason != "error"}, self.version)
         self.counts["asked"] += len(said)
         self.counts["cached"] += len(set(keys) & set(known))
         for key, completion in said.items():
@@ -269,34 +270,6 @@ class Judge:
         }
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
-    def _kept(self, keys: Sequence[str]) -> dict[str, str]:
-        if self.cache is None or not self.cache.is_file():
-            return {}
-        with closing(self._open()) as base:
-            rows = (
-                (key, base.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()) for key in set(keys)
-            )
-            return {key: row[0] for key, row in rows if row is not None}
-
-    def _keep(self, said: Mapping[str, Completion]) -> None:
-        rows = [(key, self.version, one.text) for key, one in said.items() if one.finish_reason != "error"]
-        if self.cache is None or not rows:
-            return
-        self.cache.parent.mkdir(parents=True, exist_ok=True)
-        with closing(self._open()) as base, base:
-            base.executemany("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", rows)
-
-    def _open(self) -> sqlite3.Connection:
-        assert self.cache is not None
-        try:
-            base = sqlite3.connect(self.cache, timeout=60)
-            base.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, judge TEXT, reply TEXT)")
-        except sqlite3.DatabaseError as error:
-            raise ValueError(
-                f"cache {self.cache.name!r} holds no judge's replies ({error}). Name another file, or delete it to ask again."
-            ) from error
-        return base
-
 
 def wording_version(name: str, *texts: str) -> str:
     """Version of a wording: its name and a hash, so that a changed word is another version."""
@@ -305,9 +278,7 @@ def wording_version(name: str, *texts: str) -> str:
 
 def picture_hash(image: EncodedImage | Image.Image) -> str:
     """Hex SHA-256 of a picture's content: the encoded bytes, or mode, size and pixels of a decoded one."""
-    if isinstance(image, dict):
-        return sha256(image)
-    return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
+    return sha256(image) if isinstance(image, dict) else pixels_sha256(image)
 
 
 _SIDES = {"a": "A", "b": "B", "tie": "tie"}

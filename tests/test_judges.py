@@ -301,7 +301,7 @@ def test_a_rerun_asks_nothing_and_another_picture_wording_or_model_asks_again(sc
         JudgedAttributes(engine=newer),
     )
     with sqlite3.connect(cache) as base:
-        assert {row[0] for row in base.execute("SELECT judge FROM replies")} == {reward.version for reward in asking}
+        assert {row[0] for row in base.execute("SELECT source FROM replies")} == {reward.version for reward in asking}
 
 
 def test_unreadable_replies_are_kept_too(tmp_path):
@@ -317,7 +317,7 @@ def test_unreadable_replies_are_kept_too(tmp_path):
 def test_a_file_that_is_no_cache(tmp_path):
     (tmp_path / "notes.txt").write_text("not a database, but long enough to be taken for one" * 20)
     judge = Judge(Scripted("Fine."), "v", cache=tmp_path / "notes.txt")
-    with pytest.raises(ValueError, match=r"cache 'notes.txt' holds no judge's replies"):
+    with pytest.raises(ValueError, match=r"cache 'notes.txt' holds no replies of a model"):
         judge.ask([Question("a", "Well?")], read_vote)
 
 

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 from prefalign.engines import Engine, require
 from prefalign.engines.config import EngineConfig
+from prefalign.models import ModelConfig
 
 
 def load_engine(
-    config: EngineConfig, *, batch_size: int = 16, needs: Sequence[str] = (), stage: str = "this stage"
+    config: ModelConfig, *, batch_size: int = 16, needs: Sequence[str] = (), stage: str = "this stage"
 ) -> Engine:
     """The engine of a config, its model loaded.
 
     Args:
-        config: model and engine.
+        config: model and engine; of a plain `ModelConfig` the engine is transformers.
         batch_size: sequences in one forward pass of the transformers engine; the others make up batches by themselves.
         needs: capabilities that the stage cannot do without.
         stage: its name, for the message.
@@ -22,11 +23,15 @@ def load_engine(
     Raises:
         ValueError: if the engine lacks one of `needs`; where that does not depend on the model, before it is loaded.
     """
-    if config.engine == "vllm":
+    if isinstance(config, EngineConfig) and config.engine == "vllm":
         from prefalign.engines import vllm_loading
 
         require(vllm_loading.VllmEngine, needs, stage)
         return vllm_loading.load_engine(config)
+    if isinstance(config, EngineConfig) and config.engine == "openai":
+        from prefalign.engines import openai
+
+        return openai.load_engine(config, needs=needs, stage=stage)
     from prefalign.engines import transformers
 
     engine = transformers.load_engine(config, batch_size=batch_size)
