@@ -67,6 +67,10 @@ class VllmEngine:
             number = int(hashlib.sha256(str(Path(adapter).resolve()).encode()).hexdigest()[:7], 16) + 1
             self.adapter = LoRARequest(Path(adapter).name, number, str(adapter))
 
+    def without_adapter(self) -> VllmEngine:
+        """The same model in the same memory, asked without its adapter; it has no fingerprint."""
+        return VllmEngine(self.llm, self.processor, self.config, ends=self.ends)
+
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in order.
 
