@@ -26,8 +26,7 @@ def load_engine(
     if isinstance(config, EngineConfig) and config.engine == "vllm":
         from prefalign.engines import vllm_loading
 
-        require(vllm_loading.VllmEngine, needs, stage)
-        return vllm_loading.load_engine(config)
+        return vllm_loading.load_engine(config, needs=needs, stage=stage)
     if isinstance(config, EngineConfig) and config.engine == "openai":
         from prefalign.engines import openai
 

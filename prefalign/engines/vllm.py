@@ -24,9 +24,14 @@ from prefalign.engines.sampling import check_sampling
 from prefalign.engines.stopping import CONTEXT_TAIL, SENTENCE_MARKS, Row, certain_sentence
 from prefalign.records import row_seed
 
+NO_SCORES = (
+    "vLLM does not score given answers through a LoRA adapter. Merge it into its base (`prefalign run merge_adapter`) and name "
+    "the merged model, or use the transformers engine."
+)
+
 
 class VllmEngine:
-    """An `Engine` on a `vllm.LLM`.
+    """An `Engine` on a `vllm.LLM`. With an adapter it does not score given answers: vLLM's LoRA has no way to (tested: 0.32).
 
     Args:
         llm: the `vllm.LLM`, with prefix caching.
@@ -37,7 +42,7 @@ class VllmEngine:
         adapter: folder of a LoRA adapter that requests go through; `llm` must have been made with `enable_lora`.
     """
 
-    capabilities = frozenset({"sample", "logprobs", "prefix", "first_token"})
+    capabilities: frozenset[str] = frozenset({"sample", "logprobs", "prefix", "first_token"})
 
     def __init__(
         self,
@@ -64,12 +69,10 @@ class VllmEngine:
         if adapter is not None:
             from vllm.lora.request import LoRARequest
 
+            self.capabilities = self.capabilities - {"logprobs"}
+
             number = int(hashlib.sha256(str(Path(adapter).resolve()).encode()).hexdigest()[:7], 16) + 1
             self.adapter = LoRARequest(Path(adapter).name, number, str(adapter))
-
-    def without_adapter(self) -> VllmEngine:
-        """The same model in the same memory, asked without its adapter; it has no fingerprint."""
-        return VllmEngine(self.llm, self.processor, self.config, ends=self.ends)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in order.
@@ -111,7 +114,12 @@ class VllmEngine:
         Returns:
             One float32 tensor (T_i,) per request: a value for each token of the answer and of what the chat template closes the
             turn with. A request that cannot be scored gives a single NaN.
+
+        Raises:
+            ValueError: if the engine has an adapter.
         """
+        if self.adapter is not None:
+            raise ValueError(NO_SCORES)
         from vllm import SamplingParams
 
         check_answers(requests, answers)
@@ -253,10 +261,12 @@ class VllmEngine:
         text = new_text(self.tokenizer, row.request, list(output.prompt_token_ids[-CONTEXT_TAIL:]), new)
         return certain_sentence(row.request.prefix, text) is not None
 
-    def _refusal(self, error: Exception) -> str:
-        if length := re.search(r"\(length (\d+)\).* is longer than the maximum model length", str(error), re.DOTALL):
+    def _refusal(self, error: Any) -> str:
+        after = re.search(r"\(length (\d+)\).* is longer than the maximum model length", str(error), re.DOTALL)
+        length = error.value if getattr(error, "parameter", None) == "input_tokens" else after and after[1]
+        if length:
             return (
-                f"the prompt has {length[1]} tokens, and the model has {self.context} positions. Use fewer or smaller "
+                f"the prompt has {length} tokens, and the model has {self.context} positions. Use fewer or smaller "
                 "pictures, or less text."
             )
         return f"vLLM refused the prompt or its picture: {error}"

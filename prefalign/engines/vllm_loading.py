@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from prefalign import families
 from prefalign.checkpoints import ModelError, check_family, check_weights, resolve
+from prefalign.engines import require
 from prefalign.engines.config import EngineConfig
 from prefalign.engines.fingerprints import checkpoint_fingerprint
-from prefalign.engines.vllm import VllmEngine
+from prefalign.engines.vllm import NO_SCORES, VllmEngine
 from prefalign.models import load_processor
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Sizes that vLLM reserves room for (its `MaxLoRARanks`)."""
 
 
-def load_engine(config: EngineConfig) -> VllmEngine:
-    """Start vLLM on a checkpoint.
+def load_engine(config: EngineConfig, *, needs: Sequence[str] = (), stage: str = "this stage") -> VllmEngine:
+    """Start vLLM on a checkpoint; what it cannot do is refused before anything is loaded.
 
     Args:
         config: the model; `adapter` goes through vLLM's LoRA, `vllm` holds vLLM's own settings.
+        needs: capabilities that the stage cannot do without.
+        stage: its name, for the message.
 
     Raises:
+        ValueError: if vLLM lacks one of `needs`.
         ModelError: if vLLM is not installed, or a setting or adapter is one that it cannot follow.
     """
+    require(VllmEngine, needs, stage)
     if find_spec("vllm") is None:
         raise ModelError(
             "model.engine is vllm, and vLLM is not installed here. It needs an environment of its own, without TRL: `make "
@@ -42,12 +48,15 @@ def load_engine(config: EngineConfig) -> VllmEngine:
             f"the {type(processor).__name__} writes text after the prompt's end, which vLLM does in its own way, so prompts "
             "would differ from those of training. Use the transformers engine for this model."
         )
+    if adapter is not None and "logprobs" in needs:
+        raise ValueError(f"{stage} needs logprobs. {NO_SCORES}")
     adapter = None if adapter is None else _local_adapter(adapter)
     rank = 0 if adapter is None else _lora_rank(adapter)
     fingerprint = checkpoint_fingerprint(config)  # before vLLM takes the memory
 
     from transformers import AutoConfig, GenerationConfig
     from vllm import LLM
+    from vllm.platforms import current_platform
 
     model_config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=config.trust_remote_code)
     try:
@@ -65,6 +74,7 @@ def load_engine(config: EngineConfig) -> VllmEngine:
         max_model_len=config.vllm.max_model_len,
         enforce_eager=config.vllm.enforce_eager,
         enable_prefix_caching=True,
+        enable_chunked_prefill=not current_platform.is_cpu(),  # there it breaks requests with a seed: "does not use offset"
         generation_config="vllm",
         limit_mm_per_prompt={"video": 0, "audio": 0},
         **lora,
@@ -75,9 +85,12 @@ def load_engine(config: EngineConfig) -> VllmEngine:
 
 def _check_settings(config: EngineConfig) -> None:
     """Refuse settings of `ModelConfig` that vLLM would not follow."""
+    from vllm.platforms import current_platform
+
+    elsewhere = config.device != "auto" and not (config.device == "cpu" and current_platform.is_cpu())
     unread = [
         (config.load_in_4bit, "load_in_4bit", "true", "leave it out"),
-        (config.device != "auto", "device", config.device, "choose GPUs with CUDA_VISIBLE_DEVICES"),
+        (elsewhere, "device", config.device, "choose GPUs with CUDA_VISIBLE_DEVICES"),
         (config.attn_implementation is not None, "attn_implementation", config.attn_implementation, "leave it out"),
     ]
     for wrong, name, value, cure in unread:

@@ -1,5 +1,7 @@
-"""Checkpoints, engines and servers of the runs with vLLM. `make test-vllm` runs them in the environment that `make vllm-env` builds;
-elsewhere nothing here is collected."""
+"""Checkpoints, engines and servers of the runs with vLLM.
+
+`make test-vllm` runs them in the environment that `make vllm-env` builds; elsewhere nothing here is collected.
+"""
 
 import gc
 import os
@@ -61,7 +63,7 @@ def started(checkpoints: dict[str, Path], adapter: Path, request: pytest.Fixture
     )
     slow = load_engine(config)
     config.engine = "vllm"
-    fast = load_engine(config, needs=["sample", "prefix", "logprobs", "first_token"])
+    fast = load_engine(config, needs=["sample", "prefix", "first_token"])
     yield fast, slow
     fast.llm.llm_engine.engine_core.shutdown()
     del fast
