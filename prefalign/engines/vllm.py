@@ -89,13 +89,9 @@ class VllmEngine:
                 request's `image_mask`).
         """
         check_sampling(sampling)
-        wanted = {"contrast": sampling.contrast, "attention_layer": sampling.attention_layer,
-                  "image_mask": next((one.image_mask for one in requests if one.image_mask), None)}  # fmt: skip
-        if asked := [name for name, value in wanted.items() if value is not None]:
-            raise ValueError(
-                f"{' and '.join(asked)} is set, and vLLM shows neither its attention nor lets a mask or second prompt in, so "
-                "answers would be drawn without it. Use the transformers engine."
-            )
+        for name in ("contrast", "attention_layer"):
+            if getattr(sampling, name) is not None:
+                raise _refusal(f"sampling.{name}")
         done: dict[int, Completion] = {}
         rows = self._rows(requests, [""] * len(requests), done)
         for row, prompt, output in self._run(rows, done, lambda row: self._sampling(row.request, sampling)):
@@ -116,7 +112,7 @@ class VllmEngine:
             turn with. A request that cannot be scored gives a single NaN.
 
         Raises:
-            ValueError: if the engine has an adapter.
+            ValueError: if the engine has an adapter, or a request an `image_mask`.
         """
         if self.adapter is not None:
             raise ValueError(NO_SCORES)
@@ -168,7 +164,7 @@ class VllmEngine:
         Raises:
             ValueError: always.
         """
-        raise ValueError("vLLM does not show its attention. Use the transformers engine.")
+        raise _refusal("attention")
 
     def problem(self, request: Request, answer: str = "") -> str | None:
         """Why a request cannot be put to the model, as far as that shows before the pictures are prepared; None if it can."""
@@ -183,6 +179,8 @@ class VllmEngine:
         score: bool = False,
     ) -> list[Row]:
         """Rows that can be run, those about the same pictures together; the others are put into `failed`."""
+        if any(request.image_mask for request in requests):
+            raise _refusal("image_mask")
         rows = []
         for index, (request, answer) in enumerate(zip(requests, answers, strict=True)):
             reason = self.problem(request, answer if isinstance(answer, str) else answer.text)
@@ -211,7 +209,7 @@ class VllmEngine:
             try:
                 engine.add_request(name, prompt, params_of(row), lora_request=self.adapter)
             except (ValueError, VLLMClientError) as error:
-                failed[row.index] = _error(row.request, f"request {row.request.id}: {self._refusal(error)}")
+                failed[row.index] = _error(row.request, f"request {row.request.id}: {self._reason(error)}")
             else:
                 waiting[name] = row
         try:
@@ -261,7 +259,7 @@ class VllmEngine:
         text = new_text(self.tokenizer, row.request, list(output.prompt_token_ids[-CONTEXT_TAIL:]), new)
         return certain_sentence(row.request.prefix, text) is not None
 
-    def _refusal(self, error: Any) -> str:
+    def _reason(self, error: Any) -> str:
         after = re.search(r"\(length (\d+)\).* is longer than the maximum model length", str(error), re.DOTALL)
         length = error.value if getattr(error, "parameter", None) == "input_tokens" else after and after[1]
         if length:
@@ -286,3 +284,10 @@ def in_picture_order(rows: Sequence[Row]) -> list[Row]:
 
 def _error(request: Request, reason: str) -> Completion:
     return Completion(request.id, "", finish_reason="error", error=reason)
+
+
+def _refusal(what: str) -> ValueError:
+    return ValueError(
+        f"{what} was asked for, and vLLM neither shows its attention nor takes a mask or a second prompt, so answers would come "
+        "without it. Set `engine` to transformers."
+    )

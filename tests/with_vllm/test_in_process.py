@@ -181,14 +181,16 @@ def test_what_cannot_be_answered_fails_alone_with_the_same_words(fast, slow):
 
 
 def test_what_vllm_cannot_do_is_refused(fast):
-    for sampling, more in (
-        (Sampling(contrast=Contrast()), {}),
-        (Sampling(attention_layer=0), {}),
-        (GREEDY, {"image_mask": ImageMask(0.5, 0)}),
-    ):
-        with pytest.raises(ValueError, match="is set, and vLLM .* Use the transformers engine"):
-            fast.generate(some_requests(1, **more), sampling)
-    with pytest.raises(ValueError, match="does not show its attention"):
+    for name, value in (("contrast", Contrast()), ("attention_layer", 0)):
+        with pytest.raises(
+            ValueError, match=f"sampling.{name} was asked for, and vLLM .* Set `engine` to transformers"
+        ):
+            fast.generate(some_requests(1), Sampling(**{name: value}))
+    masked = some_requests(1, image_mask=ImageMask(0.5, 0))
+    for ask in (lambda: fast.generate(masked, GREEDY), lambda: fast.first_token(masked, ["Yes"])):
+        with pytest.raises(ValueError, match="image_mask was asked for, and vLLM"):
+            ask()
+    with pytest.raises(ValueError, match="attention was asked for, and vLLM"):
         fast.attention(some_requests(1), ["Yes."])
     with pytest.raises(ValueError, match="temperature must be 0"):
         fast.generate(some_requests(1), Sampling(temperature=-1))

@@ -1,13 +1,11 @@
 """A real vLLM server through the openai engine: token-equal to transformers, and nothing lost when it is killed."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from command import prefalign
 from engine_cases import GREEDY, some_requests
 from tiny_vlms import picture
 
@@ -66,12 +64,6 @@ class TestAnswers:
             pytest.skip("the likeliest first token of this random model is no word")
         found = self.engine(served).first_token(requests[:1], words)
         assert found[0][words[0]] == pytest.approx(served[1].first_token(requests[:1], words)[0][words[0]], rel=1e-3)
-
-
-def prefalign(*arguments, **more):
-    code = "import sys; from prefalign.cli import main; sys.exit(main())"
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, **more)  # fmt: skip
 
 
 def rows_in(folder):
