@@ -124,12 +124,15 @@ class VllmServer:
 
     def prefix_cache(self) -> tuple[float, float]:
         """Prompt tokens found in the prefix cache so far, and looked up."""
-        counts = {"hits": 0.0, "queries": 0.0}
-        for line in self._ask("/metrics").splitlines():
-            for name in counts:
-                if line.startswith(f"vllm:prefix_cache_{name}_total{{"):
-                    counts[name] += float(line.rsplit(" ", 1)[1])
-        return counts["hits"], counts["queries"]
+        return self._metric("prefix_cache_hits_total"), self._metric("prefix_cache_queries_total")
+
+    def running(self) -> int:
+        """Requests that it works on now."""
+        return int(self._metric("num_requests_running"))
+
+    def _metric(self, name: str) -> float:
+        lines = [line for line in self._ask("/metrics").splitlines() if line.startswith(f"vllm:{name}{{")]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
     def _ask(self, path: str, *, post: bool = False) -> str:
         request = urllib.request.Request(self.address.removesuffix("/v1") + path, method="POST" if post else "GET")

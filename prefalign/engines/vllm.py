@@ -69,10 +69,8 @@ class VllmEngine:
         if adapter is not None:
             from vllm.lora.request import LoRARequest
 
+            self.adapter = LoRARequest(Path(adapter).name, 1, str(adapter))
             self.capabilities = self.capabilities - {"logprobs"}
-
-            number = int(hashlib.sha256(str(Path(adapter).resolve()).encode()).hexdigest()[:7], 16) + 1
-            self.adapter = LoRARequest(Path(adapter).name, number, str(adapter))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in order.
