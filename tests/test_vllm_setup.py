@@ -135,3 +135,24 @@ def test_make_test_leaves_the_runs_with_vllm_out():
     recipe = makefile.split("\ntest:")[1].split("\n\n")[0]
     assert "with_vllm" not in recipe
     assert "vllm" not in recipe
+
+
+class TestServingBenchmark:
+    @pytest.fixture(scope="class")
+    def serving(self):
+        from prefalign import bundled
+
+        return bundled.load_stage(str(ROOT / "benchmarks" / "serving.py"))
+
+    def test_questions_about_a_picture_share_it(self, serving):
+        asked = serving.questions_about(3, 2)
+        assert [one.id for one in asked] == ["0/0", "0/1", "1/0", "1/1", "2/0", "2/1"]
+        assert [len({one.images[0].tobytes() for one in asked[start : start + 2]}) for start in (0, 2, 4)] == [1, 1, 1]
+        assert len({one.images[0].tobytes() for one in asked}) == 3
+        assert asked[0].images[0].size == (336, 336)
+
+    def test_a_server_that_does_not_start_says_why(self, serving, tmp_path):
+        server = serving.VllmServer(tmp_path / "none", tmp_path / "log")
+        with pytest.raises(RuntimeError, match="the server did not start; its log ends with:(.|\n)*rror"):
+            server.start()
+        assert server.process is None
