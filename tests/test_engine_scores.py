@@ -117,7 +117,7 @@ class TestImageMask:
     def test_a_model_that_looks_through_cross_attention_is_refused(self) -> None:
         """Mllama has one image token in the prompt and its picture elsewhere: a mask on the token hides nothing."""
         engine = mllama_engine()
-        assert engine.capabilities == {"sample", "logprobs", "prefix", "vision_embed"}
+        assert engine.capabilities == {"sample", "logprobs", "prefix", "vision_embed", "first_token"}
         plain, masked = (Request("a", [user_message("Q", 1)], [picture(1)], image_mask=mask)
                          for mask in (None, ImageMask(1.0, 1)))  # fmt: skip
         assert engine.problem(plain) is None

@@ -343,13 +343,16 @@ BUILDERS = {
 }
 
 
-def save_tiny(name: str, folder: str | Path, seed: int = 0) -> Path:
+def save_tiny(name: str, folder: str | Path, seed: int = 0, *, wide: bool = False) -> Path:
     """Write a random checkpoint of a family with its processor.
 
     Weights are drawn wide (four times the usual width in the matrices), so that a picture moves the answer well above rounding.
+    `wide` (llava, qwen2_5_vl): two heads of 64, the smallest that vLLM computes on a CPU.
     """
     folder = Path(folder)
     processor, model_class, config = BUILDERS[name]()
+    if wide:
+        _widen(config)
     torch.manual_seed(seed)
     model = model_class(config)
     with torch.no_grad():
@@ -368,6 +371,16 @@ def save_tiny(name: str, folder: str | Path, seed: int = 0) -> Path:
     if name == "llava":
         _rename_as_on_the_hub(folder / "model.safetensors")
     return folder
+
+
+def _widen(config) -> None:
+    text = config.text_config
+    text.hidden_size, text.num_attention_heads, text.num_key_value_heads = 128, 2, 1
+    if hasattr(text, "head_dim"):
+        text.head_dim = 64
+    if config.model_type == "qwen2_5_vl":
+        config.vision_config.out_hidden_size = 128
+        text.rope_parameters["mrope_section"] = [8, 12, 12]
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 48)) -> Image.Image:

@@ -14,6 +14,7 @@ from prefalign.engines import USAGE, Completion, Request
 
 if TYPE_CHECKING:
     from prefalign.engines.transformers import TransformersEngine
+    from prefalign.engines.vllm import VllmEngine
 
 
 def measure(engine: TransformersEngine, requests: Sequence[Request], words: Sequence[str]) -> list[dict[str, float]]:
@@ -41,7 +42,7 @@ def measure(engine: TransformersEngine, requests: Sequence[Request], words: Sequ
     return found
 
 
-def word_tokens(engine: TransformersEngine, request: Request, words: Sequence[str]) -> list[int]:
+def word_tokens(engine: TransformersEngine | VllmEngine, request: Request, words: Sequence[str]) -> list[int]:
     """Id of the first token of each word where it begins an answer to a request, after the blank that the template may write.
 
     Raises:

@@ -23,6 +23,10 @@ def load_engine(
     Raises:
         ValueError: if the engine lacks one of `needs`; where that does not depend on the model, before it is loaded.
     """
+    if isinstance(config, EngineConfig) and config.engine == "vllm":
+        from prefalign.engines import vllm_loading
+
+        return vllm_loading.load_engine(config, needs=needs, stage=stage)
     if isinstance(config, EngineConfig) and config.engine == "openai":
         from prefalign.engines import openai
 

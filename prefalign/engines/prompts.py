@@ -16,11 +16,12 @@ from prefalign.records import placeholder_count
 
 if TYPE_CHECKING:
     from prefalign.engines.transformers import TransformersEngine
+    from prefalign.engines.vllm import VllmEngine
 
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
-def request_problem(request: Request, answer: str, engine: TransformersEngine) -> str | None:
+def request_problem(request: Request, answer: str, engine: TransformersEngine | VllmEngine) -> str | None:
     """Why a request with an answer cannot be put to an engine's model, as far as that shows in its text; None if it can."""
     placeholders = placeholder_count(request.messages)
     if placeholders != len(request.images):

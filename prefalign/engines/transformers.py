@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -24,8 +23,9 @@ from prefalign.engines import USAGE, Completion, ImageAttention, Request, Sampli
 from prefalign.engines.attention import measure, readable_layer
 from prefalign.engines.contrast import blind_branch, text_alone_works
 from prefalign.engines.prompts import check_answers, hidden_mask, request_problem, with_tails
+from prefalign.engines.rows import drawn_completion, new_text, prompt_row, token_ids
 from prefalign.engines.sampling import RowNoise, check_sampling
-from prefalign.engines.stopping import SENTENCE_MARKS, Batch, Row, RowStop, certain_sentence
+from prefalign.engines.stopping import SENTENCE_MARKS, Batch, Row, RowStop
 from prefalign.engines.watching import watching
 from prefalign.models import ModelConfig, fingerprint, load_model, load_processor
 
@@ -196,22 +196,10 @@ class TransformersEngine:
         return text_alone_works(self)
 
     def _row(self, index: int, request: Request, answer: str | Completion, *, score: bool) -> Row:
-        if isinstance(answer, Completion):
-            row = self._row(index, request, "", score=False)
-            end = [families.turn_end_id(self.processor)] if answer.finish_reason == "stop" else []
-            return replace(row, tail=[*row.tail, *answer.token_ids, *end], given=len(row.tail))
-        if score:
-            prompt, completion = families.render_answer(self.processor, request.messages, answer, request.prefix)
-            return Row(index, request, prompt, self._tokens(completion))
-        if request.given:
-            return Row(index, request, families.render(self.processor, request.messages), list(request.given))
-        if families.rewrites_prompt(self.processor):
-            prompt = families.render(self.processor, request.messages)
-            return Row(index, request, prompt, self._tokens(request.prefix.rstrip()))
-        return Row(index, request, families.render(self.processor, request.messages, request.prefix), [])
+        return prompt_row(self.processor, index, request, answer, score=score)
 
     def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+        return token_ids(self.tokenizer, text)
 
     def _token_ids(self, rows: Sequence[Row]) -> dict[int, list[int]]:
         """By index, the token ids of each row's prompt, a picture being one."""
@@ -345,28 +333,11 @@ class TransformersEngine:
         return next((place + 1 for place, token in enumerate(new) if token in self.ends), len(new))
 
     def _completion(self, row: Row, tail: list[int], new: list[int]) -> Completion:
-        request = row.request
-        end = next((place for place, token in enumerate(new) if token in self.ends), None)
-        reason = "length" if end is None else "stop"
-        end_token = None if end is None else new[end]
-        new = new[:end]
-        text = self.new_text(request, tail, new)
-        if request.stop_at_sentence and (cut := certain_sentence(request.prefix, text)) is not None:
-            while new and len(self.new_text(request, tail, new[:-1]).rstrip()) >= len(cut):
-                new = new[:-1]
-            text, reason, end_token = cut, "sentence", None
-        return Completion(request.id, text, token_ids=new, finish_reason=reason, end_token=end_token)
+        return drawn_completion(self.tokenizer, self.ends, row.request, tail, new)
 
     def new_text(self, request: Request, tail: list[int], new: list[int]) -> str:
         """What new tokens add to the text, so that `prefix + text` reads well: decoded after the tokens before them."""
-
-        def decode(ids: list[int]) -> str:
-            return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-        before, whole = decode(tail), decode([*tail, *new])
-        text = whole[len(before) :] if whole.startswith(before) else decode(new)
-        joined = request.prefix and not request.prefix[-1].isspace()
-        return text if joined else text.lstrip()
+        return new_text(self.tokenizer, request, tail, new)
 
     def sentence_tokens(self) -> torch.Tensor:
         """(V,) bool: tokens that hold a mark which may end a sentence."""
