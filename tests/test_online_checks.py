@@ -10,8 +10,9 @@ from prefalign.engines import Request
 from prefalign.engines.transformers import TransformersEngine
 from prefalign.images import open_image
 from prefalign.models import ModelConfig, load_model, load_processor
-from prefalign.online.checking import EngineGap, Gap, check_gap, divergence, drawn_answers, token_gap, trainer_logprobs
+from prefalign.online.checking import EngineGap, Gap, check_gap, divergence, token_gap, trainer_logprobs
 from prefalign.online.round_metrics import warnings_of
+from prefalign.online.sampling import drawn_answers
 from prefalign.online.settings import check_settings, unread
 from prefalign.records import Prompt, user_message
 from prefalign.store import read_records
