@@ -158,8 +158,6 @@ def test_signs_of_failure_are_named(rounds, words):
     ("changes", "words"),
     [
         ({"trainer": {"algorithm": "gpro"}}, "no algorithm 'gpro'; did you mean 'grpo'"),
-        ({"engine": "vllm"}, "no vLLM engine.*Set engine to transformers"),
-        ({"engine": "vllm", "trainer": {"algorithm": "grpo"}}, "no vLLM engine.*Set engine to transformers"),
         ({"sampling": {"temperature": 0.0}}, "so all 2 answers to a prompt are the same one.*above 0"),
         ({"bdhs": {}}, "chosen is the reference answer.*Leave `annotator` and `rewards` out"),
         ({"trainer": {"algorithm": "grpo"}, "offline": "pairs"}, "needs `data` and `rewards`, and does not read offline"),

@@ -10,6 +10,7 @@ a process of its own: it has left the GPU when the trainer loads the policy to c
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -143,9 +144,10 @@ def run_job(config: OnlineConfig, job: Job, folder: Path) -> dict[str, Any]:
         code = process.wait()
     if code:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        said_last = lines[-1] if lines else "it said nothing"
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        last = (errors or lines or ["it said nothing"])[-1]
         raise RunError(
-            f"{folder.name}: the process that samples ({python}) ended with code {code}: {said_last}. Its whole output is in "
+            f"{folder.name}: the process that samples ({python}) ended with code {code}: {last}. Its whole output is in "
             f"{log}. Mend the cause and start the same command again: answers that are written are kept."
         )
     outcome: dict[str, Any] = json.loads(job.outcome.read_text(encoding="utf-8"))
