@@ -52,6 +52,18 @@ def config(prompts, tmp_path):
     return online_config(prompts, tmp_path, check={"prompts": 2})
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Jobs are done here, which saves the start of a process; their files are the same."""
+
+    def run_job(config, job, folder):
+        job.outcome.parent.mkdir(parents=True, exist_ok=True)
+        sampling_job.run_job(job)
+        return json.loads(job.outcome.read_text())
+
+    monkeypatch.setattr(serving, "run_job", run_job)
+
+
 def answers(folder):
     rows = read_records(folder / "candidates", Candidates)
     return {(row.id, number): one for row in rows for number, one in enumerate(row.responses)}
@@ -68,14 +80,12 @@ def test_another_process_draws_what_this_one_would(config, prompts, tmp_path):
     assert not (elsewhere / "served").exists()
 
 
-def test_an_adapter_is_served_merged_and_other_weights_are_stopped(config, prompts, adapted, tmp_path):
+def test_an_adapter_is_served_merged_and_other_weights_are_stopped(config, prompts, adapted, tmp_path, in_this_process):
     served = serving.serve(config, adapted, tmp_path / "served")
     assert (served.model_name_or_path, served.adapter) == (str(tmp_path / "served"), None)
     row = next(read_records(prompts, Prompt))
     asked = [Request(row.id, row.messages, [open_image(row.images[0])])]
-    merged, apart, base = (
-        load_engine(policy).logprobs(asked, [row.answer])[0] for policy in (served, adapted, replace(BASE))
-    )
+    merged, apart, base = (load_engine(policy).logprobs(asked, [row.answer])[0] for policy in (served, adapted, BASE))
     assert (merged - apart).abs().max() < 0.01  # the merge is kept in the base's float16
     assert (base - apart).abs().max() > 0.1
     job = serving.make_job(config, tmp_path, prompts, NOBODY, serving.serve(config, BASE, tmp_path / "unused"))
@@ -87,11 +97,9 @@ def test_an_adapter_is_served_merged_and_other_weights_are_stopped(config, promp
     assert not (tmp_path / "served").exists()
 
 
-def test_answers_to_other_pictures_are_found(config, prompts, tmp_path):
+def test_answers_to_other_pictures_are_found(config, prompts, tmp_path, in_this_process):
     job = serving.make_job(config, tmp_path, prompts, NOBODY, serving.serve(config, BASE, tmp_path))
-    job.outcome.parent.mkdir()
-    sampling_job.run_job(job)
-    drawn = json.loads(job.outcome.read_text())["answers"]
+    drawn = serving.run_job(config, job, tmp_path)["answers"]
     rows = list(read_records(prompts, Prompt))
     swapped = [replace(row, images=rows[number - 1].images) for number, row in enumerate(rows)]
     write_records("test", swapped, output=OutputConfig(tmp_path / "swapped"), record=Prompt, settings={}, seed=0)
@@ -101,7 +109,7 @@ def test_answers_to_other_pictures_are_found(config, prompts, tmp_path):
     assert serving._gap(config, wrong, drawn, model, processor).largest > 0.1
 
 
-def test_a_round_without_answers_says_so_on_this_side(config, prompts, tmp_path):
+def test_a_round_without_answers_says_so_on_this_side(config, prompts, tmp_path, in_this_process):
     ids = frozenset(row.id for row in read_records(prompts, Prompt))
     config.check.prompts = 0
     with pytest.raises(NoRows, match=r"sample_policy made no row out of 3: .*drawn_offline"):
