@@ -1,6 +1,7 @@
 """Rounds sampled by another process: the protocol with the transformers engine behind it, stale weights, and what is refused."""
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -128,7 +129,11 @@ def test_sampling_ends_with_the_run(config, prompts, tmp_path):
     job.outcome.parent.mkdir()
     (tmp_path / "job.json").write_text(json.dumps(to_mapping(job)))
     command = [sys.executable, "-m", "prefalign.online.sampling_job", str(tmp_path / "job.json")]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of a run that a shell started in the background
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     assert done.returncode
     assert "KeyboardInterrupt" in done.stderr
     assert not job.outcome.exists()

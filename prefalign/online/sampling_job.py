@@ -105,5 +105,6 @@ def _end_with_the_run() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     threading.Thread(target=_end_with_the_run, daemon=True).start()
     run_job(settings.build(Job, json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
