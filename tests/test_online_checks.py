@@ -10,8 +10,9 @@ from prefalign.engines import Request
 from prefalign.engines.transformers import TransformersEngine
 from prefalign.images import open_image
 from prefalign.models import ModelConfig, load_model, load_processor
-from prefalign.online.checking import EngineGap, Gap, check_gap, divergence, drawn_answers, token_gap, trainer_logprobs
+from prefalign.online.checking import EngineGap, Gap, check_gap, divergence, token_gap, trainer_logprobs
 from prefalign.online.round_metrics import warnings_of
+from prefalign.online.sampling import drawn_answers
 from prefalign.online.settings import check_settings, unread
 from prefalign.records import Prompt, user_message
 from prefalign.store import read_records
@@ -157,8 +158,6 @@ def test_signs_of_failure_are_named(rounds, words):
     ("changes", "words"),
     [
         ({"trainer": {"algorithm": "gpro"}}, "no algorithm 'gpro'; did you mean 'grpo'"),
-        ({"engine": "vllm"}, "no vLLM engine.*Set engine to transformers"),
-        ({"engine": "vllm", "trainer": {"algorithm": "grpo"}}, "no vLLM engine.*Set engine to transformers"),
         ({"sampling": {"temperature": 0.0}}, "so all 2 answers to a prompt are the same one.*above 0"),
         ({"bdhs": {}}, "chosen is the reference answer.*Leave `annotator` and `rewards` out"),
         ({"trainer": {"algorithm": "grpo"}, "offline": "pairs"}, "needs `data` and `rewards`, and does not read offline"),

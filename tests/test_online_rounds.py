@@ -12,6 +12,7 @@ import pytest
 from prefalign import bundled, config, store
 from prefalign.config import ConfigError
 from prefalign.engines import Completion
+from prefalign.engines.transformers import TransformersEngine
 from prefalign.manifest import read_manifest
 from prefalign.models import ModelConfig
 from prefalign.online import annotating, round_training, rounds
@@ -212,9 +213,7 @@ def test_an_evaluation_that_fails_costs_no_round_and_is_made_up_for(prompts, tmp
 def test_a_policy_that_answers_nothing_stops_a_mixed_run(prompts, tmp_path, monkeypatch):
     offline = write_offline(tmp_path / "offline", prompts, 3)
     failing = [Completion("x", "", finish_reason="error", error="no memory")] * 6
-    monkeypatch.setattr(
-        rounds.TransformersEngine, "generate", lambda self, requests, sampling: failing[: len(requests)]
-    )
+    monkeypatch.setattr(TransformersEngine, "generate", lambda self, requests, sampling: failing[: len(requests)])
     with pytest.raises(
         RunError, match=r"round 1 of 1 has no answers: sample_policy made no row out of 6.*none of the 3"
     ):

@@ -26,6 +26,7 @@ from prefalign.online import ppo_run, rounds, step
 from prefalign.online.checking import Gap
 from prefalign.online.prompts import gather_prompts
 from prefalign.online.rollout import Rollout
+from prefalign.online.round_checks import gap_bound, measure_gap
 from prefalign.online.settings import check_settings
 from prefalign.records import Pair, normalise_messages
 from prefalign.store import OutputConfig, write_records
@@ -186,7 +187,7 @@ def prepare_online(config: Any, *, rows: int, scratch: Path) -> DrawnCase:
         config.algorithm == "online_dpo" and config.check.prompts
     ):  # before the trainer: settings that are read reset accelerate
         engine = load_engine(config.model, batch_size=config.batch_size)
-        gap, bound = rounds.measure_gap(tried, engine, gathered), rounds.gap_bound(tried, engine.model.dtype)
+        gap, bound = measure_gap(tried, engine, gathered), gap_bound(tried, engine.model.dtype)
     trainer = step.make_trainer(tried, {}, step.read_settings(tried))
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable()

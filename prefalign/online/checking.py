@@ -9,19 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from prefalign import families
-from prefalign.engines import Completion, Engine, Request, Sampling
+from prefalign.engines import Engine, Request
 from prefalign.training.collator import PreferenceCollator
 from prefalign.training.forward import share, unshare
 from prefalign.training.routes import find_route
 from prefalign.training.scoring import FIELDS, run
-
-if TYPE_CHECKING:
-    from prefalign.records import Prompt
 
 DEFAULT_BOUND = {"float32": 0.01, "float16": 0.2, "bfloat16": 0.5}
 """Largest gap of one token's log-prob that the precision of the weights explains."""
@@ -127,8 +124,22 @@ def token_gap(
     Raises:
         EngineGap: an engine cuts an answer into other tokens, or one of the two cannot score it.
     """
+    return gap_of(requests, engine.logprobs(requests, answers), trained)
+
+
+def gap_of(requests: Sequence[Request], scored: Sequence[torch.Tensor], trained: Sequence[torch.Tensor]) -> Gap:
+    """Difference of two sets of log-probs of the same answers.
+
+    Args:
+        requests: the prompts.
+        scored: the engine's log-probs, (T,) each.
+        trained: the trainer's.
+
+    Raises:
+        EngineGap: as `token_gap`.
+    """
     apart = []
-    for request, live, kept in zip(requests, engine.logprobs(requests, answers), trained, strict=True):
+    for request, live, kept in zip(requests, scored, trained, strict=True):
         if live.shape != kept.shape:
             raise EngineGap(
                 f"the engine gives {len(live)} log-probs for the answer to {request.id} and the trainer {len(kept)}: they do not "
@@ -190,18 +201,3 @@ def divergence(policy: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]
     tokens = sum(len(values) for values in differences)
     total = sum((torch.exp(-values) - 1 + values).sum().item() for values in differences)
     return Divergence(total / max(len(differences), 1), total / max(tokens, 1), len(differences))
-
-
-def drawn_answers(
-    engine: Engine, prompts: Sequence[Prompt], *, max_new_tokens: int, seed: int
-) -> tuple[list[Request], list[Completion]]:
-    """One answer of the policy to each prompt, at temperature 1: what the checks are made on."""
-    from prefalign.images import open_image
-
-    requests = [
-        Request(f"{prompt.id}/check", prompt.messages, [open_image(image) for image in prompt.images], seed=seed)
-        for prompt in prompts
-    ]
-    answers = engine.generate(requests, Sampling(max_new_tokens=max_new_tokens))
-    good = [(request, answer) for request, answer in zip(requests, answers, strict=True) if answer.text.strip()]
-    return [request for request, _ in good], [answer for _, answer in good]

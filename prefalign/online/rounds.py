@@ -4,6 +4,7 @@
     round-1/prompts/            the round's slice
     round-1/check.json          engine against trainer, and KL of the policy that samples to the reference
     round-1/candidates/         its answers
+    round-1/serving/            jobs of an engine in another process (`serving.py`)
     round-1/pairs/              annotated pairs
     round-1/mixed/              with the offline pairs that were drawn
     round-1/policy/             the policy after the round (of the last round: policy/)
@@ -19,7 +20,6 @@ so that any engine can sample and the trainer stays the offline one.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 from collections.abc import Iterator
@@ -28,31 +28,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from prefalign import bundled
 from prefalign import config as settings
 from prefalign.blocks import NoRows
 from prefalign.config import ConfigError
-from prefalign.engines.transformers import TransformersEngine, load_engine
+from prefalign.engines.transformers import load_engine
 from prefalign.losses import VIEWS, read_losses, views_of
 from prefalign.manifest import read_manifest, write_atomically
 from prefalign.models import ModelConfig
 from prefalign.online.annotating import annotate, read_annotator
-from prefalign.online.checking import (
-    DEFAULT_BOUND,
-    Gap,
-    check_gap,
-    divergence,
-    drawn_answers,
-    token_gap,
-    trainer_logprobs,
-)
+from prefalign.online.checking import divergence
 from prefalign.online.mixing import mix, offline_prompts
 from prefalign.online.prompts import gather_prompts
+from prefalign.online.round_checks import first_prompts, free_memory, gap_bound, keep_gap, measure_gap
 from prefalign.online.round_metrics import NO_PAIRS, round_metrics, table, warnings_of
 from prefalign.online.round_training import TrainingSettings, fill_reference, policy_config, train_round
-from prefalign.online.sampling import Draw, sample
+from prefalign.online.sampling import Draw, drawn_answers, sample
+from prefalign.online.serving import draw_candidates, remove_served
 from prefalign.online.settings import FREE, OnlineConfig
 from prefalign.records import Prompt, row_seed
 from prefalign.sources import DataConfig
@@ -228,13 +220,12 @@ def _online_pairs(config: OnlineConfig, number: int, prompts: Path, draw: Draw, 
     pairs, candidates = folder / "pairs", folder / "candidates"
     blocks = config.rounds.block_size
     if read_manifest(pairs if config.bdhs is not None else candidates) is None:
-        engine = load_engine(start, batch_size=config.batch_size)
-        _check(config, number, engine, prompts)
-        if config.bdhs is None:
-            sample(prompts, engine, draw, sampling=config.sampling, responses=config.responses,
-                   output=OutputConfig(candidates, block_size=blocks))  # fmt: skip
-        del engine
-        _free()
+        if config.engine == "vllm":
+            draw_candidates(config, folder, prompts, draw, start)
+        else:
+            _draw_here(config, folder, prompts, draw, start)
+        free_memory()
+    remove_served(folder)
     if read_manifest(pairs) is not None:
         return pairs
     if config.bdhs is not None:
@@ -243,8 +234,17 @@ def _online_pairs(config: OnlineConfig, number: int, prompts: Path, draw: Draw, 
         annotator = read_annotator(config.annotator, config.rewards, config.margin)
         annotate(prompts, candidates, annotator, draw, output=OutputConfig(pairs, block_size=blocks))
         del annotator
-        _free()
+        free_memory()
     return pairs
+
+
+def _draw_here(config: OnlineConfig, folder: Path, prompts: Path, draw: Draw, start: ModelConfig) -> None:
+    """Check the transformers engine in this process, and let it answer unless `bdhs` makes the pairs."""
+    engine = load_engine(start, batch_size=config.batch_size)
+    keep_gap(measure_gap(config, engine, prompts), gap_bound(config, engine.model.dtype), folder)
+    if config.bdhs is None:
+        sample(prompts, engine, draw, sampling=config.sampling, responses=config.responses,
+               output=OutputConfig(folder / "candidates", block_size=config.rounds.block_size))  # fmt: skip
 
 
 def _train(config: OnlineConfig, number: int, start: ModelConfig, mixed: Path) -> None:
@@ -260,51 +260,11 @@ def _train(config: OnlineConfig, number: int, start: ModelConfig, mixed: Path) -
                                    continues=previous and lora and number > 1, seed=config.seed,
                                    output=_folder(config, number) / "reference_run")  # fmt: skip
         write_atomically(note, json.dumps({"reference": reference}).encode())
-        _free()
+        free_memory()
     reference = json.loads(note.read_text(encoding="utf-8"))["reference"]
     train_round(_training(config), start, mixed, policy, reference=reference, reference_folder=reference_folder,
                 continues=lora and number > 1, seed=config.seed + number - 1)  # fmt: skip
-    _free()
-
-
-def _free() -> None:
-    """Give a GPU's memory back before the next arrow loads its models: a trainer is a cycle, which only a collection ends."""
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def _check(config: OnlineConfig, number: int, engine: TransformersEngine, prompts: Path) -> None:
-    """Engine against trainer on the policy's own answers, before anything is sampled; written to `check.json`."""
-    gap = measure_gap(config, engine, prompts)
-    if gap is None:
-        return  # a policy that says nothing gives no pair either, and the pairs' manifest says so
-    check_gap(gap, gap_bound(config, engine.model.dtype))
-    write_atomically(_folder(config, number) / "check.json", json.dumps(asdict(gap), indent=2).encode())
-
-
-def measure_gap(config: OnlineConfig, engine: TransformersEngine, prompts: Path) -> Gap | None:
-    """How far engine and trainer are apart on the policy's answers to the first prompts; None if there is no answer."""
-    if not config.check.prompts:
-        return None
-    requests, answers = drawn_answers(engine, _first(prompts, config.check.prompts),
-                                      max_new_tokens=config.sampling.max_new_tokens, seed=config.seed)  # fmt: skip
-    texts = [answer.text for answer in answers]
-    if not texts:
-        return None
-    trained = trainer_logprobs(engine.model, engine.processor, requests, texts, autocast=_autocast(config))
-    return token_gap(engine, requests, texts, trained)
-
-
-def gap_bound(config: OnlineConfig, dtype: torch.dtype) -> float:
-    """The bound of `check`, or what the precision that training runs in explains."""
-    precision = str(_autocast(config) or dtype).removeprefix("torch.")
-    return DEFAULT_BOUND[precision] if config.check.bound is None else config.check.bound
-
-
-def _autocast(config: OnlineConfig) -> torch.dtype | None:
-    arguments: Any = training_arguments(config.trl, output=config.output, seed=config.seed)
-    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    free_memory()
 
 
 def _measure_divergence(config: OnlineConfig, number: int) -> dict[str, Any]:
@@ -315,21 +275,17 @@ def _measure_divergence(config: OnlineConfig, number: int) -> dict[str, Any]:
     if not file.is_file():
         trained = policy_config(config.model, policy_folder(config, number), lora=config.lora is not None)
         engine = load_engine(trained, batch_size=config.batch_size)
-        prompts = _first(_folder(config, number) / "prompts", config.check.prompts)
+        prompts = first_prompts(_folder(config, number) / "prompts", config.check.prompts)
         requests, answers = drawn_answers(
             engine, prompts, max_new_tokens=config.sampling.max_new_tokens, seed=config.seed
         )
         policy = engine.logprobs(requests, answers)
         del engine
-        _free()
+        free_memory()
         reference = load_engine(config.model, batch_size=config.batch_size).logprobs(requests, answers)
         write_atomically(file, json.dumps(asdict(divergence(policy, reference)), indent=2).encode())
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
-
-
-def _first(prompts: Path, count: int) -> list[Prompt]:
-    return list(islice(read_records(prompts, Prompt), count))
 
 
 def _bdhs_pairs(config: OnlineConfig, start: ModelConfig, prompts: Path, draw: Draw, output: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefalign import stages, store
 from prefalign.engines import Completion, Engine, Request, Sampling, require
+from prefalign.images import open_image
 from prefalign.records import Candidates, Prompt, row_seed
 from prefalign.sources import DataConfig
 from prefalign.store import Dropped, Failed, Outcome, OutputConfig
@@ -155,3 +156,21 @@ def near_identical(one: str, other: str) -> bool:
     from rapidfuzz.distance import Levenshtein
 
     return Levenshtein.normalized_similarity(one, other) > NEAR_IDENTICAL
+
+
+def check_requests(prompts: Sequence[Prompt], seed: int) -> list[Request]:
+    """What the policy is asked so that its answers can be checked: each prompt once."""
+    return [
+        Request(f"{prompt.id}/check", prompt.messages, [open_image(image) for image in prompt.images], seed=seed)
+        for prompt in prompts
+    ]
+
+
+def drawn_answers(
+    engine: Engine, prompts: Sequence[Prompt], *, max_new_tokens: int, seed: int
+) -> tuple[list[Request], list[Completion]]:
+    """One answer of the policy to each prompt, at temperature 1: what the checks are made on."""
+    requests = check_requests(prompts, seed)
+    answers = engine.generate(requests, Sampling(max_new_tokens=max_new_tokens))
+    good = [(request, answer) for request, answer in zip(requests, answers, strict=True) if answer.text.strip()]
+    return [request for request, _ in good], [answer for _, answer in good]

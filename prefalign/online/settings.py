@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from prefalign.config import ConfigError, nearest
 from prefalign.engines import Sampling
+from prefalign.engines.config import VllmConfig
 from prefalign.guided import BiasConfig
 from prefalign.models import ModelConfig
 from prefalign.sources import DataConfig
@@ -76,8 +80,10 @@ class OnlineConfig:
         bdhs: online BDHS: chosen is a row's reference answer, rejected what the policy says with its eyes nearly closed; in
             place of annotator and rewards.
         similarity: what compares answers for `bdhs`: `lexical` or a sentence-transformers model.
-        engine: what samples.
-        batch_size: rows in one forward pass of the engine.
+        engine: what samples: `transformers` in this process, or `vllm` in another one, started on the policy of each round.
+        vllm: settings of vLLM.
+        vllm_python: Python of the environment that has vLLM; null: this one.
+        batch_size: rows in one forward pass of the transformers engine.
         check: checks before and after a round.
         evaluation: settings over `evaluation_config`, to evaluate the policy before the run and after every round; null: not.
         evaluation_config: a config of `evaluate_model`.
@@ -107,6 +113,8 @@ class OnlineConfig:
     bdhs: BiasConfig | None = None
     similarity: str = "lexical"
     engine: Literal["transformers", "vllm"] = "transformers"
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    vllm_python: Path | None = None
     batch_size: int = 16
     check: Check = field(default_factory=Check)
     evaluation: dict[str, Any] | None = None
@@ -138,7 +146,7 @@ class OnlineConfig:
         return {name: value for name, value in self.trainer.items() if name != "algorithm"}
 
 
-FREE = ("check", "batch_size")
+FREE = ("check", "batch_size", "vllm", "vllm_python")
 """Settings that a run may change when it goes on: they stop it, speed it up or measure it, and decide no weight."""
 
 UNREAD = {
@@ -156,6 +164,7 @@ def unread(config: OnlineConfig) -> list[str]:
     names = list(UNREAD.get(config.algorithm, ()))
     if config.algorithm in ("online_dpo", "online_dpo_step"):
         names += ["similarity"] if config.bdhs is None else ["responses", "margin"]
+    names += ["vllm", "vllm_python"] if config.engine != "vllm" else []
     return [name for name in names if getattr(config, name) != getattr(start, name)]
 
 
@@ -170,10 +179,7 @@ def check_settings(config: OnlineConfig) -> None:
             f"trainer.algorithm: no algorithm {config.algorithm!r}; {nearest(config.algorithm, list(ALGORITHMS))}"
         )
     if config.engine == "vllm":
-        raise ConfigError(
-            "engine is 'vllm', and this version of prefalign has no vLLM engine, so nothing would refresh its weights between "
-            "updates. Set engine to transformers."
-        )
+        _check_vllm(config)
     if config.data is None and config.offline is None:
         raise ConfigError("data: neither `data` nor `offline` is given, so there is no prompt. Give one of them.")
     if config.algorithm in ("grpo", "rloo"):
@@ -195,4 +201,40 @@ def check_settings(config: OnlineConfig) -> None:
         raise ConfigError(
             f"sampling.temperature is 0, so all {config.responses} answers to a prompt are the same one and none is better. Give "
             "a temperature above 0 (1.0 is the default)."
+        )
+
+
+def engine_python(config: OnlineConfig) -> str:
+    """The Python that vLLM runs in."""
+    return sys.executable if config.vllm_python is None else str(config.vllm_python)
+
+
+def _check_vllm(config: OnlineConfig) -> None:
+    """Refuse what vLLM cannot sample for, and a Python that does not have it."""
+    if config.algorithm != "online_dpo":
+        raise ConfigError(
+            f"engine is 'vllm' and trainer.algorithm {config.algorithm!r}, which changes the policy in every step: vLLM is given "
+            "its weights between rounds only, and would sample from old ones. Set trainer.algorithm to online_dpo, or engine to "
+            "transformers."
+        )
+    if config.bdhs is not None:
+        raise ConfigError(
+            "engine is 'vllm' and `bdhs` is given, which hides image tokens while it draws: vLLM takes no such mask, so rejected "
+            "answers would be drawn with the picture in view. Set engine to transformers."
+        )
+    if config.model.load_in_4bit:
+        raise ConfigError(
+            "engine is 'vllm' and model.load_in_4bit is true: vLLM would be served the adapter merged into weights that are not "
+            "rounded, another policy than the one that trains. Set load_in_4bit to false, or engine to transformers."
+        )
+    python = engine_python(config)
+    cure = "`make vllm-env` builds the environment of vLLM, which has no TRL; set vllm_python to its bin/python."
+    if shutil.which(python) is None:
+        raise ConfigError(f"vllm_python is {python}, and there is no such program, so nothing could sample. {cure}")
+    asked = subprocess.run([python, "-c", "import vllm, prefalign.engines.vllm"], capture_output=True, text=True)
+    if asked.returncode:
+        lines = asked.stderr.strip().splitlines()
+        raise ConfigError(
+            f"engine is 'vllm', and {python} cannot import it together with prefalign "
+            f"({lines[-1] if lines else f'it ended with code {asked.returncode}'}). {cure}"
         )
