@@ -4,9 +4,9 @@ Four answers to every prompt, each graded alone from 0 to 4 for helpfulness, cor
 VLM that sees the picture. The quality of an answer adds up the first three. Chosen is the best answer (the first on ties),
 rejected one drawn among those that are worse by 2 at least; prompts with other than four graded answers give no pair.
 
-The folder holds the graded answers; `pairs/`, `best/` (rejection sampling) and `steerlm/` in it are made of the stored grades.
-Nothing is graded twice, but for a share of the answers that shows how far the judge agrees with itself (`quality.json`). For
-other rules over the same grades give the folder to `select_responses`.
+The graded answers are in `answers/` of the output folder; `pairs/`, `best/` (rejection sampling) and `steerlm/` beside it are
+made of the stored grades. Nothing is graded twice, but for a share of the answers that shows how far the judge agrees with itself
+(`quality.json`). For other rules over the same grades give `answers/` to `select_responses`.
 
 Paper: Li, Lin and Pei, "Multi-modal Preference Alignment Remedies Regression of Visual Instruction Tuning on Language Model",
 arXiv 2402.10884. Code: findalexli/mllm-dpo (sampling script, data notebook).
@@ -24,9 +24,10 @@ import random
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from prefalign import pairing, responses, selecting, sources, stages, store
+from prefalign.config import nearest
 from prefalign.engines import Engine
 from prefalign.engines.config import EngineConfig
 from prefalign.judge import RUBRIC
@@ -35,7 +36,7 @@ from prefalign.records import Candidates, Prompt, row_seed
 from prefalign.responses import ResponseSampling
 from prefalign.selecting import BestConfig, PairsConfig, Rules, SteerConfig
 from prefalign.sources import DataConfig
-from prefalign.store import Dropped, Failed, Outcome, OutputConfig
+from prefalign.store import Dropped, Failed, Outcome, OutputConfig, StoreError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from prefalign.rewards import Combined
 
 METHOD = "quality_pairs"
+ANSWERS = "answers"
 FIGURES = "quality.json"
 REPLIES = "judge.sqlite"
 Export = Literal["pairs", "best", "steerlm"]
@@ -55,7 +57,7 @@ class Config:
     Attributes:
         model: the generator, normally the model that will be trained.
         data: rows with questions.
-        output: folder of the graded answers, with a folder for each export in it.
+        output: folder with a folder for the graded answers (`answers`) and one for each export.
         rewards: what grades, as `prefalign.rewards.read_rewards` takes it. A judge without a `cache` keeps its replies, as they
             were given, in `judge.sqlite` of the folder.
         num_generations: answers to each prompt.
@@ -110,7 +112,8 @@ def main(config: Config) -> Manifest:
     from prefalign.rewards import read_rewards
 
     sources.files_of(config.data)
-    folder = config.output.path
+    folder, answers = config.output.path, rows_folder(config)
+    check_folder(folder)
     rewards = read_rewards([_kept(entry, folder) for entry in config.rewards])
     check_names(rewards, config)
     again = asked_again(rewards) if config.regrade else None
@@ -119,7 +122,7 @@ def main(config: Config) -> Manifest:
         METHOD,
         config.data,
         lambda block: process(block, engine, rewards, again, config),
-        output=config.output,
+        output=dataclasses.replace(config.output, path=answers),
         record=Candidates,
         settings=row_settings(config),
         seed=config.seed,
@@ -135,6 +138,24 @@ def main(config: Config) -> Manifest:
     return manifest
 
 
+def rows_folder(config: Config) -> Path:
+    """Where the graded answers are: `main` returns their manifest. Each kind of rows has a folder of its own, because `datasets`
+    reads all Parquet files below the one it is given."""
+    return config.output.path / ANSWERS
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `StoreError` if the folder holds something that this stage has not put there."""
+    known = {ANSWERS, FIGURES, *get_args(Export)}
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    alien = sorted(name for name in names if name not in known and not name.startswith((".", REPLIES)))
+    if alien and ANSWERS not in names:
+        raise StoreError(
+            f"{folder} holds {', '.join(alien[:4])} and no {ANSWERS}/, so it is not a folder of {METHOD}, or one of an earlier "
+            "version, which kept graded answers in the folder itself. Give another `output.path`."
+        )
+
+
 def row_settings(config: Config) -> dict[str, Any]:
     """The settings that change the graded answers. What is made of them has settings of its own."""
     drawn = responses.row_settings(config.num_generations, config.sampling)
@@ -142,16 +163,48 @@ def row_settings(config: Config) -> dict[str, Any]:
 
 
 def check_names(rewards: Combined, config: Config) -> None:
-    """Raise `ValueError` if a score is weighed or told that none of the rewards can give, before anything is drawn."""
-    labels = [entry.name for entry in rewards.entries]
-    told = config.steerlm.attributes if "steerlm" in config.exports else []
-    for name in (*config.quality, *told):
-        if name != "total" and name.split("/")[0] not in labels:
-            where = "quality" if name in config.quality else "steerlm.attributes"
+    """Raise `ValueError` if a score is weighed or told that none of the rewards can give, before anything is drawn. What terms
+    there are is known of a judge; of other rewards `check_scores` looks at what they gave."""
+    entries = {entry.name: entry.reward for entry in rewards.entries}
+    for where, name in _named(config):
+        label, _, term = name.partition("/")
+        if name == "total":
+            continue
+        if label not in entries:
             raise ValueError(
-                f"{where} names the score {name!r}, and the rewards are {', '.join(labels)}: all answers would count as "
-                f"ungraded. Scores are called REWARD/TERM, such as {labels[0]}/..., or total."
+                f"{where} names the score {name!r}, and the rewards are {', '.join(entries)}: all answers would count as "
+                f"ungraded. Scores are called REWARD/TERM, such as {next(iter(entries))}/..., or total."
             )
+        terms: list[str] | None = getattr(entries[label], "attributes", None)
+        if terms is not None and term not in terms:
+            raise ValueError(
+                f"{where} names the score {name!r}, and {label} does not grade {term!r}: all answers would count as ungraded. "
+                f"{nearest(name, [f'{label}/{known}' for known in terms])}"
+            )
+
+
+def check_scores(rows: list[Candidates | Failed], config: Config) -> None:
+    """Raise `ValueError` if a score that is weighed or told stands in none of these answers, not even as missing.
+
+    Args:
+        rows: graded answers.
+        config: settings.
+    """
+    given = {
+        name for row in rows if isinstance(row, Candidates) for response in row.responses for name in response["scores"]
+    }
+    for where, name in _named(config):
+        if given and name not in given:
+            raise ValueError(
+                f"{where} names the score {name!r}, and the rewards gave {', '.join(sorted(given))}: no answer would make a "
+                f"pair or an example. Stopped at the first block; {nearest(name, sorted(given))}"
+            )
+
+
+def _named(config: Config) -> list[tuple[str, str]]:
+    """Each score that the exports read, with the setting that names it."""
+    told = config.steerlm.attributes if "steerlm" in config.exports else []
+    return [("quality", name) for name in config.quality] + [("steerlm.attributes", name) for name in told]
 
 
 def rules_of(config: Config, name: Export) -> Rules:
@@ -201,6 +254,7 @@ def process(
                                seed=config.seed)  # fmt: skip
         ready = [(row, images) for row, (_, images) in zip(drawn, rows, strict=True) if not isinstance(row, Failed)]
         graded = stored.score_rows(ready, rewards) if ready else []
+        check_scores(graded, config)
         if again is not None:
             pictures = [images for _, images in ready]
             graded = grade_again(list(zip(graded, pictures, strict=True)), again, config)
@@ -244,13 +298,13 @@ def export(folder: Path, name: Export, config: Config) -> None:
     """Rows made of the stored grades, in a folder of their own; an export that nothing qualifies for is left out."""
     from prefalign.rewards import stored
 
-    rules = rules_of(config, name)
-    if all(isinstance(selecting.outcome(row, rules), Dropped) for row in stored.without_pictures(folder)):
+    rules, answers = rules_of(config, name), folder / ANSWERS
+    if all(isinstance(selecting.outcome(row, rules), Dropped) for row in stored.without_pictures(answers)):
         print(f"{METHOD}: no answer qualifies for {name}, so there is no {folder.name}/{name}.", file=sys.stderr)
         return
     store.run_stage(
         METHOD,
-        DataConfig(folder),
+        DataConfig(answers),
         lambda block: [selecting.outcome(row, rules) for row in block],
         output=dataclasses.replace(config.output, path=folder / name),
         record=rules.record,
@@ -264,7 +318,7 @@ def figures(folder: Path, rewards: Combined, config: Config) -> dict[str, Any]:
     """What a run gave: scores, rows and drops of each export, margins by policy, and the judge's agreement with itself."""
     from prefalign.rewards import stored
 
-    found = stored.figures(folder, rewards)
+    found = stored.figures(folder / ANSWERS, rewards)
     for name in config.exports:
         manifest = read_manifest(folder / name)
         found[name] = (
@@ -273,8 +327,8 @@ def figures(folder: Path, rewards: Combined, config: Config) -> dict[str, Any]:
             else {**selecting.figures(folder / name, manifest), "dropped": manifest.dropped}
         )
     policies: tuple[pairing.Rejected, ...] = ("random", "worst", "nearest")
-    found["policies"] = {name: policy_figures(folder, name, config) for name in policies}
-    found["agreement"] = agreement(folder)
+    found["policies"] = {name: policy_figures(folder / ANSWERS, name, config) for name in policies}
+    found["agreement"] = agreement(folder / ANSWERS)
     return found
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from prefalign.config import ConfigError, nearest
 
@@ -67,3 +68,10 @@ def load_stage(name: str) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def rows_folder(stage: ModuleType, config: Any) -> Path:
+    """The folder of the rows whose manifest a stage's `main` returns: `output.path`, or what its own `rows_folder(config)` says,
+    where that holds several (`quality_pairs`)."""
+    own = getattr(stage, "rows_folder", None)
+    return Path(own(config) if callable(own) else config.output.path)

@@ -120,8 +120,9 @@ def run_stage(name: str, arguments: Sequence[str], *, default_config: str | None
     made = running.run(name, stage, resolved, options)
     if isinstance(made, Manifest):
         print(f"{made.stage}: {made.rows_in} rows in, {made.rows_out} rows out")
-        if "rejected" in whole_shards(resolved.output.path, made).columns:  # STIC's second stage writes conversations
-            print(f"look at them with: prefalign inspect {shlex.quote(str(resolved.output.path))}")
+        folder = bundled.rows_folder(stage, resolved)
+        if "rejected" in whole_shards(folder, made).columns:  # STIC's second stage writes conversations
+            print(f"look at them with: prefalign inspect {shlex.quote(str(folder))}")
 
 
 def plan_stages(arguments: Sequence[str]) -> None:

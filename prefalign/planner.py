@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from prefalign import sources
+from prefalign import bundled, sources
 from prefalign.engines import USAGE, Usage
 from prefalign.manifest import differences, read_manifest
 from prefalign.sources import DataConfig
@@ -92,6 +92,11 @@ class Stage:
                 "makes pairs (`prefalign list`: those in datagen/)."
             )
 
+    @property
+    def rows(self) -> Path:
+        """The folder of its rows."""
+        return bundled.rows_folder(self.module, self.config)
+
 
 @dataclass
 class _Sample:
@@ -128,7 +133,7 @@ def plan(stages: Sequence[Stage], *, rows: int = SAMPLE) -> list[Plan]:
     with tempfile.TemporaryDirectory(prefix="prefalign-plan-") as scratch:
         for number, stage in enumerate(stages):
             sample, made = _plan(stage, Path(scratch) / f"{number}", rows, samples)
-            samples[stage.config.output.path.resolve()] = sample
+            samples[stage.rows.resolve()] = sample
             plans.append(made)
     return plans
 
@@ -151,7 +156,7 @@ def _plan(stage: Stage, scratch: Path, rows: int, samples: Mapping[Path, _Sample
         sample = _run(stage, dataclasses.replace(data, limit=limit), scratch)
     scale = total / max(1, sample.rows_in)
     blocks = math.ceil(total / config.output.block_size)
-    finished = read_manifest(config.output.path) is not None
+    finished = read_manifest(stage.rows) is not None
     made = Plan(
         stage=stage.name,
         rows_in=total,
@@ -167,8 +172,8 @@ def _plan(stage: Stage, scratch: Path, rows: int, samples: Mapping[Path, _Sample
         sampled=sample.rows_in,
         sampled_out=sample.rows_out,
         blocks=blocks,
-        blocks_done=blocks if finished else len(list(config.output.path.glob("progress/*.json"))),
-        conflict=_conflict(config.output.path, scratch, config.data.limit) if earlier is None else "",
+        blocks_done=blocks if finished else len(list(stage.rows.glob("progress/*.json"))),
+        conflict=_conflict(stage.rows, sample.folder, config.data.limit) if earlier is None else "",
         after=earlier.plan.stage if earlier is not None and earlier.plan is not None else "",
         failed=round(sample.failed * scale),
         max_quarantine=config.output.max_quarantine,
@@ -182,17 +187,19 @@ def _run(stage: Stage, data: DataConfig, scratch: Path) -> _Sample:
     """Run a stage on its sample. It claims its folder when everything is loaded, so that file says when work began."""
     output = dataclasses.replace(stage.config.output, path=scratch, max_quarantine=data.limit)
     before = dataclasses.replace(USAGE)
+    config = dataclasses.replace(stage.config, data=data, output=output)
+    folder = bundled.rows_folder(stage.module, config)
     started = time.time()
     failed = 0
     try:
-        manifest = stage.module.main(dataclasses.replace(stage.config, data=data, output=output))
+        manifest = stage.module.main(config)
         counts = manifest.rows_in, manifest.rows_out, manifest.dropped
         failed = manifest.quarantined
     except StoreError as error:
-        counts = _nothing_made(stage.name, scratch, error)
-    claimed = (scratch / "config.json").stat().st_mtime
+        counts = _nothing_made(stage.name, folder, error)
+    claimed = (folder / "config.json").stat().st_mtime
     used = {name: value - getattr(before, name) for name, value in vars(USAGE).items()}
-    return _Sample(scratch, *counts, Usage(**used), max(0.0, claimed - started), time.time() - claimed, failed)
+    return _Sample(folder, *counts, Usage(**used), max(0.0, claimed - started), time.time() - claimed, failed)
 
 
 def _nothing_made(name: str, scratch: Path, error: StoreError) -> tuple[int, int, dict[str, int]]:

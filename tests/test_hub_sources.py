@@ -130,7 +130,7 @@ def ran(hub, tmp_path_factory):
         "survey": ("survey", "tester/large", {}),
         "whole": ("import", "tester/rlhf_v", {"data": {}, "output": "out"}),
         "first": ("import", "tester/rlhf_v", {"data": {"limit": 4}, "output": "first"}),
-        "test": ("import", "tester/rlhf_v", {"data": {"split": "test", "revision": "main"}, "output": "test"}),
+        "test": ("import", "tester/rlhf_v@test", {"data": {"revision": "main"}, "output": "test"}),
         "files": ("import", "tester/files", {"data": {}, "output": "files"}),
         "elsewhere": ("import", "tester/files", {"data": {"images": str(images)}, "output": "elsewhere"}),
         "started": ("import", "tester/moving", {"data": {}, "output": "stopped"}),

@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 
 from prefalign.images import ImageError
 from prefalign.records import RecordError, message_text, placeholder_count
-from prefalign.sources import LAYOUTS, DataConfig, to_candidates, to_pair, to_prompt
+from prefalign.sources import LAYOUTS, DataConfig, files_of, read_rows, to_candidates, to_pair, to_prompt
 from prefalign.sources.layouts import recognised
 from tests.published_sets import BAD, GOOD, PAIRED, QUESTION, ROWS, VICUNA, pictures, said, talk
 
@@ -206,3 +208,185 @@ def test_a_picture_that_is_not_there(folder, name):
 def test_an_implicit_prompt_without_turns(folder):
     with pytest.raises(RecordError, match="or in `chosen` the turns up to the answer"):
         to_pair({"images": ["a.png"], "chosen": [said("assistant", GOOD)], "rejected": BAD}, data(folder))
+
+
+def spoken(*turns):
+    return [said("user" if number % 2 == 0 else "assistant", text) for number, text in enumerate(turns)]
+
+
+FIRST, OTHER, MORE = "It is red.", "It is green.", "And how many?"
+SHARED = {
+    "trl": {"prompt": spoken(QUESTION), "chosen": spoken(QUESTION, FIRST, MORE, GOOD)[1:],
+            "rejected": spoken(QUESTION, FIRST, MORE, BAD)[1:]},
+    "trl, whole conversations beside the prompt": {"prompt": QUESTION, "chosen": spoken(QUESTION, FIRST, MORE, GOOD),
+                                                   "rejected": spoken(f"<image>\n{QUESTION} ", FIRST, MORE, BAD)},
+    "trl, one side from the prompt on": {"prompt": spoken(QUESTION), "chosen": spoken(QUESTION, FIRST, MORE, GOOD),
+                                         "rejected": spoken(QUESTION, FIRST, MORE, BAD)[1:]},
+    "trl_implicit": {"chosen": spoken(QUESTION, FIRST, MORE, GOOD), "rejected": spoken(QUESTION, FIRST, MORE, BAD)},
+    "povid": {"conversations": talk(f"<image>\n{QUESTION}", FIRST, MORE, GOOD),
+              "rejected_conversations": talk(f"<image>\n{QUESTION}", FIRST, MORE, BAD)},
+    "ms_swift": {"messages": spoken(f"<image>{QUESTION}", FIRST, MORE, GOOD),
+                 "rejected_messages": spoken(f"<image>{QUESTION}", FIRST, MORE, BAD)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_turns_that_both_sides_share_are_the_prompt(folder, name):
+    row = {"image": "a.png", **SHARED[name]}
+    pair = to_pair(row, data(folder))
+    pair.check()
+    assert [turn["role"] for turn in pair.prompt] == ["user", "assistant", "user"]
+    assert message_text(pair.prompt).split("\n")[-3:] == [QUESTION, FIRST, MORE]
+    assert (message_text(pair.chosen), message_text(pair.rejected)) == (GOOD, BAD)
+    assert (prompt := to_prompt(row, data(folder))).answer == GOOD
+    assert prompt.messages == pair.prompt == to_candidates(row, data(folder)).messages
+    assert [answer["text"] for answer in to_candidates(row, data(folder)).responses] == [GOOD, BAD]
+    swapped = to_pair({**row, "image": "b.png"}, data(folder))
+    assert (swapped.prompt, swapped.images != pair.images) == (pair.prompt, True)
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("what", [FIRST, MORE])
+def test_answers_to_two_conversations_are_no_pair(folder, name, what):
+    """The hallucination of a first turn, or another question: the last turns alone would be a pair of nothing."""
+    row = {"image": "a.png", **SHARED[name]}
+    rejected = next(column for column in row if column.startswith("rejected"))
+    row[rejected] = json.loads(json.dumps(row[rejected]).replace(what, OTHER))
+    for read in (to_pair, to_candidates):
+        with pytest.raises(
+            RecordError,
+            match=rf"turn {2 if what == FIRST else 3} before the answer is not the same.*'{re.escape(what)}'"
+            rf".*`rejected` \w+: '{OTHER}'. .*Cut the row at the first answer",
+        ) as error:
+            read(row, data(folder))
+        assert error.value.reason == "different_prompts"
+    assert to_prompt(row, data(folder)).answer == GOOD  # the chosen side is a conversation by itself
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": QUESTION, "chosen": SHARED["trl"]["chosen"], "rejected": BAD},
+         "turn 2 .* of `chosen` assistant: 'It is red.', of `rejected` missing"),
+        ({"prompt": QUESTION, "chosen": spoken("Why?", GOOD), "rejected": spoken("Why?", BAD)},
+         f"turn 1 .* of the question user: '{re.escape(QUESTION)}', of `chosen` user: 'Why"),
+        ({"messages": spoken(QUESTION, GOOD), "rejected_messages": spoken("Why?", BAD)}, "of `rejected` user: 'Why"),
+        ({"prompt": spoken(QUESTION), "chosen": [said("system", "Be terse."), *spoken(QUESTION, GOOD)],
+          "rejected": spoken(QUESTION, BAD)}, "of `chosen` system: 'Be terse.', of `rejected` user"),
+    ],
+)  # fmt: skip
+def test_what_is_compared_before_the_last_turn(folder, row, message):
+    with pytest.raises(RecordError, match=message) as error:
+        to_pair({"image": "a.png", **row}, data(folder))
+    assert error.value.reason == "different_prompts"
+
+
+def test_an_answer_that_is_a_question(folder):
+    with pytest.raises(
+        RecordError, match="`rejected` ends with a user turn .'And how many.'., so it is no answer"
+    ) as error:
+        to_pair(
+            {"image": "a.png", **SHARED["trl"], "rejected": [said("user", MORE)]},
+            data(folder),
+        )
+    assert error.value.reason == "bad_messages"
+
+
+def test_a_system_turn_counts_for_the_side_that_has_none(folder):
+    row = {
+        "images": ["a.png"],
+        "messages": [said("system", "Be terse."), *spoken(QUESTION, GOOD)],
+        "rejected_messages": spoken(QUESTION, BAD),
+    }
+    pair = to_pair(row, data(folder))
+    assert [turn["role"] for turn in pair.prompt] == ["system", "user"]
+    both = {"images": ["a.png"], "prompt": QUESTION, "chosen": row["messages"],
+            "rejected": [said("system", "Be terse."), *spoken(QUESTION, BAD)]}  # fmt: skip
+    assert to_pair(both, data(folder)).prompt == pair.prompt
+
+
+def test_a_thumb_on_the_last_of_several_turns(folder):
+    row = {"image": "a.png", "prompt": QUESTION, "completion": SHARED["trl"]["chosen"], "label": True}
+    found = to_candidates(row, data(folder))
+    assert message_text(found.messages) == f"{QUESTION}\n{FIRST}\n{MORE}"
+    assert found.responses == [{"text": GOOD, "scores": {"label": 1.0}}]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"id": "7", "idx": 3, "question_id": "q9", "image": "a.png", "image_path": "coco/a.jpg", "question": QUESTION,
+          "chosen": GOOD, "rejected": BAD, "method": "m", "system_prompt": 7, "answer": ["A"], "problem": "p", "category": 4},
+         {"idx": 3, "question_id": "q9", "image_path": "coco/a.jpg", "system_prompt": 7, "answer": ["A"], "problem": "p",
+          "category": 4}),
+        ({"prompt": QUESTION, "image": "a.png", "chosen": GOOD, "chosen_response": "x", "rejected": BAD, "rejected_response": "y",
+          "question": "Why?", "responses": ["one"]},
+         {"chosen_response": "x", "rejected_response": "y", "question": "Why?", "responses": ["one"]}),
+        ({"prompt": QUESTION, "chosen_images": ["a.png"], "images": ["b.png"], "chosen": GOOD, "rejected": BAD},
+         {"images": ["b.png"]}),
+    ],
+)  # fmt: skip
+def test_a_column_that_is_not_used_is_kept(folder, row, columns):
+    pair = to_pair(row, data(folder))
+    assert pair.meta["columns"] == columns
+    assert pair.images[0]["bytes"] == (folder / "a.png").read_bytes()
+
+
+def test_a_prompt_keeps_what_belongs_to_a_pair_alone(folder):
+    row = {**ROWS["ms_swift"][0], "category": "counting", "method": "m"}
+    kept = {"margin": 1.5, "category": "counting", "method": "m", "chat_template_kwargs": {"max_pixels": 1003520}}
+    assert to_prompt(row, data(folder)).facts["columns"] == kept
+    assert to_candidates(row, data(folder)).facts["columns"] == kept
+
+
+@pytest.mark.parametrize(("given", "answer"), [(42, "42"), (0.5, "0.5"), ("42", "42")])
+def test_answers_may_be_numbers(folder, given, answer):
+    assert to_prompt({**ROWS["verl"][0], "answer": given}, data(folder)).answer == answer
+    rule = {"style": "rule", "ground_truth": given}
+    row = {
+        "prompt": [said("user", f"<image>{QUESTION}")],
+        "images": ["a.png"],
+        "data_source": "geo",
+        "reward_model": rule,
+    }
+    verl = to_prompt(row, data(folder))
+    assert (verl.answer, verl.facts["columns"]) == (answer, {"data_source": "geo", "reward_model": rule})
+    mia = to_pair({**ROWS["mia_dpo"][0], "gt": given, "answer": "x"}, data(folder))
+    assert (mia.answer, mia.meta["columns"]) == (answer, {"answer": "x"})
+
+
+def test_the_system_column_of_llama_factory_is_the_system_turn(folder):
+    row = {**ROWS["sharegpt"][0], "system": "Be terse."}
+    pair = to_pair(row, data(folder))
+    assert pair.prompt[0] == {"role": "system", "content": [{"type": "text", "text": "Be terse."}]}
+    assert (message_text(pair.chosen), "columns" in pair.meta) == (GOOD, False)
+    plain = to_pair({**ROWS["trl"][0], "system": "Be terse."}, data(folder))  # no such column in TRL's rows
+    assert plain.meta["columns"] == {"source": "mine", "system": "Be terse."}
+
+
+def test_a_split_in_the_name_of_a_set(tmp_path):
+    named = DataConfig(Path("hiyouga/geometry3k@train"))
+    assert (named.path, named.split) == (Path("hiyouga/geometry3k"), "train")
+    assert DataConfig(Path("hiyouga/geometry3k@test"), split="test") == DataConfig(
+        Path("hiyouga/geometry3k"), split="test"
+    )
+    with pytest.raises(
+        ValueError, match="path is a/b@test, which names the split 'test', and split is 'train': only one"
+    ):
+        DataConfig(Path("a/b@test"), split="train")
+    (tmp_path / "b@test").write_text("")
+    assert DataConfig(tmp_path / "b@test").split is None
+    assert DataConfig(Path("data/rows@2.jsonl")).path == Path("data/rows@2.jsonl")
+
+
+def test_the_folder_of_llama_factory_is_not_read_but_its_files_are(folder):
+    (folder / "dataset_info.json").write_text(
+        '{"mine": {"file_name": "mine.json", "ranking": true, "formatting": "sharegpt"}}'
+    )
+    (folder / "mine.json").write_text(json.dumps(ROWS["sharegpt"]))
+    with pytest.raises(
+        ValueError, match=r"Give the data file itself.*It has dataset_info.json, mine.json. What dataset_info.json"
+    ):
+        files_of(DataConfig(folder))
+    [row] = read_rows(DataConfig(folder / "mine.json"))
+    assert message_text(to_pair(row, DataConfig(folder / "mine.json")).rejected) == BAD

@@ -1,7 +1,6 @@
 """Quality pairs on the embedded world: answers graded once, the gap rule, exports of the same grades, the judge's agreement."""
 
 import dataclasses
-import hashlib
 import json
 import re
 import shutil
@@ -10,7 +9,6 @@ from collections import Counter
 import pytest
 
 from prefalign import bundled, config, selecting
-from prefalign.engines import Completion
 from prefalign.engines.transformers import load_engine
 from prefalign.images import encode_png, open_image
 from prefalign.judge import RUBRIC
@@ -18,56 +16,13 @@ from prefalign.manifest import read_manifest
 from prefalign.models import ModelConfig
 from prefalign.records import Candidates, Example, Pair, Prompt, message_text, user_message
 from prefalign.rewards import Response, read_rewards
-from prefalign.rewards.objects import Objects
 from prefalign.scenes.export import export
 from prefalign.scenes.grades import five, grades
 from prefalign.store import Dropped, Failed, StoreError, read_records
+from tests.graders import FIVE, ROWS, Grader, settings
 from tests.tiny_vlms import picture
 
-ROWS = 6
-SCENES = config.read_yaml(bundled.find("datagen/quality_pairs_scenes"))
-FIVE = [f"judge/{name}" for name in RUBRIC]
 TEXTS = ("A grey cat sleeps on a red mat.", "There is a cat.", "I see two dogs that play with a ball.", "Nothing.")
-
-
-def pixels(image):
-    return hashlib.sha256(image.tobytes()).hexdigest()
-
-
-class Grader:
-    """Knows the truth of pictures and replies with five grades: less for each thing that an answer invents or misses.
-
-    `fickle`: an answer with an even number of letters gets one point less for what is asked first, as judges have it.
-    `mute`: texts that it babbles about.
-    """
-
-    capabilities = frozenset({"sample"})
-    fingerprint = "grader"
-
-    def __init__(self, rows, fickle=False, mute=()):
-        self.facts = {pixels(open_image(row.images[0])): row.facts for row in rows}
-        self.fickle, self.mute, self.requests = fickle, mute, []
-
-    def generate(self, requests, sampling):
-        self.requests += requests
-        return [Completion(request.id, self.reply(request)) for request in requests]
-
-    def reply(self, request):
-        text = message_text(request.messages)
-        answer = re.search(r"Answer to grade:\n(.*)\n\n", text)[1]
-        if answer in self.mute:
-            return "I like it."
-        facts = self.facts[pixels(request.images[0])]
-        found = {
-            name: value.item() for name, value in Objects().score([Response("", [], [], answer, facts=facts)]).items()
-        }
-        false, recall = -(found["invented"] + found["wrong"]), found["recall"]
-        grades = {"helpfulness": round(4 * recall), "correctness": max(0, 4 - int(false)), "coherence": 4,
-                  "complexity": 1, "verbosity": min(4, len(answer.split()) // 8)}  # fmt: skip
-        first = re.search(r'"(\w+)": <0-4>', text)[1]
-        if self.fickle and len(answer) % 2 == 0:
-            grades[first] = max(0, grades[first] - 1)
-        return json.dumps(grades)
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +42,6 @@ def engine():
     return load_engine(ModelConfig("scenes", device="cpu"), batch_size=32)
 
 
-def settings(stage, rows="rows", folder="out", grader=None, **changes):
-    known = {"data": {"path": rows}, "output": {"path": folder, "block_size": 4}, "sampling": {"max_new_tokens": 40}}
-    if grader is not None:
-        known |= {"rewards": [{"name": "judge", "engine": grader}], "best": {"min_quality": None}, "regrade": 0.25}
-    return config.build(stage.Config, config.merge(config.merge(SCENES, known), changes))
-
-
 @pytest.fixture(scope="module")
 def graded(stage, rows, tmp_path_factory):
     """A run with a fickle judge: folder, manifest, judge."""
@@ -104,7 +52,7 @@ def graded(stage, rows, tmp_path_factory):
 
 def test_every_answer_is_graded_once_and_a_share_of_them_twice(graded, rows):
     folder, manifest, grader = graded
-    made = list(read_records(folder, Candidates))
+    made = list(read_records(folder / "answers", Candidates))
     prompts = list(read_records(rows, Prompt))
     assert manifest.rows_in == ROWS == manifest.rows_out == len(made)
     assert manifest.models["judge"].startswith("grader/grades-")
@@ -128,7 +76,7 @@ def test_every_answer_is_graded_once_and_a_share_of_them_twice(graded, rows):
 def test_pairs_best_answers_and_steerlm_rows_are_made_of_the_same_grades(graded):
     folder, _, grader = graded
     asked = len(grader.requests)
-    made = {row.id: row for row in read_records(folder, Candidates)}
+    made = {row.id: row for row in read_records(folder / "answers", Candidates)}
     quality = {name: [sum(r["scores"][term] for term in FIVE[:3]) for r in row.responses] for name, row in made.items()}
     pairs, best, steer = (list(read_records(folder / name, kind)) for name, kind in
                           (("pairs", Pair), ("best", Example), ("steerlm", Example)))  # fmt: skip
@@ -167,12 +115,13 @@ def test_a_stopped_run_ends_with_the_same_rows(stage, rows, graded, tmp_path):
     shutil.copytree(graded[0], tmp_path / "out")
     for name in ("pairs", "best", "steerlm"):
         shutil.rmtree(tmp_path / "out" / name)
-    for name in ("manifest.json", "quality.json", "progress/00001.json", "data/train-00001.parquet", "judge.sqlite"):
+    for name in ("quality.json", "judge.sqlite", *(f"answers/{name}" for name in
+                 ("manifest.json", "progress/00001.json", "data/train-00001.parquet"))):  # fmt: skip
         (tmp_path / "out" / name).unlink()
     grader = Grader(list(read_records(rows, Prompt)), fickle=True)
     assert stage.main(settings(stage, rows, tmp_path / "out", grader)) == graded[1]
     assert 0 < len(grader.requests) < len(graded[2].requests)
-    for name, kind in ((".", Candidates), ("pairs", Pair), ("best", Example), ("steerlm", Example)):
+    for name, kind in (("answers", Candidates), ("pairs", Pair), ("best", Example), ("steerlm", Example)):
         assert list(read_records(tmp_path / "out" / name, kind)) == list(read_records(graded[0] / name, kind))
     assert (tmp_path / "out" / "quality.json").read_bytes() == (graded[0] / "quality.json").read_bytes()
 
@@ -186,7 +135,7 @@ def test_figures_say_what_was_dropped_and_how_far_the_judge_agrees_with_itself(g
     assert found["policies"]["random"]["margin"] == found["pairs"]["margin"]
     assert found["policies"]["worst"]["margin"] >= found["policies"]["random"]["margin"]
     assert found["policies"]["nearest"]["margin"] <= found["policies"]["random"]["margin"]
-    twice = [r for row in read_records(folder, Candidates) for r in row.responses if "regraded" in r]
+    twice = [r for row in read_records(folder / "answers", Candidates) for r in row.responses if "regraded" in r]
     assert set(found["agreement"]) == set(FIVE)
     for name, figures in found["agreement"].items():
         assert figures["answers"] == len(twice)
@@ -365,8 +314,41 @@ def test_names_and_second_grades_that_no_reward_gives_are_refused(stage, rows, t
         stage.main(settings(stage, rows, tmp_path, regrade=0.1))
     with pytest.raises(ValueError, match="quality names the score 'judges/total', and the rewards are judge: "):
         stage.main(settings(stage, rows, tmp_path, quality={"judges/total": 1.0}))
+    grader = Grader(list(read_records(rows, Prompt)))
+    with pytest.raises(
+        ValueError,
+        match="quality names the score 'judge/helpfullness', and judge does not grade.*did you mean 'judge/helpfulness'",
+    ):
+        stage.main(settings(stage, rows, tmp_path, grader, quality={"judge/helpfullness": 1.0}))
+    with pytest.raises(
+        ValueError, match="steerlm.attributes names the score 'judge/tone', and judge does not grade 'tone'"
+    ):
+        stage.main(settings(stage, rows, tmp_path, grader, steerlm={"attributes": ["judge/tone"]}))
+    assert grader.requests == []
+    assert not list(tmp_path.glob("*/progress/*"))
     one = read_rewards([{"name": "judge", "engine": Grader([]), "attributes": ["correctness"]}])
     with pytest.raises(
         ValueError, match="the judge grades correctness alone, so it would be asked the same question again"
     ):
         stage.asked_again(one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"quality": {"judge/helpfullness": 1.0}}, "quality"),
+        ({"steerlm": {"attributes": ["judge/helpfullness"]}}, "steerlm.attributes"),
+    ],
+)
+def test_a_score_that_a_function_does_not_give_stops_the_first_block(stage, rows, tmp_path, changes, where):
+    """What a function returns is not known before it is called; then one block is enough to see it."""
+    with pytest.raises(
+        ValueError,
+        match=rf"{where} names the score 'judge/helpfullness', and the rewards gave judge/coherence, .*, total: no answer would "
+        "make a pair.*Stopped at the first block.*judge/helpfulness",
+    ):
+        stage.main(settings(stage, rows, tmp_path / "out", **changes))
+    assert not list(tmp_path.glob("out/answers/progress/*"))
+    assert (
+        stage.main(settings(stage, rows, tmp_path / "out", data={"limit": 2})).rows_out == 2
+    )  # the folder is not spoilt

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from prefalign.sources.layouts import AUTO, LAYOUTS
+
+_WITH_SPLIT = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)@(\w+)")
 
 
 @dataclass
@@ -14,7 +17,8 @@ class DataConfig:
 
     Attributes:
         path: JSONL, JSON or Parquet file, a folder of Parquet shards that a stage wrote, or a data set of the Hub as OWNER/NAME,
-            which is streamed. What is on disk under that name is read instead.
+            which is streamed; OWNER/NAME@SPLIT, as EasyR1 and verl write it, sets `split` too. What is on disk under that name is
+            read instead.
         images: folder that relative picture paths start from; the data file's own folder if empty, the repository for data
             sets of the Hub.
         limit: use only the first rows (0: all).
@@ -37,6 +41,13 @@ class DataConfig:
     question: str | None = None
 
     def __post_init__(self) -> None:
+        if (named := _WITH_SPLIT.fullmatch(self.path.as_posix())) and not self.path.exists():
+            if self.split not in (None, named[2]):
+                raise ValueError(
+                    f"path is {self.path}, which names the split {named[2]!r}, and split is {self.split!r}: only one can be "
+                    "read. Leave one of them out."
+                )
+            self.path, self.split = Path(named[1]), named[2]
         if self.limit < 0:
             raise ValueError(f"limit is {self.limit}; give how many of the first rows to use, or 0 for all of them.")
         if self.layout != AUTO and self.layout not in LAYOUTS:

@@ -46,8 +46,12 @@ def files_of(config: DataConfig) -> list[Path]:
                              "stage again (it goes on where it stopped), then this one.")  # fmt: skip
         files = sorted(path.glob("data/*.parquet")) or sorted(path.glob("*.parquet")) or sorted(path.glob("*.jsonl"))
         if not files:
+            lists = [file.name for file in sorted(path.glob("*.json"))]
+            hint = f" It has {', '.join(lists[:4])}." if lists else ""
+            if "dataset_info.json" in lists:
+                hint += " What dataset_info.json says of columns is not read; they need the names that LLaMA-Factory expects."
             raise ValueError(
-                f"folder {path} holds no .parquet or .jsonl rows. Give the data file itself as `data.path`."
+                f"folder {path} holds no .parquet or .jsonl rows. Give the data file itself as `data.path`.{hint}"
             )
         return files
     if not path.is_file():

@@ -14,19 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefalign.records import Message, RecordError, normalise_messages, user_message
+from prefalign.sources.turns import plain_text, settle, text_turn, turns_of
 
 AUTO = "auto"
 ID_COLUMNS = ("id", "question_id", "idx")
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PICTURES = ("images", "image", "image_path", "img_path")
 CHOSEN = ("chosen", "chosen_response")
 REJECTED = ("rejected", "rejected_response", "rejected_messages", "rejected_conversations")
 _QUESTIONS = ("conversations", "messages", "prompt", "instruction_prompt", "question", "problem")
-_READ = frozenset(
-    (*ID_COLUMNS, "images", "image", *CHOSEN, *REJECTED, *_QUESTIONS, "chosen_images", "rejected_images", "system_prompt",
-     "answer", "facts", "margin", "method", "category", "responses")
-)  # fmt: skip
-"""Columns that have a field of their own in records; all others are kept as `columns`."""
 _VICUNA = re.compile(r"\s*(USER|ASSISTANT):\s*")
 
 
@@ -38,13 +33,14 @@ class Row:
         layout: name of the layout.
         turns: conversation up to the question; pictures may be `<image>` marks in the text.
         last: the conversation's own last answer.
-        chosen: preferred answer, in any form that `answer_text` reads.
+        chosen: preferred answer, in any form that `turns.settle` reads.
         rejected: the other answer.
         answer: reference answer.
         images: paths or encoded pictures that both answers are about.
         rejected_images: the same of the other picture(s).
         responses: several answers, scored or not.
-        columns: what has no field in a record.
+        columns: what has no field here.
+        used: columns whose content is in one of these fields.
     """
 
     layout: str
@@ -57,6 +53,7 @@ class Row:
     rejected_images: list[Any] = field(default_factory=list)
     responses: list[Any] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class Layout:
     Attributes:
         needs: columns that tell it from the others.
         read: turns a row into what it says.
-        uses: columns that only this layout's reader understands.
+        uses: columns that only this layout's reader understands, and uses up.
         fits: whether the columns hold what they do in this layout, where other files give them another meaning.
     """
 
@@ -104,7 +101,7 @@ def read(row: Mapping[str, Any], layout: str = AUTO) -> Row:
         )
     found = known.read(given)
     found.layout = name
-    used = {*_READ, *known.uses, *(() if {"images", "image"} & given.keys() else PICTURES)}
+    used = {*found.used, *known.uses, *(column for column in known.needs if column in _QUESTIONS)}
     found.columns = {column: value for column, value in given.items() if column not in used} | found.columns
     return found
 
@@ -128,61 +125,64 @@ def recognised(row: Mapping[str, Any]) -> str | None:
 
 def source_id(row: Mapping[str, Any]) -> str | None:
     """The row's own id, if it has one."""
-    identity = next((row[name] for name in ID_COLUMNS if row.get(name) is not None), None)
-    return None if identity is None else str(identity)
+    name = first(row, ID_COLUMNS)
+    return None if name is None else str(row[name])
 
 
 def pictures(row: Mapping[str, Any]) -> list[Any]:
     """Paths or encoded pictures of a row, from the first picture column that it has."""
-    for name in PICTURES:
-        if row.get(name) is not None and (row[name] or name in ("images", "image")):
-            return list(row[name]) if isinstance(row[name], (list, tuple)) else [row[name]]
-    return []
+    name = _picture_column(row)
+    if name is None:
+        return []
+    return list(row[name]) if isinstance(row[name], (list, tuple)) else [row[name]]
 
 
-def answer_text(value: Any, side: str = "chosen") -> str:
-    """The text of an answer: a text, a turn, or the last of several turns.
-
-    Raises:
-        RecordError: `bad_messages`, or `empty_chosen` (`empty_rejected`) for a list without a turn.
-    """
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Mapping):
-        return _plain_text(_shared_turn(value))
-    if isinstance(value, list) and value and isinstance(value[-1], Mapping) and "from" in value[-1]:
-        return _plain_text(_shared_turn(value[-1]))
-    turns = normalise_messages(value)
-    if not turns:
-        raise RecordError(
-            f"empty_{side}", f"`{side}` has no turn, so there is no answer. Leave it out, or drop the row."
-        )
-    return _plain_text(turns[-1])
+def _picture_column(row: Mapping[str, Any]) -> str | None:
+    given = (name for name in PICTURES if row.get(name) is not None)
+    return next((name for name in given if row[name] or name in ("images", "image")), None)
 
 
-def first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
+def first(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
     """The first of these columns that is there."""
-    return next((row[name] for name in names if row.get(name) is not None), None)
+    return next((name for name in names if row.get(name) is not None), None)
 
 
-def _pair(row: Mapping[str, Any], turns: list[Message]) -> Row:
-    """What the columns shared by most layouts say beside the question."""
-    last = _plain_text(turns.pop()) if turns and turns[-1]["role"] == "assistant" else None
-    system = row.get("system_prompt")
-    if isinstance(system, str) and system.strip() and not any(turn["role"] == "system" for turn in turns):
-        turns = [{"role": "system", "content": [{"type": "text", "text": system}]}, *turns]
+def _pair(row: Mapping[str, Any], turns: list[Message], systems: Sequence[str] = ("system_prompt",)) -> Row:
+    """What the columns shared by most layouts say beside the question; of `systems` the first is the system turn."""
+    last = plain_text(turns.pop()) if turns and turns[-1]["role"] == "assistant" else None
     shown = row if row.get("chosen_images") is None else {"images": row["chosen_images"]}
+    pictured = _picture_column(row) if shown is row else "chosen_images"
+    chosen, rejected = first(row, CHOSEN), first(row, REJECTED)
+    used = {first(row, ID_COLUMNS), chosen, rejected, pictured, "rejected_images", "facts"}
+    system = first(row, systems)
+    told = row[system] if system is not None else None
+    if isinstance(told, str) and not (told.strip() and any(turn["role"] == "system" for turn in turns)):
+        used.add(system)
+        turns = [text_turn("system", told), *turns] if told.strip() else turns
+    answer = _answer(row.get("answer"))
+    if answer is not None:
+        used.add("answer")
+    elif isinstance(model := row.get("reward_model"), Mapping):
+        answer = _answer(model.get("ground_truth"))
     return Row(
         "",
         turns,
         last,
-        chosen=first(row, CHOSEN),
-        rejected=first(row, REJECTED),
-        answer=row["answer"] if isinstance(row.get("answer"), str) else None,
+        chosen=row[chosen] if chosen is not None else None,
+        rejected=row[rejected] if rejected is not None else None,
+        answer=answer,
         images=pictures(shown),
         rejected_images=pictures({"images": row.get("rejected_images")}),
         responses=row.get("responses"),
+        used={name for name in used if name is not None},
     )
+
+
+def _answer(value: Any) -> str | None:
+    """A text, or a number as text; None for what is neither."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, str) else None
 
 
 def _trl(row: Mapping[str, Any]) -> Row:
@@ -208,15 +208,16 @@ def _kto(row: Mapping[str, Any]) -> Row:
     found = _trl(row)
     if not isinstance(row["label"], (bool, int)) or row["label"] not in (0, 1):
         raise RecordError("bad_label", f"`label` of an unpaired row is true or false, got {str(row['label'])[:80]!r}.")
-    said = answer_text(row["completion"])
+    found.turns, answers = settle(found.turns, {"completion": row["completion"]})
+    said = answers["completion"]
     found.responses = [{"text": said, "scores": {"label": float(row["label"])}}]
     found.answer = said if row["label"] else None
     return found
 
 
 def _sharegpt(row: Mapping[str, Any]) -> Row:
-    """`conversations` of `from` and `value`: LLaVA's, LLaMA-Factory's (`chosen`, `rejected`) and POVID's."""
-    return _pair(row, [_shared_turn(turn) for turn in _list(row["conversations"])])
+    """`conversations` of `from` and `value`: LLaVA's, LLaMA-Factory's (`chosen`, `rejected`, `system`) and POVID's."""
+    return _pair(row, turns_of(row["conversations"]), ("system_prompt", "system"))
 
 
 def _ms_swift(row: Mapping[str, Any]) -> Row:
@@ -261,15 +262,15 @@ def _rlhf_v(row: Mapping[str, Any]) -> Row:
             "bad_text", f"`text` of an RLHF-V row has `question`, `chosen` and `rejected`, got {str(text)[:120]!r}."
         )
     found = _asked({**row, **text}, "question")
-    found.columns = {name: value for name, value in text.items() if name not in _READ}
+    found.columns = {name: value for name, value in text.items() if name not in (*found.used, "question")}
     return found
 
 
 def _llava_rlhf(row: Mapping[str, Any]) -> Row:
     """Two answers to the last turn and which of them people chose; the answer in `conversations` is neither."""
-    turns = _list(row["conversations"])
-    turns = turns[0] if len(turns) == 1 and isinstance(turns[0], list) else turns
-    found = _pair(row, [_shared_turn(turn) for turn in turns])
+    turns = row["conversations"]
+    nested = isinstance(turns, list) and len(turns) == 1 and isinstance(turns[0], list)
+    found = _pair(row, turns_of(turns[0] if nested else turns))
     if row["preference"] not in (1, 2):
         raise RecordError(
             "bad_preference", f"`preference` says which output is better, 1 or 2, got {str(row['preference'])[:80]!r}."
@@ -293,11 +294,7 @@ def _mdpo(row: Mapping[str, Any]) -> Row:
     if not isinstance(prompt, str) or not (pieces := _VICUNA.split(prompt))[1:]:
         return _trl(row)
     roles = {"USER": "user", "ASSISTANT": "assistant"}
-    turns = [
-        {"role": roles[role], "content": [{"type": "text", "text": text}]}
-        for role, text in zip(pieces[1::2], pieces[2::2], strict=True)
-        if text
-    ]
+    turns = [text_turn(roles[role], text) for role, text in zip(pieces[1::2], pieces[2::2], strict=True) if text]
     found = _pair(row, turns)
     if pieces[0].strip():
         found.columns = {"system": pieces[0].strip()}
@@ -307,7 +304,8 @@ def _mdpo(row: Mapping[str, Any]) -> Row:
 def _mia_dpo(row: Mapping[str, Any]) -> Row:
     """`prompt` with a mark for each picture; `gt` is the reference answer."""
     found = _trl(row)
-    found.answer = row["gt"] if isinstance(row["gt"], str) else None
+    found.answer = _answer(row["gt"])
+    found.used = (found.used - {"answer"}) | ({"gt"} if found.answer is not None else set())
     return found
 
 
@@ -316,7 +314,9 @@ def _vlfeedback(row: Mapping[str, Any]) -> Row:
     found, given = _trl(row), row["completions"]
     if isinstance(given, Mapping):
         given = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
-    found.responses = [_graded(answer) for answer in _list(given)]
+    if not isinstance(given, list):
+        raise RecordError("bad_responses", f"`completions` is a list of answers, got {str(given)[:120]!r}.")
+    found.responses = [_graded(answer) for answer in given]
     return found
 
 
@@ -341,27 +341,6 @@ def _rating(value: Any) -> float | None:
     return rating if math.isfinite(rating) else None
 
 
-def _list(turns: Any) -> list[Any]:
-    if not isinstance(turns, list):
-        raise RecordError("bad_messages", f"a conversation is a list of turns, got {str(turns)[:120]!r}.")
-    return turns
-
-
-def _shared_turn(turn: Any) -> Message:
-    fields = turn if isinstance(turn, Mapping) else {}
-    role = ROLES.get(str(fields.get("from", fields.get("role"))))
-    text = fields.get("value", fields.get("content"))
-    if role is None or not isinstance(text, str):
-        raise RecordError(
-            "bad_messages", f"a conversation turn needs `from` (human, gpt) and `value`, got {str(turn)[:120]}."
-        )
-    return {"role": role, "content": [{"type": "text", "text": text}]}
-
-
-def _plain_text(message: Message) -> str:
-    return "".join(block["text"] for block in message["content"] if block["type"] == "text")
-
-
 LAYOUTS: dict[str, Layout] = {
     "llava_rlhf": Layout(
         ("conversations", "output_1", "output_2", "preference"), _llava_rlhf, ("output_1", "output_2", "preference")
@@ -369,10 +348,10 @@ LAYOUTS: dict[str, Layout] = {
     "povid": Layout(("conversations", "rejected_conversations"), _sharegpt),
     "sharegpt": Layout(("conversations",), _sharegpt),
     "ms_swift": Layout(("messages",), _ms_swift),
-    "vlfeedback": Layout(("prompt", "completions"), _vlfeedback, ("completions", "img_path")),
+    "vlfeedback": Layout(("prompt", "completions"), _vlfeedback, ("completions",)),
     "kto": Layout(("prompt", "completion", "label"), _kto, ("completion", "label")),
     "mdpo": Layout(("img_path", "prompt", "chosen", "rejected"), _mdpo, ("img_path",)),
-    "mia_dpo": Layout(("prompt", "gt"), _mia_dpo, ("gt",)),
+    "mia_dpo": Layout(("prompt", "gt"), _mia_dpo),
     "trl": Layout(("prompt",), _trl),
     "mvc": Layout(("instruction_prompt",), _mvc),
     "rlaif_v": Layout(("question",), _rlaif_v),

@@ -17,10 +17,10 @@ from prefalign.images import SYSTEM_ERRORS, EncodedImage, ImageError, read_image
 from prefalign.records import Candidates, Message, Pair, Prompt, RecordError, assistant_message, canonical_json
 from prefalign.sources import hub, layouts
 from prefalign.sources.config import BadRow, DataConfig
-from prefalign.sources.layouts import AUTO, answer_text, source_id
+from prefalign.sources.layouts import AUTO, source_id
+from prefalign.sources.turns import PLACEHOLDER, settle
 
 AnyInput = TypeVar("AnyInput", Prompt, Pair, Candidates)
-PLACEHOLDER = "<image>"
 
 
 def to_prompt(row: Mapping[str, Any] | BadRow, config: DataConfig, *, repeated: Container[str] = ()) -> Prompt:
@@ -50,8 +50,9 @@ def to_pair(row: Mapping[str, Any] | BadRow, config: DataConfig, *, repeated: Co
     """Read one raw row with a chosen and a rejected answer, of any layout in `layouts.LAYOUTS` that has two, into a `Pair`.
 
     Arguments, ids and errors are those of `to_prompt`; besides, a row without one of the answers is a `missing_column`, one of
-    several answers or of a single one `not_a_pair`, a margin that is no number a `bad_margin`. Whether the answers differ is for
-    the stage to say. `meta` names the layout; columns without a field of their own are `meta["columns"]`.
+    several answers or of a single one `not_a_pair`, answers to two conversations `different_prompts`, a margin that is no
+    number a `bad_margin`. Whether the answers differ is for the stage to say. `meta` names the layout; columns without a field
+    of their own are `meta["columns"]`.
     """
     return _record(
         row, lambda known: _own_pair(known) if _is_own_pair(known, config) else _foreign_pair(known, config, repeated)
@@ -175,11 +176,13 @@ def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Containe
                 f"a pair needs `chosen` and `rejected`; this row has no `{side}`, only {', '.join(sorted(row))}. Rows with one "
                 "answer are prompts: bdhs and others make pairs of them, image_contrast with `--reads answers`.",
             )
-    answers = {side: answer_text(value, side) for side, value in given.items()}
+    turns, answers = settle(said.turns, given)
+    used = {"margin"} | ({"method"} if row.get("method") else set()) | _category(row).keys()
+    said.columns = {name: value for name, value in said.columns.items() if name not in used}
     images = [_read_picture(picture, config) for picture in said.images]
     others = [_read_picture(picture, config) for picture in said.rejected_images]
     columns = {"columns": _columns(said)} if said.columns else {}
-    pair = Pair(id="", images=images, prompt=_with_placeholders(said.turns, len(images)),
+    pair = Pair(id="", images=images, prompt=_with_placeholders(turns, len(images)),
                 chosen=[assistant_message(answers["chosen"])], rejected=[assistant_message(answers["rejected"])],
                 method=str(row.get("method") or "imported"), rejected_images=others,
                 answer=said.last if said.answer is None else said.answer, facts=_category(row) | _facts(row),
@@ -193,15 +196,14 @@ def _foreign_prompt(row: Mapping[str, Any], config: DataConfig, repeated: Contai
         row = {**row, "question": config.question}
     said = layouts.read(row, config.layout)
     images = [_read_picture(picture, config) for picture in said.images]
-    answer = said.last if said.answer is None else said.answer
+    turns, answer = said.turns, said.last if said.answer is None else said.answer
     if said.chosen is not None:
-        answer = answer_text(said.chosen)
+        turns, answers = settle(turns, {"chosen": said.chosen})
+        answer = answers["chosen"]
     known = {name: row[name] for name in config.fact_columns if row.get(name) is not None}
-    said.columns = {name: value for name, value in said.columns.items() if name not in known}
+    said.columns = {name: value for name, value in said.columns.items() if name not in known and name != "responses"}
     columns = {"columns": _columns(said)} if said.columns else {}
-    prompt = Prompt(
-        "", images, _with_placeholders(said.turns, len(images)), answer, {**known, **_facts(row), **columns}
-    )
+    prompt = Prompt("", images, _with_placeholders(turns, len(images)), answer, {**known, **_facts(row), **columns})
     prompt.id = _identity(row, prompt, repeated)
     return prompt, said
 
@@ -216,8 +218,8 @@ def _candidates(row: Mapping[str, Any], config: DataConfig, repeated: Container[
         given = said.responses if given is None else given
         chosen = said.last if said.chosen is None else said.chosen
         if given is None and chosen is not None and said.rejected is not None:
-            sides = (("chosen", chosen, 1.0), ("rejected", said.rejected, 0.0))
-            given = [{"text": answer_text(text, side), "scores": {"preference": score}} for side, text, score in sides]
+            _, texts = settle(said.turns, {"chosen": chosen, "rejected": said.rejected})
+            given = [{"text": texts[side], "scores": {"preference": float(side == "chosen")}} for side in texts]
     if given is None:
         raise RecordError(
             "missing_column", f"candidates need `responses`; this row has only {', '.join(sorted(row))}. "
