@@ -464,14 +464,66 @@ def test_rounds_end_to_end(tmp_path):
     assert weights.read_bytes() == before
 
 
-def test_rounds_without_prompts_are_refused(tmp_path):
-    (tmp_path / "prefalign").write_text(f"#!/bin/sh\necho {ROOT}/configs/datagen/rlaif_v.yaml\n")
+LLAVA = "configs/datagen/rlaif_v.yaml"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ([LLAVA], {}, "DATA is not set, so there are no prompts for llava-hf/llava-1.5-7b-hf"),
+        (
+            [LLAVA],
+            {"DATA": "p.json"},
+            "EVALUATION is not set, and the pictures of the embedded world say little of llava-hf",
+        ),
+        (
+            [LLAVA, "t.yaml", "out", "--batch_size", "2"],
+            {},
+            "--batch_size 2 is for no step. Give settings as PAIR_SETTINGS",
+        ),
+    ],
+)
+def test_rounds_that_could_not_end_are_refused_before_anything_runs(tmp_path, arguments, environment, message):
+    (tmp_path / "prefalign").write_text('#!/bin/sh\necho "$2"; echo "$@" >> "$COMMANDS"\n')
     (tmp_path / "prefalign").chmod(0o755)
-    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
-    done = subprocess.run(["sh", "recipes/rlaif_v.sh", "rlaif_v.yaml", "t.yaml", str(tmp_path / "out")], cwd=ROOT,
-                          env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)  # fmt: skip
+    known = {
+        **os.environ,
+        "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]),
+        "COMMANDS": str(tmp_path / "given"),
+    }
+    done = subprocess.run(["sh", "recipes/rlaif_v.sh", *arguments], cwd=ROOT, env=known | environment, capture_output=True,
+                          text=True, check=False)  # fmt: skip
     assert done.returncode == 2
-    assert "DATA is not set, so there are no prompts for llava-hf/llava-1.5-7b-hf" in done.stderr
+    assert message in done.stderr
+    assert (tmp_path / "given").read_text() == f"path {LLAVA}\n"
+
+
+def test_a_real_base_is_trained_by_the_published_settings_and_measured_by_its_own_config(tmp_path):
+    """The commands of one round, none carried out."""
+    (tmp_path / "prefalign").write_text('#!/bin/sh\necho "$2"; echo "$@" >> "$COMMANDS"\n')
+    (tmp_path / "prefalign").chmod(0o755)
+    known = {"PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]), "COMMANDS": str(tmp_path / "given"), "ROUNDS": "1",
+             "DATA": "prompts-ROUND.json", "EVALUATION": "mine.yaml"}  # fmt: skip
+    subprocess.run(
+        ["sh", "recipes/rlaif_v.sh", LLAVA], cwd=ROOT, env=os.environ | known, capture_output=True, check=True
+    )
+    given = [line.split() for line in (tmp_path / "given").read_text().splitlines()]
+    assert [words[:4] for words in given if words[0] == "run"] == [
+        ["run", "rlaif_v", "--config", LLAVA],
+        ["run", "train_preference", "--config", "configs/recipes/train_preference_rlaif_v.yaml"],
+        *[["run", "evaluate_model", "--config", "mine.yaml"]] * 2,
+    ]
+    assert given[2][4:8] == ["--model.model_name_or_path", "llava-hf/llava-1.5-7b-hf", "--data.path", "prompts-1.json"]
+
+
+def test_the_published_settings_of_training():
+    """Section 3 of the release's scripts: eight processes of one row, sums over tokens."""
+    values = config.read_yaml(bundled.find("recipes/train_preference_rlaif_v"))
+    trainer = values["trainer"]
+    published = {"learning_rate": 5e-7, "beta": 0.1, "num_train_epochs": 4, "per_device_train_batch_size": 1,
+                 "gradient_accumulation_steps": 1, "warmup_steps": 0.05, "weight_decay": 0.01}  # fmt: skip
+    assert {name: trainer[name] for name in published} == published
+    assert "lora" not in values
 
 
 @pytest.mark.parametrize("name", ["rlaif_v", "rlaif_v_scenes"])
