@@ -24,21 +24,21 @@ import dataclasses
 import functools
 import json
 import random
+import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from prefalign import pairing, sources, stages, store
-from prefalign.claims import Answer, ClaimJudge, ConquerConfig, DivideConfig, Judgement, as_meta
-from prefalign.engines import Engine, Request, Sampling
+from prefalign import pairing, responses, sources, stages, store
+from prefalign.claims import FAILED, Answer, ClaimJudge, ConquerConfig, DivideConfig, Judgement, as_meta
+from prefalign.engines import Engine, Sampling
 from prefalign.engines.config import EngineConfig
 from prefalign.length_balance import Balance, Cut, Lengths
 from prefalign.manifest import Manifest, write_atomically
 from prefalign.records import Candidates, Pair, Prompt, canonical_json, row_seed
 from prefalign.sources import DataConfig
-from prefalign.store import Dropped, Failed, Outcome, OutputConfig
+from prefalign.store import Dropped, Failed, Outcome, OutputConfig, StoreError
 from prefalign.surveys import Survey
 
 METHOD = "rlaif_v"
@@ -65,14 +65,21 @@ class PairsConfig:
         unfinished: use answers that ran into the length limit, as published.
         length_balance: `published` drops pairs whose chosen answer is the shorter one, `both` those of the side that is shorter
             on average, `off` none.
+        least_kept: least share of the pairs that the balance keeps. A better balance that keeps fewer is warned of, and not
+            made; 0, as published: none is too few.
     """
 
     min_gap: float = 1.0
     per_prompt: int = 2
     unfinished: bool = True
     length_balance: Balance = "both"
+    least_kept: float = 0.1
 
     def __post_init__(self) -> None:
+        if not 0 <= self.least_kept <= 1:
+            raise ValueError(
+                f"pairs.least_kept is {self.least_kept:g}; it is a share: 0.1 keeps a tenth of all pairs at least."
+            )
         pairing.make_dpo_pairs([], random.Random(0), min_gap=self.min_gap, per_prompt=self.per_prompt)
 
 
@@ -116,11 +123,12 @@ class Config:
                 "neither `model` nor `labeller` is given, so nothing could say which claims are true. Name a labeller for stored "
                 "answers, or a model to draw answers from, which then labels its own."
             )
-        if self.model is not None and (self.num_generations < 2 or self.sampling.temperature == 0):
-            raise ValueError(
-                f"num_generations is {self.num_generations} and sampling.temperature {self.sampling.temperature}: a pair needs "
-                "two answers that differ. Give 2 or more (10, as published), and a temperature above 0 (0.7)."
-            )
+        if self.model is not None:
+            responses.check_count(self.num_generations, self.sampling)
+            if self.num_generations < 2:
+                raise ValueError(
+                    "num_generations is 1, and a pair needs two answers. Give 2 or more (10 is published)."
+                )
 
 
 @dataclass
@@ -143,7 +151,7 @@ def main(config: Config) -> Manifest:
     models = load(config)
     settings = row_settings(config, models)
     decided = functools.cache(lambda: Decided(config, models))
-    return store.run_stage(
+    manifest = store.run_stage(
         METHOD,
         config.data,
         lambda block: [outcome(row, found, decided().cut, settings, config) for row, found in decided().of(block)],
@@ -154,6 +162,10 @@ def main(config: Config) -> Manifest:
         models=models.fingerprints(),
         reads=Prompt if config.model is not None else Candidates,
     )
+    if (figures := config.output.path / FIGURES).is_file():
+        found = json.loads(figures.read_text())
+        print(f"{METHOD}: " + ", ".join(f"{name} {value}" for name, value in found.items()), file=sys.stderr)
+    return manifest
 
 
 def load(config: Config) -> Models:
@@ -192,40 +204,38 @@ def row_settings(config: Config, models: Models) -> Row:
 class Decided:
     """What the pass over all inputs found, read back block by block, and the cut that it led to.
 
-    Args:
-        config: settings of the run.
-        models: its engines.
+    Raises:
+        StoreError: if more rows than `output.max_quarantine` failed, before any is put into quarantine.
     """
 
     def __init__(self, config: Config, models: Models):
         total, repeated = sources.survey(config.data)
         reads: type[Any] = Prompt if config.model is not None else Candidates
-        survey = Survey(METHOD, config.data, config.output, reads, total, repeated)
-        counts, lengths, seen = Counts(), Lengths(), set()
-        for block in survey(PASS, lambda rows: measure(rows, models, config)):
+        self._survey = Survey(METHOD, config.data, config.output, reads, total, repeated)
+        self._places: dict[str, int] = {}
+        counts, lengths = Counts(), Lengths()
+        passed = self._survey(PASS, lambda rows: measure(rows, models, config), again=models_failed)
+        for number, block in enumerate(passed):
             for found in block:
-                if found["id"] not in seen:
-                    seen.add(found["id"])
-                    counts.add(found)
+                if found["id"] not in self._places:
+                    self._places[found["id"]] = number
+                    counts.add(found, config.output.max_quarantine)
                     for chosen, rejected in found["drawn"]:
                         lengths.add(*words_of(found, chosen, rejected))
-        self.cut: Cut = lengths.cut(config.pairs.length_balance)
-        figures = {**counts.figures(), "length_balance": lengths.summary(self.cut)}
+        self.cut, balance = lengths.balanced(config.pairs.length_balance, config.pairs.least_kept)
+        figures = {**counts.figures(), "length_balance": balance}
         write_atomically(config.output.path / FIGURES, json.dumps(figures, indent=2).encode())
-        self._blocks = self._kept(config.output.path / "survey")
-        self._known: dict[str, Row] = {}
-
-    @staticmethod
-    def _kept(folder: Path) -> Iterator[dict[str, Row]]:
-        files = folder.glob(f"{PASS}-*.json")
-        for file in sorted(files, key=lambda name: int(name.stem.rsplit("-", 1)[1])):
-            yield {found["id"]: found for found in json.loads(file.read_text())["rows"]}
 
     def of(self, block: Sequence[Any]) -> list[tuple[Any, Row]]:
-        """Each row of a block with what was found of it; blocks come in the order of the inputs."""
-        while block and block[0].id not in self._known:
-            self._known = next(self._blocks)
-        return [(row, self._known[row.id]) for row in block]
+        """Each row of a block with what was found of it; blocks may come in any order."""
+        files = [self._survey.file(PASS, number) for number in {self._places[row.id] for row in block}]
+        known = {found["id"]: found for file in files for found in reversed(json.loads(file.read_text())["rows"])}
+        return [(row, known[row.id]) for row in block]
+
+
+def models_failed(found: Row) -> bool:
+    """Whether a model did not answer for a row: another time it may."""
+    return "failed" in found and found["failed"][0] == FAILED
 
 
 def measure(rows: Sequence[Prompt | Candidates], models: Models, config: Config) -> list[Row]:
@@ -241,12 +251,10 @@ def measure(rows: Sequence[Prompt | Candidates], models: Models, config: Config)
             known["failed"] = [images.reason, images.message]
         else:
             ready.append((row, images, known))
-    _draw(ready, models, config)
+    _answer(ready, models, config)
     ready = [entry for entry in ready if "failed" not in entry[2]]
     asked, places = [], []
     for row, images, known in ready:
-        if isinstance(row, Candidates):
-            known["responses"] = [_stored(response) for response in row.responses]
         if len({(one["generator"], canonical_json(one["settings"])) for one in known["responses"]}) > 1:
             known["dropped"] = "several_generators"
             continue
@@ -258,34 +266,27 @@ def measure(rows: Sequence[Prompt | Candidates], models: Models, config: Config)
                 places.append((known, number))
     for (known, number), judged in zip(places, models.judge.judge(asked), strict=True):
         known["judged"][number] = {**as_meta(judged), "score": judged.score(per_claim=config.per_claim)}
+        if judged.error is not None:
+            known["failed"] = [FAILED, judged.error]
     for _, _, known in ready:
-        _choose(known, config)
+        if "failed" in known:
+            known |= {"responses": [], "judged": []}  # the others' verdicts alone would make other pairs
+        else:
+            _choose(known, config)
     return found
 
 
-def _draw(ready: Sequence[tuple[Any, Any, Row]], models: Models, config: Config) -> None:
-    """Answers to prompts, with the same noise as `sample_responses` draws them with."""
-    if models.generator is None:
-        return
-    requests = [
-        Request(f"{row.id}/{number}", row.messages, images, seed=config.seed)
-        for row, images, _ in ready
-        for number in range(config.num_generations)
-    ]
-    said = iter(models.generator.generate(requests, config.sampling))
-    drawn_as = {**dataclasses.asdict(config.sampling), "seed": config.seed}
-    for _, _, known in ready:
-        completions = [next(said) for _ in range(config.num_generations)]
-        error = next((completion.error for completion in completions if completion.error is not None), None)
-        if error is not None:
-            known["failed"] = ["generation_failed", error]
-            continue
-        known["responses"] = [
-            {"text": completion.text.strip(), "finish_reason": completion.finish_reason, "settings": drawn_as,
-             "generator": models.generator.fingerprint,
-             "tokens": completion.length + (completion.finish_reason == "stop")}
-            for completion in completions
-        ]  # fmt: skip
+def _answer(ready: Sequence[tuple[Any, Any, Row]], models: Models, config: Config) -> None:
+    """Put down the answers to prompts, drawn as `sample_responses` draws them, or the stored ones."""
+    rows: list[Candidates | Failed] = [row for row, _, _ in ready]
+    if models.generator is not None:
+        rows = responses.draw([(row, images) for row, images, _ in ready], models.generator, config.sampling,
+                              num_generations=config.num_generations, method=METHOD, seed=config.seed)  # fmt: skip
+    for row, (_, _, known) in zip(rows, ready, strict=True):
+        if isinstance(row, Failed):
+            known["failed"] = [row.reason, row.message]
+        else:
+            known["responses"] = [_stored(response) for response in row.responses]
 
 
 def _stored(response: Mapping[str, Any]) -> Row:
@@ -362,9 +363,17 @@ class Counts:
     verdicts: Counter[str] = field(default_factory=Counter)
     claims: Counter[str] = field(default_factory=Counter)
     pairs: int = 0
+    failed: int = 0
 
-    def add(self, found: Row) -> None:
-        """Count a row of the pass."""
+    def add(self, found: Row, limit: int) -> None:
+        """Count a row of the pass. Raises `StoreError` if more than `limit` have failed."""
+        self.failed += "failed" in found
+        if self.failed > limit:
+            raise StoreError(
+                f"{METHOD} stopped: {self.failed} rows failed before a pair was written, above --output.max_quarantine {limit} "
+                f"(last: {': '.join(found['failed'])[:400]}). Mend the cause or raise the limit, and start again: what is judged "
+                "stays, rows whose models did not answer are asked again."
+            )
         self.answers.update(judged["reason"] or "judged" for judged in found["judged"])
         for judged in found["judged"]:
             self.verdicts.update(judged["verdicts"])

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 logger = logging.getLogger(__name__)
-
+FAILED = "generation_failed"
 _BULLET = re.compile(r"\s*(?:[-*\u2022]|\d{1,3}[.)])\s+(\S.*?)\s*")
 _NOTHING = re.compile(r"\W*(?:none|no claims)\W*", re.IGNORECASE)
 _NEGATED = re.compile(
@@ -128,7 +128,7 @@ def _names(pattern: re.Pattern[str]) -> list[str]:
 
 @dataclass
 class ListSampling(Sampling):
-    """How lists are drawn: `Sampling` with the published temperature and top-p (there at most 256 tokens)."""
+    """`Sampling` with the published temperature and top-p (there at most 256 tokens)."""
 
     max_new_tokens: int = 1024
     temperature: float = 0.2
@@ -213,7 +213,8 @@ class Judgement:
         p_no: probability of no.
         verdicts: `accepted`, `rejected` or `undecided`.
         reason: why the answer has no score: `no_claims`, `too_long`, `unreadable_list`, `unequal_counts` (of claims and
-            questions), `not_labelled` (the labeller could not be asked) or `undecided` (all claims).
+            questions), `undecided` (all claims) or `generation_failed`.
+        error: of `generation_failed`, why splitter or labeller could not be asked; another time it may go well.
         left_out: claims with a negation that were not asked about.
     """
 
@@ -223,6 +224,7 @@ class Judgement:
     p_no: list[float] = field(default_factory=list)
     verdicts: list[str] = field(default_factory=list)
     reason: str | None = None
+    error: str | None = None
     left_out: int = 0
 
     def score(self, *, per_claim: bool = False) -> float | None:
@@ -274,34 +276,38 @@ class ClaimJudge:
         return f"{self.labeller.fingerprint}/{by}"
 
     def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
-        """One judgement for each answer, in order.
-
-        All questions go to the labeller in one call, equal ones about the same pictures once.
-        """
+        """One judgement for each answer, in order; all questions go to the labeller in one call, equal ones on a picture once."""
         found = self._divided(answers)
         asked: dict[tuple[Any, ...], Request] = {}
         for answer, judged in zip(answers, found, strict=True):
             for question in judged.questions if judged.reason is None else ():
                 text = f"{question} {self.conquer.suffix}".strip()
-                request = Request(
-                    f"{answer.id}/{len(asked)}", [user_message(text, len(answer.images))], list(answer.images)
-                )
+                said = [user_message(text, len(answer.images))]
+                request = Request(f"{answer.id}/{len(asked)}", said, list(answer.images))
                 asked.setdefault(_key(answer, question), request)
         words = [*self.conquer.yes, *self.conquer.no]
         replies = self.labeller.first_token(list(asked.values()), words) if asked else []
         probs = dict(zip(asked, replies, strict=True))
+        failed = {key: request for key, request in asked.items() if any(map(math.isnan, probs[key].values()))}
+        why = self._why([*failed.values()])
         for answer, judged in zip(answers, found, strict=True):
-            if judged.reason is None:
-                self._label(judged, [probs[_key(answer, question)] for question in judged.questions])
+            keys = [_key(answer, question) for question in judged.questions if judged.reason is None]
+            if lost := next((key for key in keys if key in failed), None):
+                of = f"the labeller failed at {len(failed)} of {len(asked)} questions, {lost[0]!r} among them"
+                judged.reason, judged.error = FAILED, f"{of}; asked again, the first one gave: {why}"
+            elif keys:
+                self._label(judged, [probs[key] for key in keys])
         return found
+
+    def _why(self, failed: Sequence[Request]) -> str:
+        """The error of the first request, which its missing probabilities do not tell: it is put again, for one token."""
+        told = self.labeller.generate(failed[:1], Sampling(max_new_tokens=1, temperature=0.0)) if failed else []
+        return "".join(reply.error or "an answer" for reply in told)
 
     def _label(self, judged: Judgement, replies: Sequence[dict[str, float]]) -> None:
         judged.p_yes = [math.fsum(reply[word] for word in self.conquer.yes) for reply in replies]
         judged.p_no = [math.fsum(reply[word] for word in self.conquer.no) for reply in replies]
-        pairs = list(zip(judged.p_yes, judged.p_no, strict=True))
-        if any(math.isnan(yes + no) for yes, no in pairs):
-            judged.p_yes, judged.p_no, judged.reason = [], [], "not_labelled"
-            return
+        pairs = zip(judged.p_yes, judged.p_no, strict=True)
         judged.verdicts = [verdict(yes, no, self.conquer.least_mass) for yes, no in pairs]
         if all(one == "undecided" for one in judged.verdicts):
             judged.reason = "undecided"
@@ -317,24 +323,16 @@ class ClaimJudge:
                 self._claim(found[number], list(pairs))
                 found[number].questions = [pairs[claim] for claim in found[number].claims]
             return found
-        prompts = {
-            number: dividing_prompt(transcript(answers[number].messages), answers[number].text) for number in short
-        }
-        lists = self._lists(answers, prompts, "claims", {})
+        told = {number: transcript(answers[number].messages) for number in short}
+        prompts = {number: dividing_prompt(told[number], answers[number].text) for number in short}
+        lists = self._lists(answers, found, "claims", prompts, {})
         for number in short:
-            if (claims := lists[number]) is None:
-                found[number].reason = "unreadable_list"
-            else:
-                self._claim(found[number], claims)
-        claimed = [number for number, judged in enumerate(found) if judged.reason is None]
-        counts = {number: len(found[number].claims) for number in claimed}
-        questions = self._lists(
-            answers, {number: asking_prompt(found[number].claims) for number in claimed}, "questions", counts
-        )
-        for number in claimed:
-            found[number].questions = questions[number] or []
-            if len(found[number].questions) != counts[number]:
-                found[number].reason = "unequal_counts" if questions[number] is not None else "unreadable_list"
+            if found[number].reason is None:
+                self._claim(found[number], lists[number])
+        prompts = {number: asking_prompt(found[number].claims) for number in short if found[number].reason is None}
+        counts = {number: len(found[number].claims) for number in prompts}
+        for number, questions in self._lists(answers, found, "questions", prompts, counts).items():
+            found[number].questions = questions
         return found
 
     def _claim(self, judged: Judgement, claims: Sequence[str]) -> None:
@@ -348,34 +346,44 @@ class ClaimJudge:
             judged.reason = "no_claims"
 
     def _lists(
-        self, answers: Sequence[Answer], prompts: dict[int, str], what: str, counts: dict[int, int]
-    ) -> dict[int, list[str] | None]:
-        """By number of the answer, the list that the splitter gave; None where none could be read.
+        self,
+        answers: Sequence[Answer],
+        found: list[Judgement],
+        what: str,
+        prompts: dict[int, str],
+        counts: dict[int, int],
+    ) -> dict[int, list[str]]:
+        """By number of the answer, the list that the splitter gave; where none is of use, `found` gets the reason.
 
-        A list is asked for again while it cannot be read, or has not as many entries as `counts` wants.
+        A list is asked for again while it cannot be read, or has not as many entries as `counts` wants. If that is how it ends,
+        and a request failed on the way, that is the reason: one try more could have given the list.
         """
         assert self.splitter is not None
-        lists: dict[int, list[str] | None] = dict.fromkeys(prompts)
+        lists: dict[int, list[str]] = {}
+        errors: dict[int, str] = {}
+
+        def missing() -> list[int]:
+            fit = {number for number, known in lists.items() if len(known) == counts.get(number, len(known))}
+            return [number for number in prompts if number not in fit]
+
         for attempt in range(self.divide.attempts):
-            left = [
-                number
-                for number in prompts
-                if (known := lists[number]) is None or len(known) != counts.get(number, len(known))
-            ]
-            if not left:
+            if not (left := missing()):
                 break
             requests = [
                 Request(f"{answers[number].id}/{what}/{attempt}", [user_message(prompts[number])], [], seed=self.seed)
                 for number in left
             ]
             replies = self.splitter.generate(requests, self.divide.sampling)
-            if errors := [str(reply.error) for reply in replies if reply.error is not None]:
-                logger.warning(
-                    "%d of %d requests to the splitter failed (first: %s).", len(errors), len(left), errors[0]
-                )
+            if lost := [reply.error for reply in replies if reply.error is not None]:
+                logger.warning("%d of %d requests to the splitter failed (first: %s).", len(lost), len(left), lost[0])
             for number, reply in zip(left, replies, strict=True):
+                if reply.error is not None:
+                    errors[number] = f"the splitter could not be asked for the list of {what}: {reply.error}"
                 if reply.finish_reason == "stop" and (entries := read_list(reply.text)) is not None:
                     lists[number] = entries
+        for number in missing():
+            unfit = "unequal_counts" if number in lists else "unreadable_list"
+            found[number].reason, found[number].error = FAILED if number in errors else unfit, errors.get(number)
         return lists
 
 
@@ -384,6 +392,6 @@ def _key(answer: Answer, question: str) -> tuple[Any, ...]:
 
 
 def as_meta(judged: Judgement) -> dict[str, Any]:
-    """A judgement as JSON-able values, probabilities to six digits."""
+    """A judgement as JSON-able values, probabilities to six digits; without its error, which is no part of it."""
     digits = {name: [round(value, 6) for value in getattr(judged, name)] for name in ("p_yes", "p_no")}
-    return {**asdict(judged), **digits}
+    return {name: value for name, value in {**asdict(judged), **digits}.items() if name != "error"}

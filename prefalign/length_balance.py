@@ -3,14 +3,17 @@
 Equation: for r in {0, 0.02, ..., 0.98} keep the pairs with (rejected - chosen) / rejected <= r, in words, and take the r for
 which |mean chosen - mean rejected| / mean rejected is least; of equals the largest, which keeps most.
 Source: RLAIF-V, arXiv 2405.17220, released pair filter. Differs from it: that rule only drops pairs whose chosen answer is
-shorter; where chosen answers are longer on average, `both` drops by (chosen - rejected) / chosen instead. An r that leaves no
-pair is never taken, and if none leaves any, all stay.
+shorter; where chosen answers are longer on average, `both` drops by (chosen - rejected) / chosen instead. An r that keeps
+less than a given share of the pairs is not taken (0: one that leaves no pair), and if all do, all pairs stay.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+logger = logging.getLogger(__name__)
 
 STEPS = 50
 Balance = Literal["both", "published", "off"]
@@ -69,15 +72,35 @@ class Lengths:
             for place, value in enumerate((1, chosen, rejected)):
                 self.sums[side][at][place] += value
 
-    def cut(self, balance: Balance = "both") -> Cut:
-        """The cut of the rule above."""
+    def cut(self, balance: Balance = "both", least_kept: float = 0.0) -> Cut:
+        """The cut of the rule above.
+
+        Args:
+            balance: from which side pairs may be dropped.
+            least_kept: least share of the pairs that is kept.
+        """
         pairs, chosen, rejected = self._within("chosen", STEPS)
         if balance == "off" or not pairs:
             return Cut()
         side: Literal["chosen", "rejected"] = "rejected" if balance == "both" and chosen > rejected else "chosen"
         known = [(number, self._within(side, number)) for number in range(STEPS)]
-        gaps = [(abs(c - r) / r, -number) for number, (count, c, r) in known if count and r]
+        gaps = [(abs(c - r) / r, -number) for number, (count, c, r) in known if r and count >= least_kept * pairs]
         return Cut(side, -min(gaps)[1]) if gaps else Cut()
+
+    def balanced(self, balance: Balance = "both", least_kept: float = 0.0) -> tuple[Cut, dict[str, Any]]:
+        """`cut` and its `summary`. Of a better balance that keeps too few pairs it warns, and adds its figures as `too_few`."""
+        cut, best = (self.cut(balance, least) for least in (least_kept, 0.0))
+        found = self.summary(cut)
+        if cut != best:
+            few, after = self.summary(best)["after"], found["after"]
+            found["too_few"] = few
+            logger.warning(
+                "the best length balance keeps %d of %d pairs, a smaller share than the least, %g. %d are kept, with %g words of "
+                "chosen and %g of rejected answers. Lower the share, or see why the lengths differ so.",
+                few["pairs"], found["before"]["pairs"], least_kept, after["pairs"], after["chosen_words"],
+                after["rejected_words"],
+            )  # fmt: skip
+        return cut, found
 
     def summary(self, cut: Cut) -> dict[str, Any]:
         """What the cut does: pairs and mean words of both sides, before and after it."""

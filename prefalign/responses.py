@@ -30,11 +30,11 @@ class ResponseSampling(Sampling):
 def check_count(num_generations: int, sampling: Sampling) -> None:
     """Raise `ValueError` if so many answers cannot be drawn, or would all be the same."""
     if num_generations < 1:
-        raise ValueError(f"num_generations is {num_generations}; give 1 or more (4, as published).")
+        raise ValueError(f"num_generations is {num_generations}; give 1 or more.")
     if num_generations > 1 and sampling.temperature == 0:
         raise ValueError(
             f"sampling.temperature is 0, so all {num_generations} answers to a prompt would be the same greedy one. "
-            "Raise the temperature (1.2, as published), or set num_generations to 1."
+            "Raise the temperature, or set num_generations to 1."
         )
 
 

@@ -2,24 +2,44 @@
 # RLAIF-V end to end: rounds of answers, claims, pairs and DPO. Each round's policy answers in the next one and is its reference.
 #
 #   sh recipes/rlaif_v.sh                              # the embedded world, tens of minutes on two CPU cores
-#   DATA=prompts-ROUND.json sh recipes/rlaif_v.sh configs/datagen/rlaif_v.yaml configs/recipes/train_preference.yaml runs/llava
+#   DATA=prompts-ROUND.json EVALUATION=evaluation.yaml sh recipes/rlaif_v.sh configs/datagen/rlaif_v.yaml \
+#       configs/recipes/train_preference_rlaif_v.yaml runs/llava
 #
+# The model is the one that the first config names as `model`; the second is one of train_preference.
 # ROUNDS: 4, as published. DATA: prompts, ROUND in it stands for the number of the round (published: about 4,000 new ones each).
-# PROMPTS: prompts of a round on the embedded world. EVALUATION: a config of evaluate_model. PAIR_SETTINGS, TRAINING_SETTINGS,
-# EVALUATION_SETTINGS: more settings of each step, such as "--trainer.max_steps 20".
+# PROMPTS: prompts of a round on the embedded world. EVALUATION: a config of evaluate_model, such as a copy of
+# configs/recipes/evaluate_files.yaml that names your files. PAIR_SETTINGS, TRAINING_SETTINGS, EVALUATION_SETTINGS: more settings of
+# each step, such as "--trainer.max_steps 20".
 # Started again after an interruption it goes on where it stopped. Not done here: the authors go on from the best of 16 checkpoints
 # of a round by Object HalBench and MMHal; this takes the last.
 set -eu
 
 config=${1:-configs/datagen/rlaif_v_scenes.yaml}
-training=${2:-configs/recipes/train_preference_scenes.yaml}
 output=${3:-runs/rlaif_v}
-evaluation=${EVALUATION:-configs/recipes/evaluate_scenes.yaml}
-prompts=${PROMPTS:-256}
-base=$(sed -n '/^model:/,/^[a-z]/s/^  model_name_or_path: *\([^ ]*\).*/\1/p' "$(prefalign path "$config")" | head -n 1)
-if [ "$base" != scenes ] && [ -z "${DATA:-}" ]; then
-    echo "$0: DATA is not set, so there are no prompts for $base. Give a file or folder, as in DATA=prompts-ROUND.json." >&2
+. "$(dirname "$0")/base_model.sh" # sets file and base
+if [ $# -gt 3 ]; then
+    shift 3
+    echo "$0: $* is for no step. Give settings as PAIR_SETTINGS, TRAINING_SETTINGS or EVALUATION_SETTINGS." >&2
     exit 2
+fi
+
+if [ "$base" = scenes ]; then
+    training=${2:-configs/recipes/train_preference_scenes.yaml}
+    evaluation=${EVALUATION:-configs/recipes/evaluate_scenes.yaml}
+    prompts=${PROMPTS:-256}
+else
+    training=${2:-configs/recipes/train_preference_rlaif_v.yaml}
+    evaluation=${EVALUATION:-}
+    if [ -z "${DATA:-}" ]; then
+        echo "$0: DATA is not set, so there are no prompts for $base. Give a file or folder, as in DATA=prompts-ROUND.json." >&2
+        exit 2
+    fi
+    if [ -z "$evaluation" ]; then
+        echo "$0: EVALUATION is not set, and the pictures of the embedded world say little of $base. Give a config of evaluate_model:" \
+            "a copy of configs/recipes/evaluate_files.yaml that names your files." >&2
+        exit 2
+    fi
+    prefalign path "$evaluation" >/dev/null # days before it is read
 fi
 
 policy=$base

@@ -13,6 +13,7 @@ from prefalign.claims import (
     DivideConfig,
     Judgement,
     Rules,
+    as_meta,
     asking_prompt,
     dividing_prompt,
     read_list,
@@ -41,6 +42,10 @@ class Labeller:
         texts = [message_text(request.messages) for request in requests]
         found = [next((given for word, given in self.table.items() if word in text), {"Yes": 0.9}) for text in texts]
         return [{word: given.get(word, given.get("all", 0.0)) for word in words} for given in found]
+
+    def generate(self, requests, sampling):
+        assert sampling.max_new_tokens == 1
+        return [Completion(request.id, "", finish_reason="error", error="HTTP 503") for request in requests]
 
 
 class Splitter:
@@ -138,7 +143,6 @@ def test_what_cannot_be_judged_has_no_score_and_a_reason():
     assert judge("").reason == "no_claims"
     assert judge("no stop here").reason == "no_claims"
     assert judge("A cat. A dog.", {"A": {"No": 0.2}}).reason == "undecided"
-    assert judge("A cat. A dog.", {"dog": {"No": math.nan, "all": 0.1}}).reason == "not_labelled"
     limit = DivideConfig(by="rules", max_words=3)
     assert judge("A cat sits.", divide=limit).reason is None
     assert judge("A cat sits there.", divide=limit).reason == "too_long"
@@ -229,6 +233,35 @@ def test_a_splitter_that_fails_is_heard_of(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "1 of 1 requests to the splitter failed (first: no server)."
     ]
+
+
+@pytest.mark.parametrize(
+    ("lists", "questions", "what"),
+    [
+        (["cut"] * 3, [], "claims"),
+        (["prose", "cut", "prose"], [], "claims"),  # the try that failed could have given the list
+        ([LISTED], ["- Does a cat sit?", "cut", "prose"], "questions"),
+    ],
+)
+def test_a_list_that_a_fault_cost_is_no_verdict(lists, questions, what):
+    splitter = Splitter({"Answer:\n": lists, "statements": questions})
+    (found,) = ClaimJudge(Labeller(), splitter).judge([answer("A cat sits.")])
+    assert (found.reason, found.score()) == ("generation_failed", None)
+    assert found.error == f"the splitter could not be asked for the list of {what}: no server"
+    assert "error" not in as_meta(found)
+
+
+def test_a_labeller_that_fails_says_why_and_spoils_only_the_answers_it_was_asked_about():
+    labeller = Labeller({"dog": {"all": math.nan}, "dragon": {"No": math.nan, "all": 0.1}, "bird": {"No": 0.9}})
+    texts = ["A cat. A dog.", "A bird.", "A dragon. A cat.", "no stop here"]
+    found = ClaimJudge(labeller, None, RULES).judge([answer(text, n) for n, text in enumerate(texts)])
+    assert [one.reason for one in found] == ["generation_failed", None, "generation_failed", "no_claims"]
+    assert found[1].score() == -1
+    assert found[2].error == (
+        "the labeller failed at 2 of 5 questions, 'Is this statement true of the picture? \"A dragon.\"' among them; asked "
+        "again, the first one gave: HTTP 503"
+    )
+    assert (found[0].p_yes, found[0].verdicts, found[1].error) == ([], [], None)
 
 
 def test_one_bad_answer_of_several_is_alone_in_that():

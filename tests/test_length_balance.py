@@ -65,6 +65,30 @@ def test_off_nothing_and_an_empty_remainder_keep_all():
     assert lengths([(2, 100)]).cut() == Cut("chosen", 49)
 
 
+def test_a_cut_that_keeps_too_few_pairs_is_not_made_and_is_told_of(caplog):
+    """One pair in twenty is even (r 0), ten are 0.2 short and nine 0.5: r 0 is best, 0.2 the best that keeps half of them."""
+    pairs = [(10, 10)] + [(8, 10)] * 10 + [(5, 10)] * 9
+    found = lengths(pairs)
+    assert len(kept(pairs, found.cut())) == len(kept(pairs, found.cut(least_kept=0.05))) == 1
+    assert len(kept(pairs, found.cut(least_kept=0.051))) == len(kept(pairs, found.cut(least_kept=0.55))) == 11
+    assert len(kept(pairs, found.cut(least_kept=0.56))) == len(kept(pairs, found.cut(least_kept=1))) == 20
+    cut, figures = found.balanced("both", 0.1)
+    assert cut == found.cut(least_kept=0.1)
+    assert figures["after"] == {"pairs": 11, "chosen_words": 8.182, "rejected_words": 10.0}
+    assert figures["too_few"] == {"pairs": 1, "chosen_words": 10.0, "rejected_words": 10.0}
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert "keeps 1 of 20 pairs, a smaller share than the least, 0.1. 11 are kept, with 8.182 words" in told
+    caplog.clear()
+    cut, figures = found.balanced("both", 0.05)
+    assert (cut, "too_few" in figures, caplog.records) == (found.cut(), False, [])
+
+
+def test_where_every_cut_keeps_too_few_all_stay():
+    silent = [(0, 10)] * 9 + [(10, 10)]
+    assert lengths(silent).cut().side == "chosen"
+    assert lengths(silent).balanced(least_kept=0.2)[0] == Cut()
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_sums_give_what_a_loop_over_the_pairs_gives(seed):
     rng = random.Random(seed)

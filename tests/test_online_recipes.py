@@ -49,7 +49,7 @@ def carry_out(script, arguments, folder, **environment):
     return given
 
 
-@pytest.mark.parametrize("recipe", ["online_dpo", "mixed_dpo", "fact_rlhf"])
+@pytest.mark.parametrize("recipe", ["online_dpo", "mixed_dpo", "fact_rlhf", "rlaif_v"])
 def test_a_model_on_the_command_line_is_refused_before_anything_runs(recipe, tmp_path):
     words = [
         "sh",
@@ -65,9 +65,9 @@ def test_a_model_on_the_command_line_is_refused_before_anything_runs(recipe, tmp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("recipe", ["online_dpo", "mixed_dpo", "fact_rlhf"])
+@pytest.mark.parametrize("recipe", ["online_dpo", "mixed_dpo", "fact_rlhf", "rlaif_v"])
 def test_a_config_without_a_model_is_refused(recipe, tmp_path):
-    (tmp_path / "empty.yaml").write_text("seed: 0\n")
+    (tmp_path / "empty.yaml").write_text("model: null\nlabeller:\n  model_name_or_path: other\nseed: 0\n")
     (tmp_path / "prefalign").write_text(f"#!/bin/sh\necho {tmp_path / 'empty.yaml'}\n")
     (tmp_path / "prefalign").chmod(0o755)
     path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
+import re
 import subprocess
 
 import pytest
@@ -13,12 +15,14 @@ from test_online_recipes import carry_out
 from prefalign import bundled, config
 from prefalign.claims import ClaimJudge, DivideConfig
 from prefalign.config import ConfigError
+from prefalign.engines import Completion
 from prefalign.engines.config import EngineConfig
+from prefalign.execution import WHOLE, Ended, StageWorker
 from prefalign.images import encode_png
 from prefalign.length_balance import Cut
 from prefalign.records import Candidates, Pair, Prompt, message_text, user_message
 from prefalign.scenes.export import export
-from prefalign.store import Dropped, Failed, OutputConfig, StoreError, read_records, write_records
+from prefalign.store import Dropped, Failed, OutputConfig, StoreError, read_records, run_job, write_records
 from tests.launching import ROOT
 from tests.tiny_vlms import picture
 
@@ -162,6 +166,35 @@ def test_a_shorter_list_of_prompts_draws_the_same_pairs_and_other_settings_refus
         stage.main(settings(stage, rows, finished[0], conquer={"no": ["Nothing", "No"]}))
 
 
+@pytest.mark.parametrize("order", [[0, 2, 1], [2, 1, 0]])
+def test_blocks_are_served_in_any_order(stage, finished, rows, tmp_path, order):
+    """As actors are sent them: where one has died, an earlier block goes to one that has done later ones."""
+    worker = StageWorker(stage.main, settings(stage, rows, tmp_path / "out"), WHOLE)
+    job = worker.next_step()
+    assert not isinstance(job, Ended), job.error
+
+    def spread(blocks):
+        known = list(blocks)
+        for number in order:
+            made = worker.work(known[number].given)
+            assert not isinstance(made, Ended), made.trace
+            yield known[number], made
+
+    worker.finish(run_job(job, spread, WHOLE))
+    end = worker.next_step()
+    assert end.error is None
+    assert end.result.rows_out == finished[1].rows_out
+    assert list(read_records(tmp_path / "out", Pair)) == finished[2]
+
+
+def test_what_was_found_is_told_at_the_end(stage, finished, rows, capsys):
+    stage.main(settings(stage, rows, finished[0]))
+    (told,) = re.findall("^rlaif_v: .*", capsys.readouterr().err, re.MULTILINE)
+    words = json.loads((finished[0] / "claims.json").read_text())["length_balance"]["after"]["chosen_words"]
+    assert f"pairs_drawn {len(finished[2])}, " in told
+    assert f"'chosen_words': {words}, " in told
+
+
 DRAGON = "A dragon sleeps. "
 CAT = "A cat sits. "
 
@@ -270,6 +303,93 @@ def test_the_length_balance_is_of_the_whole_set(stage, tmp_path, monkeypatch):
     assert balance["after"] == {"pairs": 3, "chosen_words": 10.0, "rejected_words": 10.0}
 
 
+class Server(Labeller):
+    """A labeller that is a splitter too; down, it answers nothing, about a picture (`labels`) or at all."""
+
+    capabilities = frozenset({"first_token", "sample"})
+    down = ""
+
+    def first_token(self, requests, words):
+        replies = super().first_token(requests, words)
+        return [dict.fromkeys(words, math.nan) if self.down else one for one in replies]
+
+    def generate(self, requests, sampling):
+        if self.down == "all" or sampling.max_new_tokens == 1:
+            return super().generate(requests, dataclasses.replace(sampling, max_new_tokens=1))
+        texts = [message_text(request.messages) for request in requests]
+        claims = ["- A dragon sleeps." if "dragon" in text.lower() else "- A cat sits." for text in texts]
+        return [Completion(request.id, text) for request, text in zip(requests, claims, strict=True)]
+
+
+@pytest.mark.parametrize("down", ["labels", "all"])
+def test_rows_that_a_server_failed_are_quarantined_and_asked_about_again(stage, tmp_path, monkeypatch, down):
+    """Down for the second of three blocks: its row fails by name; a limit of 0 stops the run, the next asks only for it."""
+    server = Server({"dragon": {"No": 0.9}})
+    rows = [candidates([f"A dragon sleeps {number}.", f"A cat sits {number}."], f"row{number}") for number in range(3)]
+    write_records("t", rows, output=OutputConfig(tmp_path / "in"), record=Candidates, settings={}, seed=0)
+    monkeypatch.setattr(stage, "load", lambda config: stage.Models(None, ClaimJudge(server, server)))
+    known = {"model": None, "labeller": SCENES["model"], "divide": {"by": "model"}}
+    measure, asked = stage.measure, []
+
+    def measured(block, models, config):
+        asked.extend(row.id for row in block)
+        server.down = down if len(asked) == 2 else ""
+        return measure(block, models, config)
+
+    monkeypatch.setattr(stage, "measure", measured)
+    kept = settings(stage, tmp_path / "in", tmp_path / "kept", **known, output={"block_size": 1})
+    manifest = stage.main(kept)
+    assert manifest.dropped == {"generation_failed": 1}
+    (failure,) = (json.loads(line) for file in (tmp_path / "kept").glob("quarantine/*") for line in file.open())
+    assert failure["reason"] == "generation_failed"
+    assert "HTTP 503" in failure["message"]
+    assert "labeller failed at" in failure["message"] if down == "labels" else "list of claims" in failure["message"]
+    assert [row["judged"] == [] for row in survey_of(tmp_path / "kept")] == [False, True, False]
+
+    asked.clear()
+    strict = settings(stage, tmp_path / "in", tmp_path / "out", **known, output={"block_size": 1, "max_quarantine": 0})
+    with pytest.raises(
+        StoreError, match="1 rows failed before a pair was written, above .* 0 .last: generation_failed: .*503"
+    ):
+        stage.main(strict)
+    assert asked == ["row0", "row1"]
+    asked[:] = ["not", "the second"]
+    assert stage.main(strict).rows_used == 3
+    assert asked[2:] == ["row1", "row2"]
+    assert [pair.meta["parent"] for pair in read_records(tmp_path / "out", Pair)] == ["row0", "row1", "row2"]
+
+
+def test_rows_in_quarantine_for_good_are_not_asked_about_again(stage, tmp_path, monkeypatch):
+    """A run that was killed after the block of the failed row was written goes on with the others."""
+    server = Server({"dragon": {"No": 0.9}})
+    server.down = "all"
+    rows = [candidates(["A dragon sleeps.", "A cat sits."], f"row{number}") for number in range(2)]
+    write_records("t", rows, output=OutputConfig(tmp_path / "in"), record=Candidates, settings={}, seed=0)
+    monkeypatch.setattr(stage, "load", lambda config: stage.Models(None, ClaimJudge(server, server)))
+    asked, killed = [], []
+    measure, outcome = stage.measure, stage.outcome
+
+    def measured(block, models, config):
+        asked.extend(row.id for row in block)
+        return measure(block, models, config)
+
+    def kill(row, *given):
+        if row.id == "row1" and not killed:
+            killed.append(row.id)
+            raise KeyboardInterrupt
+        return outcome(row, *given)
+
+    monkeypatch.setattr(stage, "measure", measured)
+    monkeypatch.setattr(stage, "outcome", kill)
+    known = settings(stage, tmp_path / "in", tmp_path / "out", model=None, labeller=SCENES["model"], divide={"by": "model"},
+                     output={"block_size": 1})  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        stage.main(known)
+    server.down = ""
+    assert stage.main(known).dropped == {"generation_failed": 1}
+    assert asked == ["row0", "row1", "row1"]
+
+
 def test_roles_with_equal_settings_share_one_model(stage, rows, tmp_path):
     models = stage.load(settings(stage, rows, tmp_path, divide={"by": "model"}))
     assert models.generator is models.judge.labeller is models.judge.splitter
@@ -295,8 +415,10 @@ def test_answers_that_cannot_be_drawn_are_named(stage, rows, tmp_path):
     ("changes", "message"),
     [
         ({"model": None}, "neither `model` nor `labeller` is given.*Name a labeller"),
-        ({"num_generations": 1}, "num_generations is 1 .* two answers that differ"),
-        ({"sampling": {"temperature": 0}}, "sampling.temperature 0.* above 0"),
+        ({"num_generations": 1}, "num_generations is 1, and a pair needs two answers"),
+        ({"num_generations": 0}, "num_generations is 0; give 1 or more"),
+        ({"sampling": {"temperature": 0}}, "sampling.temperature is 0.* the same greedy one. Raise"),
+        ({"pairs": {"least_kept": 10}}, "pairs.least_kept is 10; it is a share"),
         ({"pairs": {"min_gap": 0}}, "min_gap is 0.*equal quality"),
         ({"pairs": {"per_prompt": 0}}, "per_prompt is 0"),
         ({"conquer": {"yes": []}}, "each needs a word"),
@@ -342,14 +464,66 @@ def test_rounds_end_to_end(tmp_path):
     assert weights.read_bytes() == before
 
 
-def test_rounds_without_prompts_are_refused(tmp_path):
-    (tmp_path / "prefalign").write_text(f"#!/bin/sh\necho {ROOT}/configs/datagen/rlaif_v.yaml\n")
+LLAVA = "configs/datagen/rlaif_v.yaml"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ([LLAVA], {}, "DATA is not set, so there are no prompts for llava-hf/llava-1.5-7b-hf"),
+        (
+            [LLAVA],
+            {"DATA": "p.json"},
+            "EVALUATION is not set, and the pictures of the embedded world say little of llava-hf",
+        ),
+        (
+            [LLAVA, "t.yaml", "out", "--batch_size", "2"],
+            {},
+            "--batch_size 2 is for no step. Give settings as PAIR_SETTINGS",
+        ),
+    ],
+)
+def test_rounds_that_could_not_end_are_refused_before_anything_runs(tmp_path, arguments, environment, message):
+    (tmp_path / "prefalign").write_text('#!/bin/sh\necho "$2"; echo "$@" >> "$COMMANDS"\n')
     (tmp_path / "prefalign").chmod(0o755)
-    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
-    done = subprocess.run(["sh", "recipes/rlaif_v.sh", "rlaif_v.yaml", "t.yaml", str(tmp_path / "out")], cwd=ROOT,
-                          env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)  # fmt: skip
+    known = {
+        **os.environ,
+        "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]),
+        "COMMANDS": str(tmp_path / "given"),
+    }
+    done = subprocess.run(["sh", "recipes/rlaif_v.sh", *arguments], cwd=ROOT, env=known | environment, capture_output=True,
+                          text=True, check=False)  # fmt: skip
     assert done.returncode == 2
-    assert "DATA is not set, so there are no prompts for llava-hf/llava-1.5-7b-hf" in done.stderr
+    assert message in done.stderr
+    assert (tmp_path / "given").read_text() == f"path {LLAVA}\n"
+
+
+def test_a_real_base_is_trained_by_the_published_settings_and_measured_by_its_own_config(tmp_path):
+    """The commands of one round, none carried out."""
+    (tmp_path / "prefalign").write_text('#!/bin/sh\necho "$2"; echo "$@" >> "$COMMANDS"\n')
+    (tmp_path / "prefalign").chmod(0o755)
+    known = {"PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]), "COMMANDS": str(tmp_path / "given"), "ROUNDS": "1",
+             "DATA": "prompts-ROUND.json", "EVALUATION": "mine.yaml"}  # fmt: skip
+    subprocess.run(
+        ["sh", "recipes/rlaif_v.sh", LLAVA], cwd=ROOT, env=os.environ | known, capture_output=True, check=True
+    )
+    given = [line.split() for line in (tmp_path / "given").read_text().splitlines()]
+    assert [words[:4] for words in given if words[0] == "run"] == [
+        ["run", "rlaif_v", "--config", LLAVA],
+        ["run", "train_preference", "--config", "configs/recipes/train_preference_rlaif_v.yaml"],
+        *[["run", "evaluate_model", "--config", "mine.yaml"]] * 2,
+    ]
+    assert given[2][4:8] == ["--model.model_name_or_path", "llava-hf/llava-1.5-7b-hf", "--data.path", "prompts-1.json"]
+
+
+def test_the_published_settings_of_training():
+    """Section 3 of the release's scripts: eight processes of one row, sums over tokens."""
+    values = config.read_yaml(bundled.find("recipes/train_preference_rlaif_v"))
+    trainer = values["trainer"]
+    published = {"learning_rate": 5e-7, "beta": 0.1, "num_train_epochs": 4, "per_device_train_batch_size": 1,
+                 "gradient_accumulation_steps": 1, "warmup_steps": 0.05, "weight_decay": 0.01}  # fmt: skip
+    assert {name: trainer[name] for name in published} == published
+    assert "lora" not in values
 
 
 @pytest.mark.parametrize("name", ["rlaif_v", "rlaif_v_scenes"])

@@ -1,0 +1,73 @@
+"""Rows that a pass finds anew: those named, by the process that owns their block, until it is committed."""
+
+import json
+
+import pytest
+
+from prefalign import sources
+from prefalign.execution import Shard, sharded
+from prefalign.records import Prompt
+from prefalign.sources import DataConfig
+from prefalign.store import OutputConfig
+from prefalign.surveys import Survey
+from tests.tiny_vlms import picture
+
+
+@pytest.fixture
+def asked():
+    return []
+
+
+@pytest.fixture
+def passed(tmp_path, asked):
+    """Runs a pass over four rows in blocks of two; rows named in `failing` fail, and those that failed are found anew."""
+    picture(1).save(tmp_path / "a.png")
+    rows = [{"id": f"r{n}", "image": "a.png", "question": f"What is {n}?"} for n in range(4)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    data = DataConfig(tmp_path / "rows.json", images=tmp_path)
+    survey = Survey("test", data, OutputConfig(tmp_path / "out", block_size=2), Prompt, *sources.survey(data))
+
+    def run(failing=(), *, anew=True, shard=None):
+        asked.clear()
+
+        def work(rows):
+            asked.append([row.id for row in rows])
+            return [{"id": row.id, "failed": row.id in failing} for row in rows]
+
+        again = (lambda row: row["failed"]) if anew else None
+        with sharded(shard or Shard()):
+            return [row["failed"] for block in survey("k", work, again=again) for row in block]
+
+    return run
+
+
+def test_only_rows_that_failed_are_found_anew(passed, asked):
+    assert passed({"r1", "r2", "r3"}) == [False, True, True, True]
+    assert asked == [["r0", "r1"], ["r2", "r3"]]
+    assert passed(anew=False) == [False, True, True, True]
+    assert asked == []
+    assert passed({"r3"}) == [False, False, False, True]
+    assert asked == [["r1"], ["r2", "r3"]]
+    assert passed() == [False] * 4
+    assert asked == [["r3"]]
+    assert passed() == [False] * 4
+    assert asked == []
+
+
+def test_what_is_committed_stays(passed, asked, tmp_path):
+    passed({"r1", "r2"})
+    (tmp_path / "out" / "progress").mkdir()
+    (tmp_path / "out" / "progress" / "00000.json").write_text("{}")
+    assert passed() == [False, True, False, False]
+    assert asked == [["r2"]]
+
+
+def test_of_several_processes_each_asks_again_for_its_own_blocks(passed, asked):
+    passed({"r1", "r2"}, shard=Shard(0, 2))
+    assert asked == [["r0", "r1"], ["r2", "r3"]]
+    assert passed({"r2"}, shard=Shard(1, 2)) == [False, True, True, False]
+    assert asked == [["r2"]]
+    assert passed(shard=Shard(0, 2)) == [False, False, True, False]
+    assert asked == [["r1"]]
