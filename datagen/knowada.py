@@ -206,16 +206,8 @@ def load_annotator(config: Config, engine: Engine) -> Annotator:
 
 def row_settings(config: Config) -> dict[str, Any]:
     """The settings that change rows."""
-    names = [
-        "annotator",
-        "produce",
-        "num_generations",
-        "sampling",
-        "threshold",
-        "least_judged",
-        "least_words",
-        "allowed_words",
-    ]
+    names = ["annotator", "produce", "num_generations", "sampling", "threshold", "least_judged", "least_words",
+             "allowed_words"]  # fmt: skip
     names += ["max_new_tokens"] if config.annotator == "engine" else []
     names += ["rejected"] if config.produce == "pairs" else []
     known = dataclasses.asdict(config)
@@ -313,7 +305,7 @@ class Rejected:
 def reject(
     rows: Sequence[Adapted], engine: Engine, annotator: Annotator, config: Config
 ) -> dict[str, Rejected | Failed]:
-    """A rejected answer by row id, for the rows that have one; a failure where none was found among those that were generated."""
+    """A rejected answer by row id, or the failure that left a row without one."""
     rules = config.rejected
     found: dict[str, Rejected] = {}
     failed: dict[str, Failed] = {}
@@ -366,21 +358,16 @@ def _matched(chosen: str, rejected: str, rules: RejectedConfig) -> bool:
 def _outcome(
     row: Adapted, rejected: Rejected | Failed | None, engine: Engine, annotator: Annotator, config: Config
 ) -> Outcome:
-    if row.outcome is not None:
-        return row.outcome
-    if isinstance(rejected, Failed):
-        return rejected
+    if row.outcome is not None or isinstance(rejected, Failed):
+        return row.outcome or rejected
     settings = row_settings(config)
     both = f"{engine.fingerprint}+{annotator.fingerprint}"
     meta = {"generator": engine.fingerprint, "annotator": annotator.fingerprint, "caption": row.captioned.caption,
             "changed": bool(row.unknown), "probes": [dataclasses.asdict(one) for one in row.probes]}  # fmt: skip
     if config.produce == "examples":
         messages = [*row.prompt.messages, assistant_message(row.caption)]
-        return [
-            stages.make_example(
-                row.prompt, method=METHOD, messages=messages, settings=settings, seed=config.seed, model=both, meta=meta
-            )
-        ]
+        return [stages.make_example(row.prompt, method=METHOD, messages=messages, settings=settings, seed=config.seed,
+                                    model=both, meta=meta)]  # fmt: skip
     if rejected is None:
         return Dropped("no_rejected")
     told = {"rejected_kind": rejected.kind, "contradicted": rejected.contradicted, "statements": rejected.statements}

@@ -300,7 +300,7 @@ def _as_published(config: Config) -> bool:
 
 
 def _unfit_rejected(row: Asked, config: Config) -> Dropped | None:
-    """Why a small model's answer cannot be rejected: it says nothing, declines, is a whole speech, or (part of) what is chosen."""
+    """Why a small model's answer cannot be rejected: it is empty, declines, is a whole speech, or (part of) what is chosen."""
     if not words_of(row.small):
         return Dropped("small_empty")
     if parity.is_refusal(row.small):

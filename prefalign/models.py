@@ -154,8 +154,8 @@ def _check_options(options: Mapping[str, Any], image_processor: Any) -> None:
     for name in options:
         if name not in known:
             raise ModelError(
-                f"processor.{name}: a {type(image_processor).__name__} has no such option, so pictures would be prepared without it. "
-                f"It has {', '.join(known)}; use these, or leave it out."
+                f"processor.{name}: a {type(image_processor).__name__} has no such option, and pictures would be prepared "
+                f"without it. It has {', '.join(known)}; use these, or leave it out."
             )
 
 
