@@ -358,8 +358,9 @@ def _matched(chosen: str, rejected: str, rules: RejectedConfig) -> bool:
 def _outcome(
     row: Adapted, rejected: Rejected | Failed | None, engine: Engine, annotator: Annotator, config: Config
 ) -> Outcome:
-    if row.outcome is not None or isinstance(rejected, Failed):
-        return row.outcome or rejected
+    ended = rejected if isinstance(rejected, Failed) else row.outcome
+    if ended is not None:
+        return ended
     settings = row_settings(config)
     both = f"{engine.fingerprint}+{annotator.fingerprint}"
     meta = {"generator": engine.fingerprint, "annotator": annotator.fingerprint, "caption": row.captioned.caption,
