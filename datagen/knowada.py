@@ -358,11 +358,11 @@ def _matched(chosen: str, rejected: str, rules: RejectedConfig) -> bool:
 def _outcome(
     row: Adapted, rejected: Rejected | Failed | None, engine: Engine, annotator: Annotator, config: Config
 ) -> Outcome:
-    ended = rejected if isinstance(rejected, Failed) else row.outcome
-    if ended is not None:
-        return ended
-    settings = row_settings(config)
-    both = f"{engine.fingerprint}+{annotator.fingerprint}"
+    if row.outcome is not None:
+        return row.outcome
+    if isinstance(rejected, Failed):
+        return rejected
+    settings, both = row_settings(config), f"{engine.fingerprint}+{annotator.fingerprint}"
     meta = {"generator": engine.fingerprint, "annotator": annotator.fingerprint, "caption": row.captioned.caption,
             "changed": bool(row.unknown), "probes": [dataclasses.asdict(one) for one in row.probes]}  # fmt: skip
     if config.produce == "examples":

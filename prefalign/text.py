@@ -146,7 +146,7 @@ def swap_yes_no(sentence: str) -> str | None:
 
 
 def article(words: str) -> str:
-    """"a" or "an", as the sound of the first of these words wants it.
+    """ "a" or "an", as the sound of the first of these words wants it.
 
     Example:
         >>> [article(words) for words in ("red apple", "apple", "hour", "uniform", "X-ray")]

@@ -206,7 +206,12 @@ def test_a_variable_that_is_always_the_same_gets_no_wrong_hint(stage, patches, t
         for name, words in said.items()
     }  # fmt: skip
     labels = {"rows": {"AML": table[0], "MM": table[1]}, "ratios": []}
-    known = {"rule_set": "chest", "rule_sets": {"chest": {"variables": own, "rows": table}}, "phrases": phrases, "labels": labels}
+    known = {
+        "rule_set": "chest",
+        "rule_sets": {"chest": {"variables": own, "rows": table}},
+        "phrases": phrases,
+        "labels": labels,
+    }
     for wrong, hints in ((1.0, {None}), (0.0, {"x_ray"})):
         folder = tmp_path / str(wrong)
         hinted = {"hints": {"share": 1.0, "wrong": wrong}, "output": {"path": folder, "max_quarantine": 3}}

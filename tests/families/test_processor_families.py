@@ -22,5 +22,7 @@ def test_a_pixel_budget_decides_what_the_model_sees(family, tmp_path):
         side = processor.image_processor.patch_size
         assert least <= height * width * side**2 <= most
         engine = load_engine(config)
-        values.append(engine.logprobs([Request("row", [user_message("What?", 1)], [shown])], ["A cat."])[0].sum().item())
+        values.append(
+            engine.logprobs([Request("row", [user_message("What?", 1)], [shown])], ["A cat."])[0].sum().item()
+        )
     assert values[0] != values[1]
