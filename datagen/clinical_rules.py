@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefalign import records, sources, stages, store
-from prefalign.images import sha256
 from prefalign.manifest import Manifest
 from prefalign.records import Example, Pair, Prompt, row_seed
 from prefalign.rewards import dialogues
@@ -91,7 +90,7 @@ class ThingConfig:
     Attributes:
         names: names that may be asked for; empty: those in the picture, so none that is absent.
         absent: share of the rows about a thing that is not there.
-        plurals: of names that do not get an s.
+        plurals: of names whose plural `text.plural` does not know.
     """
 
     names: list[str] = field(default_factory=list)
@@ -316,14 +315,10 @@ def outcome(prompt: Prompt, speaker: Speaker, reward: Symbolic, config: Config) 
 
 def _example(prompt: Prompt, case: Case, turns: list[Turn], config: Config) -> Example:
     """The conversation up to one of its answers, which is the one that is imitated."""
-    settings = row_settings(config)
-    name = records.record_id(
-        method=METHOD, parent=prompt.id, settings=settings, model="", seed=config.seed, index=len(turns)
-    )
-    meta = {"method": METHOD, "parent": prompt.id, "seed": config.seed, "settings": settings, "case": case.label,
-            "images_sha256": [sha256(image) for image in prompt.images],
-            "rules": dialogues.rules_of(config.rule_set, case, turns)}  # fmt: skip
-    return Example(name, prompt.images, dialogues.messages_of(turns, len(prompt.images)), meta)
+    return stages.make_example(
+        prompt, method=METHOD, messages=dialogues.messages_of(turns, len(prompt.images)), settings=row_settings(config),
+        seed=config.seed, meta={"case": case.label, "rules": dialogues.rules_of(config.rule_set, case, turns)}, index=len(turns),
+    )  # fmt: skip
 
 
 def _pairs(prompt: Prompt, case: Case, speaker: Speaker, reward: Symbolic, config: Config) -> Outcome:

@@ -277,11 +277,18 @@ def _example(
         style.append(verdicts)
     settings = row_settings(config)
     model = "" if engine is None else engine.fingerprint
-    meta = {"method": METHOD, "parent": prompt.id, "generator": model, "seed": config.seed, "settings": settings,
-            "images_sha256": [sha256(image) for image in prompt.images], "type": row.type, "scores": row.scores,
-            "new_answers": sorted(row.answers), **({"style": style} if styled else {})}  # fmt: skip
-    name = records.record_id(method=METHOD, parent=prompt.id, settings=settings, model=model, seed=config.seed)
-    return [Example(name, prompt.images, curation.conversation(prompt, questions, answers), meta)]
+    meta = {
+        "type": row.type,
+        "scores": row.scores,
+        "new_answers": sorted(row.answers),
+        **({"style": style} if styled else {}),
+    }
+    messages = curation.conversation(prompt, questions, answers)
+    return [
+        stages.make_example(
+            prompt, method=METHOD, messages=messages, settings=settings, seed=config.seed, model=model, meta=meta
+        )
+    ]
 
 
 def build_pairs(config: Config) -> Manifest:

@@ -24,10 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from prefalign import knowledge, records, sources, stages, store
+from prefalign import knowledge, sources, stages, store
 from prefalign.engines import Completion, Engine, Request, Sampling
 from prefalign.engines.config import EngineConfig
-from prefalign.images import sha256
 from prefalign.knowledge import Annotator, Captioned, Probe, Probing, Reply
 from prefalign.manifest import Manifest
 from prefalign.records import Example, Pair, Prompt, assistant_message, row_seed
@@ -207,16 +206,8 @@ def load_annotator(config: Config, engine: Engine) -> Annotator:
 
 def row_settings(config: Config) -> dict[str, Any]:
     """The settings that change rows."""
-    names = [
-        "annotator",
-        "produce",
-        "num_generations",
-        "sampling",
-        "threshold",
-        "least_judged",
-        "least_words",
-        "allowed_words",
-    ]
+    names = ["annotator", "produce", "num_generations", "sampling", "threshold", "least_judged", "least_words",
+             "allowed_words"]  # fmt: skip
     names += ["max_new_tokens"] if config.annotator == "engine" else []
     names += ["rejected"] if config.produce == "pairs" else []
     known = dataclasses.asdict(config)
@@ -311,10 +302,13 @@ class Rejected:
     statements: int = 0
 
 
-def reject(rows: Sequence[Adapted], engine: Engine, annotator: Annotator, config: Config) -> dict[str, Rejected]:
-    """A rejected answer by row id, for the rows that have one."""
+def reject(
+    rows: Sequence[Adapted], engine: Engine, annotator: Annotator, config: Config
+) -> dict[str, Rejected | Failed]:
+    """A rejected answer by row id, or the failure that left a row without one."""
     rules = config.rejected
     found: dict[str, Rejected] = {}
+    failed: dict[str, Failed] = {}
     others = []
     for row in rows:
         if row.outcome is not None:
@@ -331,17 +325,23 @@ def reject(rows: Sequence[Adapted], engine: Engine, annotator: Annotator, config
         for number in range(rules.num_generations)
     ]
     said = iter(engine.generate(requests, rules.sampling) if requests else [])
-    candidates = [
-        (row, text) for row in others for text in _own(row, [next(said) for _ in range(rules.num_generations)], rules)
-    ]
+    candidates = []
+    for row in others:
+        own = [next(said) for _ in range(rules.num_generations)]
+        candidates += [(row, text) for text in _own(row, own, rules)]
+        for completion in own:
+            if completion.finish_reason == "error":
+                failed[row.prompt.id] = Failed("generation_failed", f"a caption of its own: {completion.error}")
     labelled = annotator.statements([(row.captioned, text) for row, text in candidates]) if candidates else []
     for (row, text), labels in zip(candidates, labelled, strict=True):
         if isinstance(labels, Reply):
+            if labels.refused == "generation_failed":
+                failed[row.prompt.id] = Failed(labels.refused, f"the statements of a caption: {labels.message}")
             continue
         one = Rejected(text, "own", labels.count("contradicted"), len(labels))
         if one.contradicted > (found[row.prompt.id].contradicted if row.prompt.id in found else 0):
             found[row.prompt.id] = one
-    return found
+    return {**failed, **found}
 
 
 def _own(row: Adapted, said: Sequence[Completion], rules: RejectedConfig) -> list[str]:
@@ -355,24 +355,26 @@ def _matched(chosen: str, rejected: str, rules: RejectedConfig) -> bool:
     return least <= len(rejected.split()) / len(chosen.split()) <= most
 
 
-def _outcome(row: Adapted, rejected: Rejected | None, engine: Engine, annotator: Annotator, config: Config) -> Outcome:
+def _outcome(
+    row: Adapted, rejected: Rejected | Failed | None, engine: Engine, annotator: Annotator, config: Config
+) -> Outcome:
     if row.outcome is not None:
         return row.outcome
-    settings = row_settings(config)
-    both = f"{engine.fingerprint}+{annotator.fingerprint}"
-    meta = {"method": METHOD, "parent": row.prompt.id, "generator": engine.fingerprint, "annotator": annotator.fingerprint,
-            "seed": config.seed, "settings": settings, "images_sha256": [sha256(image) for image in row.prompt.images],
-            "caption": row.captioned.caption, "changed": bool(row.unknown),
-            "probes": [dataclasses.asdict(one) for one in row.probes]}  # fmt: skip
+    if isinstance(rejected, Failed):
+        return rejected
+    settings, both = row_settings(config), f"{engine.fingerprint}+{annotator.fingerprint}"
+    meta = {"generator": engine.fingerprint, "annotator": annotator.fingerprint, "caption": row.captioned.caption,
+            "changed": bool(row.unknown), "probes": [dataclasses.asdict(one) for one in row.probes]}  # fmt: skip
     if config.produce == "examples":
-        name = records.record_id(method=METHOD, parent=row.prompt.id, settings=settings, model=both, seed=config.seed)
-        return [Example(name, row.prompt.images, [*row.prompt.messages, assistant_message(row.caption)], meta)]
+        messages = [*row.prompt.messages, assistant_message(row.caption)]
+        return [stages.make_example(row.prompt, method=METHOD, messages=messages, settings=settings, seed=config.seed,
+                                    model=both, meta=meta)]  # fmt: skip
     if rejected is None:
         return Dropped("no_rejected")
     told = {"rejected_kind": rejected.kind, "contradicted": rejected.contradicted, "statements": rejected.statements}
     return [
         stages.make_pair(row.prompt, method=METHOD, chosen=row.caption, rejected=rejected.text, settings=settings,
-                         seed=config.seed, model=both, meta={**meta, **told})
+                         seed=config.seed, model=both, meta={"method": METHOD, **meta, **told})
     ]  # fmt: skip
 
 

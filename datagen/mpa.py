@@ -22,10 +22,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from prefalign import parity, records, sources, stages, store
+from prefalign import parity, sources, stages, store
 from prefalign.engines import Completion, Engine, Request, Sampling
 from prefalign.engines.config import EngineConfig
-from prefalign.images import sha256
 from prefalign.manifest import Manifest
 from prefalign.parity import matches, released_match, with_request, words_of
 from prefalign.records import Example, Pair, Prompt, assistant_message, row_seed, user_message
@@ -90,14 +89,12 @@ class Config:
         short_request: what is appended to a question, after a blank, when the models answer it.
         produce: `examples` or `pairs`.
         matching: `tokens`: the annotation is among an answer's words; `exact`: it is the answer; `released`: it is a substring of
-            the answer, both without white space and marks.
+            the answer, both without white space and marks. The small model knows what any of the first and the last finds.
         numeric_tolerance: relative difference up to which two numbers are the same; 0.05 is usual for charts.
         max_answer_words: words and numbers of the longest answer: a longer annotation is dropped, and a longer answer of a model
             gives no answer; null: any length.
         vote: how often the large model is asked.
         sampling: how annotations and answers are drawn.
-        min_pixels: smaller pictures are enlarged to this; null: not.
-        max_pixels: larger pictures are shrunk to this before both models see them; null: not.
         batch_size: sequences per forward pass.
         seed: with a row's id it decides every draw.
     """
@@ -116,8 +113,6 @@ class Config:
     max_answer_words: int | None = 10
     vote: VoteConfig = field(default_factory=VoteConfig)
     sampling: ShortSampling = field(default_factory=ShortSampling)
-    min_pixels: int | None = 128 * 28**2
-    max_pixels: int | None = 512 * 28**2
     batch_size: int = 16
     seed: int = 0
 
@@ -139,10 +134,6 @@ class Config:
         if self.max_answer_words is not None and self.max_answer_words < 1:
             raise ValueError(
                 f"max_answer_words is {self.max_answer_words}, so no answer would be short enough. Give 1 or more, or null."
-            )
-        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
-            raise ValueError(
-                f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}: no picture would fit. Swap them."
             )
 
 
@@ -190,8 +181,7 @@ def models_of(small: Engine, large: Engine | None) -> dict[str, str]:
 
 def row_settings(config: Config) -> dict[str, Any]:
     """The settings that change rows."""
-    names = ["annotator", "short_request", "produce", "matching", "numeric_tolerance", "max_answer_words", "sampling",
-             "min_pixels", "max_pixels"]  # fmt: skip
+    names = ["annotator", "short_request", "produce", "matching", "numeric_tolerance", "max_answer_words", "sampling"]
     names += ["task", "prompt", "vote"] if config.annotator == "engine" else []
     known = dataclasses.asdict(config)
     return {name: known[name] for name in names}
@@ -201,10 +191,7 @@ def process(block: list[Prompt], small: Engine, large: Engine | None, config: Co
     """One outcome for each row of a block; each step asks for all rows together."""
 
     def work(given: list[tuple[Prompt, list[Image.Image]]]) -> list[Outcome]:
-        rows = [
-            Asked(prompt, [parity.within_pixels(image, config.min_pixels, config.max_pixels) for image in images])
-            for prompt, images in given
-        ]
+        rows = [Asked(prompt, images) for prompt, images in given]
         if large is None:
             from_facts(rows, config)
         else:
@@ -281,7 +268,7 @@ def ask_small(rows: Sequence[Asked], small: Engine, config: Config) -> None:
         row.small = answer.text.strip()
         if answer.finish_reason == "error":
             row.outcome = Failed("generation_failed", str(answer.error))
-        elif _same(row.answer, row.small, config):
+        elif _knows(row, config):
             row.outcome = Dropped("small_knows")
         elif config.produce == "pairs":
             row.outcome = _unfit_rejected(row, config)
@@ -299,14 +286,29 @@ def _same(wanted: str, said: str, config: Config) -> bool:
                    whole=config.matching == "exact")  # fmt: skip
 
 
+def _knows(row: Asked, config: Config) -> bool:
+    """Whether the small model's answer may be right: one that is cannot be rejected, so what either match finds counts."""
+    equal = released_match(row.answer, row.small) and released_match(row.small, row.answer)
+    if config.matching == "exact":
+        return equal or _same(row.answer, row.small, config)
+    by_tokens = matches(row.answer, row.small, tolerance=config.numeric_tolerance)
+    return (by_tokens and not _as_published(config)) or released_match(row.answer, row.small)
+
+
+def _as_published(config: Config) -> bool:
+    return config.matching == "released" and config.produce == "examples"
+
+
 def _unfit_rejected(row: Asked, config: Config) -> Dropped | None:
-    """Why a small model's answer cannot be rejected: it says nothing, declines, is a whole speech, or what is chosen."""
+    """Why a small model's answer cannot be rejected: it is empty, declines, is a whole speech, or (part of) what is chosen."""
     if not words_of(row.small):
         return Dropped("small_empty")
     if parity.is_refusal(row.small):
         return Dropped("small_refuses")
     if same_answer(row.small, row.answer) or parity.tokens(row.small) == parity.tokens(row.answer):
         return Dropped("small_equal")
+    if config.matching != "exact" and matches(row.small, row.answer, tolerance=config.numeric_tolerance):
+        return Dropped("small_part")
     too_long = config.max_answer_words is not None and words_of(row.small) > config.max_answer_words
     return Dropped("long_small_answer") if too_long else None
 
@@ -315,18 +317,14 @@ def _outcome(row: Asked, models: dict[str, str], config: Config) -> Outcome:
     if row.outcome is not None:
         return row.outcome
     settings, both = row_settings(config), "+".join(models.values())
-    known = {"method": METHOD, "parent": row.prompt.id, "generator": models["large"], "small": models["small"],
-             "seed": config.seed, "settings": settings, "images_sha256": [sha256(image) for image in row.prompt.images],
+    known = {"method": METHOD, "generator": models["large"], "small": models["small"],
              "task": config.task if config.annotator == "engine" else "scenes", "pseudo_answer": row.answer,
              "large_answers": row.large, "small_answer": row.small}  # fmt: skip
     if config.produce == "examples":
-        name = records.record_id(method=METHOD, parent=row.prompt.id, settings=settings, model=both, seed=config.seed)
+        said = [user_message(row.question, len(row.images)), assistant_message(row.answer)]
         return [
-            Example(
-                name,
-                row.prompt.images,
-                [user_message(row.question, len(row.images)), assistant_message(row.answer)],
-                known,
+            stages.make_example(
+                row.prompt, method=METHOD, messages=said, settings=settings, seed=config.seed, model=both, meta=known
             )
         ]
     made = stages.make_pair(row.prompt, method=METHOD, chosen=row.answer, rejected=row.small, settings=settings,

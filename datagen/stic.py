@@ -368,8 +368,7 @@ def infuse(block: list[Prompt], engine: Engine, config: Config) -> list[Outcome]
 def _example(prompt: Prompt, description: Completion | None, generator: str, config: Config) -> Outcome:
     settings = row_settings(config)
     messages = prompt.messages
-    meta = {"method": METHOD, "parent": prompt.id, "generator": generator, "seed": config.seed, "settings": settings,
-            "images_sha256": [sha256(image) for image in prompt.images], "described": description is not None}  # fmt: skip
+    meta: dict[str, Any] = {"described": description is not None}
     if description is not None:
         if description.error is not None:
             return Failed("generation_failed", description.error)
@@ -381,8 +380,12 @@ def _example(prompt: Prompt, description: Completion | None, generator: str, con
         meta["description"] = description.text
         meta["description_prompt"] = describing.drawn_prompt(config.neutral_prompts, config.seed, prompt.id)
         meta["description_tokens"] = description.length
-    name = records.record_id(method=METHOD, parent=prompt.id, settings=settings, model=generator, seed=config.seed)
-    return [Example(name, prompt.images, [*messages, records.assistant_message(str(prompt.answer))], meta)]
+    messages = [*messages, records.assistant_message(str(prompt.answer))]
+    return [
+        stages.make_example(
+            prompt, method=METHOD, messages=messages, settings=settings, seed=config.seed, model=generator, meta=meta
+        )
+    ]
 
 
 def _check_share(name: str, share: float) -> None:

@@ -7,6 +7,7 @@ stays with its own question and picture; rewrites are checked.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from prefalign.engines import Engine, Request, Sampling
 from prefalign.masking import FUNCTION_WORDS
 from prefalign.records import user_message
-from prefalign.text import normalised, same_answer
+from prefalign.text import IRREGULAR_PLURALS, normalised, same_answer
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,6 +25,11 @@ _TELLING = frozenset(
      "between", "near", "inside", "outside", "across", "along", "around", "through")
 )  # fmt: skip
 """Function words that change what is said, so that a rewrite may not add them."""
+_IRREGULAR_VERBS = {
+    "sat": "sit", "stood": "stand", "ran": "run", "wore": "wear", "worn": "wear", "held": "hold", "hung": "hang", "made": "make",
+    "taken": "take", "written": "write", "drawn": "draw", "ridden": "ride", "driven": "drive", "eaten": "eat", "broken": "break",
+    "shown": "show", "grown": "grow", "built": "build", "lit": "light",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -170,16 +176,27 @@ def is_unknown(scores: Sequence[int | None], *, threshold: int, least_judged: in
 
 
 def content_words(text: str) -> set[str]:
-    """The words of a text that say something, in the singular; articles, auxiliaries and the like are left out."""
-    words = normalised(text).split()
-    return {_singular(word) for word in words if word in _TELLING or word not in FUNCTION_WORDS}
+    """The words of a text that say something; articles, auxiliaries and the like are left out."""
+    return {word for word in normalised(text).split() if word in _TELLING or word not in FUNCTION_WORDS}
 
 
-def _singular(word: str) -> str:
-    for ending, bare in (("ies", "y"), ("sses", "ss"), ("shes", "sh"), ("ches", "ch"), ("xes", "x"), ("s", "")):
-        if len(word) > len(ending) + 2 and word.endswith(ending) and not word.endswith("ss"):
-            return word.removesuffix(ending) + bare
-    return word
+def bases(word: str) -> set[str]:
+    """A word and what it may be an inflection of, some of it no word: two words are forms of one if they have one in common.
+
+    Example:
+        >>> bases("sitting") & bases("sits"), bases("men") & bases("man"), bases("cape") & bases("cap")
+        ({'sit'}, {'man'}, set())
+    """
+    found = {word, *(word.removesuffix(many) + one for one, many in IRREGULAR_PLURALS.items() if word.endswith(many))}
+    if word in _IRREGULAR_VERBS:
+        found.add(_IRREGULAR_VERBS[word])
+    if len(word) > 3 and word.endswith("s") and not word.endswith("ss"):
+        found |= {word[:-1], re.sub("es$", "", word), re.sub("ies$", "y", word)}
+    stem = re.sub("ing$|(?<!e)ed$", "", word)
+    if stem != word and re.search("[aeiouy]", stem):
+        found |= {stem, f"{stem}e", re.sub(r"([^aeiouy])\1$", r"\1", stem)}
+        found.add(re.sub("y$", "ie", stem) if word.endswith("ing") else re.sub("i$", "y", stem))
+    return found
 
 
 def rewrite_problem(caption: str, rewritten: str, *, least_words: float, allowed: Sequence[str] = ()) -> str | None:
@@ -192,7 +209,8 @@ def rewrite_problem(caption: str, rewritten: str, *, least_words: float, allowed
         allowed: words that a rewrite may add.
 
     Returns:
-        `empty_rewrite`, `short_rewrite`, `unchanged_rewrite`, or `new_words` for content words that the caption does not have.
+        `empty_rewrite`, `short_rewrite`, `unchanged_rewrite`, or `new_words` for content words that the caption has in no form
+        ("sits" is there in "is sitting").
     """
     if not normalised(rewritten):
         return "empty_rewrite"
@@ -200,4 +218,5 @@ def rewrite_problem(caption: str, rewritten: str, *, least_words: float, allowed
         return "unchanged_rewrite"
     if len(rewritten.split()) < least_words * len(caption.split()):
         return "short_rewrite"
-    return "new_words" if content_words(rewritten) - content_words(" ".join([caption, *allowed])) else None
+    known = {base for word in content_words(" ".join([caption, *allowed])) for base in bases(word)}
+    return "new_words" if any(known.isdisjoint(bases(word)) for word in content_words(rewritten)) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -37,6 +37,8 @@ class ModelConfig:
         trust_remote_code: run Python code that comes with the checkpoint.
         load_in_4bit: keep the linear layers of the language model in 4 bits and compute in `dtype`, for LoRA on a small GPU
             (QLoRA, arXiv 2305.14314); needs `prefalign[qlora]`.
+        processor: options of the image processor by transformers' names (`min_pixels` and `max_pixels` of Qwen-VL, `size`); None:
+            the checkpoint's. What is trained keeps them; give stages that measure a model those that it is trained with.
     """
 
     model_name_or_path: str
@@ -47,6 +49,7 @@ class ModelConfig:
     device: str = "auto"
     trust_remote_code: bool = False
     load_in_4bit: bool = False
+    processor: dict[str, Any] | None = None
 
 
 def load_model(config: ModelConfig) -> Any:
@@ -112,7 +115,7 @@ def load_processor(config: ModelConfig) -> Any:
     generation, scoring and TRL, which tokenises rendered text as it is, see one prompt.
 
     Raises:
-        ModelError: if files of the processor are missing.
+        ModelError: if files of the processor are missing, or `config.processor` has an option that it would not read.
     """
     from transformers import AutoProcessor
 
@@ -127,7 +130,9 @@ def load_processor(config: ModelConfig) -> Any:
             "there with `processor.save_pretrained(folder)`, or copy these files from the model it was trained from."
         )
     try:
-        processor = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=config.trust_remote_code)
+        processor = AutoProcessor.from_pretrained(
+            source, revision=revision, trust_remote_code=config.trust_remote_code, **(config.processor or {})
+        )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"the processor of {source!r} could not be loaded: {error}") from error
     for part in ("tokenizer", "image_processor"):
@@ -136,10 +141,22 @@ def load_processor(config: ModelConfig) -> Any:
                 f"the processor of {source!r} is a {type(processor).__name__} without {part}; it cannot prepare pictures. "
                 "Add the checkpoint's `preprocessor_config.json` and `processor_config.json`."
             )
+    _check_options(config.processor or {}, processor.image_processor)
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     _begin_with_bos(processor)
     return processor
+
+
+def _check_options(options: Mapping[str, Any], image_processor: Any) -> None:
+    """Refuse options that transformers would pass over in silence."""
+    known = sorted(image_processor.valid_kwargs.__annotations__)
+    for name in options:
+        if name not in known:
+            raise ModelError(
+                f"processor.{name}: a {type(image_processor).__name__} has no such option, and pictures would be prepared "
+                f"without it. It has {', '.join(known)}; use these, or leave it out."
+            )
 
 
 def fingerprint(model: Any) -> str:

@@ -1,18 +1,16 @@
 """Do two short answers say the same, and what a pseudo annotator wrote: the string work of MPA (arXiv 2509.16633).
 
 Answers are compared token by token. Letters of any script with their vowel signs make words (scripts without blanks: a token a
-letter); a number keeps its sign, decimal point, percent or currency sign; articles do not count, number words are digits.
+letter); a number keeps its sign, decimal point and unit (percent or a currency, as sign or word); number words are numbers.
+Articles, accents of Latin letters, apostrophes, and British or American spelling do not count.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 TASK_PROMPTS = {
     "text": (
@@ -36,17 +34,38 @@ TASK_PROMPTS = {
 
 FORM = "Reply with two lines and nothing else:\nQuestion: <the question>\nAnswer: <the answer>"
 _PARTS = re.compile(
-    r"^[\W\d]*question\W*?:[ \t*]*(?P<question>\S.*?)\s*^[\W\d]*answer\W*?:[ \t*]*(?P<answer>[^\n]*)",
+    r"^[\W\d]*question\W*?:[ \t*]*(?P<question>\S.*?)(?:\s*^[\W\d]*|(?<=[?.!;])[ \t*]+)answer\W*?:[ \t*]*"
+    r"(?:\n[\s*]*(?![\W\d]*question\W*?:))?(?P<answer>[^\n]*)",
     re.I | re.M | re.S,
 )
+_SIGNS = "%$\u00a3\u00a5\u20ac"
+_UNITS = {
+    "%": r"percent|per cent|pct", "$": "dollars?|usd", "\u00a3": "pounds?|gbp", "\u00a5": "yen|jpy", "\u20ac": "euros?|eur",
+}  # fmt: skip
+_UNIT = re.compile("|".join(rf"(?P<u{ord(sign):x}>{words})\b" for sign, words in _UNITS.items()))
+_SMALL = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9}
 _NUMBER = re.compile(
-    r"(?P<sign>-?)(?P<before>[$\u00a3\u00a5\u20ac]?)(?P<digits>\d+(?:[.,]\d+)*|\.\d+)[ \t]?(?P<after>[%$\u00a3\u00a5\u20ac]?)"
+    rf"(?P<sign>-?)(?P<before>[{_SIGNS[1:]}]?)(?P<digits>\d+(?:[.,]\d+)*|\.\d+)|"
+    rf"(?:(?P<tens>{'|'.join(_TENS)})(?:[- ](?P<ones>{'|'.join(_SMALL[1:10])}))?|(?P<small>{'|'.join(_SMALL)})|a(?= hundred\b))"
+    r"(?![\w'])"
 )
+_SCALE = re.compile(rf"[ \t-]?(?P<scale>{'|'.join(_SCALES)})\b")
 _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _ARTICLES = frozenset(("a", "an", "the"))
 _YES_NO = frozenset(("yes", "no"))
-_NOT = frozenset(("not", "no", "never", "isn't", "aren't", "wasn't", "weren't"))
+_NOT = frozenset(
+    ("not", "never", "neither", "nor", "none", "without", "hardly", "cannot", "cant", "dont", "doesnt", "didnt", "isnt", "arent",
+     "wasnt", "werent", "wont", "wouldnt")
+)  # fmt: skip
+_SPELLINGS = {
+    "grey": "gray", "tyre": "tire", "kerb": "curb", "doughnut": "donut", "aeroplane": "airplane", "moustache": "mustache",
+    "jewellery": "jewelry", "pyjamas": "pajamas", "aluminium": "aluminum",
+}  # fmt: skip
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 _REFUSAL = re.compile(
     r"\bi(?:'m| am) (?:sorry|not sure|unable)|\bas an ai\b|\bi (?:can't|cannot|can not|do not know|don't know)|"
@@ -74,27 +93,40 @@ def tokens(text: str) -> list[Token]:
     Example:
         >>> tokens("The red car, 1.5 m")
         ['red', 'car', Number(value=1.5, unit='', exact=False), 'm']
+        >>> tokens("twenty-one percent") == tokens("21%"), tokens("$5 million") == tokens("5 million dollars")
+        (True, True)
     """
     text = unicodedata.normalize("NFKC", text.replace("\u2212", "-")).casefold().replace("\u2019", "'")
+    text = "".join(map(_without_accent, text))
     found: list[Token] = []
     position = 0
     while position < len(text):
-        number = _NUMBER.match(text, position) if not text[position].isspace() else None
+        number = _NUMBER.match(text, position)
         if number and number["sign"] and position and text[position - 1].isalnum():
             number = None  # the hyphen of "7-11"
         if number:
-            found.append(_number(number))
-            position = number.end()
+            value, position = _number(number, text)
+            found.append(value)
         elif _in_word(text[position]):
             end = position + 1
             while end < len(text) and _continues(text, position, end):
                 end += 1
-            word = text[position:end]
-            found.append(Number(float(_WORDS.index(word))) if word in _WORDS else word)
+            found.append(_spelled(text[position:end].replace("'", "")))
             position = end
         else:
             position += 1
     return [token for token in found if token not in _ARTICLES] or found
+
+
+def _without_accent(letter: str) -> str:
+    plain = unicodedata.normalize("NFD", letter)[0]
+    return plain if plain.isascii() and plain.isalpha() else letter
+
+
+def _spelled(word: str) -> str:
+    """A word as Americans spell it; of a word that both spell alike it need not be one."""
+    word = re.sub("(?<=..)our(?=(?:s|ed|ing|ful)?$)", "or", word)
+    return _SPELLINGS.get(word, re.sub("(?<=..)tre(s?)$", r"ter\1", word))
 
 
 def _in_word(letter: str) -> bool:
@@ -109,12 +141,26 @@ def _continues(text: str, start: int, end: int) -> bool:
     return text[end].isalnum() and not _UNSPACED.match(text[end]) and not _UNSPACED.match(text[start])
 
 
-def _number(found: re.Match[str]) -> Number:
-    digits = found["digits"]
-    parts = re.split("[.,]", digits.replace(",", "") if _GROUPED.fullmatch(digits) else digits)
-    value = float(".".join(parts) if len(parts) == 2 else "".join(parts))
-    named = len(parts) > 2 or re.fullmatch(r"[12]\d{3}", digits) is not None  # a date, a version, a year
-    return Number(-value if found["sign"] else value, found["before"] or found["after"], named)
+def _number(found: re.Match[str], text: str) -> tuple[Number, int]:
+    """A number with the scale and the unit after it, and where it ends."""
+    named, unit, end = False, found["before"] or "", found.end()
+    if found["digits"]:
+        digits = found["digits"]
+        parts = re.split("[.,]", digits.replace(",", "") if _GROUPED.fullmatch(digits) else digits)
+        value = float(".".join(parts) if len(parts) == 2 else "".join(parts))
+        named = len(parts) > 2 or re.fullmatch(r"[12]\d{3}", digits) is not None  # a date, a version, a year
+    elif found["tens"]:
+        value = float(20 + 10 * _TENS.index(found["tens"]) + (_SMALL.index(found["ones"]) if found["ones"] else 0))
+    else:
+        value = float(_SMALL.index(found["small"])) if found["small"] else 1.0
+    if scale := _SCALE.match(text, end):
+        value, named, end = value * _SCALES[scale["scale"]], False, scale.end()
+    after = end + (text[end : end + 1] in (" ", "\t", "-"))
+    if after < len(text) and text[after] in _SIGNS and not re.match(r"\d", text[after + 1 :]):
+        unit, end = unit or text[after], after + 1
+    elif word := _UNIT.match(text, after):
+        unit, end = unit or chr(int(str(word.lastgroup)[1:], 16)), word.end()
+    return Number(-value if found["sign"] else value, unit, named), end
 
 
 def matches(
@@ -125,7 +171,7 @@ def matches(
     Args:
         wanted: the short answer.
         said: the answer that is looked at. If "yes" or "no" is wanted it has to begin with that and hold no other one. One that
-            offers a choice ("red or blue") or denies it ("not red") does not give it.
+            offers a choice ("red or blue") or denies it ("not really red") does not give it; a denial ends with "but".
         tolerance: relative difference up to which two numbers are the same (years, dates and versions: none).
         most_words: an answer of more tokens gives none; None: of any length.
         whole: the answer must hold nothing else.
@@ -148,9 +194,16 @@ def matches(
         return False
     return any(
         all(_same(one, other, tolerance) for one, other in zip(inner, outer[start:], strict=False))
-        and (start == 0 or outer[start - 1] not in _NOT)
+        and not _denied(outer[:start])
         for start in range(len(outer) - len(inner) + 1)
     )
+
+
+def _denied(before: Sequence[Token]) -> bool:
+    """Whether what follows these tokens is denied; the "no" that begins an answer speaks of another thing ("No, it is red")."""
+    if "but" in before:
+        before = before[len(before) - list(reversed(before)).index("but") :]
+    return any(token in _NOT for token in before) or "no" in before[1:] or list(before) == ["no"]
 
 
 def _same(wanted: Token, said: Token, tolerance: float) -> bool:
@@ -176,7 +229,7 @@ def words_of(text: str) -> int:
 
 
 def read_annotation(reply: str) -> tuple[str, str] | None:
-    """Question and answer in an annotator's reply, which begin lines with "Question:" and "Answer:".
+    """Question and answer in an annotator's reply, after "Question:" and "Answer:", on one line or on several.
 
     Returns:
         The question as it was written, its question mark too, on one line; the answer, "" if there is none. None for a reply
@@ -196,14 +249,3 @@ def is_refusal(text: str) -> bool:
 def with_request(question: str, request: str) -> str:
     """A question with the request for a short answer after it, and a blank between (the authors' code leaves it out)."""
     return f"{question.strip()} {request.strip()}".strip()
-
-
-def within_pixels(image: Image.Image, least: int | None, most: int | None) -> Image.Image:
-    """A picture enlarged or shrunk, in proportion, to hold at least and at most so many pixels; itself if it does."""
-    count = image.width * image.height
-    target = least if least is not None and count < least else most if most is not None and count > most else count
-    if target == count:
-        return image
-    scale = (target / count) ** 0.5
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return image.resize(size)

@@ -10,7 +10,7 @@ from typing import Any
 
 from prefalign.editors import Edit, EditItem
 from prefalign.records import row_seed
-from prefalign.text import split_sentences, swap_yes_no
+from prefalign.text import article, plural, split_sentences, swap_yes_no
 
 KINDS = ("object", "attribute", "place", "relation", "count", "existence")
 _ANYWHERE = "in the picture"
@@ -136,7 +136,7 @@ class RuleEditor:
         self.injections = injections
         self.seed = seed
         self._names = {word: name for name, others in vocabulary.objects.items() for word in (name, *others)}
-        self._names |= {_plural(word): name for word, name in list(self._names.items())}
+        self._names |= {plural(word): name for word, name in list(self._names.items())}
         self._groups = {word: group for group, words in vocabulary.attributes.items() for word in words}
         words = _any_of(self._groups)
         self._mention = re.compile(
@@ -231,8 +231,8 @@ class RuleEditor:
             words = self._attribute.sub(
                 lambda found: rng.choice(self.vocabulary.attributes[self._groups[found[0].lower()]]), words
             )
-        article = _cased(_article(words or name), sentence[mention.start :])
-        return f"{sentence[: mention.start]}{article} {words.lower()}{name}{sentence[mention.end :]}"
+        before = _cased(article(words or name), sentence[mention.start :])
+        return f"{sentence[: mention.start]}{before} {words.lower()}{name}{sentence[mention.end :]}"
 
     def _change_attribute(self, sentence: str, item: EditItem, now: str, rng: random.Random) -> _Change | None:
         """Another word of the same group, one that no object of that name has."""
@@ -277,7 +277,7 @@ class RuleEditor:
         word = found[1].lower().split()[1]
         other = rng.choice([number for number in numbers[1:6] if number != word])
         name = next(name for name in self._names if self._names[name] == self._names[found[2].lower()])
-        return _replaced(sentence, found, f"is one {name}" if other == "one" else f"are {other} {_plural(name)}")
+        return _replaced(sentence, found, f"is one {name}" if other == "one" else f"are {other} {plural(name)}")
 
     def _change_existence(self, sentence: str, item: EditItem, now: str, rng: random.Random) -> _Change | None:
         """Yes to no and no to yes, with "there is a" and "there is no" turned along."""
@@ -290,10 +290,10 @@ class RuleEditor:
                 return None
             mention, rest = mentions[0], swapped[mentions[0].words :]
             if mention.article == "no":
-                article, rest = _article(rest), rest.replace(_ANYWHERE, rng.choice(self.vocabulary.places))
+                before, rest = article(rest), rest.replace(_ANYWHERE, rng.choice(self.vocabulary.places))
             else:
-                article, rest = "no", self._place.sub(_ANYWHERE, rest)
-            swapped = f"{swapped[: mention.start]}{article} {rest}"
+                before, rest = "no", self._place.sub(_ANYWHERE, rest)
+            swapped = f"{swapped[: mention.start]}{before} {rest}"
         return _Change(swapped, sentence, swapped, 0)
 
     def _mentions(self, sentence: str) -> list[_Mention]:
@@ -329,14 +329,6 @@ def _any_of(words: Mapping[str, Any] | Sequence[str]) -> str:
     return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)) or "(?!)"
 
 
-def _plural(noun: str) -> str:
-    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
-
-
-def _article(words: str) -> str:
-    return "an" if words[:1].lower() in "aeiou" else "a"
-
-
 def _cased(word: str, like: str) -> str:
     return word[0].upper() + word[1:] if like[:1].isupper() else word
 
@@ -348,10 +340,10 @@ def _phrase_at(sentence: str, start: int, name: str) -> str:
 def _replaced(sentence: str, found: re.Match[str], other: str) -> _Change:
     """The sentence with other words for those found, and "a" or "an" before them to match."""
     start, removed, added = found.start(), found[0], _cased(other, found[0])
-    article = re.search(r"\b([Aa])n? $", sentence[:start])
-    if article:
-        start = article.start()
-        removed, added = sentence[start : found.end()], f"{_cased(_article(other), article[1])} {added}"
+    before = re.search(r"\b([Aa])n? $", sentence[:start])
+    if before:
+        start = before.start()
+        removed, added = sentence[start : found.end()], f"{_cased(article(other), before[1])} {added}"
     return _Change(sentence[:start] + added + sentence[found.end() :], removed, added, start)
 
 

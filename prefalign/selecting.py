@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from prefalign import pairing, records, stages
-from prefalign.images import sha256
+from prefalign import pairing, stages
 from prefalign.manifest import Manifest
 from prefalign.pairing import Choice
 from prefalign.records import Candidates, Example, Message, Pair, Prompt, row_seed
@@ -273,13 +272,10 @@ def _two_turn(row: Candidates, qualities: pairing.Qualities, lines: dict[int, st
 
 
 def _example(row: Candidates, messages: list[Message], place: int, rules: Rules, **known: Any) -> Example:
-    settings, generator = rules.settings(), _generator(row)
-    name = records.record_id(
-        method=rules.method, parent=row.id, settings=settings, model=generator, seed=rules.seed, index=place
-    )
-    meta = {"method": rules.method, "parent": row.id, "generator": generator, "seed": rules.seed, "settings": settings,
-            "images_sha256": [sha256(image) for image in row.images], "index": place, **known}  # fmt: skip
-    return Example(name, row.images, messages, meta)
+    return stages.make_example(
+        row, method=rules.method, messages=messages, settings=rules.settings(), seed=rules.seed, model=_generator(row),
+        meta={"index": place, **known}, index=place,
+    )  # fmt: skip
 
 
 def _generator(row: Candidates) -> str:

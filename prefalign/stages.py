@@ -1,4 +1,4 @@
-"""What the stages that make pairs have in common: opening a row's pictures, outcomes in order, a pair with its provenance."""
+"""What the stages have in common: opening a row's pictures, outcomes in order, pairs and examples with their provenance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from prefalign import records, sources
 from prefalign.images import EncodedImage, ImageError, open_image, sha256
 from prefalign.manifest import write_atomically
-from prefalign.records import Candidates, Message, Pair, Prompt
+from prefalign.records import Candidates, Example, Message, Pair, Prompt
 from prefalign.store import Dropped, Failed, Outcome
 
 if TYPE_CHECKING:
@@ -120,6 +120,44 @@ def make_pair(
         margin=margin,
         meta=known,
     )
+
+
+def make_example(
+    parent: Prompt | Candidates,
+    *,
+    method: str,
+    messages: Sequence[Message],
+    settings: Mapping[str, Any],
+    seed: int,
+    model: str = "",
+    meta: Mapping[str, Any] | None = None,
+    index: int = 0,
+) -> Example:
+    """A conversation to imitate made from a row, with its id and provenance.
+
+    Args:
+        parent: the row it was made from, whose pictures it has.
+        method: the stage's name.
+        messages: the conversation, its last turn the answer.
+        settings: the settings that change rows; part of the id and noted in `meta`.
+        seed: seed of the stage.
+        model: fingerprint of the model that decides rows.
+        meta: what else is known of this example.
+        index: number of the example among those made from this row.
+    """
+    known = {
+        "method": method,
+        "parent": parent.id,
+        "generator": model,
+        "seed": seed,
+        "settings": dict(settings),
+        "images_sha256": [sha256(image) for image in parent.images],
+        **(meta or {}),
+    }
+    identity = records.record_id(
+        method=method, parent=parent.id, settings=settings, model=model, seed=seed, index=index
+    )
+    return Example(identity, list(parent.images), list(messages), known)
 
 
 def columns_of(folder: Path, *columns: str) -> Iterator[dict[str, Any]]:

@@ -195,6 +195,38 @@ def test_hints_are_as_often_and_as_wrong_as_they_are_told():
         assert MARROW.parse(turn.variable, turn.answer, {}) == LABELS["bone_marrow"]["AML"][turn.variable]
 
 
+def test_a_variable_that_is_always_the_same_gets_no_wrong_hint(stage, patches, tmp_path):
+    own = {"device": {"x_ray": ["x-ray"]}, "finding": {"ok": ["healthy"], "ill": ["ill"]}}
+    table = [{"device": "x_ray", "finding": "ok"}, {"device": "x_ray", "finding": "ill"}]
+    said = {name: {category: found[0] for category, found in categories.items()} for name, categories in own.items()}
+    phrases = {
+        name: {"questions": [f"What {name}?"], "test_questions": [f"Which {name}?"],
+               "answers": {category: [f"It is {word}."] for category, word in words.items()},
+               "claims": {category: f"it is {word}" for category, word in words.items()}}
+        for name, words in said.items()
+    }  # fmt: skip
+    labels = {"rows": {"AML": table[0], "MM": table[1]}, "ratios": []}
+    known = {
+        "rule_set": "chest",
+        "rule_sets": {"chest": {"variables": own, "rows": table}},
+        "phrases": phrases,
+        "labels": labels,
+    }
+    for wrong, hints in ((1.0, {None}), (0.0, {"x_ray"})):
+        folder = tmp_path / str(wrong)
+        hinted = {"hints": {"share": 1.0, "wrong": wrong}, "output": {"path": folder, "max_quarantine": 3}}
+        stage.main(marrow(stage, patches, folder, **config.merge(known, hinted)))
+        rules = [row.meta["rules"] for row in read_records(folder, Example) if len(row.meta["rules"]["asked"]) == 2]
+        assert {found["hints"].get("device") for found in rules} == hints
+        assert {found["hints"]["finding"] != found["reference"]["finding"] for found in rules} == {bool(wrong)}
+
+
+def test_names_of_things_are_put_into_words_as_people_say_them():
+    assert dialogues.thing_slots("hour", 1, {})["a_thing"] == "an hour"
+    assert dialogues.thing_slots("baby", 2, {})["so_many"] == "are two babies"
+    assert dialogues.thing_slots("knife", 2, {"knife": "blades"})["things"] == "blades"
+
+
 def test_pairs_give_in_fit_or_contradict(stage, patches, tmp_path):
     manifest = stage.main(marrow(stage, patches, tmp_path / "out", produce="pairs"))
     made = list(read_records(tmp_path / "out", Pair))

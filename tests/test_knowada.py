@@ -277,6 +277,66 @@ def test_a_caption_that_is_known_stays_and_no_rewrite_is_asked_for(stage, engine
     assert made.meta["changed"] is False
 
 
+class Captioner:
+    """A model that answers every question wrongly, and says of its own captions what it is told; None: it fails."""
+
+    capabilities, fingerprint = frozenset({"sample"}), "captioner"
+
+    def __init__(self, captions):
+        self.captions = captions
+
+    def generate(self, requests, sampling):
+        return [self._said(request.id) for request in requests]
+
+    def _said(self, name):
+        if "/own/" not in name:
+            return Completion(name, "Green.")
+        text = self.captions[int(name[-1]) % len(self.captions)]
+        return (
+            Completion(name, "", finish_reason="error", error="it is down") if text is None else Completion(name, text)
+        )
+
+
+FALSE = "A black dog runs over a green lawn. Two cups stand on it."
+
+
+@pytest.mark.parametrize(
+    ("captions", "statements", "outcome"),
+    [
+        ([None], "", Failed("generation_failed", "a caption of its own: it is down")),
+        ([None, FALSE], "Contradicted: a dog.", None),
+        ([None, FALSE], "Entailed: a dog.", Failed("generation_failed", "a caption of its own: it is down")),
+        ([FALSE], None, Failed("generation_failed", "the statements of a caption: the server is down")),
+        ([FALSE], "Entailed: a dog.", Dropped("no_rejected")),
+        ([FALSE], "Nothing to read", Dropped("no_rejected")),
+    ],
+)
+def test_a_rejected_answer_that_could_not_be_generated_is_a_failure(
+    stage, prompts, rows, tmp_path, captions, statements, outcome
+):
+    """Whether a row has a rejected answer is unknown then, so it is not dropped for good."""
+
+    class Judging(EngineAnnotator):
+        def statements(self, items):
+            reply = (
+                Completion("", "", finish_reason="error", error="the server is down")
+                if statements is None
+                else statements
+            )
+            self.engine.replies |= {f"{item.id}/statements/{place}": reply for place, (item, _) in enumerate(items)}
+            return super().statements(items)
+
+    annotator = Judging(
+        Script({"row0/questions": ASKED, "row0/rewrite": GOOD}, grade=lambda text: "1" if "towel?" in text else "3")
+    )
+    known = settings(stage, rows, tmp_path, produce="pairs", rejected={"original_share": 0, "num_generations": 2})
+    (found,) = stage.process(llm_rows(prompts, 1), Captioner(captions), annotator, known)
+    if outcome is not None:
+        assert found == outcome
+    else:
+        assert message_text(found[0].rejected) == FALSE
+
+
 def test_judgements_are_kept_by_caption_question_and_answer(tmp_path):
     items = [(CAT, "What sleeps?", "A cat."), (CAT, "What sleeps?", "A dog."), (CAT, "What sleeps?", "A cat."),
              ("A dog sleeps.", "What sleeps?", "A cat.")]  # fmt: skip

@@ -9,9 +9,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from stand_in_hub import Repository, StandInHub
-from tiny_vlms import save_tiny
+from tiny_vlms import picture, save_tiny
 
 from prefalign import checkpoints, families
+from prefalign.engines import Request
+from prefalign.engines.transformers import load_engine
 from prefalign.models import (
     ModelConfig,
     ModelError,
@@ -21,6 +23,7 @@ from prefalign.models import (
     load_processor,
     parameter_table,
 )
+from prefalign.records import user_message
 
 
 def _copy(checkpoint: Path, target: Path) -> Path:
@@ -318,3 +321,30 @@ def test_the_template_begins_with_what_the_tokenizer_begins_with(tiny_llava: Pat
         ours.tokenizer(families.render(ours, question), add_special_tokens=False).input_ids
         == stored.tokenizer(plain).input_ids
     )
+
+
+def test_options_of_the_processor_reach_the_pictures_and_what_is_saved(tiny_llava: Path, tmp_path: Path) -> None:
+    shown = picture(0)
+    plain, small = (
+        load_processor(ModelConfig(str(tiny_llava), processor=options))
+        for options in (None, {"size": {"height": 42, "width": 42}, "crop_size": {"height": 42, "width": 42}})
+    )
+    assert plain.image_processor(shown)["pixel_values"][0].shape != (3, 42, 42)
+    assert small.image_processor(shown)["pixel_values"][0].shape == (3, 42, 42)
+    small.save_pretrained(_copy(tiny_llava, tmp_path / "saved"))
+    assert load_processor(ModelConfig(str(tmp_path / "saved"))).image_processor.size == small.image_processor.size
+    with pytest.raises(
+        ModelError, match=r"processor.max_pixel: a CLIPImageProcessor\w* has no such option.*It has .*size"
+    ):
+        load_processor(ModelConfig(str(tiny_llava), processor={"max_pixel": 100}))
+
+
+def test_an_engine_with_options_of_the_processor_sees_other_pictures_and_is_another_one(tiny_llava: Path) -> None:
+    request = Request("row", [user_message("What?", 1)], [picture(0)])
+    engines = [
+        load_engine(ModelConfig(str(tiny_llava), device="cpu", processor=options))
+        for options in (None, {"image_mean": [0.0, 0.0, 0.0]}, {"image_mean": [0.1, 0.1, 0.1]})
+    ]
+    assert len({engine.fingerprint for engine in engines}) == 3
+    values = [engine.logprobs([request], ["A cat."])[0].sum().item() for engine in engines]
+    assert len(set(values)) == 3

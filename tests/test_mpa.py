@@ -12,7 +12,7 @@ from prefalign.engines import Completion
 from prefalign.engines.transformers import load_engine
 from prefalign.images import encode_png, sha256
 from prefalign.models import ModelConfig
-from prefalign.parity import Number, matches, read_annotation, released_match, tokens, with_request, within_pixels
+from prefalign.parity import matches, with_request
 from prefalign.records import Example, Pair, Prompt, message_text, user_message
 from prefalign.scenes import language
 from prefalign.scenes.export import export
@@ -58,107 +58,9 @@ def finished(stage, rows, tmp_path_factory):
     return folder, manifest, list(read_records(folder, Example))
 
 
-@pytest.mark.parametrize(
-    ("wanted", "said", "same", "released"),
-    [
-        ("no", "snow", False, True),
-        ("1", "10", False, True),
-        ("15", "1.5", False, True),
-        ("1.5", "15", False, True),
-        ("1.5", "1.50", True, True),
-        ("red car", "A red  car.", True, True),
-        ("red car", "redcar", False, True),
-        ("ed car", "red car", False, True),
-        ("red car", "a car, red", False, False),
-        ("a dog", "The dog", True, False),
-        ("two", "2", True, False),
-        ("50%", "50 %", True, True),
-        ("50", "50%", False, True),
-        ("$5", "5", False, True),
-        ("5 km", "about 5km", True, True),
-        ("5 km", "5 m", False, False),
-        ("1,000", "1000", True, True),
-        ("1,5", "1.5", True, True),
-        ("-3", "3", False, True),
-        ("\u22123", "-3", True, True),
-        ("7-11", "7-11", True, True),
-        ("don't walk", "DON\u2019T WALK", True, True),
-        ("yes", "Yes, it is.", True, True),
-        ("yes", "No. I would not say yes.", False, True),
-        ("no", "Yes, there is no other one.", False, True),
-        ("red", "not red", False, True),
-        ("red", "red or blue", False, True),
-        ("red or blue", "Red or blue.", True, True),
-        ("stra\u00dfe", "STRASSE", True, False),
-        (
-            "\u0915\u093f",
-            "\u0915\u093e",
-            False,
-            True,
-        ),  # Devanagari ki and ka differ in a vowel sign, which is no letter
-        ("\u7ea2\u8272", "\u7ea2\u8272\u6c7d\u8f66", True, True),  # "red" in "red car", written without blanks
-        ("\u8272\u7ea2", "\u7ea2\u8272\u6c7d\u8f66", False, False),
-        ("\u043d\u0435\u0442", "\u043c\u043e\u043d\u0435\u0442\u0430", False, True),  # "no" in "coin", in Russian
-        ("a", "A", True, True),  # the name of a choice
-        ("", "anything", False, True),
-        ("...", "...", False, True),
-    ],
-)
-def test_matching_by_hand(wanted, said, same, released):
-    assert matches(wanted, said) is same
-    assert released_match(wanted, said) is released
-
-
-def test_numbers_have_a_tolerance_and_years_none():
-    assert matches("100", "104", tolerance=0.05)
-    assert matches("100", "105", tolerance=0.05)
-    assert not matches("100", "105.1", tolerance=0.05)
-    assert not matches("100%", "104", tolerance=0.05)
-    assert not matches("2010", "2011", tolerance=0.05)
-    assert not matches("1.2.3", "1.2.4", tolerance=0.05)
-    assert matches("1,010", "1011", tolerance=0.05) is matches("1010", "1,011", tolerance=0.05) is False
-    assert tokens("The red car, 1.5 m") == ["red", "car", Number(1.5), "m"]
-
-
-def test_the_whole_answer_can_be_asked_for():
-    assert matches("At the top.", "At the top left.")
-    assert not matches("At the top.", "At the top left.", whole=True)
-    assert matches("two 1.5", "2, 1.6", tolerance=0.1, whole=True)
-    assert not matches("yes", "Yes, it is.", whole=True)
-    assert not matches("", "", whole=True)
-
-
-def test_long_answers_give_none():
-    assert matches("red", "It is a red one", most_words=4)
-    assert not matches("red", "It is clearly a red one", most_words=4)
-
-
-@pytest.mark.parametrize(
-    ("reply", "found"),
-    [
-        ("Question: What does the sign say?\nAnswer: STOP", ("What does the sign say?", "STOP")),
-        ("Sure!\n\n1. **Question:** How many?\n\n2. **Answer:** 2\nThat is all.", ("How many?", "2")),
-        ("Question: Which one,\nleft or right? \nAnswer: left", ("Which one, left or right?", "left")),
-        ("Question: What?\nAnswer:", ("What?", "")),
-        ("Question: What?", None),
-        ("What is it? A dog.", None),
-    ],
-)
-def test_annotations_keep_their_question_mark(reply, found):
-    assert read_annotation(reply) == found
-
-
 def test_a_blank_stands_before_the_request():
     assert with_request("What is it? ", "Be brief.") == "What is it? Be brief."
     assert with_request("What is it?", "") == "What is it?"
-
-
-def test_pictures_are_brought_between_two_sizes():
-    picture = Image.new("RGB", (400, 100))
-    assert within_pixels(picture, 10_000, 40_000) is picture
-    assert within_pixels(picture, 10_000, 10_000).size == (200, 50)
-    assert within_pixels(picture, 160_000, None).size == (800, 200)
-    assert within_pixels(picture, None, None) is picture
 
 
 def test_questions_from_facts_have_short_true_answers(prompts):
@@ -293,7 +195,11 @@ def one(stage, prompts, known, large, small):
         ({"matching": "exact"}, {"large": "red car 2 left"}, {"small": "x"}, Dropped("large_disagrees")),
         ({}, {"large": "redcar2"}, {"small": "blue car"}, Dropped("large_disagrees")),
         ({"max_answer_words": 5}, {"large": "I think that it says red car 2"}, {"small": "x"}, Dropped("large_disagrees")),
-        ({"max_answer_words": 5}, {"large": "red car 2"}, {"small": "I think that it says red car 2"}, None),
+        ({"max_answer_words": 5}, {"large": "red car 2"}, {"small": "I think that it says red car 2"}, Dropped("small_knows")),
+        ({"max_answer_words": 5}, {"large": "red car 2"}, {"small": "I think that it says blue car 3"}, None),
+        ({}, {"large": "red car 2"}, {"small": "redcar2"}, Dropped("small_knows")),
+        ({"matching": "released"}, {"large": "red car 2"}, {"small": "Red car two"}, None),
+        ({"matching": "exact"}, {"large": "Red car 2"}, {"small": "redcar 2"}, Dropped("small_knows")),
         ({"max_answer_words": None}, {"large": "red car 2"}, {"small": "I think that it says red car 2"}, Dropped("small_knows")),
         ({"max_answer_words": 2}, {"large": "red car 2"}, {"small": "x"}, Dropped("long_answer")),
         ({}, {"annotation": "I see a sign."}, {}, Dropped("unreadable_annotation")),
@@ -305,9 +211,10 @@ def one(stage, prompts, known, large, small):
         ({"produce": "pairs"}, {"large": "red car 2"}, {"small": "blue car"}, None),
         ({"produce": "pairs"}, {"large": "red car 2"}, {"small": " . "}, Dropped("small_empty")),
         ({"produce": "pairs"}, {"large": "red car 2"}, {"small": "I cannot tell."}, Dropped("small_refuses")),
-        ({"produce": "pairs", "max_answer_words": 5}, {"large": "red car 2"}, {"small": "I think that it says red car 2"},
+        ({"produce": "pairs", "max_answer_words": 5}, {"large": "red car 2"}, {"small": "I think that it says blue car 3"},
          Dropped("long_small_answer")),
-        ({"produce": "pairs", "matching": "released"}, {"large": "red car 2"}, {"small": "Red car two"}, Dropped("small_equal")),
+        ({"produce": "pairs", "matching": "released"}, {"large": "red car 2"}, {"small": "It is a red car two"},
+         Dropped("small_knows")),
     ],
 )  # fmt: skip
 def test_what_is_kept_of_the_answers_of_two_models(stage, prompts, rows, tmp_path, changes, large, small, outcome):
@@ -322,7 +229,7 @@ def test_what_is_kept_of_the_answers_of_two_models(stage, prompts, rows, tmp_pat
 
 def test_both_models_get_the_question_with_the_request_and_the_annotator_its_task(stage, prompts, rows, tmp_path):
     large, small = Script("large", annotation=NOTE, large="red car 2"), Script("small", small="blue")
-    known = llm(stage, rows, tmp_path, task="chart", min_pixels=14_400)
+    known = llm(stage, rows, tmp_path, task="chart")
     ((made,),) = stage.process(prompts[:1], small, large, known)
     note, answer = large.asked
     assert parity.TASK_PROMPTS["chart"] in message_text(note.messages)
@@ -332,9 +239,25 @@ def test_both_models_get_the_question_with_the_request_and_the_annotator_its_tas
         == "What is written on the sign? Answer briefly."
     )
     assert message_text(made.messages[:1]) == "What is written on the sign?"
-    assert [request.images[0].size for request in (note, answer, small.asked[0])] == [(120, 120)] * 3
+    assert [request.images[0].size for request in (note, answer, small.asked[0])] == [(60, 60)] * 3
     assert {sampling.temperature for sampling in [*large.samplings, *small.samplings]} == {0}
     assert (made.meta["generator"], made.meta["small"], made.meta["task"]) == ("large", "small", "chart")
+
+
+RIGHT = [
+    ("5%", "5 percent"), ("$5", "5 dollars"), ("St. John's", "St Johns"), ("20", "twenty"), ("caf\u00e9", "It is a cafe."),
+    ("colour", "color"), ("New York", "newyork"), ("42", "It says: forty-two"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "small"), [*RIGHT, *((other, one) for one, other in RIGHT)])
+@pytest.mark.parametrize("matching", ["tokens", "released"])
+def test_a_right_answer_in_other_words_is_never_rejected(stage, prompts, rows, tmp_path, answer, small, matching):
+    known = llm(stage, rows, tmp_path, produce="pairs", matching=matching)
+    found = one(
+        stage, prompts, known, {"annotation": f"Question: What? Answer: {answer}", "large": answer}, {"small": small}
+    )
+    assert found in (Dropped("small_knows"), Dropped("small_equal"), Dropped("small_part"))
 
 
 def test_several_answers_of_the_large_model_vote(stage, prompts, rows, tmp_path):
@@ -367,7 +290,6 @@ def test_a_failed_row_moves_no_other(stage, prompts, rows, tmp_path):
         ({"annotator": "engine", "large": SCENES["model"]}, "model and large are both 'scenes', so there is no gap"),
         ({"numeric_tolerance": 1}, "numeric_tolerance is 1.0; it is a share of the number"),
         ({"max_answer_words": 0}, "max_answer_words is 0, so no answer would be short enough"),
-        ({"min_pixels": 9, "max_pixels": 4}, "min_pixels 9 is above max_pixels 4: no picture would fit"),
         ({"vote": {"num_generations": 0}}, "vote.num_generations is 0; the large model answers 1 time or more"),
         ({"vote": {"agreement": 0}}, "vote.agreement is 0.0; it is a share of answers above 0"),
         (
@@ -391,7 +313,8 @@ def test_a_real_model_is_asked_as_annotator(stage, rows, tmp_path):
 
 @pytest.mark.parametrize("name", ["mpa", "mpa_scenes"])
 def test_configs_run(stage, name, rows, tmp_path):
-    changes = {"model": {"model_name_or_path": "scenes", "dtype": "auto", "device": "cpu"}, "annotator": "rules",
+    changes = {"model": {"model_name_or_path": "scenes", "dtype": "auto", "device": "cpu", "processor": None},
+               "annotator": "rules",
                "data": {"path": rows, "images": None}, "output": {"path": tmp_path / "out"}, "short_request": "",
                "sampling": {"max_new_tokens": 24}}  # fmt: skip
     values = config.merge(config.read_yaml(bundled.find(f"datagen/{name}")), changes)

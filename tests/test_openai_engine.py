@@ -300,7 +300,9 @@ class TestRefused:
         ):
             load_engine(chosen, needs=["prefix"], stage="m")
 
-    @pytest.mark.parametrize("changes", [{"adapter": "x"}, {"load_in_4bit": True}, {"dtype": "float32"}])
+    @pytest.mark.parametrize(
+        "changes", [{"adapter": "x"}, {"load_in_4bit": True}, {"dtype": "float32"}, {"processor": {"size": 9}}]
+    )
     def test_settings_of_a_model_in_this_process(self, server, changes):
         chosen = EngineConfig(MODEL, engine="openai", server=server.settings(), **changes)
         with pytest.raises(

@@ -210,6 +210,14 @@ def test_grades_by_the_truth_of_a_scene(text, expected):
     assert list(given.values()) == [[grade, None] for grade in expected]
 
 
+def test_a_grade_between_two_is_the_higher_one():
+    shapes = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "diamond")
+    facts = {"objects": [{"shape": s, "colour": "red", "size": "large", "place": "top"} for s in shapes]}
+    said = [f"There is a {shape} at the top." for shape in shapes]
+    found = [grades(" ".join(said[:count]), facts)["helpfulness"] for count in range(1, 9)]
+    assert found == [1, 1, 2, 2, 3, 3, 4, 4]  # 4 times 1/8, 2/8, ...
+
+
 def test_on_scenes_rejected_captions_are_worse_by_the_truth(stage, rows, tmp_path):
     stage.main(settings(stage, rows, tmp_path / "out"))
     pairs = list(read_records(tmp_path / "out" / "pairs", Pair))

@@ -11,7 +11,7 @@ from prefalign.scenes.export import export
 from prefalign.store import OutputConfig, read_records, write_records
 from tests.merging_cases import perturbed, save_adapter, save_text_llm
 
-MODEL = {"model_name_or_path": "scenes", "dtype": "auto", "device": "cpu"}
+MODEL = {"model_name_or_path": "scenes", "dtype": "auto", "device": "cpu", "processor": None}
 
 
 def start(name, stage, changes):

@@ -70,6 +70,18 @@ def test_a_pair_carries_where_it_comes_from():
     assert (made.answer, made.facts, made.margin) == ("A cat.", {"objects": ["cat"]}, 0.5)
 
 
+def test_an_example_carries_where_it_comes_from():
+    parent, said = prompt(), [user_message("What?", 1), records.assistant_message("A cat.")]
+    made = stages.make_example(
+        parent, method="m", messages=said, settings={"k": 1}, seed=3, model="f", meta={"rank": 2}, index=1
+    )
+    made.check()
+    assert made.id == records.record_id(method="m", parent="row", settings={"k": 1}, model="f", seed=3, index=1)
+    assert made.meta == {"method": "m", "parent": "row", "generator": "f", "seed": 3, "settings": {"k": 1}, "rank": 2,
+                         "images_sha256": [sha256(parent.images[0])]}  # fmt: skip
+    assert (made.images, made.messages) == (parent.images, said)
+
+
 def test_settings_seed_and_model_change_the_id_of_a_pair():
     known = {"method": "m", "chosen": "yes", "rejected": "no", "settings": {}, "seed": 0}
     changes = [{}, {"settings": {"k": 1}}, {"seed": 1}, {"model": "other"}, {"method": "n"}]

@@ -338,7 +338,7 @@ def load_engine(config: EngineConfig, *, needs: Sequence[str] = (), stage: str =
         ServerError: if no server answers, it refuses the key, or has no such model.
     """
     require(OpenAIEngine, needs, stage)
-    for name, off in (("adapter", None), ("load_in_4bit", False), ("dtype", "auto")):
+    for name, off in (("adapter", None), ("load_in_4bit", False), ("dtype", "auto"), ("processor", None)):
         if (value := getattr(config, name)) != off:
             raise ValueError(
                 f"{name} is {value!r}, and a server decides itself what it loads, and how. Set {name} to {json.dumps(off)}, "

@@ -5,6 +5,7 @@ Legend of shapes: `B` rows of a batch, `T` tokens, `V` vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -28,6 +29,7 @@ from prefalign.engines.sampling import RowNoise, check_sampling
 from prefalign.engines.stopping import SENTENCE_MARKS, Batch, Row, RowStop
 from prefalign.engines.watching import watching
 from prefalign.models import ModelConfig, fingerprint, load_model, load_processor
+from prefalign.records import canonical_json
 
 
 class TransformersEngine:
@@ -360,9 +362,12 @@ class TransformersEngine:
 
 
 def load_engine(config: ModelConfig, *, batch_size: int = 16) -> TransformersEngine:
-    """Load model and processor and put an engine on them, with the fingerprint of the weights."""
+    """Load model and processor and put an engine on them, with the fingerprint of the weights and of the processor's options."""
     model = load_model(config)
-    return TransformersEngine(model, load_processor(config), batch_size=batch_size, fingerprint=fingerprint(model))
+    identity = fingerprint(model)
+    if config.processor:  # other pictures, so other rows
+        identity += "-" + hashlib.sha256(canonical_json(config.processor).encode()).hexdigest()[:8]
+    return TransformersEngine(model, load_processor(config), batch_size=batch_size, fingerprint=identity)
 
 
 def _error(row: Row, reason: str) -> Completion:

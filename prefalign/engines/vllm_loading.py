@@ -91,6 +91,12 @@ def _check_settings(config: EngineConfig) -> None:
     unread = [
         (config.load_in_4bit, "load_in_4bit", "true", "leave it out"),
         (elsewhere, "device", config.device, "choose GPUs with CUDA_VISIBLE_DEVICES"),
+        (
+            bool(config.processor),
+            "processor",
+            config.processor,
+            "save a processor with these options beside the weights",
+        ),
         (config.attn_implementation is not None, "attn_implementation", config.attn_implementation, "leave it out"),
     ]
     for wrong, name, value, cure in unread:

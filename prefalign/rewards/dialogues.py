@@ -19,6 +19,7 @@ from typing import Any, Literal
 from prefalign.records import Message, assistant_message, user_message
 from prefalign.rewards.phrases import HintPhrases, Phrases, Slots, Split, categories, check_answer, fill
 from prefalign.rewards.rule_sets import RuleSet
+from prefalign.text import article, plural
 
 Kind = Literal["hint", "consistent", "inconsistent"]
 _ORDERS = 32  # tried until one leaves room for a wrong answer
@@ -32,7 +33,7 @@ class Hints:
 
     Attributes:
         share: share of the questions with a hint.
-        wrong: share of the hints that name another category than the true one.
+        wrong: share of the hints that name another category than the true one; left out where there is no other.
     """
 
     share: float = 0.0
@@ -104,7 +105,7 @@ def thing_case(names: Iterable[str], asked: Sequence[str], rng: random.Random, *
         asked: names that may be asked for.
         rng: draws the thing, and the number that a wrong answer says.
         absent: share of the cases about a thing that is not there.
-        plurals: of names that do not get an s.
+        plurals: of names whose plural `text.plural` does not know.
 
     Returns:
         The case; None if there is nothing to ask for.
@@ -133,11 +134,11 @@ def thing_slots(thing: str, number: int, plurals: Mapping[str, str]) -> Slots:
         >>> thing_slots("box", 2, {})
         {'thing': 'box', 'a_thing': 'a box', 'things': 'boxes', 'so_many': 'are two boxes'}
     """
-    many = plurals.get(thing) or thing + ("es" if thing.endswith(("s", "x", "ch", "sh")) else "s")
+    many = plurals.get(thing) or plural(thing)
     said = _NUMBERS[number] if number < len(_NUMBERS) else str(number)
     return {
         "thing": thing,
-        "a_thing": f"{'an' if thing[:1].lower() in 'aeiou' else 'a'} {thing}",
+        "a_thing": f"{article(thing)} {thing}",
         "things": many,
         "so_many": f"is one {thing}" if number == 1 else f"are {said} {many}",
     }
@@ -162,6 +163,8 @@ class Speaker:
     def dialogue(self, case: Case, rng: random.Random, hints: Hints) -> list[Turn]:
         """All questions in an order that is drawn, some with a hint.
 
+        A wrong hint is left out where the table has one category only for a variable.
+
         Raises:
             ValueError: the rules do not read an answer as its category.
         """
@@ -169,8 +172,8 @@ class Speaker:
         for variable in rng.sample(list(self.known.variables), len(self.known.variables)):
             hint = None
             if rng.random() < hints.share:
-                misled = rng.random() < hints.wrong
-                hint = rng.choice(self.others(case, variable)) if misled else case.reference[variable]
+                misled, others = rng.random() < hints.wrong, self.others(case, variable)
+                hint = case.reference[variable] if not misled else rng.choice(others) if others else None
             turns.append(self.turn(case, variable, rng, hint))
         return turns
 

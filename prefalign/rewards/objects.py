@@ -30,15 +30,13 @@ from prefalign.evals import chair
 from prefalign.rewards import FactsError
 from prefalign.rewards.reward import Response
 from prefalign.rule_editor import Vocabulary as WorldWords
+from prefalign.text import IRREGULAR_PLURALS
 
 if TYPE_CHECKING:
     import torch
 
 TERMS = ("invented", "wrong", "precision", "recall")
 
-_IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "goose": "geese",
-              "foot": "feet", "tooth": "teeth", "leaf": "leaves", "loaf": "loaves", "knife": "knives", "wife": "wives",
-              "shelf": "shelves", "scarf": "scarves", "calf": "calves", "ox": "oxen", "wolf": "wolves"}  # fmt: skip
 _NO = (
     r"no(?: (?:visible|obvious|clear|signs? of)(?: any| an?)?)?|zero|without(?: any| an?)?|"
     r"neither(?: an?)?|nor(?: any| an?)?|not an?(?: single)?|"
@@ -294,7 +292,7 @@ def _plurals(name: str) -> list[str]:
         ends.append(f"{last}es")
     if re.search("[^aeiou]y$", last):
         ends.append(f"{last[:-1]}ies")
-    for single, plural in _IRREGULAR.items():
+    for single, plural in IRREGULAR_PLURALS.items():
         if last == single or (single in ("man", "child", "person") and last.endswith(single)):
             ends.append(last.removesuffix(single) + plural)
     return [start + end for end in ends]

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 
 from prefalign.scenes.world import COLOURS, COMPANIONS, PLACES, SHAPES, SIZES, Object, Scene
+from prefalign.text import article
 
 MENTION_CLEAR = 0.95
 MENTION_FAINT = 0.50
@@ -87,8 +88,9 @@ def plural(shape: str) -> str:
     return SYNONYMS[shape][1]
 
 
-def _a(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+def with_article(words: str) -> str:
+    """A noun and what is before it with "a" or "an": "an orange star"."""
+    return f"{article(words)} {words}"
 
 
 def _capital(text: str) -> str:
@@ -98,7 +100,7 @@ def _capital(text: str) -> str:
 def _named(thing: Object, rng: random.Random, *, plain: bool = False) -> str:
     """The object with article: "a large red circle", rarely under another name of its shape."""
     noun = rng.choice(SYNONYMS[thing.shape][::2]) if rng.random() < _SYNONYM_RATE else singular(thing.shape)
-    return _a(f"{thing.colour} {noun}" if plain else f"{thing.size} {thing.colour} {noun}")
+    return with_article(f"{thing.colour} {noun}" if plain else f"{thing.size} {thing.colour} {noun}")
 
 
 def _mentioned(picture: Scene, rng: random.Random) -> list[Object]:
@@ -187,7 +189,7 @@ def probe(picture: Scene, shape: str, *, short: bool = True) -> Question:
     """The plain yes/no question whether a shape is in the picture, as POPE asks it."""
     if shape not in SHAPES:
         raise ValueError(f"unknown shape {shape!r}: the world has {', '.join(SHAPES)}; ask about one of them")
-    return _yes_no(picture, shape, f"Is there {_a(shape)} in the picture?", short)
+    return _yes_no(picture, shape, f"Is there {with_article(shape)} in the picture?", short)
 
 
 def _yes_no(picture: Scene, shape: str, text: str, short: bool) -> Question:
@@ -199,7 +201,7 @@ def _yes_no(picture: Scene, shape: str, text: str, short: bool) -> Question:
     if short:
         return Question("yes_no", f"{text} {SHORT}", f"{_capital(label)}.", label, shape)
     answer = (
-        f"Yes, there is {_a(singular(shape))} {at(things[0].place)}."
+        f"Yes, there is {with_article(singular(shape))} {at(things[0].place)}."
         if things
         else f"No, there is no {singular(shape)} in the picture."
     )
@@ -207,7 +209,7 @@ def _yes_no(picture: Scene, shape: str, text: str, short: bool) -> Question:
 
 
 def _existence(picture: Scene, shape: str, rng: random.Random) -> Question:
-    noun = _a(singular(shape))
+    noun = with_article(singular(shape))
     text = rng.choice(
         (f"Is there {noun} in the picture?", f"Does the picture show {noun}?", f"Can you see {noun} in the picture?")
     )
@@ -258,7 +260,7 @@ def _what(picture: Scene, place: str) -> Question:
     text = f"What is {at(place)}?"
     for thing in picture.objects:
         if thing.place == place:
-            answer = _capital(_a(f"{thing.size} {thing.colour} {singular(thing.shape)}")) + "."
+            answer = _capital(with_article(f"{thing.size} {thing.colour} {singular(thing.shape)}")) + "."
             return Question("object", text, answer, thing.shape, thing.shape)
     return Question("object", text, "Nothing.", "nothing")
 
@@ -289,19 +291,21 @@ def facts(picture: Scene, captions: int = 3) -> dict:
     }
 
 
-_WORDS = {word: shape for shape, words in SYNONYMS.items() for word in words}
-_NOUN = "|".join(sorted(_WORDS, key=len, reverse=True))
+SHAPE_OF = {word: shape for shape, words in SYNONYMS.items() for word in words}
+"""The shape that a noun names, singular or plural."""
+NOUN = "|".join(sorted(SHAPE_OF, key=len, reverse=True))
+"""A pattern of every noun."""
 _PLACE = rf"(?:at|in|on) the (?:{'|'.join(sorted(PLACES, key=len, reverse=True))})"
 _PHRASE = re.compile(
-    rf"\b(?:(?P<no>no|zero) )?(?:(?P<size>{'|'.join(SIZES)}) )?(?:(?P<colour>{'|'.join(COLOURS)}) )?(?P<noun>{_NOUN})\b",
+    rf"\b(?:(?P<no>no|zero) )?(?:(?P<size>{'|'.join(SIZES)}) )?(?:(?P<colour>{'|'.join(COLOURS)}) )?(?P<noun>{NOUN})\b",
     re.IGNORECASE,
 )
 _AFTER = re.compile(rf"(?: is| are)? ({_PLACE})(?! of)\b", re.IGNORECASE)
 _BEFORE = re.compile(rf"({_PLACE}) there (?:is|are) (?:an? |the )?$", re.IGNORECASE)
 _COLOUR_AFTER = re.compile(rf" is ({'|'.join(COLOURS)})\b", re.IGNORECASE)
 
-_NP = rf"(?:a|an) (?:(?:{'|'.join(SIZES)}) )?(?:(?:{'|'.join(COLOURS)}) )?(?:{_NOUN})"
-_THE = rf"the (?:{_NOUN})"
+_NP = rf"(?:a|an) (?:(?:{'|'.join(SIZES)}) )?(?:(?:{'|'.join(COLOURS)}) )?(?:{NOUN})"
+_THE = rf"the (?:{NOUN})"
 _NPP = rf"{_NP} {_PLACE}"
 _SENTENCE = re.compile(
     "(?:"
@@ -315,11 +319,11 @@ _SENTENCE = re.compile(
             rf"{_THE} is (?:above|below|to the left of|to the right of) {_THE}",
             r"(?:yes|no|nothing)",
             rf"yes, there is {_NPP}",
-            rf"no, there is no (?:{_NOUN}) in the picture",
+            rf"no, there is no (?:{NOUN}) in the picture",
             rf"(?:(?:yes|no), )?{_THE} is (?:{'|'.join(COLOURS)})",
             rf"{_THE} is {_PLACE}",
             rf"(?:{'|'.join(COLOURS)}|{'|'.join(NUMBERS)}|{_PLACE}|{_NP})",
-            rf"there (?:is one|are no|are (?:{'|'.join(NUMBERS[2:])})) (?:{_NOUN}) in the picture",
+            rf"there (?:is one|are no|are (?:{'|'.join(NUMBERS[2:])})) (?:{NOUN}) in the picture",
             r"the (?:first|second) picture|both pictures|neither picture",
         )
     )
@@ -351,7 +355,7 @@ def parse(text: str) -> list[Mention]:
         where = after[1] if after else before[1] if before else None
         out.append(
             Mention(
-                shape=_WORDS[found["noun"].lower()],
+                shape=SHAPE_OF[found["noun"].lower()],
                 colour=colour.lower() if colour else None,
                 size=found["size"].lower() if found["size"] else None,
                 place=where.lower().split(" the ", 1)[1] if where else None,

@@ -14,15 +14,14 @@ from typing import Any
 from prefalign.evals import attributes, yesno
 from prefalign.knowledge import Captioned, Reply
 from prefalign.scenes import language
-from prefalign.scenes.language import Mention, Question, at, singular
+from prefalign.scenes.language import NOUN, SHAPE_OF, Mention, Question, at, singular, with_article
 from prefalign.scenes.twins import true_of
 from prefalign.scenes.world import COLOURS, PLACES, Object, Scene
 
-_NOUN = "|".join(sorted(language._WORDS, key=len, reverse=True))
 _ASKED = {
-    "there": re.compile(rf"Is there an? (?P<noun>{_NOUN}) in the picture\?"),
-    "colour": re.compile(rf"What colour is the (?P<noun>{_NOUN})\?"),
-    "where": re.compile(rf"Where is the (?P<noun>{_NOUN})\?"),
+    "there": re.compile(rf"Is there an? (?P<noun>{NOUN}) in the picture\?"),
+    "colour": re.compile(rf"What colour is the (?P<noun>{NOUN})\?"),
+    "where": re.compile(rf"Where is the (?P<noun>{NOUN})\?"),
     "what": re.compile(rf"What is (?:at|in|on) the (?P<place>{'|'.join(PLACES)})\?"),
 }
 _RELATION = re.compile(r" is (?:above|below|to the left of|to the right of) the ", re.IGNORECASE)
@@ -65,7 +64,7 @@ def _questions(item: Captioned) -> list[str]:
     found = []
     for mention in (mention for mention in language.parse(item.caption) if not mention.negated):
         noun = singular(mention.shape)
-        found.append(f"Is there {language._a(noun)} in the picture?")
+        found.append(f"Is there {with_article(noun)} in the picture?")
         single = item.facts.get("counts", {}).get(mention.shape) == 1
         if single and mention.colour:
             found.append(f"What colour is the {noun}?")
@@ -80,7 +79,7 @@ def _kind(question: str) -> tuple[str, str]:
     """Kind of a question and the shape or place it is about; two empty texts for one that this module does not write."""
     for kind, pattern in _ASKED.items():
         if found := pattern.fullmatch(question):
-            about = found["place"] if kind == "what" else language._WORDS[found["noun"].lower()]
+            about = found["place"] if kind == "what" else SHAPE_OF[found["noun"].lower()]
             return kind, about
     return "", ""
 
@@ -157,7 +156,7 @@ def _edited(sentence: str, mentions: Sequence[Mention], named: Sequence[str], un
     phrases = []
     for mention in stay:
         words = sentence[mention.start : mention.end].split()
-        thing = language._a(" ".join(word for word in words if mention.start not in plain or word not in COLOURS))
+        thing = with_article(" ".join(word for word in words if mention.start not in plain or word not in COLOURS))
         placed = mention.place and mention.start not in nowhere
         phrases.append(f"{thing} {at(str(mention.place))}" if placed else thing)
     if len(mentions) == 1 and not nowhere:  # its colour goes, its wording stays

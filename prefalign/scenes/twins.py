@@ -23,7 +23,7 @@ METHOD = "scenes_twin"
 _CAPTION_SHARE = 0.5
 _STYLES, _WEIGHTS = ("there", "subject", "place", "see"), (0.5, 0.2, 0.2, 0.1)
 _CELL = PIXELS / 3
-_NUMBER = re.compile(rf"there (?:is|are) (no|{'|'.join(NUMBERS)}) ({language._NOUN}) in the picture", re.IGNORECASE)
+_NUMBER = re.compile(rf"there (?:is|are) (no|{'|'.join(NUMBERS)}) ({language.NOUN}) in the picture", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def true_of(text: str, facts: Mapping[str, Any]) -> bool:
     """Whether everything a text says is true of the scene that `facts` (`language.facts`) describe."""
     for number, noun in _NUMBER.findall(text):
         wanted = 0 if number.lower() == "no" else NUMBERS.index(number.lower())
-        if facts["counts"].get(language._WORDS[noun.lower()], 0) != wanted:
+        if facts["counts"].get(language.SHAPE_OF[noun.lower()], 0) != wanted:
             return False
     for mention in language.parse(_NUMBER.sub("", text)):
         said = {"shape": mention.shape, "colour": mention.colour, "size": mention.size, "place": mention.place}
