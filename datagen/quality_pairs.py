@@ -231,9 +231,12 @@ def grade_again(
         assert isinstance(row, Candidates)
         asked[place] = stored.as_responses(row, images)
     scores = stored.score([asked[place][number] for place, number in drawn], again) if drawn else []
-    for (place, number), given in zip(drawn, scores, strict=True):
+    for at, ((place, number), given) in enumerate(zip(drawn, scores, strict=True)):
+        if (failed := stored.judge_failure(again, [at])) is not None:
+            made[place] = failed
         row = made[place]
-        assert isinstance(row, Candidates)
+        if isinstance(row, Failed):
+            continue
         answers = list(row.responses)
         answers[number] = {**answers[number], "regraded": {name: v for name, v in given.items() if name != "total"}}
         made[place] = dataclasses.replace(row, responses=answers)
