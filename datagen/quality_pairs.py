@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from prefalign import pairing, responses, selecting, sources, stages, store
 from prefalign.engines import Engine
 from prefalign.engines.config import EngineConfig
+from prefalign.execution import SHARD, WORKER
 from prefalign.judge import RUBRIC
 from prefalign.manifest import Manifest, read_manifest, write_atomically
 from prefalign.records import Candidates, Prompt, row_seed
@@ -57,7 +58,7 @@ class Config:
         data: rows with questions.
         output: folder of the graded answers, with a folder for each export in it.
         rewards: what grades, as `prefalign.rewards.read_rewards` takes it. A judge without a `cache` keeps its replies, as they
-            were given, in `judge.sqlite` of the folder.
+            were given, in `judge.sqlite` of the folder; over shards or Ray it keeps none, since nodes cannot share such a file.
         num_generations: answers to each prompt.
         sampling: how they are drawn.
         exports: what is made of the grades.
@@ -111,7 +112,8 @@ def main(config: Config) -> Manifest:
 
     sources.files_of(config.data)
     folder = config.output.path
-    rewards = read_rewards([_kept(entry, folder) for entry in config.rewards])
+    alone = SHARD.get().alone and WORKER.get() is None
+    rewards = read_rewards([_kept(entry, folder) for entry in config.rewards] if alone else config.rewards)
     check_names(rewards, config)
     again = asked_again(rewards) if config.regrade else None
     engine = load_engine(config.model, batch_size=config.batch_size, needs=["sample"], stage=METHOD)

@@ -319,6 +319,9 @@ def test_a_file_that_is_no_cache(tmp_path):
     judge = Judge(Scripted("Fine."), "v", cache=tmp_path / "notes.txt")
     with pytest.raises(ValueError, match=r"cache 'notes.txt' holds no replies of a model"):
         judge.ask([Question("a", "Well?")], read_vote)
+    reward = JudgedAttributes(engine=Scripted("Fine."), cache=str(tmp_path / "notes.txt"))
+    with pytest.raises(ValueError, match=r"holds no replies of a model"):
+        reward.version  # noqa: B018  (stages ask for it before any row)
 
 
 def test_a_judge_without_pictures_is_told_the_facts_or_does_not_judge(scenes):

@@ -52,6 +52,32 @@ class TestStages:
         assert list(read_records(tmp_path / "cut", Candidates)) == made
         assert sum(server.answers().values()) == 12
 
+    def test_a_plan_says_where_a_server_is_paid_twice_and_how_it_is_not(self, server, rows, tmp_path):
+        stage = bundled.load_stage("quality_pairs")
+        server.words = {"Grade": TestJudges.GRADES}
+
+        def asked(**settings):
+            judge = {"name": "judge", "model": model_section(server, **settings)}
+            values = {"data": {"path": rows, "limit": 1}, "output": {"path": tmp_path / str(len(server.asked))},
+                      "rewards": [judge], "regrade": 0.0, "exports": [], "sampling": {"max_new_tokens": 4}}  # fmt: skip
+            known = config.merge(config.read_yaml(bundled.find("datagen/quality_pairs_scenes")), values)
+            built = config.build(stage.Config, known)
+            before = len(server.asked)
+            plans = planner.plan([planner.Stage("quality_pairs", stage, built)])
+            planned = len(server.asked)
+            stage.main(built)
+            return planner.table(plans), planned - before, len(server.asked) - planned
+
+        table, planned, ran = asked()
+        assert (
+            "paid for and were not kept, so the run asks for them again. To pay once, set rewards.0.model.server.cache"
+            in table
+        )
+        assert planned == ran > 0
+        table, planned, ran = asked(cache=tmp_path / "kept.sqlite")
+        assert "paid for" not in table
+        assert planned > 0 == ran
+
     def test_a_plan_counts_what_the_run_will_ask(self, server, rows, tmp_path):
         stage, built = self.built(server, rows, tmp_path / "out")
         [made] = planner.plan([planner.Stage("sample_responses", stage, built)], rows=2)

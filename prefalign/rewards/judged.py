@@ -37,6 +37,7 @@ from prefalign.judge import (
     wording_version,
 )
 from prefalign.records import row_seed
+from prefalign.replies import Replies
 from prefalign.rewards.reward import Response, Verdict
 from prefalign.text import same_answer
 
@@ -94,6 +95,8 @@ class _Asking:
             from prefalign.engines.loading import load_engine
 
             engine = load_engine(self.model, batch_size=self.batch_size)
+        if self.cache:
+            Replies(Path(self.cache))  # a file of another kind is found before anything is paid for
         told = "+facts" if self.facts or not self.pictures else ""
         version = f"{wording}{told}{'' if self.pictures else '-pictures'}"
         return Judge(engine, version, self.sampling, Path(self.cache) if self.cache else None)
