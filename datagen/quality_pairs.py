@@ -30,6 +30,7 @@ from prefalign import pairing, responses, selecting, sources, stages, store
 from prefalign.config import nearest
 from prefalign.engines import Engine
 from prefalign.engines.config import EngineConfig
+from prefalign.execution import SHARD, WORKER
 from prefalign.judge import RUBRIC
 from prefalign.manifest import Manifest, read_manifest, write_atomically
 from prefalign.records import Candidates, Prompt, row_seed
@@ -59,7 +60,7 @@ class Config:
         data: rows with questions.
         output: folder with a folder for the graded answers (`answers`) and one for each export.
         rewards: what grades, as `prefalign.rewards.read_rewards` takes it. A judge without a `cache` keeps its replies, as they
-            were given, in `judge.sqlite` of the folder.
+            were given, in `judge.sqlite` of the folder; over shards or Ray it keeps none, since nodes cannot share such a file.
         num_generations: answers to each prompt.
         sampling: how they are drawn.
         exports: what is made of the grades.
@@ -114,7 +115,8 @@ def main(config: Config) -> Manifest:
     sources.files_of(config.data)
     folder, answers = config.output.path, rows_folder(config)
     check_folder(folder)
-    rewards = read_rewards([_kept(entry, folder) for entry in config.rewards])
+    alone = SHARD.get().alone and WORKER.get() is None
+    rewards = read_rewards([_kept(entry, folder) for entry in config.rewards] if alone else config.rewards)
     check_names(rewards, config)
     again = asked_again(rewards) if config.regrade else None
     engine = load_engine(config.model, batch_size=config.batch_size, needs=["sample"], stage=METHOD)
@@ -285,9 +287,12 @@ def grade_again(
         assert isinstance(row, Candidates)
         asked[place] = stored.as_responses(row, images)
     scores = stored.score([asked[place][number] for place, number in drawn], again) if drawn else []
-    for (place, number), given in zip(drawn, scores, strict=True):
+    for at, ((place, number), given) in enumerate(zip(drawn, scores, strict=True)):
+        if (failed := stored.judge_failure(again, [at])) is not None:
+            made[place] = failed
         row = made[place]
-        assert isinstance(row, Candidates)
+        if isinstance(row, Failed):
+            continue
         answers = list(row.responses)
         answers[number] = {**answers[number], "regraded": {name: v for name, v in given.items() if name != "total"}}
         made[place] = dataclasses.replace(row, responses=answers)

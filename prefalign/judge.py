@@ -1,7 +1,8 @@
 """Ask a model for a judgement: what it is asked, how its replies are read, and the replies kept on disk.
 
-A reply is JSON or it counts as missing; nothing is guessed. An unreadable reply is asked for twice more. Replies are kept by
-model, prompt, pictures and sampling, so that a rerun asks nothing.
+A reply is JSON or it counts as missing; nothing is guessed. An unreadable reply is asked for twice more. A request that got no
+reply at all has failed, which says nothing of what was to be judged: it is told apart. Replies are kept by model, prompt,
+pictures and sampling, so that a rerun asks nothing but what failed.
 
 Sources: attribute scores 0 to 4 as in HelpSteer and arXiv 2402.10884; pairwise criteria as in arXiv 2407.02477, section 3. The
 wording is ours.
@@ -177,6 +178,11 @@ class Question:
     images: Sequence[EncodedImage | Image.Image] = ()
 
 
+@dataclass(frozen=True)
+class _NoReply:
+    message: str
+
+
 @dataclass
 class Judge:
     """Puts questions to a model and reads the replies.
@@ -187,7 +193,10 @@ class Judge:
         sampling: how replies are drawn; greedy unless set.
         cache: file that replies are kept in (`Replies`); None keeps none.
         retries: how often an unreadable reply is asked for again.
-        counts: questions since the start, by `asked` (requests to the model), `cached`, `read` and `missing`.
+        counts: questions since the start, by `asked` (requests to the model), `cached`, `read` and `missing`; of the missing
+            `failed` got no reply.
+        failed: of the last call of `ask`, by place of the question, why it got no reply (a server that was overloaded, a
+            picture that cannot be opened).
     """
 
     engine: Engine
@@ -196,6 +205,7 @@ class Judge:
     cache: Path | None = None
     retries: int = 2
     counts: Counter[str] = field(default_factory=Counter)
+    failed: dict[int, str] = field(default_factory=dict, init=False)
 
     @property
     def version(self) -> str:
@@ -205,6 +215,8 @@ class Judge:
     def ask(self, questions: Sequence[Question], read: Callable[[str], Answer | None]) -> list[Answer | None]:
         """Ask, read, and ask again what could not be read; all of a round in one call of the engine.
 
+        What got no reply is not asked again here, since the engine has made its tries; `failed` says of each why.
+
         Args:
             questions: what to ask.
             read: makes an answer of a reply, or None of one that it cannot read.
@@ -213,23 +225,32 @@ class Judge:
             One answer for each question; None for what is missing.
         """
         answers: list[Answer | None] = [None] * len(questions)
+        self.failed = {}
         for attempt in range(self.retries + 1):
-            open_rows = [row for row, answer in enumerate(answers) if answer is None]
-            for row, reply in zip(
-                open_rows, self._replies([questions[row] for row in open_rows], attempt), strict=True
-            ):
-                answers[row] = read(reply) if reply is not None else None
-        missing = [question.id for question, answer in zip(questions, answers, strict=True) if answer is None]
+            unread = [row for row, answer in enumerate(answers) if answer is None and row not in self.failed]
+            for row, reply in zip(unread, self._replies([questions[row] for row in unread], attempt), strict=True):
+                if isinstance(reply, _NoReply):
+                    self.failed[row] = reply.message
+                else:
+                    answers[row] = read(reply)
+        missing = [row for row, answer in enumerate(answers) if answer is None]
         self.counts["missing"] += len(missing)
         self.counts["read"] += len(questions) - len(missing)
-        if missing:
+        if self.failed:
+            self.counts["failed"] += len(self.failed)
+            row, message = next(iter(self.failed.items()))
+            logger.warning(
+                "%d of %d judgements failed: no reply came (first: %s: %s).",
+                len(self.failed), len(questions), questions[row].id, message,
+            )  # fmt: skip
+        if unread := [row for row in missing if row not in self.failed]:
             logger.warning(
                 "%d of %d judgements are missing: no readable reply in %d attempts (first: %s).",
-                len(missing), len(questions), self.retries + 1, missing[0],
+                len(unread), len(questions), self.retries + 1, questions[unread[0]].id,
             )  # fmt: skip
         return answers
 
-    def _replies(self, questions: Sequence[Question], attempt: int) -> list[str | None]:
+    def _replies(self, questions: Sequence[Question], attempt: int) -> list[str | _NoReply]:
         texts = [question.text + (REMINDER if attempt else "") for question in questions]
         # a greedy model would say the same again: the second time it is reminded, from then on it is drawn from
         sampling = self.sampling
@@ -239,12 +260,13 @@ class Judge:
         kept = Replies(self.cache) if self.cache is not None else None
         known = kept.kept(keys) if kept is not None else {}
         fresh = {key: row for row, key in enumerate(keys) if key not in known}
+        failed: dict[str, str] = {}
         requests = []
         for key, row in fresh.items():
             try:
                 images = [open_image(one) if isinstance(one, dict) else one for one in questions[row].images]
             except ImageError as error:
-                logger.warning("judge: %s: %s", questions[row].id, error)
+                failed[key] = str(error)
                 continue
             requests.append(Request(key, [user_message(texts[row], len(images))], images, seed=attempt))
         completions = self.engine.generate(requests, sampling) if requests else []
@@ -255,10 +277,10 @@ class Judge:
         self.counts["cached"] += len(set(keys) & set(known))
         for key, completion in said.items():
             if completion.finish_reason == "error":
-                logger.warning("judge: %s: %s", questions[fresh[key]].id, completion.error)
+                failed[key] = (completion.error or "no reason was given").removeprefix(f"request {key}: ")
             else:
                 known[key] = completion.text
-        return [known.get(key) for key in keys]
+        return [known[key] if key in known else _NoReply(failed[key]) for key in keys]
 
     def _key(self, question: Question, text: str, sampling: Sampling, attempt: int) -> str:
         content = {

@@ -13,7 +13,7 @@ import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,6 +51,8 @@ class Plan:
         after: the stage whose sample was read, where its output does not exist yet.
         failed: rows expected to fail (quarantine).
         max_quarantine: failed rows above which the run stops.
+        unkept: sections of the config whose server is asked and paid for by the sample, and again by the run, since no file keeps
+            the answers.
         pooled: whether rows were compared with the pictures of the sample, where the run has all of them.
     """
 
@@ -74,6 +76,7 @@ class Plan:
     failed: int = 0
     max_quarantine: int = 0
     pooled: bool = False
+    unkept: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -178,6 +181,7 @@ def _plan(stage: Stage, scratch: Path, rows: int, samples: Mapping[Path, _Sample
         failed=round(sample.failed * scale),
         max_quarantine=config.output.max_quarantine,
         pooled=(scratch / "pool").is_dir(),
+        unkept=_unkept(config),
     )
     sample.plan = made
     return sample, made
@@ -215,6 +219,22 @@ def _nothing_made(name: str, scratch: Path, error: StoreError) -> tuple[int, int
             f"{messages[0]} Mend the cause, or take more rows with --rows."
         ) from error
     return int(nothing[1]), 0, {reason: int(count) for count, reason in re.findall(r"(\d+) (\w+)", nothing[2])}
+
+
+def _unkept(section: Any, name: str = "", *, kept: bool = False) -> list[str]:
+    """Names of the models of a config that a server answers for and whose answers no file keeps."""
+    if dataclasses.is_dataclass(section):
+        section = vars(section)
+    if isinstance(section, (list, tuple)):
+        section = {str(number): entry for number, entry in enumerate(section)}
+    if not isinstance(section, Mapping):
+        return []
+    if section.get("engine") == "openai":
+        server = section.get("server") or {}
+        cache = server.get("cache") if isinstance(server, Mapping) else server.cache
+        return [] if kept or cache else [name]
+    kept = section.get("name") == "judge" and bool(section.get("cache"))
+    return [one for key, entry in section.items() for one in _unkept(entry, f"{name}.{key}".lstrip("."), kept=kept)]
 
 
 def _bytes(folder: Path, scale: float, blocks: int) -> int:
@@ -314,6 +334,11 @@ def _notes(plans: Sequence[Plan]) -> list[str]:
             )
         if made.after:
             notes.append(f"{made.stage}: read the sample of {made.after}, whose output is not there yet.")
+        for name in made.unkept:
+            notes.append(
+                f"{made.stage}: the sample's answers of the server in {name} are paid for and were not kept, so the run asks for "
+                f"them again. To pay once, set {name}.server.cache to a file, here and in the run."
+            )
         if made.pooled and made.sampled < made.rows_in:
             notes.append(
                 f"{made.stage}: other pictures came from the sample alone; from all rows there are more, and nearer ones."

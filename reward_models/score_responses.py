@@ -3,7 +3,8 @@
 Rewards are a weighted list (`prefalign.rewards.REWARDS`): a learned reward model, a judge, object lists, rules, a function of
 yours. They are given the pictures, the conversation, the reference and the facts of a row. A score that a reward cannot give
 (facts that are missing, a judge's reply that cannot be parsed) is null, never a default, and so is a total in which it would
-count; `scores.json` counts both.
+count; `scores.json` counts both. A row about which a judge did not reply at all (its server failed) is quarantined as
+`judge_failed`: a run into another folder asks again, and with the judge's `cache` for nothing else.
 
 Scores of an earlier run stay under their names; `total` is that of this run.
 

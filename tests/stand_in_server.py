@@ -59,6 +59,7 @@ class StandInServer:
         headers: sent with every failure.
         words: what it says instead of looking, by name of the request.
         top: the likeliest first tokens that it tells of.
+        headers_seen: of every request, in order.
     """
 
     owner: str = "vllm"
@@ -70,6 +71,7 @@ class StandInServer:
     words: dict[str, str | None] = field(default_factory=dict)
     top: list[tuple[str, float]] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
+    headers_seen: list[dict[str, str]] = field(default_factory=list)
     listed: int = 0
     busy: int = 0
     busiest: int = 0
@@ -148,6 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _welcome(self) -> bool:
         given = self.headers.get("Authorization", "")
+        self.owner.headers_seen.append(dict(self.headers))
         if self.owner.key and given != f"Bearer {self.owner.key}":
             self._json({"error": {"message": f"Incorrect API key provided: {given}", "code": "invalid_api_key"}}, 401)
             return False

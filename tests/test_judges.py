@@ -319,6 +319,9 @@ def test_a_file_that_is_no_cache(tmp_path):
     judge = Judge(Scripted("Fine."), "v", cache=tmp_path / "notes.txt")
     with pytest.raises(ValueError, match=r"cache 'notes.txt' holds no replies of a model"):
         judge.ask([Question("a", "Well?")], read_vote)
+    reward = JudgedAttributes(engine=Scripted("Fine."), cache=str(tmp_path / "notes.txt"))
+    with pytest.raises(ValueError, match=r"holds no replies of a model"):
+        reward.version  # noqa: B018  (stages ask for it before any row)
 
 
 def test_a_judge_without_pictures_is_told_the_facts_or_does_not_judge(scenes):
@@ -335,6 +338,55 @@ def test_a_judge_without_pictures_is_told_the_facts_or_does_not_judge(scenes):
     graded = JudgedAttributes(engine=engine, pictures=False)
     assert math.isnan(graded.score([first])["helpfulness"].item())
     assert graded.judge.counts["missing"] == 1
+
+
+class Overloaded(Scripted):
+    """Replies to no question about these texts, once each."""
+
+    fingerprint = "overloaded"
+
+    def __init__(self, *texts, reply):
+        super().__init__(reply)
+        self.texts = list(texts)
+
+    def generate(self, requests, sampling):
+        replies = super().generate(requests, sampling)
+        for number, request in enumerate(requests):
+            if found := [text for text in self.texts if text in message_text(request.messages)]:
+                self.texts.remove(found[0])
+                replies[number] = Completion(request.id, "", finish_reason="error", error=f"request {request.id}: busy")
+        return replies
+
+
+def test_a_question_that_got_no_reply_is_not_an_unreadable_one():
+    engine = Overloaded("One?", reply="Well.")
+    judge = Judge(engine, "v")
+    assert judge.ask([Question("a", "One?"), Question("b", "Two?"), Question("c", "One?")], read_vote) == [None] * 3
+    assert judge.failed == {0: "busy", 2: "busy"}  # an equal question was asked once
+    texts = [message_text(request.messages) for request in engine.requests]
+    assert texts[:2] == ["One?", "Two?"]
+    assert [text.startswith("Two?") and "could not be read" in text for text in texts[2:]] == [True, True]
+    assert (judge.counts["failed"], judge.counts["missing"], judge.counts["read"]) == (2, 3, 0)
+    assert judge.ask([Question("d", "tie")], read_vote) == [None]
+    assert judge.failed == {}
+
+
+def test_a_reminded_question_that_gets_no_reply_has_failed():
+    judge = Judge(Overloaded("could not be read", reply="Well."), "v")
+    assert judge.ask([Question("a", "One?")], read_vote) == [None]
+    assert judge.failed == {0: "busy"}
+
+
+def test_a_combined_reward_says_which_responses_failed():
+    rewards = read_rewards(
+        [{"name": "objects"}, {"name": "judge", "engine": Overloaded("A ring.", reply=json.dumps(FIVE))}]
+    )
+    facts = {"world": "scenes", "objects": [{"shape": "star", "colour": "red"}]}
+    rows = [Response("row", [], [user_message("Hi")], text, facts=facts) for text in ("A star.", "A ring.")]
+    assert rewards.score(rows)["total"].isnan().tolist() == [False, True]
+    assert rewards.failures == {1: "judge: busy"}
+    assert not rewards.score(rows)["total"].isnan().any()
+    assert rewards.failures == {}
 
 
 def test_a_picture_that_cannot_be_opened_is_missing_alone(scenes):

@@ -90,6 +90,21 @@ def test_a_judge_that_asks_in_both_orders_itself_is_not_asked_again():
     assert (found.chosen, judge.asked) == (1, 1)
 
 
+def test_a_judge_that_did_not_reply_has_failed_whatever_it_said_of_the_other_answers():
+    class Broken(LongerIsBetter):
+        def compare(self, pairs):
+            said = super().compare(pairs)
+            return [
+                Verdict(None, error="503") if b.text == "d" else one for (_, b), one in zip(pairs, said, strict=True)
+            ]
+
+    found = ByJudge(Broken()).prefer([responses("a b", "c", "d"), responses("a b", "c")])
+    assert [(one.chosen, one.reason, one.words) for one in found] == [
+        (None, "judge_failed", "503"),
+        (0, "", "words"),
+    ]
+
+
 def test_best_against_worst_of_four():
     texts = ["a b", "a b c d", "a", "a b c"]
     (found,) = ByJudge(LongerIsBetter()).prefer([responses(*texts)])
@@ -190,6 +205,24 @@ def test_scores_and_their_margin(values, margin, expected):
     annotator = ByScore(Combined([Weighted("number", Numbers(values))]), margin)
     (found,) = annotator.prefer([responses(*(str(v) for v in values))])
     assert (found.chosen, found.rejected, found.reason) == expected
+
+
+@dataclass
+class Unanswered(Numbers):
+    failures: dict
+
+
+def test_a_prompt_whose_judge_did_not_reply_goes_to_quarantine(tmp_path):
+    prompts = write_prompts(tmp_path / "prompts", count=2)
+    rows = [Candidates(one.id, one.images, one.messages, [drawn("A red ring."), drawn("There is a disc.")])
+            for one in read_records(prompts, Prompt)]  # fmt: skip
+    write_records("t", rows, output=OutputConfig(tmp_path / "candidates"), record=Candidates, settings={}, seed=0)
+    reward = Unanswered([2.0, 1.0, 2.0, float("nan")], {3: "503"})
+    manifest = annotate(prompts, tmp_path / "candidates", ByScore(Combined([Weighted("judge", reward)])),
+                        Draw(frozenset(), 0.0, 0, 1), output=OutputConfig(tmp_path / "pairs"))  # fmt: skip
+    assert (manifest.rows_out, manifest.quarantined, manifest.dropped) == (1, 1, {"judge_failed": 1})
+    [file] = (tmp_path / "pairs" / "quarantine").glob("*.jsonl")
+    assert '"judge: 503"' in file.read_text()
 
 
 def test_a_pair_that_says_nearly_the_same_is_dropped_after_four_answers_too():

@@ -9,10 +9,13 @@ import re
 import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 import time
 import traceback
 from collections import Counter
 
+import httpx2
 import pytest
 
 from prefalign.engines import Request
@@ -166,6 +169,10 @@ class TestStopsAtOnce:
                 r"'localhost:8000' is no address of a server. .* such as http://localhost",
             ),
             (
+                {"base_url": "http://host/v1?api-key=secret"},
+                r"the server's address \(of host\) goes on after a \? or #, which requests do not keep",
+            ),
+            (
                 {"base_url": "http://me:secret@host/v1"},
                 r"the server's address \(of host\) holds a user name or password",
             ),
@@ -233,6 +240,11 @@ class TestKeptAnswers:
             engine_on(server, cache=tmp_path / "notes.txt")
         assert not server.listed
 
+    def test_a_folder_in_its_place_is_found_before_anything_is_paid(self, server, tmp_path):
+        with pytest.raises(ValueError, match="is a folder. Name a file"):
+            engine_on(server, cache=tmp_path)
+        assert not server.listed
+
     @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
     def test_a_process_that_is_killed_or_interrupted_loses_no_answer_that_was_kept(self, server, tmp_path, how):
         server.delay = 0.03
@@ -262,6 +274,85 @@ class TestKeptAnswers:
         paid = server.answers() - before
         assert sum(paid.values()) == 150 - kept
         assert set(paid.values()) == {1}
+
+
+INTERRUPTED = """
+import sys
+from prefalign.cli import _guarded
+from prefalign.engines.config import ServerConfig
+from prefalign.engines import Request, Sampling
+from prefalign.engines.openai import OpenAIEngine
+from prefalign.records import user_message
+engine = OpenAIEngine("tiny-vlm", ServerConfig(base_url=sys.argv[1], timeout=60))
+requests = [Request(f"row{number}", [user_message(f"row{number} what?")], []) for number in range(20)]
+sys.exit(_guarded(lambda: engine.generate(requests, Sampling()) and 0, resumes=True))
+"""
+
+
+class TestInterrupted:
+    """Ctrl-C says what it waits for, waits for no pause, and a second one for nothing."""
+
+    @contextlib.contextmanager
+    def running(self, server):
+        with subprocess.Popen(
+            [sys.executable, "-c", INTERRUPTED, server.url], stderr=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                deadline = time.monotonic() + 30
+                while len(server.asked) < 16 and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                yield process
+            finally:
+                process.kill()
+
+    def test_answers_under_way_are_waited_for(self, server):
+        server.delay = 1.5
+        with self.running(server) as process:
+            process.send_signal(signal.SIGINT)
+            told = process.communicate(timeout=20)[1]
+        assert "waiting for 16 answers under way, at most 60 s; Ctrl-C again leaves them" in told
+        assert "interrupted; start the same command again" in told
+        assert (process.returncode, len(server.asked)) == (130, 16)
+
+    def test_a_second_interrupt_leaves_them(self, server):
+        server.delay = 15.0
+        with self.running(server) as process:
+            process.send_signal(signal.SIGINT)
+            line = process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            second = time.monotonic()
+            told = process.communicate(timeout=20)[1]
+        assert line.startswith("waiting for 16 answers under way")
+        assert "interrupted; start the same command again" in told
+        assert "Traceback" not in told
+        assert process.returncode == 130
+        assert time.monotonic() - second < 5
+
+    def test_pauses_before_the_next_try_end(self, server):
+        server.faults, server.headers = {f"row{number}": [429] * 9 for number in range(20)}, {"Retry-After": "30"}
+        with self.running(server) as process:
+            time.sleep(0.3)
+            first = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            told = process.communicate(timeout=20)[1]
+        assert "waiting for" not in told
+        assert process.returncode == 130
+        assert time.monotonic() - first < 5
+
+
+def test_the_organization_of_the_environment_is_sent_to_openai_alone(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-mine")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-mine")
+    engine = engine_on(server)
+    engine.generate(some(1), GREEDY)
+    assert len(server.headers_seen) == 2  # its models, and the question
+    assert not any("mine" in value for headers in server.headers_seen for value in headers.values())
+    request = httpx2.Request("POST", "https://api.openai.com/v1", headers={"OpenAI-Organization": "org-mine"})
+    for address, sent in (("https://api.openai.com/v1", True), ("https://notopenai.com/v1", False)):
+        engine.server.address = address
+        engine.server.open()
+        engine.server._before(request)
+        assert ("OpenAI-Organization" in request.headers) is sent
 
 
 def test_requests_per_minute_holds_for_tries_too(server):

@@ -8,8 +8,10 @@ from collections import Counter
 
 import pytest
 
-from prefalign import bundled, config, selecting
+from prefalign import bundled, config, running, selecting
+from prefalign.engines import Completion
 from prefalign.engines.transformers import load_engine
+from prefalign.execution import Options, Shard
 from prefalign.images import encode_png, open_image
 from prefalign.judge import RUBRIC
 from prefalign.manifest import read_manifest
@@ -124,6 +126,19 @@ def test_a_stopped_run_ends_with_the_same_rows(stage, rows, graded, tmp_path):
     for name, kind in (("answers", Candidates), ("pairs", Pair), ("best", Example), ("steerlm", Example)):
         assert list(read_records(tmp_path / "out" / name, kind)) == list(read_records(graded[0] / name, kind))
     assert (tmp_path / "out" / "quality.json").read_bytes() == (graded[0] / "quality.json").read_bytes()
+
+
+def test_processes_that_share_a_folder_share_no_file_of_replies(stage, rows, tmp_path):
+    grader = Grader(list(read_records(rows, Prompt)))
+    known = settings(stage, rows, tmp_path / "out", grader, sampling={"max_new_tokens": 8}, exports=[])
+    for number in (1, 0):
+        running.run("quality_pairs", stage, known, Options(Shard(number, 2)))
+    assert read_manifest(tmp_path / "out").rows_out == ROWS
+    assert not list((tmp_path / "out").glob("*.sqlite*"))
+    named = [{**known.rewards[0], "cache": str(tmp_path / "mine.sqlite")}]
+    once = dataclasses.replace(known, rewards=named, output=dataclasses.replace(known.output, path=tmp_path / "named"))
+    running.run("quality_pairs", stage, once, Options(Shard(0, 2)))
+    assert (tmp_path / "mine.sqlite").is_file()
 
 
 def test_figures_say_what_was_dropped_and_how_far_the_judge_agrees_with_itself(graded):

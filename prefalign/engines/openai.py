@@ -12,15 +12,14 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from prefalign.engines import USAGE, Completion, ImageAttention, Request, Sampling, require
 from prefalign.engines.chat import Pictures, chat_messages
 from prefalign.engines.config import EngineConfig, ServerConfig
+from prefalign.engines.parallel import ask_all
 from prefalign.engines.sampling import check_sampling
 from prefalign.engines.server import RequestFailed, Server, ServerError
 from prefalign.engines.stopping import certain_sentence
@@ -57,10 +56,6 @@ class Answer:
     new_tokens: int = 0
 
 
-Said = SimpleQueue[tuple[str, Answer | str | BaseException]]
-"""What workers bring: by key an answer, why there is none, or an error that concerns every request."""
-
-
 class OpenAIEngine:
     """An `Engine` on a server. It is asked for its models once, here.
 
@@ -84,8 +79,6 @@ class OpenAIEngine:
         self.model = model
         self.fingerprint = f"{model}@{revision}" if revision else model
         self.replies = Replies(self.settings.cache) if self.settings.cache is not None else None
-        if self.replies is not None:
-            self.replies.kept([])  # a file of another kind is found before anything is paid for
         self.server = Server(model, self.settings)
         if self.server.owner not in CONTINUES:
             self.capabilities = self.capabilities - {"prefix"}
@@ -216,39 +209,13 @@ class OpenAIEngine:
         if not asked:
             return
         pictures.count(asked.values())
-        said: Said = SimpleQueue()
-        came: list[tuple[str, Answer | str | BaseException]] = []
-
-        def work(key: str) -> None:
-            try:
-                said.put((key, self._answer(asked[key], sampling, pictures, top)))
-            except RequestFailed as error:
-                said.put((key, str(error)))
-            except BaseException as error:
-                self.server.stop()
-                said.put((key, error))
-
         failed_before = self.server.failed_tries
-        self.server.open()
-        pool = ThreadPoolExecutor(self.settings.concurrency, thread_name_prefix="server")
-        try:
-            for key in pictures.together(asked):
-                pool.submit(work, key)
-            left = len(asked)
-            while left:
-                came.append(said.get())
-                came += _drained(said)
-                self._keep(came)
-                for key, answer in came:
-                    if isinstance(answer, BaseException):
-                        raise answer
-                    found[key] = answer
-                left -= len(came)
-                came.clear()
-        finally:
-            self.server.stop()
-            pool.shutdown(cancel_futures=True)
-            self._keep([*came, *_drained(said)])  # of a call that has stopped: what was under way
+        found |= ask_all(
+            pictures.together(asked),
+            lambda key: self._answer(asked[key], sampling, pictures, top),
+            self._keep,
+            self.server,
+        )
         if failed := self.server.failed_tries - failed_before:
             logger.info(
                 "%s: %d of the tries for %d requests failed and were made again.",
@@ -348,11 +315,6 @@ def load_engine(config: EngineConfig, *, needs: Sequence[str] = (), stage: str =
     if set(needs) - engine.capabilities:
         raise _refusal(f"{stage} needs a forced start of the answer (prefix), which", owner=engine.server.owner)
     return engine
-
-
-def _drained(said: Said) -> Iterator[tuple[str, Answer | str | BaseException]]:
-    while not said.empty():
-        yield said.get()
 
 
 def _completion(request: Request, answer: Answer | str) -> Completion:

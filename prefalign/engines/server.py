@@ -6,6 +6,7 @@ before it is sent, and a look at what came back, so that a body which is no answ
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -22,6 +23,8 @@ except ImportError as error:
         "a server is asked through the libraries openai and httpx2, and they are not installed or too old. Run "
         '`pip install "prefalign[judge]"`.'
     ) from error
+
+logger = logging.getLogger(__name__)
 
 OPENAI = "https://api.openai.com/v1"
 NO_KEY = "none"
@@ -40,6 +43,20 @@ class RequestFailed(Exception):
 
 class Stopped(Exception):
     """A request that was not sent because the call it belongs to has stopped."""
+
+
+class _Client(openai.OpenAI):
+    """OpenAI's client, whose pauses before a next try end when `stopping` is set."""
+
+    stopping = threading.Event()
+
+    def _sleep_for_retry(self, *, retries_taken: int, max_retries: int, options: Any, response: Any) -> None:
+        pause = self._calculate_retry_timeout(
+            max_retries - retries_taken, options, response.headers if response else None
+        )
+        logger.info("Retrying request in %f seconds (retry %i of %s)", pause, retries_taken + 1, max_retries)
+        if self.stopping.wait(pause):
+            raise Stopped
 
 
 class Server:
@@ -69,20 +86,23 @@ class Server:
         self._turn = threading.Lock()
         self._next = 0.0
         hooks: dict[str, list[Any]] = {"request": [self._before], "response": [self._after]}
-        self.client = openai.OpenAI(
+        self.client = _Client(
             api_key=self.key or NO_KEY,
             base_url=self.address,
             max_retries=settings.max_retries,
             timeout=openai.Timeout(settings.timeout, connect=min(10.0, settings.timeout)),
             http_client=openai.DefaultHttpxClient(event_hooks=hooks),
         )
+        self.client.stopping = self._stopping
         self.owner = self._owner()
 
     @property
     def is_openai(self) -> bool:
         """Whether this is OpenAI itself, or Azure, and not a server that speaks the same."""
-        host = urlsplit(self.address).hostname or ""
-        return host.endswith(("openai.com", "openai.azure.com"))
+        return self._is_at("openai.com") or self._is_at("openai.azure.com")
+
+    def _is_at(self, domain: str) -> bool:
+        return f".{urlsplit(self.address).hostname}".endswith(f".{domain}")
 
     def complete(self, body: dict[str, Any]) -> Any:
         """The chat completion that answers a request.
@@ -101,11 +121,19 @@ class Server:
         self._stopping.clear()
 
     def stop(self) -> None:
-        """Send nothing more, not even tries that are due."""
+        """Send nothing more, not even tries that are due; who waits for the time of a next try stops waiting."""
         self._stopping.set()
 
+    def close(self) -> None:
+        """Leave the server for good; what is under way comes to nothing."""
+        self.stop()
+        self.client.close()
+
     def _before(self, request: httpx2.Request) -> None:
-        """Wait for this try's turn."""
+        """Wait for this try's turn, and send OpenAI's organization and project, of the environment, to nobody else."""
+        if not self._is_at("openai.com"):
+            for name in ("OpenAI-Organization", "OpenAI-Project"):
+                request.headers.pop(name, None)
         limit = self.settings.requests_per_minute
         with self._turn:
             self.failed_tries += request.headers.get("x-stainless-retry-count", "0") != "0"
@@ -246,6 +274,12 @@ def _address(settings: ServerConfig) -> str:
         raise ValueError(
             f"the server's address (of {parts.hostname}) holds a user name or password, which would be written into configs and "
             "manifests. Take it out, and put the key into the environment variable that server.api_key_env names."
+        )
+    if parts.query or parts.fragment:
+        raise ValueError(
+            f"the server's address (of {parts.hostname}) goes on after a ? or #, which requests do not keep, and which would be "
+            "written into configs and manifests if it is a key. Take it out: server.base_url ends in a path such as /v1, and a "
+            "key belongs into the environment variable that server.api_key_env names."
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(

@@ -15,7 +15,7 @@ from prefalign.online.sampling import Draw, near_identical, usable
 from prefalign.records import Candidates, Pair, Prompt, canonical_json
 from prefalign.rewards import Comparator, Response, Verdict, read_comparator, read_rewards
 from prefalign.sources import DataConfig, fingerprint
-from prefalign.store import Dropped, Outcome, OutputConfig, read_records
+from prefalign.store import Dropped, Failed, Outcome, OutputConfig, read_records
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,7 +34,8 @@ class Preference:
     Attributes:
         chosen: number of the best answer; None: no preference, and `reason` says why.
         rejected: number of the worst.
-        reason: `tie`, `order_disagrees`, `no_verdict`, `cycle`, `no_score`, `small_gap` or `near_identical`.
+        reason: `tie`, `order_disagrees`, `no_verdict`, `cycle`, `no_score`, `small_gap`, `near_identical`, or `judge_failed`: it
+            did not reply, and `words` says why.
         gap: difference of their scores; None for a judge.
         votes: what a judge said of (chosen, rejected) in that order and in the swapped one, in terms of that order.
         confidence: the judge's.
@@ -86,7 +87,11 @@ class ByScore:
         rows = [{name: float(values[number]) for name, values in terms.items()} for number in range(len(flat))]
         found, at = [], 0
         for group in groups:
-            found.append(self._one(rows[at : at + len(group)]))
+            failed = next(
+                (self.rewards.failures[n] for n in range(at, at + len(group)) if n in self.rewards.failures), None
+            )
+            found.append(self._one(rows[at : at + len(group)]) if failed is None
+                         else Preference(reason="judge_failed", words=failed))  # fmt: skip
             at += len(group)
         return found
 
@@ -145,7 +150,8 @@ class ByJudge:
             one = verdicts[number]
             votes = (one.winner, _turned(other.winner))
             winner = one.winner if votes[0] == votes[1] else None
-            verdicts[number] = Verdict(winner, one.confidence, one.reason, votes)
+            error = one.error if one.error is not None else other.error
+            verdicts[number] = Verdict(winner, one.confidence, one.reason, votes, error)
         return verdicts
 
 
@@ -154,6 +160,9 @@ def _turned(winner: str | None) -> str | None:
 
 
 def _tournament(count: int, verdicts: Mapping[tuple[int, int], Verdict]) -> Preference:
+    failed = next((verdict.error for verdict in verdicts.values() if verdict.error is not None), None)
+    if failed is not None:
+        return Preference(reason="judge_failed", words=failed)
     wins = [0] * count  # less losses
     for (first, second), verdict in verdicts.items():
         if verdict.winner in ("first", "second"):
@@ -258,7 +267,7 @@ def annotate(
         outcomes: list[Outcome] = []
         for (prompt, drawn), found in zip(rows, annotator.prefer(groups), strict=True):
             pair = as_pair(prompt, drawn, found, annotator.version, seed=draw.seed, visit=draw.visit)
-            outcomes.append(pair if isinstance(pair, Dropped) else [pair])
+            outcomes.append([pair] if isinstance(pair, Pair) else pair)
         return outcomes
 
     return store.run_stage(
@@ -292,8 +301,10 @@ def as_pair(
     *,
     seed: int,
     visit: int,
-) -> Pair | Dropped:
+) -> Pair | Dropped | Failed:
     """The pair of a preference, or why there is none."""
+    if found.reason == "judge_failed":
+        return Failed(found.reason, found.words)
     if found.chosen is None or found.rejected is None:
         return Dropped(found.reason)
     chosen, rejected = drawn[found.chosen], drawn[found.rejected]

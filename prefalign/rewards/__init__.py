@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from prefalign.config import ConfigError, build, nearest
@@ -84,9 +84,11 @@ class Combined:
 
     Attributes:
         entries: what is added up.
+        failures: of the last call of `score`, by place of the response, which reward was not answered, and why.
     """
 
     entries: Sequence[Weighted]
+    failures: dict[int, str] = field(default_factory=dict, init=False)
 
     def versions(self) -> dict[str, str]:
         """What identifies each reward that has a `version` (weights, prompt), by its entry's name."""
@@ -108,8 +110,11 @@ class Combined:
         found: dict[str, torch.Tensor] = {}
         total = torch.zeros(len(responses))
         replaced = torch.zeros(len(responses))
+        self.failures = {}
         for entry in self.entries:
             terms = entry.reward.score(responses)
+            for place, message in getattr(entry.reward, "failures", {}).items():
+                self.failures.setdefault(place, f"{entry.name}: {message}")
             weights = {term: entry.weight_of(term) for term in terms}
             named = (
                 [] if isinstance(entry.weight, (int, float)) else [term for term in entry.weight if term not in terms]

@@ -47,7 +47,13 @@ class ByReward:
     def compare(self, pairs: Sequence[tuple[Response, Response]]) -> list[Verdict]:
         """One verdict for each pair; None where one of the two has no total."""
         totals = self.combined.score([response for pair in pairs for response in pair])["total"].tolist()
-        return [self._verdict(*totals[2 * row : 2 * row + 2]) for row in range(len(pairs))]
+        failures = self.combined.failures
+        return [
+            Verdict(None, reason="no reply", error=failures.get(2 * row, failures.get(2 * row + 1)))
+            if 2 * row in failures or 2 * row + 1 in failures
+            else self._verdict(*totals[2 * row : 2 * row + 2])
+            for row in range(len(pairs))
+        ]
 
     def _verdict(self, first: float, second: float) -> Verdict:
         gap = first - second

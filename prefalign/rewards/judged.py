@@ -37,6 +37,7 @@ from prefalign.judge import (
     wording_version,
 )
 from prefalign.records import row_seed
+from prefalign.replies import Replies
 from prefalign.rewards.reward import Response, Verdict
 from prefalign.text import same_answer
 
@@ -94,6 +95,8 @@ class _Asking:
             from prefalign.engines.loading import load_engine
 
             engine = load_engine(self.model, batch_size=self.batch_size)
+        if self.cache:
+            Replies(Path(self.cache))  # a file of another kind is found before anything is paid for
         told = "+facts" if self.facts or not self.pictures else ""
         version = f"{wording}{told}{'' if self.pictures else '-pictures'}"
         return Judge(engine, version, self.sampling, Path(self.cache) if self.cache else None)
@@ -124,6 +127,7 @@ class JudgedAttributes(_Asking):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._backwards = False
+        self.failures: dict[int, str] = {}
         unknown = [name for name in self.attributes if name not in RUBRIC]
         if unknown or not self.attributes or len(set(self.attributes)) < len(self.attributes):
             raise ValueError(
@@ -157,7 +161,10 @@ class JudgedAttributes(_Asking):
         return other
 
     def score(self, responses: Sequence[Response]) -> dict[str, torch.Tensor]:
-        """By attribute, (N,) from 0 to 4; NaN for all where the judge gave no readable reply in three attempts."""
+        """By attribute, (N,) from 0 to 4; NaN for all where the judge gave no readable reply in three attempts.
+
+        Where it gave none at all `failures` says why, by place of the response.
+        """
         import torch
 
         rows = [row for row, response in enumerate(responses) if self._can_judge(response)]
@@ -165,6 +172,7 @@ class JudgedAttributes(_Asking):
             [self._question(responses[row]) for row in rows],
             lambda reply: read_grades(reply, self.attributes),
         )
+        self.failures = {rows[place]: message for place, message in self.judge.failed.items()}
         self.judge.counts["missing"] += len(responses) - len(rows)
         grades = {row: one for row, one in zip(rows, found, strict=True) if one is not None}
         return {
@@ -216,11 +224,18 @@ class PairwiseJudge(_Asking):
             if ask
             for one, other in ((first, second), (second, first))
         ]
-        votes = iter(self.judge.ask(questions, read_vote))
-        return [
-            _verdict(next(votes), next(votes)) if ask else self._unasked(*pair)
-            for pair, ask in zip(pairs, asked, strict=True)
-        ]
+        votes = self.judge.ask(questions, read_vote)
+        places = iter(range(0, len(votes), 2))
+        return [self._asked(votes, next(places)) if ask else self._unasked(*pair)
+                for pair, ask in zip(pairs, asked, strict=True)]  # fmt: skip
+
+    def _asked(self, votes: Sequence[Vote | None], place: int) -> Verdict:
+        """The verdict of the votes at `place` and after it."""
+        verdict = _verdict(votes[place], votes[place + 1])
+        failed = self.judge.failed
+        if (error := failed.get(place, failed.get(place + 1))) is not None:
+            return dataclasses.replace(verdict, reason="no reply", error=error)
+        return verdict
 
     def _to_ask(self, first: Response, second: Response) -> bool:
         pictures = [[picture_hash(image) for image in response.images] for response in (first, second)]

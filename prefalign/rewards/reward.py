@@ -46,7 +46,11 @@ class Response:
 
 
 class Reward(Protocol):
-    """Scores of responses. A dataclass whose fields are its settings, listed in `prefalign.rewards.REWARDS`."""
+    """Scores of responses. A dataclass whose fields are its settings, listed in `prefalign.rewards.REWARDS`.
+
+    A reward that asks somebody may have `failures`: of its last call, by place of the response, why nobody replied. Such a score
+    is NaN too, but it can be had another time: stages that store scores quarantine the row.
+    """
 
     def score(self, responses: Sequence[Response]) -> Mapping[str, torch.Tensor]:
         """Score responses.
@@ -67,12 +71,14 @@ class Verdict:
         confidence: in [0, 1]; None: not known.
         reason: the judge's own words, or why there is no verdict.
         votes: what was said in the given order and in the swapped one, both in terms of the given order.
+        error: why the judge did not reply at all (its server failed); None: it did, or was not asked.
     """
 
     winner: Literal["first", "second", "tie"] | None
     confidence: float | None = None
     reason: str = ""
     votes: tuple[str | None, ...] = ()
+    error: str | None = None
 
 
 class Comparator(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,8 @@ def score_rows(rows: Sequence[tuple[Candidates, list[Image.Image]]], rewards: Co
     Scores that an answer has already stay under their names; `total` is that of these rewards.
 
     Returns:
-        One entry for each row, in order; `Failed` (`bad_facts`) where a reward cannot read a row's facts.
+        One entry for each row, in order; `Failed` where a reward cannot read a row's facts (`bad_facts`), or a judge did not
+        reply about one of its answers (`judge_failed`).
     """
     responses = [response for row, images in rows for response in as_responses(row, images)]
     try:
@@ -68,7 +69,19 @@ def score_rows(rows: Sequence[tuple[Candidates, list[Image.Image]]], rewards: Co
         if len(rows) == 1:
             return [Failed("bad_facts", str(error))]
         return [score_rows([row], rewards)[0] for row in rows]
-    return [_scored(row, [next(scores) for _ in row.responses]) for row, _ in rows]
+    found: list[Candidates | Failed] = []
+    place = 0
+    for row, _ in rows:
+        scored = _scored(row, [next(scores) for _ in row.responses])
+        found.append(judge_failure(rewards, range(place, place + len(row.responses))) or scored)
+        place += len(row.responses)
+    return found
+
+
+def judge_failure(rewards: Combined, places: Iterable[int]) -> Failed | None:
+    """Why a row cannot be scored whose responses had these places in the last call: a judge did not reply."""
+    message = next((rewards.failures[place] for place in places if place in rewards.failures), None)
+    return None if message is None else Failed("judge_failed", message)
 
 
 def _number(value: float) -> float | None:
