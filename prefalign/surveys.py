@@ -6,13 +6,14 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Container, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from prefalign import sources
+from prefalign import folders, sources
 from prefalign.execution import SHARD
 from prefalign.images import ImageError
-from prefalign.manifest import write_atomically
 from prefalign.records import RecordError
 from prefalign.sources import DataConfig
 from prefalign.store import READERS, Input, OutputConfig
@@ -45,8 +46,9 @@ class Survey:
         """Work on the readable inputs of each block; what a killed run has done is taken from disk.
 
         What decides the rows (data, settings, model) is in the `config.json` with which `run_stage` has claimed the folder.
-        Of several processes at work on one folder (`execution`) each does its own blocks first, and then of the others' those
-        that are not done yet: nobody waits for anybody.
+        Of several processes at work on one folder (`execution`) each does its own blocks first, then those of the others that
+        nobody has done and nobody is at: whoever begins a block leaves a mark. Nobody waits for anybody: at the end each does
+        what is missing, marked or not, since who left the mark may be dead. All see the same: what came to disk first.
 
         Args:
             kind: name of the pass.
@@ -56,9 +58,10 @@ class Survey:
 
         shard = SHARD.get()
         if not shard.alone:
-            for number, block in self._blocks():
-                if shard.owns(number):
-                    self._found(kind, number, block, work)
+            for mine in (shard.owns, lambda number: not shard.owns(number)):
+                for number, block in self._blocks():
+                    if mine(number) and self._begins(kind, number):
+                        self._found(kind, number, block, work)
         with tqdm(total=self.total, desc=f"{self.stage}: {kind}", unit="row", disable=None) as bar:
             for number, block in self._blocks():
                 found = self._found(kind, number, block, work)
@@ -73,19 +76,52 @@ class Survey:
                 return
             yield number, block
 
+    def _begins(self, kind: str, number: int) -> bool:
+        """Whether this shard is the one to do a block, which it then has marked. It goes on with what it was at when killed."""
+        if self._kept(kind, number) is not None:
+            return False
+        mark, shard = self._mark(kind, number), SHARD.get()
+        who = f"{shard.number}/{shard.count}"
+        if not mark.is_file():
+            folders.create(mark, who.encode())
+        with suppress(FileNotFoundError):  # another shard has just done it
+            return mark.read_text() == who
+        return False
+
     def _found(self, kind: str, number: int, block: list[Any], work: Work) -> list[dict[str, Any]]:
         """What was found of a block, on disk or now."""
-        of = hashlib.sha256((self.output.path / "config.json").read_bytes()).hexdigest()
-        file = self.output.path / "survey" / f"{kind}-{number:05d}.json"
-        done: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-        if done.get("of") != of:
+        found = self._kept(kind, number)
+        if found is None:
             inputs = []
             for row in block:
                 try:
                     inputs.append(READERS[self.reads](row, self.data, repeated=self.repeated))
                 except (RecordError, ImageError):
                     continue  # the store puts it into quarantine
-            done = {"of": of, "rows": work(inputs)}
-            write_atomically(file, json.dumps(done).encode())
-        rows: list[dict[str, Any]] = done["rows"]
-        return rows
+            made = {"of": self._config(), "rows": work(inputs)}
+            folders.create(self._file(kind, number), json.dumps(made).encode())
+            found = self._kept(kind, number)
+        assert found is not None, "nobody deletes what belongs to this config"
+        self._mark(kind, number).unlink(missing_ok=True)
+        return found
+
+    def _kept(self, kind: str, number: int) -> list[dict[str, Any]] | None:
+        """What is on disk of a block. What an earlier config has left there is deleted."""
+        try:
+            found = json.loads(self._file(kind, number).read_bytes())
+        except FileNotFoundError:
+            return None
+        if found["of"] == self._config():
+            rows: list[dict[str, Any]] = found["rows"]
+            return rows
+        self._file(kind, number).unlink(missing_ok=True)
+        return None
+
+    def _config(self) -> str:
+        return hashlib.sha256((self.output.path / "config.json").read_bytes()).hexdigest()
+
+    def _file(self, kind: str, number: int) -> Path:
+        return self.output.path / "survey" / f"{kind}-{number:05d}.json"
+
+    def _mark(self, kind: str, number: int) -> Path:
+        return self.output.path / "survey" / f".{kind}-{number:05d}.begun"
