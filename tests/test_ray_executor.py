@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -135,9 +136,9 @@ def test_a_stage_that_writes_two_folders(file, rows, straight, tmp_path):
 @pytest.mark.parametrize(
     ("mishap", "message"),
     [
-        ("start", "^there is no such model. Name another.$"),
-        ("refuse", "^r07 cannot be done. Leave it out.$"),
-        ("bug", r"(?s)^the stage failed in an actor:\nTraceback .*befall.*KeyError: 'unforeseen'"),
+        ("start", f"^there is no such model. Name another. .in an actor on node {re.escape(socket.gethostname())}.$"),
+        ("refuse", "^r07 cannot be done. Leave it out. .in an actor on node "),
+        ("bug", r"(?s)^the stage failed in an actor on node \S+:\nTraceback .*befall.*KeyError: 'unforeseen'"),
         ("differ", r"^actors disagree on what they make \(settings.pid: \d+ -> \d+\): .* load the same model"),
     ],
 )
@@ -191,6 +192,31 @@ def test_a_cluster_that_is_not_there():
         "ExecutorError: no Ray cluster could be reached at 127.0.0.1:1: .* Start one .`ray start --head`., or leave"
     )
     assert re.search(message, done.stderr)
+
+
+def test_a_cluster_that_wants_another_token(monkeypatch):
+    """What Ray 2.60 raises there after twenty seconds of trying."""
+    said = (
+        'Failed to connect to GCS. Last connection error: Traceback (most recent call last):\n  File "ray/node.py", line '
+        "996, in _init_gcs_client\n    client = GcsClient(\n             ^^^^^^^^^^\n"
+        + "  of ray\n"
+        * 40
+        + "ray.exceptions."
+        "AuthenticationError: RPC error: InvalidAuthToken: Authentication token is missing or incorrect. Ensure that\n"
+    )
+
+    def refuse(**settings):
+        raise ConnectionError("Failed to connect to Ray cluster") from RuntimeError(said)
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(ExecutorError, match="^the Ray cluster at head did not take this run's token: .*InvalidAuthToken: Auth"
+                       ".* The token must be the cluster's: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"):  # fmt: skip
+        ray_executor.connect("head")
+    said = said.replace("InvalidAuthToken", "Unforeseen")
+    with pytest.raises(
+        ExecutorError, match="^no Ray cluster could be reached at head: ray.exceptions.*: Unforeseen: Auth"
+    ):
+        ray_executor.connect("head")
 
 
 def test_nodes_that_do_not_see_the_folder(file, rows, tmp_path, monkeypatch):

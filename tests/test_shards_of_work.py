@@ -4,6 +4,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -395,8 +396,30 @@ def test_the_command_tells_of_shards_and_says_which_stages_have_none(rows, tmp_p
     assert "merge_adapter does not work by blocks" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["plan", "doctor"])
+@pytest.mark.parametrize("given", [["--shard", "0/2"], ["--executor=ray", "--actors", "2"]])
+def test_what_is_told_of_a_training_knows_no_blocks(verb, given, capsys):
+    assert cli.main([verb, "train_preference", *given]) == 1
+    assert re.match("error: --shard and --executor share out .* and train_preference is a training: leave them out. It",
+                    capsys.readouterr().err)  # fmt: skip
+
+
+def test_a_plan_is_of_one_process(rows, tmp_path, capsys):
+    file = str(write_stage(tmp_path))
+    command = ["plan", file, "--data.path", str(rows), "--output.path", str(tmp_path / "out"), "--rows", "2"]
+    assert cli.main(command) == 0
+    plain = capsys.readouterr()
+    assert cli.main([*command, "--shard", "0/4"]) == 0
+    shared = capsys.readouterr()
+    columns = [[line.split()[:4] for line in said.out.splitlines()] for said in (plain, shared)]
+    assert columns[0] == columns[1] != []
+    assert "capitals: --shard and --executor are left out: the plan is of all rows, in one process." in shared.err
+    assert "left out" not in plain.err
+
+
 SRUN = '#!/bin/bash\nexec "$@"\n'
-ARRAY = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "2", "SLURM_JOB_ID": "71", "SLURM_CPUS_PER_TASK": "1"}
+ARRAY = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "2", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_JOB_ID": "71",
+         "SLURM_CPUS_PER_TASK": "1"}  # fmt: skip
 
 
 @pytest.fixture
@@ -423,17 +446,23 @@ def test_a_slurm_array_does_a_shard_in_each_task(slurm, stage, rows, tmp_path):
     for task in (2, 0):
         said.append(slurm(task, *words).communicate())
     assert "shard 2/3 of capitals has done its blocks; 6 of 8" in said[0][0], said
-    again = slurm(1, *words, SLURM_ARRAY_TASK_MIN="1", SLURM_ARRAY_TASK_MAX="1")
-    assert "The array begins at 1, so blocks of shard 0 would not be done" in again.communicate()[1]
-    assert again.returncode == 2
-    last = slurm(1, *words, SLURM_ARRAY_TASK_MIN="1", SLURM_ARRAY_TASK_MAX="1", SHARDS="3").communicate()
+    one = {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "1", "SLURM_ARRAY_TASK_COUNT": "1"}
+    for gaps in (one, {"SLURM_ARRAY_TASK_COUNT": "2"}):
+        again = slurm(1, *words, **gaps)
+        assert re.search(
+            "The array has . tasks from . to 2?.*, and not every number from 0: .* set SHARDS", again.communicate()[1]
+        )
+        assert again.returncode == 2
+    last = slurm(1, *words, SHARDS="3", **one).communicate()
     assert "capitals: 22 rows in, 18 rows out" in last[0], last
     assert files(tmp_path / "out") == files(tmp_path / "straight")
 
 
 def test_a_slurm_task_asks_to_be_queued_again(slurm, tmp_path):
-    (tmp_path / "bin" / "srun").write_text("#!/bin/bash\ntouch started\nexec sleep 20\n")
-    task = slurm(0, "capitals")
+    (tmp_path / "bin" / "srun").write_text(
+        '#!/bin/bash\necho "$SRUN_CPUS_PER_TASK" >cpus\ntouch started\nexec sleep 20\n'
+    )
+    task = slurm(0, "capitals", SLURM_CPUS_PER_TASK="8")
     while not (tmp_path / "started").exists():
         assert task.poll() is None
         time.sleep(0.05)
@@ -441,4 +470,5 @@ def test_a_slurm_task_asks_to_be_queued_again(slurm, tmp_path):
     task.wait(timeout=60)
     os.killpg(task.pid, signal.SIGKILL)
     task.communicate()
+    assert (tmp_path / "cpus").read_text() == "8\n"
     assert (tmp_path / "requeued").read_text() == "requeue 71\n"
