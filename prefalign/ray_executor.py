@@ -81,7 +81,7 @@ def connect(address: str, **settings: Any) -> Any:
         if known:  # Ray itself tries for two minutes
             socket.create_connection((known[1], int(known[2])), timeout=10).close()
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **settings)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ExecutorError(_unreachable(address, error)) from error
     return ray
 
@@ -90,11 +90,9 @@ def _unreachable(address: str, error: Exception) -> str:
     """Why there is no cluster. What Ray tells of it may be a traceback, whose last line names the cause."""
     text = str(error.__cause__ or error).strip()
     last = text.splitlines()[-1] if text else type(error).__name__
-    if isinstance(error, _import_ray().exceptions.AuthenticationError) or re.search(
-        "Unauthenticated|InvalidAuthToken", text
-    ):
+    if re.search("Unauthenticated|InvalidAuthToken|RAY_AUTH_TOKEN", text):
         return (
-            f"the Ray cluster at {address} did not take this run's token: {last[:300]} The token must be the cluster's: set "
+            f"the Ray cluster at {address} did not take this run's token: {last.split('. ')[0]}. It must be the cluster's: set "
             "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to what they were for `ray start`."
         )
     return (

@@ -52,7 +52,7 @@ def test_the_data_have_traps_across_blocks(stage, rows, tmp_path):
     assert (manifest.rows_in, manifest.rows_out, manifest.quarantined) == (22, 18, 2)
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1)])
 def test_shards_in_any_order_make_the_folder_of_one_process(stage, rows, tmp_path, order):
     start(stage, settings(stage, rows, tmp_path / "straight"))
     asked = settings(stage, rows, tmp_path / "out")
@@ -162,7 +162,7 @@ def test_shards_that_start_at_the_same_moment(stage, rows, tmp_path, numbers):
 
 
 def test_of_two_configs_started_at_the_same_moment_one_gets_the_folder(stage, rows, tmp_path):
-    for trial in range(5):
+    for trial in range(3):
         barrier = multiprocessing.get_context("fork").Barrier(2)
         folder = tmp_path / f"out{trial}"
         processes = [
@@ -442,10 +442,10 @@ def slurm(tmp_path):
 def test_a_slurm_array_does_a_shard_in_each_task(slurm, stage, rows, tmp_path):
     start(stage, settings(stage, rows, tmp_path / "straight"))
     words = [tmp_path / "capitals.py", "--data.path", rows, "--output.path", tmp_path / "out", "--output.block_size", 3]
-    said = []
-    for task in (2, 0):
-        said.append(slurm(task, *words).communicate())
-    assert "shard 2/3 of capitals has done its blocks; 6 of 8" in said[0][0], said
+    said = slurm(2, *words).communicate()
+    assert "shard 2/3 of capitals has done its blocks; 6 of 8" in said[0], said
+    with pytest.raises(LeftToOthers):
+        start(stage, settings(stage, rows, tmp_path / "out"), 0, 3)
     one = {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "1", "SLURM_ARRAY_TASK_COUNT": "1"}
     for gaps in (one, {"SLURM_ARRAY_TASK_COUNT": "2"}):
         again = slurm(1, *words, **gaps)
