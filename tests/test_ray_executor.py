@@ -100,12 +100,13 @@ def test_a_killed_driver_is_started_again(cluster, file, rows, straight, tmp_pat
     assert before.items() <= {ledger.name: ledger.stat().st_mtime_ns for ledger in finished.glob("*.json")}.items()
 
 
-@pytest.mark.parametrize("name", ["sample_responses", "mia_dpo"])
-def test_stages_with_a_model(name, tmp_path):
+@pytest.mark.parametrize(("name", "options"), [("sample_responses", RAY), ("mia_dpo", ONE)])
+def test_stages_with_a_model(name, options, tmp_path):
+    """mia_dpo draws other pictures from a pool that the actor makes in the driver's folder."""
     prompts_with_a_duplicate(tmp_path / "in")
     stage = bundled.load_stage(name)
     running.run(name, stage, scenes_config(stage, name, tmp_path / "in", tmp_path / "straight"), Options())
-    manifest = running.run(name, stage, scenes_config(stage, name, tmp_path / "in", tmp_path / "out"), RAY)
+    manifest = running.run(name, stage, scenes_config(stage, name, tmp_path / "in", tmp_path / "out"), options)
     assert manifest.dropped["duplicate"] == 1
     assert files(tmp_path / "out") == files(tmp_path / "straight")
 
