@@ -160,6 +160,10 @@ def plan_stages(arguments: Sequence[str]) -> None:
         rest = rest[end + 1 :]
         module = bundled.load_stage(name)
         _check_planned(name, module)
+        shared_out, options = execution.take_options(options)
+        if not shared_out.plain:
+            said = "--shard and --executor are left out: the plan is of all rows, in one process."
+            print(f"{Path(name).stem}: {said}", file=sys.stderr)
         chosen, overrides = _config_file(options)
         resolved = config.load(module.Config, bundled.find(chosen) if chosen else None, overrides)
         stages.append(planner.Stage(Path(name).stem, module, resolved))
@@ -198,7 +202,7 @@ def _plan_training(name: str, arguments: Sequence[str]) -> None:
     if "--help" in arguments or "-h" in arguments:
         print(training_plan.describe())
         return
-    chosen, rest = _config_file(arguments)
+    chosen, rest = _config_file(_of_a_training(name, arguments))
     training_plan.main(bundled.load_stage(name), config.read_yaml(bundled.find(chosen)) if chosen else {}, rest)
 
 
@@ -224,7 +228,7 @@ def examine_stage(arguments: Sequence[str]) -> int:
             f"doctor examines {', '.join(doctor.STAGES)}, and was given {name!r}. What stages that make pairs will need is told "
             "by `prefalign plan`."
         )
-    rows, rest = _option(rest, "--rows")
+    rows, rest = _option(_of_a_training(name, rest), "--rows")
     target, rest = _option(rest, "--json")
     if rows is not None and (not rows.isdigit() or int(rows) == 0):
         raise config.ConfigError(f"--rows {rows}: give the number of rows to read, as in `--rows 64`.")
@@ -237,6 +241,17 @@ def examine_stage(arguments: Sequence[str]) -> int:
         text = json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2)
         Path(target).write_text(text + "\n", encoding="utf-8")
     return int(any(finding.verdict == "fail" for finding in findings))
+
+
+def _of_a_training(name: str, arguments: Sequence[str]) -> list[str]:
+    """The arguments, which may not say how blocks are shared out."""
+    options, rest = execution.take_options(arguments)
+    if not options.plain:
+        raise config.ConfigError(
+            f"--shard and --executor share out the blocks of stages that make rows, and {Path(name).stem} is a training: leave "
+            "them out. It is started on several devices with `torchrun` or `accelerate launch`."
+        )
+    return rest
 
 
 def _option(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:

@@ -172,6 +172,7 @@ class Ended:
         trace: where that came from.
         expected: whether the error is of a kind whose message says all (`ValueError` and other errors that stages raise).
         said: what it wrote to stderr after its blocks were done.
+        node: the machine on which it raised.
     """
 
     result: Any = None
@@ -179,6 +180,7 @@ class Ended:
     trace: str = ""
     expected: bool = True
     said: str = ""
+    node: str = ""
 
 
 @dataclass
@@ -242,4 +244,9 @@ WORKER: ContextVar[StageWorker | None] = ContextVar("worker", default=None)
 def ended(error: BaseException) -> Ended:
     """The end that an exception, being handled, makes of a stage."""
     expected = isinstance(error, (ValueError, RuntimeError, OSError, ImportError, FloatingPointError))
-    return Ended(error=str(error) or type(error).__name__, trace=traceback.format_exc(), expected=expected)
+    return Ended(
+        error=str(error) or type(error).__name__,
+        trace=traceback.format_exc(),
+        expected=expected,
+        node=socket.gethostname(),
+    )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import socket
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,6 +18,8 @@ import prefalign
 from prefalign.blocks import StoreError
 from prefalign.manifest import Manifest, differences, library_versions, read_manifest, temporary, write_atomically
 from prefalign.records import SCHEMA_VERSION
+
+STALE = 600.0  # seconds after which nobody is still writing a block's file
 
 
 def finished(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
@@ -65,12 +70,12 @@ def claim(folder: Path, identity: Mapping[str, Any], *, alone: bool = True) -> N
     if alone:
         write_atomically(file, content)
     else:
-        _create(file, content)
+        create(file, content)
         claim(folder, identity, alone=False)
 
 
-def _create(file: Path, content: bytes) -> None:
-    """Write a file whole unless another process has done so before."""
+def create(file: Path, content: bytes) -> None:
+    """Write a file whole unless another process has done so before; whichever of them came first, the file is not changed."""
     unfinished = temporary(file)
     write_atomically(unfinished, content)
     try:
@@ -89,10 +94,31 @@ def start_afresh(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what killed writers of blocks have left under temporary names, once every block is committed."""
+    """Delete what killed writers of blocks have left under temporary names, once every block is committed.
+
+    Processes that are alive may still write blocks that others have committed before them, so a file is deleted only if its
+    writer was a process of this machine that is gone, or if it is older than `STALE` seconds.
+    """
     for kind in ("data", "quarantine", "progress"):
         for left in (folder / kind).glob(".*.tmp"):
-            left.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if _is_abandoned(left):
+                    left.unlink()
+
+
+def _is_abandoned(unfinished: Path) -> bool:
+    if time.time() - unfinished.lstat().st_mtime > STALE:
+        return True
+    writer = re.search(rf"\.{re.escape(socket.gethostname())}-(\d+)\.tmp$", unfinished.name)
+    if writer is None:
+        return False
+    try:
+        os.kill(int(writer[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it is another user's
+        pass
+    return False
 
 
 class Ledgers:

@@ -60,14 +60,21 @@ def temporary(path: Path) -> Path:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it either is there whole or is not there: temporary name, fsync, rename."""
+    """Write a file so that it either is there whole or is not there: temporary name, fsync, rename.
+
+    Where several processes write and another one has written this file and swept up (`folders.sweep`), that file stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = temporary(path)
     with unfinished.open("wb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(unfinished, path)
+    try:
+        os.replace(unfinished, path)
+    except FileNotFoundError:
+        if not WRITER.get() or not path.exists():
+            raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

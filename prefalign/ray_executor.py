@@ -81,13 +81,24 @@ def connect(address: str, **settings: Any) -> Any:
         if known:  # Ray itself tries for two minutes
             socket.create_connection((known[1], int(known[2])), timeout=10).close()
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **settings)
-    except (OSError, RuntimeError, ValueError) as error:
-        why = " ".join(str(error.__cause__ or error).split())
-        raise ExecutorError(
-            f"no Ray cluster could be reached at {address}: {why[:300]}. Start one (`ray start --head`), or leave --ray-address "
-            "and RAY_ADDRESS out: then one is started on this machine for the run."
-        ) from error
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ExecutorError(_unreachable(address, error)) from error
     return ray
+
+
+def _unreachable(address: str, error: Exception) -> str:
+    """Why there is no cluster. What Ray tells of it may be a traceback, whose last line names the cause."""
+    text = str(error.__cause__ or error).strip()
+    last = text.splitlines()[-1] if text else type(error).__name__
+    if re.search("Unauthenticated|InvalidAuthToken|RAY_AUTH_TOKEN", text):
+        return (
+            f"the Ray cluster at {address} did not take this run's token: {last.split('. ')[0]}. It must be the cluster's: set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to what they were for `ray start`."
+        )
+    return (
+        f"no Ray cluster could be reached at {address}: {last[:300].rstrip('.')}. Start one (`ray start --head`), or leave "
+        "--ray-address and RAY_ADDRESS out: then one is started on this machine for the run."
+    )
 
 
 def _import_ray() -> Any:
@@ -358,7 +369,11 @@ class _Crew:
 
 def _fail(end: Ended) -> NoReturn:
     told = end.expected and not os.environ.get("PREFALIGN_TRACEBACK")
-    raise ExecutorError(str(end.error) if told else f"the stage failed in an actor:\n{end.trace}")
+    raise ExecutorError(
+        f"{end.error} (in an actor on node {end.node})"
+        if told
+        else f"the stage failed in an actor on node {end.node}:\n{end.trace}"
+    )
 
 
 def _sizes(resources: dict[str, float]) -> str:

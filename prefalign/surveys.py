@@ -6,13 +6,13 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Container, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefalign import sources
+from prefalign import folders, sources
 from prefalign.execution import SHARD
-from prefalign.folders import Ledgers
 from prefalign.images import ImageError
 from prefalign.manifest import write_atomically
 from prefalign.records import RecordError
@@ -49,8 +49,9 @@ class Survey:
         """Work on the readable inputs of each block; what a killed run has done is taken from disk.
 
         What decides the rows (data, settings, model) is in the `config.json` with which `run_stage` has claimed the folder.
-        Of several processes at work on one folder (`execution`) each does its own blocks first, and then of the others' those
-        that are not done yet: nobody waits for anybody.
+        Of several processes at work on one folder (`execution`) each does its own blocks first, then those of the others that
+        nobody has done and nobody is at: whoever begins a block leaves a mark. Nobody waits for anybody: at the end each does
+        what is missing, marked or not, since who left the mark may be dead. All see the same: what came to disk first.
 
         Args:
             kind: name of the pass.
@@ -63,8 +64,11 @@ class Survey:
         shard = SHARD.get()
         if not shard.alone:
             for number, block in self._blocks():
-                if shard.owns(number):
+                if shard.owns(number) and (self._begins(kind, number) or again is not None):
                     self._found(kind, number, block, work, again)
+            for number, block in self._blocks():
+                if not shard.owns(number) and self._begins(kind, number):
+                    self._found(kind, number, block, work, None)
         with tqdm(total=self.total, desc=f"{self.stage}: {kind}", unit="row", disable=None) as bar:
             for number, block in self._blocks():
                 found = self._found(kind, number, block, work, again if shard.alone else None)
@@ -83,23 +87,38 @@ class Survey:
                 return
             yield number, block
 
+    def _begins(self, kind: str, number: int) -> bool:
+        """Whether this shard is the one to do a block, which it then has marked. It goes on with what it was at when killed."""
+        if self._kept(kind, number) is not None:
+            return False
+        mark, shard = self._mark(kind, number), SHARD.get()
+        who = f"{shard.number}/{shard.count}"
+        if not mark.is_file():
+            folders.create(mark, who.encode())
+        with suppress(FileNotFoundError):  # another shard has just done it
+            return mark.read_text() == who
+        return False
+
     def _found(self, kind: str, number: int, block: list[Any], work: Work, again: Again | None) -> list[dict[str, Any]]:
         """What was found of a block, on disk or now."""
-        of = hashlib.sha256((self.output.path / "config.json").read_bytes()).hexdigest()
-        file = self.file(kind, number)
-        done: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-        rows: list[dict[str, Any]] = done.get("rows", [])
-        if done.get("of") != of:
-            rows = work(self._inputs(block))
-        elif again is not None and any(map(again, rows)) and not Ledgers(self.output.path).file(number).is_file():
+        found = self._kept(kind, number)
+        if found is None:
+            made = {"of": self._config(), "rows": work(self._inputs(block))}
+            folders.create(self.file(kind, number), json.dumps(made).encode())
+            found = self._kept(kind, number)
+        elif (
+            again is not None
+            and any(map(again, found))
+            and not folders.Ledgers(self.output.path).file(number).is_file()
+        ):
             inputs = self._inputs(block)
-            places = [place for place, row in enumerate(rows) if again(row)]
+            places = [place for place, row in enumerate(found) if again(row)]
             for place, row in zip(places, work([inputs[place] for place in places]), strict=True):
-                rows[place] = row
-        else:
-            return rows
-        write_atomically(file, json.dumps({"of": of, "rows": rows}).encode())
-        return rows
+                found[place] = row
+            write_atomically(self.file(kind, number), json.dumps({"of": self._config(), "rows": found}).encode())
+        assert found is not None, "nobody deletes what belongs to this config"
+        self._mark(kind, number).unlink(missing_ok=True)
+        return found
 
     def _inputs(self, block: list[Any]) -> list[Any]:
         """The readable inputs of a block."""
@@ -110,3 +129,21 @@ class Survey:
             except (RecordError, ImageError):
                 continue  # the store puts it into quarantine
         return inputs
+
+    def _kept(self, kind: str, number: int) -> list[dict[str, Any]] | None:
+        """What is on disk of a block. What an earlier config has left there is deleted."""
+        try:
+            found = json.loads(self.file(kind, number).read_bytes())
+        except FileNotFoundError:
+            return None
+        if found["of"] == self._config():
+            rows: list[dict[str, Any]] = found["rows"]
+            return rows
+        self.file(kind, number).unlink(missing_ok=True)
+        return None
+
+    def _config(self) -> str:
+        return hashlib.sha256((self.output.path / "config.json").read_bytes()).hexdigest()
+
+    def _mark(self, kind: str, number: int) -> Path:
+        return self.output.path / "survey" / f".{kind}-{number:05d}.begun"

@@ -63,6 +63,8 @@ def befall(config):
         os.kill(os.getpid(), signal.SIGKILL)
     while config.mishap == "hang" and not marks:
         time.sleep(0.05)
+    if config.mishap == "differ":
+        time.sleep(60)  # until the other actor is there and the driver ends both
     if config.mishap == "refuse":
         raise ValueError(f"{config.at} cannot be done. Leave it out.")
     if config.mishap == "bug":

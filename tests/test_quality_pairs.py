@@ -9,7 +9,6 @@ from collections import Counter
 import pytest
 
 from prefalign import bundled, config, running, selecting
-from prefalign.engines import Completion
 from prefalign.engines.transformers import load_engine
 from prefalign.execution import Options, Shard
 from prefalign.images import encode_png, open_image

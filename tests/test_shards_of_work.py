@@ -4,15 +4,17 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
+import socket
 import subprocess
 import time
 
 import pytest
 
-from prefalign import bundled, cli, config, running, store
+from prefalign import bundled, cli, config, folders, running, store
 from prefalign.execution import LeftToOthers, Options, Shard, sharded, take_options
-from prefalign.manifest import read_manifest
+from prefalign.manifest import read_manifest, write_atomically
 from prefalign.records import Prompt
 from prefalign.sources import DataConfig, survey
 from prefalign.store import OutputConfig, StoreError, write_records
@@ -50,7 +52,7 @@ def test_the_data_have_traps_across_blocks(stage, rows, tmp_path):
     assert (manifest.rows_in, manifest.rows_out, manifest.quarantined) == (22, 18, 2)
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1)])
 def test_shards_in_any_order_make_the_folder_of_one_process(stage, rows, tmp_path, order):
     start(stage, settings(stage, rows, tmp_path / "straight"))
     asked = settings(stage, rows, tmp_path / "out")
@@ -112,12 +114,36 @@ def test_a_shard_killed_in_mid_block_is_started_again(stage, rows, tmp_path):
     killed.kill()
     killed.join()
     assert killed.exitcode == -signal.SIGKILL
-    (tmp_path / "out" / "data" / ".train-00002.parquet.node-17.tmp").write_bytes(b"half")
+    writers = {"killed": f"{socket.gethostname()}-{killed.pid}", "alive": f"{socket.gethostname()}-{os.getppid()}",
+               "old": "node-17", "elsewhere": "node-18"}  # fmt: skip
+    half = {kind: tmp_path / "out" / "data" / f".train-00002.parquet.{name}.tmp" for kind, name in writers.items()}
+    for file in half.values():
+        file.write_bytes(b"half")
+    os.utime(half["old"], (0, time.time() - folders.STALE - 1))
     assert start(stage, asked, 2, 3).rows_in == 22
     assert files(tmp_path / "out") == files(tmp_path / "straight")
-    assert not [file for file in (tmp_path / "out").rglob(".*") if file.is_file()], (
-        "what a killed writer left is swept up"
-    )
+    left = [file for file in (tmp_path / "out").rglob(".*") if file.is_file()]
+    assert sorted(left) == sorted([half["alive"], half["elsewhere"]]), "what a killed writer left is swept up"
+
+
+def test_a_file_that_another_process_has_written_and_swept_stays(tmp_path, monkeypatch):
+    """Between a process's writing and its renaming another one commits the same block and deletes the temporary file."""
+    replace = os.replace
+
+    def after_another(unfinished, file):
+        unfinished.unlink()
+        raced.append(file)
+        if len(raced) == 1:
+            file.write_bytes(b"the other's")
+        replace(unfinished, file)
+
+    raced = []
+    monkeypatch.setattr(os, "replace", after_another)
+    with sharded(Shard(0, 2)):
+        write_atomically(tmp_path / "a", b"mine")
+        assert (tmp_path / "a").read_bytes() == b"the other's"
+        with pytest.raises(FileNotFoundError):
+            write_atomically(tmp_path / "b", b"mine")
 
 
 @pytest.mark.parametrize("numbers", [(0, 1, 2, 3), (1, 1, 0, 0)], ids=["four shards", "two shards, twice each"])
@@ -136,7 +162,7 @@ def test_shards_that_start_at_the_same_moment(stage, rows, tmp_path, numbers):
 
 
 def test_of_two_configs_started_at_the_same_moment_one_gets_the_folder(stage, rows, tmp_path):
-    for trial in range(5):
+    for trial in range(3):
         barrier = multiprocessing.get_context("fork").Barrier(2)
         folder = tmp_path / f"out{trial}"
         processes = [
@@ -195,28 +221,79 @@ def test_rows_of_other_shards_are_read_only_where_ids_may_meet(stage, rows, tmp_
     assert len(read) == 13
 
 
-def test_a_pass_over_all_inputs_begins_with_the_shards_own_blocks(rows, tmp_path):
+@pytest.fixture
+def passes(rows, tmp_path):
     data, output = DataConfig(rows), OutputConfig(tmp_path / "out", block_size=3)
     output.path.mkdir()
     (output.path / "config.json").write_text("{}")
-    total, repeated = survey(data)
-    done = []
+    return Survey("test", data, output, Prompt, *survey(data))
+
+
+def test_a_pass_over_all_inputs_begins_with_the_shards_own_blocks(passes, tmp_path):
+    kept, done = tmp_path / "out" / "survey", []
 
     def work(block):
         done.append(block[0].id)
         return [{"id": prompt.id} for prompt in block]
 
-    passes = Survey("test", data, output, Prompt, total, repeated)
     plain = list(passes("straight", work))
     straight, firsts = list(done), [block[0]["id"] for block in plain]
     with sharded(Shard(1, 2)):
         done.clear()
-        (output.path / "survey" / "shared-00000.json").write_bytes(
-            (output.path / "survey" / "straight-00000.json").read_bytes()
-        )
+        (kept / "shared-00000.json").write_bytes((kept / "straight-00000.json").read_bytes())
+        (kept / "shared-00004.json").write_text('{"of": "another config", "rows": []}')
+        for number, shard in (
+            (1, "1/2"),
+            (2, "0/2"),
+            (5, "0/2"),
+        ):  # itself, killed; another one, on its own and on a helper's
+            (kept / f".shared-{number:05}.begun").write_text(shard)
         assert list(passes("shared", work)) == plain
     assert straight == firsts
-    assert done == firsts[1::2] + firsts[2::2], "its own, then those that nobody has done"
+    order = (1, 3, 7, 4, 6, 2, 5)
+    assert done == [firsts[number] for number in order], "its own, what nobody is at, what nobody has done in the end"
+    assert not [*kept.glob(".*")]
+
+
+def test_all_see_what_came_to_disk_first(passes, tmp_path):
+    kept, drawn = tmp_path / "out" / "survey", itertools.count()
+
+    def work(block):
+        for file in kept.glob("plain-*"):  # another process is faster
+            (kept / file.name.replace("plain", "raced")).write_bytes(file.read_bytes())
+        return [{"id": prompt.id, "answer": next(drawn)} for prompt in block]
+
+    plain = list(passes("plain", work))
+    with sharded(Shard(0, 2)):
+        assert list(passes("raced", work)) == plain
+
+
+def test_two_of_eight_shards_share_out_the_blocks_of_all(passes, tmp_path):
+    """As in an array of which two tasks run at once. The last block may be done twice: its mark may be of one who is dead."""
+
+    def go(number):
+        def work(block):
+            time.sleep(0.05)
+            with (tmp_path / f"log{number}").open("a") as log:
+                log.write(f"{block[0].id}\n")
+            return [{"id": prompt.id} for prompt in block]
+
+        with sharded(Shard(number, 8)):
+            barrier.wait()
+            list(passes("shared", work))
+        os._exit(0)
+
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    processes = [context.Process(target=go, args=(number,)) for number in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    done = [(tmp_path / f"log{number}").read_text().split() for number in (0, 1)]
+    assert len({*done[0], *done[1]}) == 8
+    assert len(done[0]) + len(done[1]) <= 9
+    assert min(map(len, done)) >= 2
 
 
 def test_a_stage_that_writes_a_second_folder_has_it_written_by_the_last_shard(stage, rows, tmp_path):
@@ -319,8 +396,30 @@ def test_the_command_tells_of_shards_and_says_which_stages_have_none(rows, tmp_p
     assert "merge_adapter does not work by blocks" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["plan", "doctor"])
+@pytest.mark.parametrize("given", [["--shard", "0/2"], ["--executor=ray", "--actors", "2"]])
+def test_what_is_told_of_a_training_knows_no_blocks(verb, given, capsys):
+    assert cli.main([verb, "train_preference", *given]) == 1
+    assert re.match("error: --shard and --executor share out .* and train_preference is a training: leave them out. It",
+                    capsys.readouterr().err)  # fmt: skip
+
+
+def test_a_plan_is_of_one_process(rows, tmp_path, capsys):
+    file = str(write_stage(tmp_path))
+    command = ["plan", file, "--data.path", str(rows), "--output.path", str(tmp_path / "out"), "--rows", "2"]
+    assert cli.main(command) == 0
+    plain = capsys.readouterr()
+    assert cli.main([*command, "--shard", "0/4"]) == 0
+    shared = capsys.readouterr()
+    columns = [[line.split()[:4] for line in said.out.splitlines()] for said in (plain, shared)]
+    assert columns[0] == columns[1] != []
+    assert "capitals: --shard and --executor are left out: the plan is of all rows, in one process." in shared.err
+    assert "left out" not in plain.err
+
+
 SRUN = '#!/bin/bash\nexec "$@"\n'
-ARRAY = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "2", "SLURM_JOB_ID": "71", "SLURM_CPUS_PER_TASK": "1"}
+ARRAY = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "2", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_JOB_ID": "71",
+         "SLURM_CPUS_PER_TASK": "1"}  # fmt: skip
 
 
 @pytest.fixture
@@ -343,21 +442,27 @@ def slurm(tmp_path):
 def test_a_slurm_array_does_a_shard_in_each_task(slurm, stage, rows, tmp_path):
     start(stage, settings(stage, rows, tmp_path / "straight"))
     words = [tmp_path / "capitals.py", "--data.path", rows, "--output.path", tmp_path / "out", "--output.block_size", 3]
-    said = []
-    for task in (2, 0):
-        said.append(slurm(task, *words).communicate())
-    assert "shard 2/3 of capitals has done its blocks; 6 of 8" in said[0][0], said
-    again = slurm(1, *words, SLURM_ARRAY_TASK_MIN="1", SLURM_ARRAY_TASK_MAX="1")
-    assert "The array begins at 1, so blocks of shard 0 would not be done" in again.communicate()[1]
-    assert again.returncode == 2
-    last = slurm(1, *words, SLURM_ARRAY_TASK_MIN="1", SLURM_ARRAY_TASK_MAX="1", SHARDS="3").communicate()
+    said = slurm(2, *words).communicate()
+    assert "shard 2/3 of capitals has done its blocks; 6 of 8" in said[0], said
+    with pytest.raises(LeftToOthers):
+        start(stage, settings(stage, rows, tmp_path / "out"), 0, 3)
+    one = {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "1", "SLURM_ARRAY_TASK_COUNT": "1"}
+    for gaps in (one, {"SLURM_ARRAY_TASK_COUNT": "2"}):
+        again = slurm(1, *words, **gaps)
+        assert re.search(
+            "The array has . tasks from . to 2?.*, and not every number from 0: .* set SHARDS", again.communicate()[1]
+        )
+        assert again.returncode == 2
+    last = slurm(1, *words, SHARDS="3", **one).communicate()
     assert "capitals: 22 rows in, 18 rows out" in last[0], last
     assert files(tmp_path / "out") == files(tmp_path / "straight")
 
 
 def test_a_slurm_task_asks_to_be_queued_again(slurm, tmp_path):
-    (tmp_path / "bin" / "srun").write_text("#!/bin/bash\ntouch started\nexec sleep 20\n")
-    task = slurm(0, "capitals")
+    (tmp_path / "bin" / "srun").write_text(
+        '#!/bin/bash\necho "$SRUN_CPUS_PER_TASK" >cpus\ntouch started\nexec sleep 20\n'
+    )
+    task = slurm(0, "capitals", SLURM_CPUS_PER_TASK="8")
     while not (tmp_path / "started").exists():
         assert task.poll() is None
         time.sleep(0.05)
@@ -365,4 +470,5 @@ def test_a_slurm_task_asks_to_be_queued_again(slurm, tmp_path):
     task.wait(timeout=60)
     os.killpg(task.pid, signal.SIGKILL)
     task.communicate()
+    assert (tmp_path / "cpus").read_text() == "8\n"
     assert (tmp_path / "requeued").read_text() == "requeue 71\n"
