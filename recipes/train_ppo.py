@@ -70,8 +70,8 @@ def main(config: Config) -> None:
 
     plain_lines_without_a_terminal()
     prepare_processes(config.trainer)
-    inputs = ppo_run.read_inputs(config, output=config.output, trainer=config.trainer)
     check_rewards(ppo_run.reward_entries(config)[0], floor=config.reward_floor, force=config.force_reward)
+    inputs = ppo_run.read_inputs(config, output=config.output, trainer=config.trainer)
     arguments = inputs.arguments
     main_process, processes = arguments.process_index == 0, arguments.world_size
     open_run(config.output, inputs.files, resume=config.resume, processes=processes)

@@ -22,6 +22,7 @@ from prefalign.filtering import (
     unbalanced,
 )
 from prefalign.records import Pair, message_text
+from prefalign.sources import files
 from prefalign.store import StoreError, read_records
 from tests.tiny_vlms import picture
 
@@ -188,7 +189,7 @@ def test_every_reason_is_counted_and_pairs_stay_as_they_are(stage, tmp_path):
     kept = pairs["row6"]
     assert (message_text(kept.chosen), message_text(kept.rejected)) == (given["chosen"], given["rejected"])
     assert kept.images[0]["bytes"] == (rows / "2.png").read_bytes()
-    assert set(kept.meta) == {"filters"}
+    assert set(kept.meta) == {"filters", "layout"}
     assert kept.meta["filters"]["length_difference"] == 1
     assert 0 < kept.meta["filters"]["similarity"] < 0.95
     found = json.loads((tmp_path / "out" / "filters.json").read_text())
@@ -393,7 +394,8 @@ def test_the_data_is_read_as_often_as_the_page_says(stage, tiny_llava, tmp_path,
         reads.append("hash")
         return fingerprint(data)
 
-    monkeypatch.setattr(sources, "read_rows", counted)
+    for module in (sources, files):  # a survey reads in the module where it stands
+        monkeypatch.setattr(module, "read_rows", counted)
     monkeypatch.setattr(sources, "fingerprint", hashed)
     scored(stage, tiny_llava, rows, tmp_path / "out", filters)
     assert {kind: reads.count(kind) for kind in reads} == {"rows": passes, "ids": 2, "hash": 1}
