@@ -86,6 +86,14 @@ def test_a_healthy_ppo_run_passes(prompts, tmp_path):
     assert not chosen.output.exists()
 
 
+@pytest.mark.parametrize("name", ["gradient_accumulation_steps", "learning_rate", "value_learning_rate"])
+def test_numbers_that_ppo_cannot_use_leave_no_folder(name, prompts, tmp_path):
+    chosen = ppo_config("scenes", prompts, tmp_path / "run", trainer={name: 0 if name.endswith("steps") else -1.0})
+    with pytest.raises(ConfigError, match=f"trainer.{name} is"):
+        PPO.main(chosen)
+    assert not chosen.output.exists()
+
+
 def test_what_is_wrong_with_a_ppo_run(tiny_llava, ungraded, tmp_path):
     """Random weights that never stop, an ungraded reward model, prompts without pictures."""
     prompts = write_plain_prompts(tmp_path / "prompts", images=0)
