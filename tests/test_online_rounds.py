@@ -242,6 +242,7 @@ def test_several_processes_are_refused(prompts, tmp_path, monkeypatch):
         ({"trainer": {"learning_rate": -1.0}}, "trainer.learning_rate is -1.0, with which no step can be taken"),
         ({"trainer": {"per_device_train_batch_size": 0}}, "trainer.per_device_train_batch_size is 0.*Give 1 or more"),
         ({"freeze": ["foo"]}, "no tower called 'foo' to freeze"),
+        ({"rewards": [{"name": "objects", "weight": {"inventd": 1}}]}, "gives no term 'inventd', .*did you mean 'invented'"),
     ],
 )  # fmt: skip
 def test_settings_that_the_trainer_refuses_leave_no_folder(changes, words, algorithm, prompts, tmp_path):

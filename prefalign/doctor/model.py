@@ -108,7 +108,7 @@ def check_gradients(case: Case) -> list[Finding]:
 
 
 def _behind_zeros(case: Case, moving: set[str]) -> set[str]:
-    """Tensors whose gradient comes through one that is 0 at the start: LoRA's A through its B, PPO's values through their head."""
+    """Tensors whose gradient comes through one that starts at 0: LoRA's A through its B, PPO's values through their head."""
     found = {name.replace("lora_B", "lora_A") for name in moving if "lora_B" in name}
     roles = getattr(case.trainer, "roles", None)
     if roles is not None and "value_head.weight" in moving and not roles.value_head.weight.any():

@@ -46,7 +46,11 @@ class Response:
 
 
 class Reward(Protocol):
-    """Scores of responses. A dataclass whose fields are its settings, listed in `prefalign.rewards.REWARDS`."""
+    """Scores of responses. A dataclass whose fields are its settings, listed in `prefalign.rewards.REWARDS`.
+
+    One whose terms follow from its settings names them in an attribute or property `terms`, so that a misspelt weight fails
+    before anything is drawn.
+    """
 
     def score(self, responses: Sequence[Response]) -> Mapping[str, torch.Tensor]:
         """Score responses.
