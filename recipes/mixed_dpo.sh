@@ -20,7 +20,13 @@ if [ "$base" = scenes ]; then
     prefalign scenes export --output "$prompts" --split train_fair --kind caption --stop "${PROMPTS:-1536}"
 else
     pairs=${PAIRS:-configs/datagen/bdhs.yaml}
-    prompts=$(sed -n 's/^  path: *\([^ ]*\).*/\1/p' "$file" | head -n 1)
+    prompts=$("${PYTHON:-python}" -c \
+        'import sys; from prefalign import config; print((config.read_yaml(sys.argv[1]).get("data") or {}).get("path") or "")' \
+        "$file")
+    if [ -z "$prompts" ]; then
+        echo "$0: $file names no prompts. Set data.path in it." >&2
+        exit 2
+    fi
 fi
 stage=$(basename "$pairs" .yaml)
 case "$stage" in

@@ -169,7 +169,7 @@ def read_rewards(entries: Sequence[Mapping[str, Any]]) -> Combined:
         except ConfigError as error:
             problems.append(str(error))
             continue
-        known = getattr(reward, "terms", None)
+        known = getattr(reward, "terms", None) or ()
         unknown = [term for term in weight if known and term not in known] if isinstance(weight, Mapping) else []
         problems += [f"{place}.weight: {_no_term(name, term, known)}" for term in unknown]
         found.append(Weighted(label, reward, weight))
