@@ -5,7 +5,8 @@
 #   sh recipes/mixed_dpo.sh configs/recipes/train_online.yaml runs/llava   # a real checkpoint: its prompts are the config's
 #
 # PAIRS: a config of the stage that makes the offline pairs, named after it (default: bdhs): bdhs, m3id, povid or re_align, which
-# answer the prompts by the model. Pairs of other stages go to online_dpo.sh, as --offline. EVALUATION: as in online_dpo.sh.
+# answer the prompts by the model. Pairs of other stages go to online_dpo.sh, as --offline. EVALUATION: as in online_dpo.sh. PYTHON:
+# the interpreter that has prefalign (default: python).
 set -eu
 
 config=${1:-configs/recipes/train_online_mixed_scenes.yaml}
