@@ -183,4 +183,8 @@ def _explain(cls: type, problem: Any) -> str:
         return f"{dotted}: unknown key (value {problem['input']!r}); {nearest(location[-1], known)}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"{dotted}: required, and not given."
+    if (
+        problem["type"] == "value_error"
+    ):  # of a dataclass that checks itself: it says the value, and `input` is all of it
+        return ": ".join([*([dotted] if dotted else []), str(problem["ctx"]["error"])])
     return f"{dotted}: {problem['msg']} (got {problem['input']!r})."

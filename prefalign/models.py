@@ -206,6 +206,17 @@ def parameter_table(model: Any) -> list[dict[str, Any]]:
     return [{"tower": name, "parameters": both[0], "trainable": both[1]} for name, both in counts.items()]
 
 
+def check_towers(towers: Sequence[str]) -> None:
+    """Check names of towers, which needs no model.
+
+    Raises:
+        ModelError: there is no tower of that name.
+    """
+    for name in towers:
+        if name not in families.TOWERS:
+            raise ModelError(f"no tower called {name!r} to freeze; there are {', '.join(families.TOWERS)}.")
+
+
 def freeze(model: Any, towers: Sequence[str]) -> int:
     """Stop the gradient of whole towers.
 
@@ -220,9 +231,7 @@ def freeze(model: Any, towers: Sequence[str]) -> int:
         ModelError: for an unknown tower, or one that the model does not have.
     """
     frozen = dict.fromkeys(towers, 0)
-    for name in towers:
-        if name not in families.TOWERS:
-            raise ModelError(f"no tower called {name!r} to freeze; there are {', '.join(families.TOWERS)}.")
+    check_towers(towers)
     for name, parameter in model.named_parameters():
         if families.tower(name) in frozen:
             parameter.requires_grad_(False)

@@ -26,6 +26,28 @@ class Trainer:
 
 
 @dataclass
+class Span:
+    """Checks itself."""
+
+    low: int = 0
+    high: int = 1
+
+    def __post_init__(self):
+        if self.low > self.high:
+            raise ValueError(f"low is {self.low} and high {self.high}: nothing lies between. Swap them.")
+
+
+@dataclass
+class Measured:
+    span: Span = field(default_factory=Span)
+    times: int = 1
+
+    def __post_init__(self):
+        if self.times < 1:
+            raise ValueError(f"times is {self.times}; measure at least once.")
+
+
+@dataclass
 class Config:
     output: Path
     trainer: Trainer = field(default_factory=Trainer)
@@ -72,6 +94,15 @@ def test_bad_type_and_missing_are_listed_together():
     assert "output: required, and not given" in str(error.value)
     assert "trainer.beta: Input should be a valid number" in str(error.value)
     assert "(got 'high')" in str(error.value)
+
+
+def test_what_a_config_says_of_itself_is_said_alone():
+    with pytest.raises(config.ConfigError) as error:
+        config.load(Measured, None, ["--times", "0"])
+    assert str(error.value) == "command line: times is 0; measure at least once."
+    with pytest.raises(config.ConfigError) as error:
+        config.load(Measured, None, ["--span.low", "3"])
+    assert str(error.value) == "command line: span: low is 3 and high 1: nothing lies between. Swap them."
 
 
 def test_duplicate_key(tmp_path):

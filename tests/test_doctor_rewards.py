@@ -1,9 +1,11 @@
 """`prefalign doctor` of reward models, PPO and online DPO: healthy runs pass, and a check says what is wrong with a run."""
 
 import pytest
+import torch
 
 from prefalign import bundled, cli, config, doctor
 from prefalign.config import ConfigError
+from prefalign.doctor import drawing, model
 from tests.doctor_runs import by_name
 from tests.launching import ROOT
 from tests.online_runs import online_config, write_offline, write_prompts
@@ -24,9 +26,9 @@ def prompts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ungraded(tmp_path_factory, tiny_llava):
     """A reward model that nobody has graded."""
-    model = make_reward_model(tiny_llava, lora=True)
-    model.calibrate([make_reward_pair(number).to_row() for number in range(4)])
-    model.save(tmp_path_factory.mktemp("reward") / "model")
+    made = make_reward_model(tiny_llava, lora=True)
+    made.calibrate([make_reward_pair(number).to_row() for number in range(4)])
+    made.save(tmp_path_factory.mktemp("reward") / "model")
     return tmp_path_factory.getbasetemp() / "reward0" / "model"
 
 
@@ -34,9 +36,9 @@ def verdicts(findings, kind):
     return {finding.check for finding in findings if finding.verdict == kind}
 
 
-def ppo_config(model, prompts, output, **changes):
+def ppo_config(checkpoint, prompts, output, **changes):
     values = {
-        "model": {"model_name_or_path": str(model), "device": "cpu"},
+        "model": {"model_name_or_path": str(checkpoint), "device": "cpu"},
         "prompts": str(prompts),
         "output": str(output),
         "rewards": [{"name": "function", "function": f"{ROOT / 'tests' / 'ppo_rewards.py'}:letters"}],
@@ -86,6 +88,52 @@ def test_a_healthy_ppo_run_passes(prompts, tmp_path):
     assert not chosen.output.exists()
 
 
+def test_the_policy_is_examined_though_the_values_begin_alone(prompts, tmp_path):
+    """A run whose first iterations train the values alone, an adapter of which only the B can move at the start."""
+    trainer = {"max_new_tokens": 96, "value_warmup_iterations": 2}
+    chosen = ppo_config("scenes", prompts, tmp_path / "run", trainer=trainer)
+    findings = by_name(doctor.examine(PPO, chosen))
+    found = findings["gradients"]
+    assert found.verdict == "pass"
+    # 4 blocks of 7 linear layers, in each a B that moves and an A behind it, beside 56 of the values and their head's two
+    assert "; 30 of 114 trainable tensors have one" in found.seen
+    assert found.seen.endswith(", 84 lie behind a factor that starts at 0")
+    assert findings["weights move"].verdict == "pass"
+
+
+def test_a_policy_without_a_gradient_is_told_from_values_that_have_one(prompts, tmp_path):
+    chosen = ppo_config("scenes", prompts, tmp_path / "run", trainer={"max_new_tokens": 24})
+    case = drawing.prepare_ppo(chosen, rows=4, scratch=tmp_path / "scratch")
+    gradients, advantages = case.step.gradients, case.trainer.rollout.advantages
+    for name in gradients:
+        if not name.startswith("value_head"):
+            gradients[name] = torch.zeros_like(gradients[name])
+    (found,) = model.check_gradients(case)
+    assert found.verdict == "fail"
+    assert "No tensor of the policy gets a gradient other than 0 from tokens that have advantages" in found.advice
+    case.trainer.rollout.advantages = torch.zeros_like(advantages)
+    (found,) = model.check_gradients(case)
+    assert found.verdict == "warn"
+    assert "No token of the batch has an advantage" in found.advice
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"trainer": {"gradient_accumulation_steps": 0}}, "trainer.gradient_accumulation_steps is 0"),
+        ({"trainer": {"learning_rate": -1.0}}, "trainer.learning_rate is -1.0"),
+        ({"trainer": {"value_learning_rate": -1.0}}, "trainer.value_learning_rate is -1.0"),
+        ({"rewards": [{"name": "objects", "weight": {"inventd": 1}}]}, "gives no term 'inventd'"),
+        ({"watch": [{"name": "objects", "weight": {"inventd": 1}}]}, "gives no term 'inventd'"),
+    ],
+)
+def test_settings_that_ppo_cannot_use_leave_no_folder(changes, words, prompts, tmp_path):
+    chosen = ppo_config("scenes", prompts, tmp_path / "run", **changes)
+    with pytest.raises(ConfigError, match=words):
+        PPO.main(chosen)
+    assert not chosen.output.exists()
+
+
 def test_what_is_wrong_with_a_ppo_run(tiny_llava, ungraded, tmp_path):
     """Random weights that never stop, an ungraded reward model, prompts without pictures."""
     prompts = write_plain_prompts(tmp_path / "prompts", images=0)
@@ -127,6 +175,22 @@ def test_a_healthy_online_run_passes(prompts, tmp_path, algorithm):
     assert float(found["one batch"].seen.split()[1]) == pytest.approx(0.693147 * usable / 4, abs=1e-3)
     assert float(found["picture counts"].seen.split("by ")[1].split()[0]) > 0.01
     assert not chosen.output.exists()
+
+
+def test_the_towers_last_norm_is_not_missed(prompts, tmp_path):
+    """LLaVA reads its tower before that norm; a layer that it does read is missed."""
+    chosen = online_config(prompts, tmp_path / "run", trainer={"per_device_train_batch_size": 4})
+    case = drawing.prepare_online(chosen, rows=8, scratch=tmp_path / "scratch")
+    names = [name for name, weight in case.trainer.model.named_parameters() if weight.requires_grad]
+    assert set(names) - set(case.step.gradients) == {
+        f"model.vision_tower.post_layernorm.{k}" for k in ("weight", "bias")
+    }
+    (found,) = model.check_gradients(case)
+    assert found.verdict == "pass"
+    read = "model.vision_tower.encoder.layers.0.layer_norm1.bias"
+    case.step.gradients[read].zero_()
+    (found,) = model.check_gradients(case)
+    assert (found.verdict, found.advice) == ("warn", f"These get none and will not change: {read}.")
 
 
 def test_what_is_wrong_with_an_online_run(prompts, tmp_path):

@@ -159,6 +159,8 @@ def test_signs_of_failure_are_named(rounds, words):
     [
         ({"trainer": {"algorithm": "gpro"}}, "no algorithm 'gpro'; did you mean 'grpo'"),
         ({"sampling": {"temperature": 0.0}}, "so all 2 answers to a prompt are the same one.*above 0"),
+        ({"p_offline": 0.8}, "p_offline is 0.8, and there is no `offline`.*all would be drawn online. Name the folder"),
+        ({"p_offline": 1.0, "trainer": {"algorithm": "online_dpo_step"}}, "p_offline is 1.0, and there is no `offline`"),
         ({"bdhs": {}}, "chosen is the reference answer.*Leave `annotator` and `rewards` out"),
         ({"trainer": {"algorithm": "grpo"}, "offline": "pairs"}, "needs `data` and `rewards`, and does not read offline"),
     ],
@@ -166,6 +168,11 @@ def test_signs_of_failure_are_named(rounds, words):
 def test_settings_that_contradict_each_other(changes, words, tmp_path):
     with pytest.raises(ConfigError, match=words):
         check_settings(online_config(tmp_path, tmp_path, **changes))
+
+
+@pytest.mark.parametrize("p_offline", [0.0, 0.5])
+def test_no_share_and_the_default_share_of_no_offline_pairs_are_no_mistake(p_offline, tmp_path):
+    check_settings(online_config(tmp_path, tmp_path, p_offline=p_offline))
 
 
 def test_a_run_needs_prompts(tmp_path):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 import time
 
 import pytest
@@ -82,10 +83,38 @@ def test_pairs_of_a_stage_that_the_recipe_does_not_know_are_refused(tmp_path):
     (tmp_path / "prefalign").chmod(0o755)
     done = subprocess.run(["sh", "recipes/mixed_dpo.sh", "configs/recipes/train_online.yaml", str(tmp_path / "out")], cwd=ROOT,
                           env={**os.environ, "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]),
-                               "PAIRS": "configs/datagen/s_vco.yaml"},
+                               "PAIRS": "configs/datagen/s_vco.yaml", "PYTHON": sys.executable},
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 2
     assert "knows configs of bdhs, m3id, povid and re_align" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("data", "prompts"),
+    [("data: {path: 'my prompts'}", "my prompts"), ("data:\n    path: own\n", "own"), ("data: null", None)],
+)
+def test_mixed_dpo_takes_the_prompts_of_its_config(data, prompts, tmp_path):
+    """Another `path` stands before them."""
+    file = tmp_path / "own.yaml"
+    file.write_text(
+        f"model:\n  model_name_or_path: some/model\nrewards:\n- name: reward_model\n  path: runs/reward\n{data}\n"
+    )
+    (tmp_path / "prefalign").write_text(
+        f'#!/bin/sh\n[ "$1" = path ] && echo {file} && exit\nprintf "%s\\n" "$@" >{tmp_path}/given\nexit 3\n'
+    )
+    (tmp_path / "prefalign").chmod(0o755)
+    done = subprocess.run(["sh", "recipes/mixed_dpo.sh", str(file), str(tmp_path / "out")], cwd=ROOT,
+                          env={**os.environ, "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]),
+                               "PYTHON": sys.executable},
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    if prompts is None:
+        assert done.returncode == 2
+        assert f"{file} names no prompts. Set data.path in it." in done.stderr
+        return
+    assert done.returncode == 3
+    given = (tmp_path / "given").read_text().splitlines()
+    assert given[:2] == ["run", "bdhs"]
+    assert given[given.index("--data.path") + 1] == prompts
 
 
 def test_mixed_dpo_end_to_end(tmp_path):

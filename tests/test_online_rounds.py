@@ -1,6 +1,7 @@
 """The loop of rounds: its arrows, what it records, that an interruption changes nothing, and mixing."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -228,6 +229,26 @@ def test_several_processes_are_refused(prompts, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"2 processes were started.*Start one process"):
         run(prompts, tmp_path / "run")
+
+
+@pytest.mark.parametrize("algorithm", ["online_dpo", "online_dpo_step"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"trainer": {"beta": math.nan}}, "trainer.beta is nan, no scale of a reward"),
+        ({"trainer": {"loss_type": ["foo"]}}, "trainer.loss_type: TRL has no loss 'foo'"),
+        ({"trainer": {"label_smoothing": 2.0}}, "trainer.label_smoothing is 2.0; it is the share of wrong labels"),
+        ({"trainer": {"learning_rate": -1.0}}, "trainer.learning_rate is -1.0, with which no step can be taken"),
+        ({"trainer": {"per_device_train_batch_size": 0}}, "trainer.per_device_train_batch_size is 0.*Give 1 or more"),
+        ({"freeze": ["foo"]}, "no tower called 'foo' to freeze"),
+        ({"rewards": [{"name": "objects", "weight": {"inventd": 1}}]}, "gives no term 'inventd', .*did you mean 'invented'"),
+    ],
+)  # fmt: skip
+def test_settings_that_the_trainer_refuses_leave_no_folder(changes, words, algorithm, prompts, tmp_path):
+    changes = config.merge({"trainer": {"algorithm": algorithm}}, changes)
+    with pytest.raises(ValueError, match=words):
+        run(prompts, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
 
 
 class Interruption(RuntimeError):

@@ -231,3 +231,11 @@ def test_checkpoints_fall_where_answers_are_drawn_anew(prompts, tmp_path):
         ConfigError, match=r"save_steps is 1, and answers are used for 2 optimizer steps.*a multiple of 2"
     ):
         trainer_of(prompts, tmp_path, trainer={"num_iterations": 2})
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+@pytest.mark.parametrize("answers", [0, 1])
+def test_a_group_of_one_answer_is_refused_by_the_settings_name(algorithm, answers, prompts, tmp_path):
+    with pytest.raises(ConfigError, match=f"trainer.num_generations is {answers}: .* Give 2 or more"):
+        run(prompts, tmp_path / "run", trainer={**GROUP, "algorithm": algorithm, "num_generations": answers})
+    assert not (tmp_path / "run").exists()

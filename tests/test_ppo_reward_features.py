@@ -154,6 +154,34 @@ def test_weights_of_its_own_with_the_same_tower_take_the_features(tiny_llava, fo
     assert not encodes_alike(moved, trainer.roles.policy, trainer.processing_class)
 
 
+@pytest.mark.parametrize(
+    ("place", "name", "value"),
+    [
+        ("", "vision_feature_layer", -1),
+        ("", "vision_feature_select_strategy", "full"),
+        ("vision_config", "hidden_act", "relu"),
+        ("vision_config", "layer_norm_eps", 1e-3),
+    ],
+)
+def test_the_same_tensors_used_in_another_way_are_others(place, name, value, tiny_llava, folders, tmp_path):
+    trainer, model = make(tiny_llava, folders, tmp_path, "frozen")
+    policy, processor = trainer.roles.policy, trainer.processing_class
+    assert encodes_alike(model, policy, processor)
+    whole = core(model.model).config
+    settings = getattr(whole, place) if place else whole
+    assert getattr(settings, name) != value
+    setattr(settings, name, value)
+    assert not encodes_alike(model, policy, processor)
+
+
+def test_image_tokens_counted_in_another_way_are_others(tiny_llava, folders, tmp_path):
+    trainer, model = make(tiny_llava, folders, tmp_path, "frozen")
+    other = load_processor(ModelConfig(str(tiny_llava)))
+    assert encodes_alike(model, trainer.roles.policy, other)
+    other.num_additional_image_tokens += 1
+    assert not encodes_alike(model, trainer.roles.policy, other)
+
+
 def test_pictures_prepared_in_another_way_are_others(tiny_llava, folders, tmp_path):
     trainer, model = make(tiny_llava, folders, tmp_path, "adapter")
     other = load_processor(ModelConfig(str(tiny_llava)))

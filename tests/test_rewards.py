@@ -120,10 +120,52 @@ def test_no_responses(file):
     assert found["total"].shape == (0,)
 
 
-def test_a_weight_that_counts_no_term():
-    rewards = read_rewards([{"name": "objects", "weight": {"invention": 1.0}}])
-    with pytest.raises(ValueError, match=r"reward 'objects' gives no term 'invention', .*; did you mean 'invented'"):
+def test_a_weight_that_counts_no_term(file):
+    """What a function gives is known once it was called."""
+    rewards = read_rewards([{"name": "function", "function": f"{file}:words", "weight": {"valeu": 1.0}}])
+    with pytest.raises(ValueError, match=r"reward 'function' gives no term 'valeu', .*; did you mean 'value'"):
         rewards.score(responses("A star."))
+
+
+ENGINE = {"model_name_or_path": "m"}
+REWARD_TERMS = {"objects": ("invented", "wrong", "precision", "recall"), "missing_eos": ("penalty",), "length": ("penalty",),
+                "multiple_choice": ("correct",), "yes_no": ("correct",)}  # fmt: skip
+GIVEN = {
+    "objects": ({}, "A star."),
+    "missing_eos": ({}, "A star."),
+    "length": ({}, "A star."),
+    "multiple_choice": ({}, "A"),
+    "yes_no": ({}, "Yes."),
+    "symbolic": ({"length": True}, "A star."),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_reward_gives_the_terms_that_it_names(name):
+    settings, text = GIVEN[name]
+    (entry,) = read_rewards([{"name": name, **settings}]).entries
+    assert tuple(entry.reward.score(responses(text, facts={"world": "scenes", "objects": []}))) == entry.reward.terms
+
+
+@pytest.mark.parametrize(
+    ("entry", "terms"),
+    [
+        ({"name": "claims", "labeller": ENGINE}, ("trust",)),
+        ({"name": "implicit", "model": ENGINE, "reference": ENGINE}, ("log_ratio",)),
+        ({"name": "judge", "model": ENGINE, "attributes": ["coherence", "verbosity"]}, ("coherence", "verbosity")),
+        ({"name": "reward_model", "path": "p", "weights": {"helpfulness": 1.0}}, ("reward",)),
+        ({"name": "symbolic"}, ("correct", "consistent")),
+        *(({"name": name}, None) for name in ("objects", "missing_eos", "length", "multiple_choice", "yes_no")),
+    ],
+)
+def test_a_misspelt_term_is_refused_before_anything_is_loaded(entry, terms):
+    with pytest.raises(ConfigError) as error:
+        read_rewards([{"name": "length", "label": "other"}, {**entry, "weight": {"typo": 1.0}}])
+    wrong = f"rewards.1.weight: reward {entry['name']!r} gives no term 'typo', so its weight would count for nothing; "
+    assert str(error.value).startswith(wrong)
+    known = terms or REWARD_TERMS[entry["name"]]
+    assert str(error.value) == wrong + f"known: {', '.join(sorted(known))}."
+    read_rewards([{**entry, "weight": dict.fromkeys(known, 1.0)}])
 
 
 @pytest.mark.parametrize(
@@ -316,9 +358,8 @@ def test_every_setting_stands_in_the_document(name, place):
 
 
 def test_a_misspelt_term_beside_a_right_one_is_refused():
-    rewards = read_rewards([{"name": "objects", "weight": {"invented": 1.0, "recal": 6.0}}])
-    with pytest.raises(ValueError, match=r"reward 'objects' gives no term 'recal', .*; did you mean 'recall'"):
-        rewards.score(responses("A star.", facts={"world": "scenes", "objects": []}))
+    with pytest.raises(ConfigError, match=r"reward 'objects' gives no term 'recal', .*; did you mean 'recall'"):
+        read_rewards([{"name": "objects", "weight": {"invented": 1.0, "recal": 6.0}}])
 
 
 def test_a_reward_file_with_a_dataclass_and_numpy_scores(tmp_path):

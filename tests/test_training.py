@@ -13,13 +13,14 @@ import yaml
 from datasets import load_dataset
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, RewardConfig, SFTConfig
 
 from prefalign import bundled
 from prefalign.config import ConfigError, build, load
 from prefalign.families import tower
 from prefalign.losses import TERMS, VIEWS, Weighted, read_losses, views_of
 from prefalign.models import ModelConfig, load_model, load_processor
+from prefalign.online.arguments import PPOConfig
 from prefalign.training.arguments import training_arguments
 from prefalign.training.checks import needs_reference
 from prefalign.training.lora import LoraSettings, check_trainable
@@ -268,6 +269,24 @@ def test_trainer_mapping_is_checked_by_name_and_type(tmp_path):
     assert "trainer.beta: Input should be a valid number" in str(error.value)
     assert "trainer.trust_remote_code: has no effect here (set `model.trust_remote_code`); leave" in str(error.value)
     assert "trainer.output_dir: the recipe sets this field; set `output` instead." in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [DPOConfig, SFTConfig, RewardConfig, GRPOConfig, PPOConfig])
+def test_plain_numbers_out_of_range_are_refused_by_name(kind, tmp_path):
+    wrong = {"learning_rate": -1.0, "gradient_accumulation_steps": 0, "per_device_train_batch_size": 0,
+             "per_device_eval_batch_size": -2, "num_train_epochs": 0, "weight_decay": math.nan,
+             "max_grad_norm": -0.1}  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        training_arguments(wrong, output=tmp_path, seed=0, kind=kind)
+    lines = str(error.value).split("\n  ")
+    assert [line.split(" is ")[0] for line in lines] == [f"trainer.{name}" for name in wrong]
+    assert "trainer.gradient_accumulation_steps is 0, so no batch would hold anything. Give 1 or more." in lines
+    assert "trainer.weight_decay is nan, with which no step can be taken. Give a number of 0 or more." in lines
+    fine = {"learning_rate": 0.0, "gradient_accumulation_steps": 1, "num_train_epochs": 0.5, "max_grad_norm": 0.0}
+    arguments = training_arguments(
+        {**fine, "use_cpu": True, "per_device_train_batch_size": 8}, output=tmp_path, seed=0, kind=kind
+    )
+    assert all(getattr(arguments, name) == value for name, value in fine.items())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the processes do find each other")

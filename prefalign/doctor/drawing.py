@@ -33,8 +33,13 @@ from prefalign.store import OutputConfig, write_records
 from prefalign.training.runs import CONFIG_FILE, run_files
 from prefalign.training.upkeep import plain_lines_without_a_terminal
 
-ONE_BATCH = {"num_mini_batches": 1, "gradient_accumulation_steps": 1, "num_ppo_epochs": 1}
-"""PPO's settings with which an iteration is one batch."""
+ONE_BATCH = {
+    "num_mini_batches": 1,
+    "gradient_accumulation_steps": 1,
+    "num_ppo_epochs": 1,
+    "value_warmup_iterations": 0,
+}
+"""PPO's settings with which an iteration is one batch, which trains the policy too."""
 
 
 @dataclass

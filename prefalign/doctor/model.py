@@ -68,31 +68,68 @@ def check_lora(case: Case) -> list[Finding]:
 
 
 def check_gradients(case: Case) -> list[Finding]:
-    """Each trainable tensor gets a finite gradient, and nothing else gets one."""
+    """Each trainable tensor gets a finite gradient that is not 0, and nothing else gets one.
+
+    Two kinds need none: what lies behind a factor that is 0 at the start, and what comes after the layer that the family reads.
+    """
     step, model = case.step, case.trainer.model
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    without = [name for name in trainable if name not in step.gradients]
+    moving = {name for name, gradient in step.gradients.items() if gradient.any()}
+    waiting = _behind_zeros(case, moving)
+    without = [
+        name
+        for name in trainable
+        if name not in moving | waiting and not families.is_after_features(name, case.model_config)
+    ]
     broken = [name for name, gradient in step.gradients.items() if not gradient.isfinite().all()]
     norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in step.gradients.values()))
-    towers = Counter(families.tower(name) for name in step.gradients)
+    towers = Counter(families.tower(name) for name in trainable if name in moving)
     where = ", ".join(f"{count} {tower}" for tower, count in towers.items())
-    seen = f"norm {norm:.3g}; {len(step.gradients)} of {len(trainable)} trainable tensors have one ({where})"
+    seen = f"norm {norm:.3g}; {len(moving)} of {len(trainable)} trainable tensors have one ({where})"
+    seen += f", {len(waiting)} lie behind a factor that starts at 0" if waiting else ""
     fail = warn = ""
     if broken:
         fail = f"Not finite: {some(broken)}. Try trainer.bf16 in place of fp16, or float32 weights."
     elif norm == 0:
         fail = "All gradients are zero, so nothing would change. The losses compare things that are the same."
-    if without:
+    elif still := _still_policy(case, moving):
+        fail, warn = still
+    if without and not warn:
         warn = f"These get none and will not change: {some(without)}."
     if {families.tower(name) for name in without} - set(towers):
         for name, parameter in model.named_parameters():
-            parameter.grad = torch.zeros_like(parameter) if name in step.gradients else None
+            parameter.grad = torch.zeros_like(parameter) if name in moving else None
         try:
             audit_gradients(model.named_parameters(), saw_pictures=any(row["images"] for row in case.rows))
         except ValueError as error:
             fail = fail or str(error)
         model.zero_grad(set_to_none=True)
     return [judge("gradients", seen, fail=fail, warn=warn)]
+
+
+def _behind_zeros(case: Case, moving: set[str]) -> set[str]:
+    """Tensors whose gradient comes through one that starts at 0: LoRA's A through its B, PPO's values through their head."""
+    found = {name.replace("lora_B", "lora_A") for name in moving if "lora_B" in name}
+    roles = getattr(case.trainer, "roles", None)
+    if roles is not None and "value_head.weight" in moving and not roles.value_head.weight.any():
+        found |= {name for name, _ in roles.parameters_of("value")}
+    return found - moving
+
+
+def _still_policy(case: Case, moving: set[str]) -> tuple[str, str] | None:
+    """Of PPO, whose values get a gradient in any case: what is wrong, as failure and warning, if the policy gets none."""
+    roles, kept = getattr(case.trainer, "roles", None), getattr(case.trainer, "rollout", None)
+    if roles is None or kept is None or any(name in moving for name, _ in roles.parameters_of("policy")):
+        return None
+    fail = warn = ""
+    if bool((kept.mask & (kept.advantages != 0)).any()):
+        fail = (
+            "No tensor of the policy gets a gradient other than 0 from tokens that have advantages: it would never change. Look "
+            "at which adapter is active, and at what cuts the graph."
+        )
+    else:
+        warn = "No token of the batch has an advantage, so the policy gets no gradient from it. See the rewards."
+    return fail, warn
 
 
 def check_weights_move(case: Case) -> list[Finding]:

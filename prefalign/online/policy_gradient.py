@@ -81,6 +81,22 @@ TRAINERS: dict[str, tuple[type[Any], type[Any]]] = {
 }
 
 
+def read_arguments(config: OnlineConfig) -> Any:
+    """TRL's arguments of a run.
+
+    Raises:
+        ConfigError: as `training_arguments`, and fewer than two answers to a prompt.
+    """
+    kind = TRAINERS[config.algorithm][0]
+    answers = config.trl.get("num_generations", 2)
+    if isinstance(answers, int) and answers < 2:
+        raise ConfigError(
+            f"trainer.num_generations is {answers}: answers to a prompt are compared with each other, so that one alone teaches "
+            "nothing. Give 2 or more."
+        )
+    return training_arguments(config.trl, output=config.output, seed=config.seed, kind=kind)
+
+
 def check_arguments(arguments: Any, *, full_weights_in_parts: bool) -> None:
     """Check what would go wrong later, or resume inexactly.
 
@@ -110,8 +126,8 @@ def make_trainer(config: OnlineConfig, files: dict[str, str]) -> Any:
         config: the run.
         files: text files by name, written beside every saved model; the base is added to them.
     """
-    kind, trainer_class = TRAINERS[config.algorithm]
-    arguments: Any = training_arguments(config.trl, output=config.output, seed=config.seed, kind=kind)
+    trainer_class = TRAINERS[config.algorithm][1]
+    arguments = read_arguments(config)
     check_quantised(config.model, config.lora, arguments)
     rewards = read_rewards(config.rewards)
     processor = load_processor(config.model)
@@ -140,9 +156,7 @@ def make_trainer(config: OnlineConfig, files: dict[str, str]) -> Any:
 def train_policy_gradient(config: OnlineConfig) -> None:
     """Train with GRPO or RLOO, or go on from the last checkpoint, and save the policy in the output folder."""
     prepare_processes(config.trl)
-    arguments: Any = training_arguments(
-        config.trl, output=config.output, seed=config.seed, kind=TRAINERS[config.algorithm][0]
-    )
+    arguments = read_arguments(config)
     check_arguments(arguments, full_weights_in_parts=False)
     check_quantised(config.model, config.lora, arguments)
     read_rewards(config.rewards)  # bad settings are to fail before the folder is the run's

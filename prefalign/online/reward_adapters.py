@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 ADAPTER = "reward"
+OF_NO_PICTURE = frozenset(
+    {"text_config", "architectures", "dtype", "transformers_version", "_name_or_path", "use_cache"}
+)
+"""Fields of a config that do not change what a picture becomes; types are compared tensor by tensor."""
 
 
 def value_start(rewards: Combined, policy: Any) -> Any:
@@ -74,9 +78,12 @@ def encodes_alike(reward: RewardModel, policy: Any, processor: ProcessorMixin) -
         processor: the policy's.
 
     Returns:
-        Pictures are prepared alike, and every tensor of vision tower and projector is the same, adapters on them included.
+        Pictures are prepared alike, the models read them alike (which layer of which tower), and every tensor of vision tower and
+        projector is the same, adapters on them included.
     """
     if _preparation(reward.processor) != _preparation(processor):
+        return False
+    if _reading(families.core(reward.model).config) != _reading(families.core(policy).config):
         return False
     active = getattr(reward.model, "active_adapter", None)
     mine = _picture_side(reward.model, reward.adapter or active)
@@ -84,9 +91,27 @@ def encodes_alike(reward: RewardModel, policy: Any, processor: ProcessorMixin) -
     return mine.keys() == theirs.keys() and all(_same(tensor, theirs[name]) for name, tensor in mine.items())
 
 
-def _preparation(processor: ProcessorMixin) -> tuple[str, dict[str, Any]]:
+def _preparation(processor: ProcessorMixin) -> tuple[str, dict[str, Any], dict[str, Any]]:
     pictures: Any = processor.image_processor
-    return type(pictures).__name__, pictures.to_dict()
+    settings = {
+        name: value for name, value in processor.to_dict().items() if name not in ("tokenizer", "chat_template")
+    }
+    return type(pictures).__name__, pictures.to_dict(), settings
+
+
+def _reading(config: Any) -> dict[str, Any]:
+    """What a model's config says beside its language model: of the tower, and which of its states become features."""
+    return {
+        name: value for name, value in _without(config.to_dict(), OF_NO_PICTURE).items() if not name.startswith("_")
+    }
+
+
+def _without(values: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    return {
+        name: _without(value, names) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if name not in names
+    }
 
 
 def _picture_side(model: Any, adapter: str | None) -> dict[str, torch.Tensor]:

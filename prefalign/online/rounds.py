@@ -35,7 +35,7 @@ from prefalign.config import ConfigError
 from prefalign.engines.transformers import load_engine
 from prefalign.losses import VIEWS, read_losses, views_of
 from prefalign.manifest import read_manifest, write_atomically
-from prefalign.models import ModelConfig
+from prefalign.models import ModelConfig, check_towers
 from prefalign.online.annotating import annotate, read_annotator
 from prefalign.online.checking import divergence
 from prefalign.online.mixing import mix, offline_prompts
@@ -50,6 +50,7 @@ from prefalign.records import Prompt, row_seed
 from prefalign.sources import DataConfig
 from prefalign.store import OutputConfig, read_records, write_records
 from prefalign.training.arguments import training_arguments
+from prefalign.training.checks import check_settings as check_trainer
 from prefalign.training.lora import check_quantised
 from prefalign.training.pairs import pairs_manifest
 from prefalign.training.runs import CONFIG_FILE, RunError, claim_run, open_run, run_files
@@ -112,6 +113,7 @@ def _check_settings(config: OnlineConfig) -> None:
 
     Raises:
         ConfigError: settings of TRL, losses, annotator or rewards that could not be used, or several processes.
+        ModelError: there is no tower of a name in `freeze`.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1:
@@ -121,7 +123,11 @@ def _check_settings(config: OnlineConfig) -> None:
         )
     arguments: Any = training_arguments(_training(config).trainer, output=config.output, seed=config.seed)
     check_quantised(config.model, config.lora, arguments)
-    views = views_of(read_losses(config.losses, beta=arguments.beta))
+    losses = read_losses(config.losses, beta=arguments.beta)
+    check_trainer(losses, arguments, reference="cached", tokens_per_pass=None, brings_reference=False,
+                  adapts=config.lora is not None)  # fmt: skip
+    check_towers(config.freeze)
+    views = views_of(losses)
     pictured = [view for view in views if VIEWS[view].images == "rejected_images"]
     if pictured and (config.offline is None or config.p_offline < 1):
         raise ConfigError(

@@ -191,6 +191,11 @@ def check_settings(config: OnlineConfig) -> None:
                 "answers, not from pairs. Give these two, and leave the others out."
             )
         return
+    if config.offline is None and config.p_offline not in (0, OnlineConfig.p_offline):
+        raise ConfigError(
+            f"p_offline is {config.p_offline}, and there is no `offline`: no prompt has a stored pair, so all would be drawn "
+            "online. Name the folder of offline pairs, or leave p_offline out (or at 0)."
+        )
     if config.bdhs is not None and (config.annotator is not None or config.rewards):
         raise ConfigError(
             "bdhs: its pairs need no annotator (chosen is the reference answer), and one is given. Leave `annotator` and "

@@ -24,7 +24,7 @@ from prefalign.guided import BiasConfig, Item, corrupted_answers, rejection
 from prefalign.images import open_image
 from prefalign.losses import VIEWS, read_losses, views_of
 from prefalign.manifest import write_atomically
-from prefalign.models import fingerprint, freeze, load_processor
+from prefalign.models import check_towers, fingerprint, freeze, load_processor
 from prefalign.online.annotating import Annotator, as_response, read_annotator
 from prefalign.online.prompts import gather_prompts
 from prefalign.online.sampling import Draw, near_identical, response, usable
@@ -33,6 +33,7 @@ from prefalign.records import Pair, Prompt, assistant_message, normalise_message
 from prefalign.store import OutputConfig, read_records, write_records
 from prefalign.text import load_similarity
 from prefalign.training.arguments import check_precision, training_arguments
+from prefalign.training.checks import check_settings
 from prefalign.training.distributed import claim_processes, running_processes
 from prefalign.training.lora import check_quantised, check_trainable
 from prefalign.training.pairs import COLUMNS, pairs_manifest
@@ -286,6 +287,7 @@ def read_settings(config: OnlineConfig) -> tuple[Any, list[Weighted], Annotator 
 
     Raises:
         ConfigError: several processes, losses on a picture that no row has, or a setting that one of the three refuses.
+        ModelError: there is no tower of a name in `freeze`.
     """
     arguments: Any = training_arguments(config.trl, output=config.output, seed=config.seed)
     if arguments.world_size > 1:
@@ -295,6 +297,9 @@ def read_settings(config: OnlineConfig) -> tuple[Any, list[Weighted], Annotator 
         )
     check_quantised(config.model, config.lora, arguments)
     losses = read_losses(config.losses, beta=arguments.beta)
+    check_settings(losses, arguments, reference="online", tokens_per_pass=None, brings_reference=False,
+                   adapts=config.lora is not None)  # fmt: skip
+    check_towers(config.freeze)
     pictured = [view for view in views_of(losses) if VIEWS[view].images == "rejected_images"]
     if pictured:
         raise ConfigError(

@@ -120,10 +120,7 @@ class Combined:
                 [] if isinstance(entry.weight, (int, float)) else [term for term in entry.weight if term not in terms]
             )
             if named and responses:
-                raise ValueError(
-                    f"reward {entry.name!r} gives no term {named[0]!r}, so its weight would count for nothing; "
-                    f"{nearest(named[0], list(terms))}"
-                )
+                raise ValueError(_no_term(entry.name, named[0], list(terms)))
             if not any(weights.values()) and responses:
                 raise ValueError(
                     f"reward {entry.name!r} gives {', '.join(terms)}, and its weight {entry.weight!r} counts none of them, so it "
@@ -147,7 +144,8 @@ def read_rewards(entries: Sequence[Mapping[str, Any]]) -> Combined:
             (the entry's name in logs, for one reward that is listed twice), and the reward's own settings.
 
     Raises:
-        ConfigError: an empty list, an unknown name or setting (with the nearest known one), a bad value, a label twice.
+        ConfigError: an empty list, an unknown name or setting (with the nearest known one), a bad value, a label twice, a weight
+            of a term that the reward does not give, where its settings say which it gives (`Reward.terms`).
     """
     if not entries:
         raise ConfigError(
@@ -176,6 +174,9 @@ def read_rewards(entries: Sequence[Mapping[str, Any]]) -> Combined:
         except ConfigError as error:
             problems.append(str(error))
             continue
+        known = getattr(reward, "terms", None) or ()
+        unknown = [term for term in weight if known and term not in known] if isinstance(weight, Mapping) else []
+        problems += [f"{place}.weight: {_no_term(name, term, known)}" for term in unknown]
         found.append(Weighted(label, reward, weight))
     labels = [entry.name for entry in found]
     problems += [
@@ -186,6 +187,12 @@ def read_rewards(entries: Sequence[Mapping[str, Any]]) -> Combined:
     if problems:
         raise ConfigError("\n  ".join(problems))
     return Combined(found)
+
+
+def _no_term(name: str, term: str, known: Sequence[str]) -> str:
+    return (
+        f"reward {name!r} gives no term {term!r}, so its weight would count for nothing; {nearest(term, list(known))}"
+    )
 
 
 def read_comparator(entry: Mapping[str, Any]) -> Comparator:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from prefalign.claims import Answer, ClaimJudge, ConquerConfig, DivideConfig
 from prefalign.engines.config import EngineConfig
@@ -46,6 +46,8 @@ class Claims:
     per_claim: bool = False
     batch_size: int = 16
     seed: int = 0
+
+    terms: ClassVar[tuple[str, ...]] = ("trust",)
 
     @cached_property
     def judge(self) -> ClaimJudge:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from prefalign.engines import Engine, Request
 from prefalign.engines.config import EngineConfig
@@ -41,6 +41,8 @@ class Implicit:
     beta: float = 0.1
     per_token: bool = True
     batch_size: int = 16
+
+    terms: ClassVar[tuple[str, ...]] = ("log_ratio",)
 
     def __post_init__(self) -> None:
         if not self.beta > 0:

@@ -135,6 +135,11 @@ class JudgedAttributes(_Asking):
                 "once each."
             )
 
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The attributes that are graded."""
+        return tuple(self.attributes)
+
     @cached_property
     def judge(self) -> Judge:
         """The judge; its model is loaded here."""

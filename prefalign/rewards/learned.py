@@ -50,6 +50,11 @@ class LearnedReward:
                 "{helpfulness: 1.0}, or leave `weights` out: then each attribute is a term of its own."
             )
 
+    @property
+    def terms(self) -> tuple[str, ...] | None:
+        """The terms, where the settings say them: without `weights` they are the model's attributes, known once it is loaded."""
+        return None if self.weights is None else ("reward",)
+
     @cached_property
     def model(self) -> RewardModel:
         """The reward model, loaded and tested when it is first asked for. Another one (on a policy's base, say) may be set."""

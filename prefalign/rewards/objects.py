@@ -24,7 +24,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from prefalign.evals import chair
 from prefalign.rewards import FactsError
@@ -89,6 +89,8 @@ class Objects:
     objects: dict[str, list[str]] = field(default_factory=dict)
     attributes: dict[str, list[str]] = field(default_factory=lambda: WorldWords().attributes)
     places: list[str] = field(default_factory=lambda: WorldWords().places)
+
+    terms: ClassVar[tuple[str, ...]] = TERMS
 
     def __post_init__(self) -> None:
         if self.synonyms is not None and self.objects:

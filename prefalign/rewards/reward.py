@@ -50,6 +50,8 @@ class Reward(Protocol):
 
     A reward that asks somebody may have `failures`: of its last call, by place of the response, why nobody replied. Such a score
     is NaN too, but it can be had another time: stages that store scores quarantine the row.
+    One whose terms follow from its settings names them in an attribute or property `terms`, so that a misspelt weight fails
+    before anything is drawn.
     """
 
     def score(self, responses: Sequence[Response]) -> Mapping[str, torch.Tensor]:

@@ -45,6 +45,7 @@ class MissingEos:
     penalty: float = 8.0
     replace: bool = False
 
+    terms: ClassVar[tuple[str, ...]] = ("penalty",)
     needs_finished: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -68,6 +69,8 @@ class Length:
 
     penalty: float = 10.0
     max_tokens: int = 896
+
+    terms: ClassVar[tuple[str, ...]] = ("penalty",)
 
     def __post_init__(self) -> None:
         _check_penalty(self.penalty)
@@ -111,6 +114,8 @@ class MultipleChoice:
 
     options: str = "ABCD"
     parser: Parser = "robust"
+
+    terms: ClassVar[tuple[str, ...]] = ("correct",)
 
     def __post_init__(self) -> None:
         if not re.fullmatch("[A-Z]{2,}", self.options) or len(set(self.options)) < len(self.options):
@@ -156,6 +161,8 @@ class YesNo:
     """
 
     parser: Parser = "robust"
+
+    terms: ClassVar[tuple[str, ...]] = ("correct",)
 
     def score(self, responses: Sequence[Response]) -> dict[str, torch.Tensor]:
         """`correct` (N,): c."""

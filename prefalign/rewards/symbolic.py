@@ -99,6 +99,11 @@ class Symbolic:
     def __post_init__(self) -> None:
         self._sets = {**RULE_SETS, **{name: read_rule_set(name, entry) for name, entry in self.rule_sets.items()}}
 
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The terms that these settings give."""
+        return ("correct", "consistent", *(["length"] if self.length else []))
+
     def score(self, responses: Sequence[Response]) -> dict[str, torch.Tensor]:
         """`correct`, `consistent` and with `length` also `length`, (N,): sums over turns.
 
@@ -106,13 +111,12 @@ class Symbolic:
         """
         import torch
 
-        terms = ["correct", "consistent", *(["length"] if self.length else [])]
         turns = self.turn_scores(responses)
         return {
             term: torch.stack([row[term].sum() if row else torch.tensor(math.nan) for row in turns])
             if turns
             else torch.zeros(0)
-            for term in terms
+            for term in self.terms
         }
 
     def turn_scores(self, responses: Sequence[Response]) -> list[dict[str, torch.Tensor]]:

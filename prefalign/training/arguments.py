@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 import typing
@@ -53,6 +54,17 @@ SFT_WITHOUT_EFFECT = {
 }
 """Fields of `SFTConfig` that say nothing about conversations with pictures, and why."""
 
+AT_LEAST_ONE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+)
+"""Fields that count rows, batches or tokens."""
+
+NOT_NEGATIVE = ("learning_rate", "value_learning_rate", "weight_decay", "max_grad_norm")
+"""Fields that are a number of 0 or more."""
+
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
@@ -92,8 +104,8 @@ def training_arguments(
         kind: `trl.DPOConfig` or `trl.SFTConfig`.
 
     Raises:
-        ConfigError: one line per unknown name (with the nearest known one), wrong type, field that the recipe sets or that
-            would have no effect; processes that do not see each other.
+        ConfigError: one line per unknown name (with the nearest known one), wrong type, number out of range, field that the
+            recipe sets or that would have no effect; processes that do not see each other.
     """
     known = [entry.name for entry in dataclasses.fields(kind) if entry.init]
     hints = typing.get_type_hints(kind)
@@ -111,6 +123,8 @@ def training_arguments(
                 values[name] = TypeAdapter(hints[name]).validate_python(value)
             except ValidationError as error:
                 problems.append(f"trainer.{name}: {error.errors()[0]['msg']} (got {value!r}).")
+            else:
+                problems += _number_problem(name, values[name])
     if problems:
         raise ConfigError("\n  ".join(problems))
     if isinstance(values.get("deepspeed"), str):
@@ -144,6 +158,21 @@ def check_precision(dtype: torch.dtype, arguments: TrainingArguments) -> None:
                 f"model.dtype: the weights are {stored} and trainer.{name} is true (a GPU with bfloat16 makes it so by itself): "
                 f"torch's autocast refuses to mix the two. Set model.dtype to {better}, or trainer.{name} to false."
             )
+
+
+def _number_problem(name: str, value: Any) -> list[str]:
+    """What is wrong with a plain number, which torch or transformers would say late, and not by the setting's name."""
+    if value is None:
+        return []
+    if name == "num_train_epochs" and not 0 < value < math.inf:
+        return [
+            f"trainer.num_train_epochs is {value}: a run passes over its rows for some time. Give a number above 0."
+        ]
+    if name in AT_LEAST_ONE and value < 1:
+        return [f"trainer.{name} is {value}, so no batch would hold anything. Give 1 or more."]
+    if name in NOT_NEGATIVE and not 0 <= value < math.inf:
+        return [f"trainer.{name} is {value}, with which no step can be taken. Give a number of 0 or more."]
+    return []
 
 
 def _hint(name: str, known: Sequence[str], kind: type) -> str:
