@@ -277,7 +277,8 @@ class TestKeptAnswers:
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background starts its processes without
 from prefalign.cli import _guarded
 from prefalign.engines.config import ServerConfig
 from prefalign.engines import Request, Sampling

@@ -175,7 +175,7 @@ class TestJudges:
         known = config.merge(config.read_yaml(bundled.find("datagen/quality_pairs_scenes")), values)
         manifest = stage.main(config.build(stage.Config, known))
         assert (manifest.rows_out, manifest.dropped) == (1, {"judge_failed": 2})
-        [row] = read_records(tmp_path / "out", Candidates)
+        [row] = read_records(tmp_path / "out" / "answers", Candidates)
         for response in row.responses:
             assert None not in [*response["scores"].values(), *response["regraded"].values()]
 

@@ -132,7 +132,7 @@ def test_processes_that_share_a_folder_share_no_file_of_replies(stage, rows, tmp
     known = settings(stage, rows, tmp_path / "out", grader, sampling={"max_new_tokens": 8}, exports=[])
     for number in (1, 0):
         running.run("quality_pairs", stage, known, Options(Shard(number, 2)))
-    assert read_manifest(tmp_path / "out").rows_out == ROWS
+    assert read_manifest(tmp_path / "out" / "answers").rows_out == ROWS
     assert not list((tmp_path / "out").glob("*.sqlite*"))
     named = [{**known.rewards[0], "cache": str(tmp_path / "mine.sqlite")}]
     once = dataclasses.replace(known, rewards=named, output=dataclasses.replace(known.output, path=tmp_path / "named"))
