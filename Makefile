@@ -29,7 +29,7 @@ demo: $(VENV)/.demo
 	$(BIN)/prefalign demo --output runs/demo
 
 test: $(VENV)/.dev $(FAMILIES)/.ready
-	$(OFFLINE) $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests
+	$(OFFLINE) $(BIN)/pytest -n 2 --dist loadfile tests
 	$(OFFLINE) PYTHONPATH=tests/torchvision_shim $(FAMILIES)/bin/python -m pytest -m families tests/families
 
 check: $(VENV)/.dev
