@@ -30,7 +30,10 @@ MODES = {
     "zero2": {"distributed_type": "DEEPSPEED", "num_processes": 2, "zero_stage": 2, "backend": "gloo"},
     "zero3": {"distributed_type": "DEEPSPEED", "num_processes": 2, "zero_stage": 3, "backend": "gloo"},
 }
-with_deepspeed = [pytest.param(mode, marks=needs_deepspeed) for mode in ("zero2", "zero3")]
+with_deepspeed = [
+    pytest.param("zero2", marks=needs_deepspeed),
+    pytest.param("zero3", marks=[needs_deepspeed, pytest.mark.slow]),
+]
 modes = pytest.mark.parametrize("mode", ["ddp", *with_deepspeed])
 BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 3, "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss", "greater_is_better": True, "per_device_eval_batch_size": 2}  # fmt: skip

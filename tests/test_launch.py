@@ -219,6 +219,7 @@ def slurm(tmp_path):
     return SLURM | {"PATH": path, "SLURM_JOB_ID": str(os.getpid())}
 
 
+@pytest.mark.slow
 def test_slurm_script_trains_on_two_nodes(slurm, pairs, tiny_llava, tmp_path):
     profile, kind = ("zero2", "DeepSpeed ZeRO-2") if find_spec("deepspeed") else ("ddp", "DDP (MULTI_CPU)")
     script = bundled.find("slurm/train_preference")

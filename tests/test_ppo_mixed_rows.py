@@ -35,6 +35,7 @@ def runs(folder: Path, mode: str, checkpoint: Path) -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_of_which_one_sees_no_picture_are_one(tiny_llava, tmp_path):
     prompts = [
         Prompt(f"prompt-{number}", [encode_png(picture(number))] if number % 2 else [],

@@ -71,6 +71,7 @@ def test_what_is_missing_is_asked_for_before_anything_starts(arguments, said, tm
     assert "' run " not in shown
 
 
+@pytest.mark.slow
 def test_all_on_scenes(tmp_path):
     """From nothing to a graded model, in a folder with a blank and a quote; pairs that are there are not made anew."""
     where = tmp_path / "it's here"

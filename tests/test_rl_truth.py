@@ -81,6 +81,7 @@ def distance(folder, variant, changed):
     return max(abs(margin["own"] - margin[changed]) for margin in margins if margin[changed] is not None)
 
 
+@pytest.mark.slow
 def test_the_benchmark_on_a_few_rows(tmp_path):
     file = tmp_path / "rows.json"
     command = [sys.executable, str(FILE), "--quick", "--parts", "rm", "--seeds", "0", "--pictures", "12", "--held_out", "6",
