@@ -60,45 +60,28 @@ class Config:
 
 def main(config: Config) -> None:
     """Train, or go on training, and save everything that an evaluation and a model card need."""
-    from prefalign.models import parameter_table
-    from prefalign.online import ppo_run
+    from prefalign.online.ppo_run import build_trainer, read_inputs, reward_entries
     from prefalign.rewards.grading import check_rewards
-    from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
+    from prefalign.training.distributed import running_processes
+    from prefalign.training.frame import begin_run, claim_folder, prepare_training, train_run
     from prefalign.training.lora import check_trainable
-    from prefalign.training.runs import claim_run, full_disk_explained, is_finished, open_run
-    from prefalign.training.upkeep import plain_lines_without_a_terminal, train_and_save
 
-    plain_lines_without_a_terminal()
-    prepare_processes(config.trainer)
-    check_rewards(ppo_run.reward_entries(config)[0], floor=config.reward_floor, force=config.force_reward)
-    inputs = ppo_run.read_inputs(config, output=config.output, trainer=config.trainer)
-    arguments = inputs.arguments
-    main_process, processes = arguments.process_index == 0, arguments.world_size
-    open_run(config.output, inputs.files, resume=config.resume, processes=processes)
-    start = ppo_run.load_start(config, inputs)
-    checkpoint = open_run(config.output, start.files, resume=config.resume, processes=processes)
-    if is_finished(config.output):
-        if main_process:
-            print(f"{config.output} is finished; nothing to do.")
+    prepare_training(config.trainer)
+    check_rewards(reward_entries(config)[0], floor=config.reward_floor, force=config.force_reward)
+    inputs = read_inputs(config, output=config.output, trainer=config.trainer)
+    start = begin_run(config, inputs.arguments, inputs.files, continues=True)
+    if start is None:
         return
-    trainer, fit, how = ppo_run.build_trainer(config, inputs, start)
+    trainer, fit, how = build_trainer(config, inputs, start)
     running = running_processes(trainer.accelerator, config.trainer)
     check_trainable(trainer.model, config.freeze)
-    if main_process:
-        for row in parameter_table(trainer.model):
-            print(f"{row['tower']:<15}{row['parameters']:>16,} parameters{row['trainable']:>16,} trainable")
-        answers = arguments.answers_per_iteration * processes
-        print(f"{fit.rows_used} prompts, {fit.summary() or 'all fit'}; {running}")
-        print(f"an iteration draws {answers} answers and makes {arguments.updates_per_iteration} updates on them{how}")
-        if checkpoint:
-            print(f"going on from {checkpoint.name}")
-    with full_disk_explained(config.output):
-        if main_process:
-            claim_run(config.output, start.files)
-        claim_processes(config.output, running, main_process=main_process)
-    train_and_save(trainer, config.output, checkpoint=checkpoint, rows=fit.rows(), counts=fit.counts())
-    if main_process:
-        print(f"saved {config.output}")
+    answers = trainer.args.answers_per_iteration * trainer.args.world_size
+    lines = [
+        f"{fit.rows_used} prompts, {fit.summary() or 'all fit'}; {running}",
+        f"an iteration draws {answers} answers and makes {trainer.args.updates_per_iteration} updates on them{how}",
+    ]
+    claim_folder(config, trainer, start, running, lines)
+    train_run(config, trainer, start, fit)
 
 
 if __name__ == "__main__":

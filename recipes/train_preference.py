@@ -11,7 +11,7 @@ its last checkpoint and ends with the weights of an uninterrupted run. Several p
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,64 +64,37 @@ class Config:
 
 def main(config: Config) -> None:
     """Train, or go on training, and save everything that an evaluation and a model card need."""
-    from prefalign.models import parameter_table
-    from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
+    from prefalign.training.distributed import running_processes
+    from prefalign.training.frame import begin_run, claim_folder, prepare_training, train_run
     from prefalign.training.lora import check_trainable
     from prefalign.training.pairs import keep_fitting
-    from prefalign.training.preference_run import build_trainer, load_start, read_inputs
+    from prefalign.training.preference_run import build_trainer, read_inputs
     from prefalign.training.reference import cache_reference
-    from prefalign.training.runs import claim_run, full_disk_explained, is_finished, open_run
-    from prefalign.training.upkeep import plain_lines_without_a_terminal, train_and_save
+    from prefalign.training.runs import full_disk_explained
 
-    plain_lines_without_a_terminal()
-    prepare_processes(config.trainer)
+    prepare_training(config.trainer)
     inputs = read_inputs(config, output=config.output, trainer=config.trainer)
-    main_process, processes = inputs.arguments.process_index == 0, inputs.arguments.world_size
-    open_run(config.output, inputs.files, resume=config.resume, processes=processes)
-
-    start = load_start(config, inputs)
-    checkpoint = open_run(config.output, start.files, resume=config.resume, processes=processes)
-    if is_finished(config.output):
-        if main_process:
-            print(f"{config.output} is finished; nothing to do.")
+    start = begin_run(config, inputs.arguments, inputs.files)
+    if start is None:
         return
     trainer = build_trainer(config, inputs, start)
     running = running_processes(trainer.accelerator, config.trainer)
     check_trainable(trainer.model, config.freeze)
     trainer.train_dataset, fit = keep_fitting(trainer.train_dataset, trainer.data_collator)
+    lines, eval_counts = [f"{fit.rows_used} pairs, {fit.summary() or 'all fit'}; {running}"], None
     if config.eval_pairs:
-        trainer.eval_dataset, eval_fit = keep_fitting(trainer.eval_dataset, trainer.data_collator)
-    if main_process:
-        for row in parameter_table(trainer.model):
-            print(f"{row['tower']:<15}{row['parameters']:>16,} parameters{row['trainable']:>16,} trainable")
-        print(f"{fit.rows_used} pairs, {fit.summary() or 'all fit'}; {running}")
-        if config.eval_pairs and eval_fit.summary():
-            print(f"{eval_fit.rows_used} held-out pairs, {eval_fit.summary()}")
-        if checkpoint:
-            print(f"going on from {checkpoint.name}")
-
-    with full_disk_explained(config.output):
-        if main_process:
-            claim_run(config.output, start.files)
-        claim_processes(config.output, running, main_process=main_process)
-        if config.reference == "cached" and trainer.needs_reference:
+        trainer.eval_dataset, held_out = keep_fitting(trainer.eval_dataset, trainer.data_collator)
+        eval_counts = {"rows_in": held_out.rows_in, "rows_used": held_out.rows_used}
+        if held_out.summary():
+            lines.append(f"{held_out.rows_used} held-out pairs, {held_out.summary()}")
+    claim_folder(config, trainer, start, running, lines)
+    if config.reference == "cached" and trainer.needs_reference:
+        with full_disk_explained(config.output):
             kept = config.reference_folder or config.output / "reference"
             report = cache_reference(trainer, kept, reference=start.fingerprint)
-            if main_process:
-                print(report)
-    counts = {"rows_in": fit.rows_in, "rows_used": fit.rows_used, "rows_prompt_too_long": len(fit.too_long)}
-    train_and_save(
-        trainer,
-        config.output,
-        checkpoint=checkpoint,
-        rows=asdict(fit),
-        counts=counts,
-        eval_counts={"eval_rows_in": eval_fit.rows_in, "eval_rows_used": eval_fit.rows_used}
-        if config.eval_pairs
-        else None,
-    )
-    if main_process:
-        print(f"saved {config.output}")
+        if trainer.is_world_process_zero():
+            print(report)
+    train_run(config, trainer, start, fit, eval_counts)
 
 
 if __name__ == "__main__":

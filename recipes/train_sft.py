@@ -10,7 +10,7 @@ processes: `torchrun --nproc_per_node N`, or `accelerate launch` with a profile 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,78 +53,48 @@ def main(config: Config) -> None:
     from accelerate.utils import is_peft_model
     from trl import SFTConfig
 
-    from prefalign.config import to_mapping
-    from prefalign.models import fingerprint, freeze, load_processor, parameter_table
-    from prefalign.training.arguments import check_precision, training_arguments
-    from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
+    from prefalign.training.arguments import training_arguments
+    from prefalign.training.distributed import running_processes
     from prefalign.training.examples import AnswerCollator, check_pictures, keep_usable, load_examples
+    from prefalign.training.frame import begin_run, claim_folder, prepare_training, train_run
     from prefalign.training.lora import check_quantised, check_targets, check_trainable
-    from prefalign.training.policy import load_policy
-    from prefalign.training.runs import base_file, claim_run, full_disk_explained, is_finished, open_run, run_files
+    from prefalign.training.runs import files_of
     from prefalign.training.sft import SupervisedTrainer
-    from prefalign.training.upkeep import plain_lines_without_a_terminal, train_and_save
 
-    plain_lines_without_a_terminal()
-    prepare_processes(config.trainer)
+    prepare_training(config.trainer)
     arguments = training_arguments(config.trainer, output=config.output, seed=config.seed, kind=SFTConfig)
     check_quantised(config.model, config.lora, arguments)
     folders = [config.data, *([config.eval_data] if config.eval_data else [])]
     datasets = [load_examples(folder, config.answer) for folder in folders]
     shares = arguments.fsdp_plugin_args or getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3
     check_pictures(datasets, folders, processes=arguments.world_size, in_parts=bool(shares))
-    manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]
-    files = run_files(to_mapping(config), *manifests, data="data")
-    main_process, processes = arguments.process_index == 0, arguments.world_size
-    open_run(config.output, files, resume=config.resume, processes=processes)
-
-    processor = load_processor(config.model)
-    collator = AnswerCollator(processor, arguments.max_length)
-    model = load_policy(config.model, config.lora, device=str(arguments.device), continues=True)
-    check_precision(model.dtype, arguments)
-    goes_on = is_peft_model(model)
-    changed = goes_on or bool(getattr(model, "is_quantized", False))
-    files |= base_file(config.model.model_name_or_path, fingerprint(model), changed=changed)
-    checkpoint = open_run(config.output, files, resume=config.resume, processes=processes)
-    if is_finished(config.output):
-        if main_process:
-            print(f"{config.output} is finished; nothing to do.")
+    start = begin_run(config, arguments, files_of(config, *folders, data="data"), continues=True)
+    if start is None:
         return
-    if config.lora is None:
-        freeze(model, config.freeze)
-    elif not goes_on:
-        check_targets(model, config.lora)
+    goes_on = is_peft_model(start.model)
+    if config.lora and not goes_on:
+        check_targets(start.model, config.lora)
+    collator = AnswerCollator(start.processor, arguments.max_length)
     used = [keep_usable(dataset, collator) for dataset in datasets]
     rows, kept = used[0]
     trainer = SupervisedTrainer(
-        model,
+        start.model,
         args=arguments,
         train_dataset=rows,
         eval_dataset=used[1][0] if config.eval_data else None,
-        processing_class=processor,
+        processing_class=start.processor,
         peft_config=config.lora.to_peft() if config.lora and not goes_on else None,
-        files=files,
+        files=start.files,
     )
     running = running_processes(trainer.accelerator, config.trainer)
     check_trainable(trainer.model, config.freeze)
-    if main_process:
-        for row in parameter_table(trainer.model):
-            print(f"{row['tower']:<15}{row['parameters']:>16,} parameters{row['trainable']:>16,} trainable")
-        print(f"{kept.rows_used} rows, {kept.summary() or 'all used'}; {running}")
-        if config.eval_data and used[1][1].summary():
-            print(f"{used[1][1].rows_used} held-out rows, {used[1][1].summary()}")
-        if goes_on:
-            print(f"training goes on with the adapter of {config.model.adapter or config.model.model_name_or_path}")
-        if checkpoint:
-            print(f"going on from {checkpoint.name}")
-    with full_disk_explained(config.output):
-        if main_process:
-            claim_run(config.output, files)
-        claim_processes(config.output, running, main_process=main_process)
-    eval_counts = {f"eval_{name}": count for name, count in used[1][1].counts().items()} if config.eval_data else None
-    train_and_save(trainer, config.output, checkpoint=checkpoint, rows=asdict(kept), counts=kept.counts(),
-                   eval_counts=eval_counts)  # fmt: skip
-    if main_process:
-        print(f"saved {config.output}")
+    lines = [f"{kept.rows_used} rows, {kept.summary() or 'all used'}; {running}"]
+    if config.eval_data and used[1][1].summary():
+        lines.append(f"{used[1][1].rows_used} held-out rows, {used[1][1].summary()}")
+    if goes_on:
+        lines.append(f"training goes on with the adapter of {config.model.adapter or config.model.model_name_or_path}")
+    claim_folder(config, trainer, start, running, lines)
+    train_run(config, trainer, start, kept, used[1][1].counts() if config.eval_data else None)
 
 
 if __name__ == "__main__":

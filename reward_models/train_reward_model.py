@@ -69,52 +69,29 @@ class Config:
 
 def main(config: Config) -> None:
     """Train, or go on training, and save a reward model that proves itself when it is loaded."""
-    from prefalign.models import parameter_table
-    from prefalign.rewards import reward_run
+    from prefalign.rewards.reward_run import build_trainer, read_inputs
     from prefalign.rewards.rows import keep_fitting
-    from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
+    from prefalign.training.distributed import running_processes
+    from prefalign.training.frame import begin_run, claim_folder, prepare_training, train_run
     from prefalign.training.lora import check_trainable
-    from prefalign.training.runs import claim_run, full_disk_explained, is_finished, open_run
-    from prefalign.training.upkeep import plain_lines_without_a_terminal, train_and_save
 
-    plain_lines_without_a_terminal()
-    prepare_processes(config.trainer)
-    inputs = reward_run.read_inputs(config, output=config.output, trainer=config.trainer)
-    arguments = inputs.arguments
-    main_process, processes = arguments.process_index == 0, arguments.world_size
-    open_run(config.output, inputs.files, resume=config.resume, processes=processes)
-    start = reward_run.load_start(config, inputs)
-    checkpoint = open_run(config.output, start.files, resume=config.resume, processes=processes)
-    if is_finished(config.output):
-        if main_process:
-            print(f"{config.output} is finished; nothing to do.")
+    prepare_training(config.trainer)
+    inputs = read_inputs(config, output=config.output, trainer=config.trainer)
+    start = begin_run(config, inputs.arguments, inputs.files)
+    if start is None:
         return
-    trainer = reward_run.build_trainer(config, inputs, start)
+    trainer = build_trainer(config, inputs, start)
     running = running_processes(trainer.accelerator, config.trainer)
     check_trainable(trainer.model.model, config.freeze)
-    datasets = [inputs.pairs, *([inputs.eval_pairs] if inputs.eval_pairs is not None else [])]
-    used = [keep_fitting(dataset, trainer.data_collator, arguments.max_length) for dataset in datasets]
-    trainer.train_dataset, kept = used[0]
+    longest = inputs.arguments.max_length
+    trainer.train_dataset, fit = keep_fitting(trainer.train_dataset, trainer.data_collator, longest)
+    lines, eval_counts = [f"{fit.rows_used} pairs, {fit.summary()}; {running}"], None
     if config.eval_pairs:
-        trainer.eval_dataset = used[1][0]
-    if main_process:
-        for row in parameter_table(trainer.model):
-            print(f"{row['tower']:<15}{row['parameters']:>16,} parameters{row['trainable']:>16,} trainable")
-        print(f"{kept.rows_used} pairs, {kept.summary()}; {running}")
-        if config.eval_pairs:
-            print(f"{used[1][1].rows_used} held-out pairs, {used[1][1].summary()}")
-        if checkpoint:
-            print(f"going on from {checkpoint.name}")
-    with full_disk_explained(config.output):
-        if main_process:
-            claim_run(config.output, start.files)
-        claim_processes(config.output, running, main_process=main_process)
-    eval_counts = {f"eval_{name}": count for name, count in used[1][1].counts().items()} if config.eval_pairs else None
-    train_and_save(
-        trainer, config.output, checkpoint=checkpoint, rows=vars(kept), counts=kept.counts(), eval_counts=eval_counts
-    )
-    if main_process:
-        print(f"saved {config.output}")
+        trainer.eval_dataset, held_out = keep_fitting(trainer.eval_dataset, trainer.data_collator, longest)
+        lines.append(f"{held_out.rows_used} held-out pairs, {held_out.summary()}")
+        eval_counts = held_out.counts()
+    claim_folder(config, trainer, start, running, lines)
+    train_run(config, trainer, start, fit, eval_counts)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from prefalign.config import ConfigError, build
 from prefalign.families import core, tower
 from prefalign.losses import read_losses
 from prefalign.models import ModelConfig, freeze, load_model
-from prefalign.training import preference_run
+from prefalign.training import frame, preference_run
 from prefalign.training.documents import picture_bytes
 from prefalign.training.forward import FrozenTower
 from prefalign.training.lora import LoraSettings
@@ -135,14 +135,15 @@ def test_another_config_of_the_same_weights_is_another_reference(tiny_llava, pai
 def test_a_second_model_is_loaded_for_losses_that_look_at_it_only(tiny_llava, pairs, tmp_path, monkeypatch):
     """Weights as ZeRO-3 leaves them cannot be copied, so the reference is loaded from its path."""
     recipe, load, models = bundled.load_stage("train_preference"), preference_run.load_policy, []
-    monkeypatch.setattr(preference_run, "load_policy", lambda *of, **how: models.append(load(*of, **how)) or models[-1])
+    for module in (frame, preference_run):
+        monkeypatch.setattr(module, "load_policy", lambda *of, **how: models.append(load(*of, **how)) or models[-1])
     for entry, expected in (("simpo", 1), ("text", 2)):
         values = {"model": {"model_name_or_path": str(tiny_llava), "device": "cpu"}, "pairs": str(pairs), "output": str(tmp_path),
                   "reference": "online", "losses": [{"name": entry}]}  # fmt: skip
         config = build(recipe.Config, values)
         inputs = preference_run.read_inputs(config, output=tmp_path, trainer={})
         models.clear()
-        begin = preference_run.load_start(config, inputs)
+        begin = frame.load_start(config, inputs.arguments, inputs.files)
         for parameter in begin.model.parameters():
             parameter.ds_id = 0
         preference_run.build_trainer(config, inputs, begin)

@@ -23,7 +23,8 @@ from prefalign.config import ConfigError
 from prefalign.doctor.findings import NotExaminedError
 from prefalign.losses import VIEWS
 from prefalign.training.documents import Documents, digest_of, picture_bytes
-from prefalign.training.preference_run import build_trainer, load_start, read_inputs
+from prefalign.training.frame import load_start
+from prefalign.training.preference_run import build_trainer, read_inputs
 from prefalign.training.profiles import SHARING, check_sharing
 from prefalign.training.scoring import run
 from prefalign.training.upkeep import plain_lines_without_a_terminal
@@ -219,7 +220,7 @@ def prepare(stage: ModuleType, config: Any, *, rows: int, scratch: Path) -> Case
     plain_lines_without_a_terminal()
     check_sharing(config)  # a batch is examined in one process, which holds all weights
     inputs = read_inputs(config, output=scratch, trainer=alone(config.trainer))
-    start = load_start(config, inputs)
+    start = load_start(config, inputs.arguments, inputs.files)
     trainer = build_trainer(config, inputs, start)
     checkpoint_activations(trainer)
     case = Case(config, trainer, start.files, start.fingerprint)

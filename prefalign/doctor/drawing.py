@@ -30,6 +30,7 @@ from prefalign.online.round_checks import gap_bound, measure_gap
 from prefalign.online.settings import check_settings
 from prefalign.records import Pair, normalise_messages
 from prefalign.store import OutputConfig, write_records
+from prefalign.training.frame import load_start
 from prefalign.training.runs import CONFIG_FILE, run_files
 from prefalign.training.upkeep import plain_lines_without_a_terminal
 
@@ -151,7 +152,7 @@ def prepare_ppo(config: Any, *, rows: int, scratch: Path) -> DrawnCase:
     needed = inputs.arguments.answers_per_iteration // inputs.arguments.num_generations
     picked = random.Random(config.seed).sample(range(total), min(max(rows, needed), total))
     inputs.prompts = inputs.prompts.select(sorted(picked))
-    start = ppo_run.load_start(config, inputs)
+    start = load_start(config, inputs.arguments, inputs.files, continues=True)
     trainer, fit, _ = ppo_run.build_trainer(config, inputs, start)
     if trainer.args.gradient_checkpointing:
         trainer.roles.activation_checkpointing_enable()

@@ -20,10 +20,11 @@ from prefalign.corruption import blank
 from prefalign.doctor import model, world
 from prefalign.doctor.case import Step, alone, one_process, peak, shown, tokens_of
 from prefalign.doctor.findings import Finding, NotExaminedError, judge, some
-from prefalign.rewards.reward_run import build_trainer, load_start, read_inputs
+from prefalign.rewards.reward_run import build_trainer, read_inputs
 from prefalign.rewards.rows import as_mapping
 from prefalign.rewards.trainer import RewardTrainer
 from prefalign.training.documents import decode
+from prefalign.training.frame import load_start
 from prefalign.training.upkeep import plain_lines_without_a_terminal
 
 DULL = 0.02
@@ -113,7 +114,7 @@ def prepare(config: Any, *, rows: int, scratch: Path) -> RewardCase:
     one_process()
     plain_lines_without_a_terminal()
     inputs = read_inputs(config, output=scratch, trainer=alone(config.trainer))
-    start = load_start(config, inputs)
+    start = load_start(config, inputs.arguments, inputs.files)
     trainer = build_trainer(config, inputs, start)
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable()

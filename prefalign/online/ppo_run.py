@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import is_peft_model
 from transformers import set_seed
 
-from prefalign.config import ConfigError, to_mapping
-from prefalign.models import fingerprint, freeze, load_processor
+from prefalign.config import ConfigError
 from prefalign.online.arguments import PPOConfig
 from prefalign.online.ppo import PPOTrainer
 from prefalign.online.prompt_rows import Fit, keep_fitting, load_prompts
 from prefalign.online.reward_adapters import share_base, value_start
 from prefalign.rewards import Combined, read_rewards
-from prefalign.training.arguments import check_precision, training_arguments
+from prefalign.training.arguments import training_arguments
+from prefalign.training.frame import Start
 from prefalign.training.lora import check_quantised
-from prefalign.training.policy import load_policy
-from prefalign.training.runs import base_file, run_files
+from prefalign.training.runs import files_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,21 +44,6 @@ class Inputs:
     rewards: Combined
     watch: Combined | None
     prompts: Dataset
-    files: dict[str, str]
-
-
-@dataclass
-class Start:
-    """What a run starts from.
-
-    Attributes:
-        model: the policy as it was loaded, an adapter that goes on included.
-        processor: its processor.
-        files: those of `Inputs` and `runs.base_file`.
-    """
-
-    model: Any
-    processor: Any
     files: dict[str, str]
 
 
@@ -107,23 +91,7 @@ def read_inputs(config: Any, *, output: Path, trainer: Mapping[str, Any]) -> Inp
     rewards = read_rewards(entries)
     watch = read_rewards(watched) if watched else None
     prompts = load_prompts(config.prompts)
-    manifest = (config.prompts / "manifest.json").read_text(encoding="utf-8")
-    return Inputs(arguments, rewards, watch, prompts, run_files(to_mapping(config), manifest, data="prompts"))
-
-
-def load_start(config: Any, inputs: Inputs) -> Start:
-    """Weights and processor.
-
-    Raises:
-        ModelError: there is no such model, or it cannot be loaded.
-        ConfigError: its weights cannot be trained as the settings say.
-    """
-    processor = load_processor(config.model)
-    model = load_policy(config.model, config.lora, device=str(inputs.arguments.device), continues=True)
-    check_precision(model.dtype, inputs.arguments)
-    changed = is_peft_model(model) or bool(getattr(model, "is_quantized", False))
-    files = inputs.files | base_file(config.model.model_name_or_path, fingerprint(model), changed=changed)
-    return Start(model, processor, files)
+    return Inputs(arguments, rewards, watch, prompts, files_of(config, config.prompts, data="prompts"))
 
 
 def build_trainer(config: Any, inputs: Inputs, start: Start) -> tuple[PPOTrainer, Fit, str]:
@@ -136,9 +104,7 @@ def build_trainer(config: Any, inputs: Inputs, start: Start) -> tuple[PPOTrainer
 
     args, model = inputs.arguments, start.model
     set_seed(config.seed)  # the start of the adapters
-    if config.lora is None:
-        freeze(model, config.freeze)
-    elif not is_peft_model(model):
+    if config.lora and not is_peft_model(model):
         model = get_peft_model(model, config.lora.to_peft())
     reward_adapter, how = share_base(inputs.rewards, model, config.fast_path) if config.lora else (None, "")
     value_model = None if config.lora else value_start(inputs.rewards, model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +42,6 @@ class Fit:
     def counts(self) -> dict[str, int]:
         """Numbers of rows for a run's metrics."""
         return {"rows_in": self.rows_in, "rows_used": self.rows_used, "rows_prompt_too_long": len(self.too_long)}
-
-    def rows(self) -> dict[str, Any]:
-        """The same with every row's id."""
-        return asdict(self)
 
 
 def keep_fitting(

@@ -238,5 +238,4 @@ def train_round(
         claim_processes(output, running, main_process=True)
         if trainer.needs_reference:
             use_reference(trainer, reference_folder, reference)
-    counts = {"rows_in": fit.rows_in, "rows_used": fit.rows_used, "rows_prompt_too_long": len(fit.too_long)}
-    train_and_save(trainer, output, checkpoint=checkpoint, rows=asdict(fit), counts=counts)
+    train_and_save(trainer, output, checkpoint=checkpoint, rows=asdict(fit), counts=fit.counts())

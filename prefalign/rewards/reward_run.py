@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefalign.config import to_mapping
-from prefalign.models import fingerprint, freeze, load_processor
 from prefalign.rewards.rows import check_rows, check_settings, load_reward_pairs
 from prefalign.rewards.trainer import RewardTrainer, check_whole, reward_arguments
 from prefalign.rewards.vlm import BaseModel, RewardModel
-from prefalign.training.arguments import check_precision
+from prefalign.training.frame import Start
 from prefalign.training.lora import check_quantised
-from prefalign.training.policy import load_policy
-from prefalign.training.runs import base_file, run_files
+from prefalign.training.runs import files_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,23 +39,6 @@ class Inputs:
     files: dict[str, str]
 
 
-@dataclass
-class Start:
-    """What a run starts from.
-
-    Attributes:
-        model: before training, as it was loaded.
-        processor: its processor.
-        base: what it is.
-        files: those of `Inputs` and `runs.base_file`.
-    """
-
-    model: Any
-    processor: Any
-    base: BaseModel
-    files: dict[str, str]
-
-
 def read_inputs(config: Any, *, output: Path, trainer: Mapping[str, Any]) -> Inputs:
     """Settings and pairs, checked against each other.
 
@@ -79,39 +59,21 @@ def read_inputs(config: Any, *, output: Path, trainer: Mapping[str, Any]) -> Inp
     for folder, dataset in zip(folders, datasets, strict=True):
         check_rows(dataset, folder, config.attributes, objective=config.objective)
     check_settings(datasets[0], config.pairs, margins=config.margins, rejected_pictures=config.rejected_pictures)
-    manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]
-    files = run_files(to_mapping(config), *manifests)
-    return Inputs(arguments, datasets[0], datasets[1] if config.eval_pairs else None, files)
-
-
-def load_start(config: Any, inputs: Inputs) -> Start:
-    """Weights and processor.
-
-    Raises:
-        ModelError: there is no such model, or it cannot be loaded.
-        ConfigError: its weights cannot be trained as the settings say.
-    """
-    processor = load_processor(config.model)
-    model = load_policy(config.model, config.lora, device=str(inputs.arguments.device))
-    check_precision(model.dtype, inputs.arguments)
-    base = BaseModel(config.model.model_name_or_path, config.model.model_revision, fingerprint(model),
-                     str(model.dtype).removeprefix("torch."), config.model.load_in_4bit)  # fmt: skip
-    changed = bool(getattr(model, "is_quantized", False))
-    return Start(model, processor, base, inputs.files | base_file(base.name, base.fingerprint, changed=changed))
+    return Inputs(arguments, datasets[0], datasets[1] if config.eval_pairs else None, files_of(config, *folders))
 
 
 def build_trainer(config: Any, inputs: Inputs, start: Start) -> RewardTrainer:
     """The trainer of the run, on all its rows."""
     model = start.model
-    if config.lora is None:
-        freeze(model, config.freeze)
-    else:
+    base = BaseModel(config.model.model_name_or_path, config.model.model_revision, start.fingerprint,
+                     str(model.dtype).removeprefix("torch."), config.model.load_in_4bit)  # fmt: skip
+    if config.lora:
         from peft import get_peft_model
         from transformers import set_seed
 
         set_seed(config.seed)
         model = get_peft_model(model, config.lora.to_peft())
-    reward_model = RewardModel(model, start.processor, base=start.base, attributes=config.attributes, rating=config.prompt,
+    reward_model = RewardModel(model, start.processor, base=base, attributes=config.attributes, rating=config.prompt,
                                fast_path=config.fast_path, seed=config.seed)  # fmt: skip
     return RewardTrainer(
         reward_model,

@@ -183,6 +183,10 @@ class Fit:
         """Smallest `max_length` that keeps every row."""
         return max(self.too_long.values()) + 1
 
+    def counts(self) -> dict[str, int]:
+        """The numbers, as they go among a run's metrics."""
+        return {"rows_in": self.rows_in, "rows_used": self.rows_used, "rows_prompt_too_long": len(self.too_long)}
+
     def summary(self) -> str:
         """What was dropped, why, and what would keep it; empty if everything fits."""
         parts = []

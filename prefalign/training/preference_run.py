@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefalign.config import ConfigError, to_mapping
+from prefalign.config import ConfigError
 from prefalign.losses import Weighted, read_losses, views_of
-from prefalign.models import fingerprint, freeze, load_processor
-from prefalign.training.arguments import check_precision, training_arguments
+from prefalign.training.arguments import training_arguments
 from prefalign.training.checks import needs_reference
+from prefalign.training.frame import Start
 from prefalign.training.lora import check_quantised, check_targets
 from prefalign.training.pairs import check_columns, check_negative, check_texts, load_pairs
 from prefalign.training.policy import in_parts, load_policy
 from prefalign.training.preference import PreferenceTrainer
-from prefalign.training.runs import base_file, run_files
+from prefalign.training.runs import files_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,23 +41,6 @@ class Inputs:
     losses: list[Weighted]
     pairs: Dataset
     eval_pairs: Dataset | None
-    files: dict[str, str]
-
-
-@dataclass
-class Start:
-    """What a run starts from.
-
-    Attributes:
-        model: the policy before training, towers frozen.
-        processor: its processor.
-        fingerprint: of its weights.
-        files: those of `Inputs` and `runs.base_file`.
-    """
-
-    model: Any
-    processor: Any
-    fingerprint: str
     files: dict[str, str]
 
 
@@ -90,9 +73,8 @@ def read_inputs(config: Any, *, output: Path, trainer: Mapping[str, Any]) -> Inp
         check_columns(dataset, views, folder, config.negative)
         if needs_reference(losses, arguments.loss_type):
             check_texts(dataset, views, folder)
-    manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]
-    files = run_files(to_mapping(config), *manifests)
-    return Inputs(arguments, losses, datasets[0], datasets[1] if config.eval_pairs else None, files)
+    held_out = datasets[1] if config.eval_pairs else None
+    return Inputs(arguments, losses, datasets[0], held_out, files_of(config, *folders))
 
 
 def check_held_out(arguments: Any, eval_pairs: Path | None) -> None:
@@ -108,32 +90,14 @@ def check_held_out(arguments: Any, eval_pairs: Path | None) -> None:
         )
 
 
-def load_start(config: Any, inputs: Inputs) -> Start:
-    """Weights and processor.
-
-    Raises:
-        ModelError: there is no such model, or it cannot be loaded.
-        ConfigError: its weights cannot be trained as the settings say.
-    """
-    processor = load_processor(config.model)
-    model = load_policy(config.model, config.lora, device=str(inputs.arguments.device))
-    check_precision(model.dtype, inputs.arguments)
-    base = fingerprint(model)
-    changed = bool(getattr(model, "is_quantized", False))
-    files = inputs.files | base_file(config.model.model_name_or_path, base, changed=changed)
-    if config.lora is None:
-        freeze(model, config.freeze)
-    else:
-        check_targets(model, config.lora)
-    return Start(model, processor, base, files)
-
-
 def build_trainer(config: Any, inputs: Inputs, start: Start) -> PreferenceTrainer:
     """The trainer of the run, on all its rows.
 
     Raises:
-        ConfigError: settings that contradict each other.
+        ConfigError: settings that contradict each other, or an adapter that has no module to sit on.
     """
+    if config.lora:
+        check_targets(start.model, config.lora)
     # weights that are shared out cannot be copied, so the reference is loaded once more
     online = config.reference == "online" and needs_reference(inputs.losses, inputs.arguments.loss_type)
     loads_reference = online and config.lora is None and in_parts(start.model)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
+from prefalign.config import to_mapping
 from prefalign.manifest import differences, is_full_disk, write_atomically
 from prefalign.training.checkpoints import last_checkpoint, random_states
 
@@ -43,6 +44,18 @@ def run_files(
     """
     files = {CONFIG_FILE: yaml.safe_dump(dict(config), sort_keys=False), f"{data}{MANIFEST}": manifest}
     return files if eval_manifest is None else {**files, f"eval_{data}{MANIFEST}": eval_manifest}
+
+
+def files_of(config: Any, *folders: Path, data: str = "pairs") -> dict[str, str]:
+    """`run_files` of a run on finished folders.
+
+    Args:
+        config: the run's config.
+        *folders: what is trained on, and what is held out, if anything is.
+        data: the setting that names the first folder.
+    """
+    manifests = [(folder / "manifest.json").read_text(encoding="utf-8") for folder in folders]
+    return run_files(to_mapping(config), *manifests, data=data)
 
 
 def base_file(model_name_or_path: str, fingerprint: str, *, changed: bool = False) -> dict[str, str]:
