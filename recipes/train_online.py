@@ -37,7 +37,7 @@ def main(config: Config) -> dict[str, Any] | None:
 
         return run_rounds(config)
     if config.algorithm == "online_dpo_step":
-        from prefalign.online.step import train_steps
+        from prefalign.online.step_run import train_steps
 
         train_steps(config)
         return None

@@ -7,10 +7,11 @@ import torch
 
 from prefalign import families
 from prefalign.config import ConfigError
-from prefalign.online import step
+from prefalign.online import step, step_run
 from prefalign.records import Pair, Prompt, message_text
 from prefalign.store import OutputConfig, read_records, write_records
 from prefalign.training.pairs import load_pairs
+from prefalign.training.policy import load_policy
 from prefalign.training.preference import PreferenceTrainer
 from tests.online_runs import online_config, policy_weights, run, write_offline, write_prompts
 from tests.training_runs import largest_difference, weights
@@ -27,9 +28,9 @@ def trainer_of(prompts, folder, *, offline=None, **changes):
     """A trainer before its first step."""
     trainer = {**STEPS, **changes.pop("trainer", {})}
     config = online_config(prompts, folder, offline=offline, trainer=trainer, **changes)
-    write_records("online_rows", step.step_rows(prompts, offline), output=OutputConfig(folder / "rows"), record=Pair,
+    write_records("online_rows", step_run.step_rows(prompts, offline), output=OutputConfig(folder / "rows"), record=Pair,
                   settings={}, seed=0)  # fmt: skip
-    return step.make_trainer(config, {}, step.read_settings(config))
+    return step_run.make_trainer(config, {}, step_run.read_settings(config))
 
 
 def rows_of(trainer):
@@ -85,8 +86,8 @@ def test_all_offline_is_the_preference_trainer(prompts, tmp_path):
     named = {online.train_dataset[number]["id"] for number in range(6)}
     assert named == {prompt.id for prompt in read_records(prompts, Prompt)}  # rows are called after their prompt
     straight = PreferenceTrainer(
-        step.load_policy(online_config(prompts, tmp_path).model, None, device="cpu"),
-        args=step.training_arguments(
+        load_policy(online_config(prompts, tmp_path).model, None, device="cpu"),
+        args=step_run.training_arguments(
             {name: value for name, value in {**online_config(prompts, tmp_path).trl, **STEPS}.items() if name != "algorithm"},
             output=tmp_path / "straight", seed=0),
         train_dataset=load_pairs(offline),
@@ -195,6 +196,6 @@ def test_several_processes_are_refused(prompts, tmp_path, monkeypatch):
     class Two:
         world_size = 2
 
-    monkeypatch.setattr(step, "training_arguments", lambda *args, **kwargs: Two())
+    monkeypatch.setattr(step_run, "training_arguments", lambda *args, **kwargs: Two())
     with pytest.raises(ConfigError, match=r"2 processes run.*Start one process, or take rounds"):
-        step.make_trainer(config, {}, step.read_settings(config))
+        step_run.make_trainer(config, {}, step_run.read_settings(config))

@@ -17,6 +17,7 @@ from prefalign.online.prompts import gather_prompts
 from prefalign.records import Prompt
 from prefalign.rewards import Combined, Response, Weighted, as_trl_functions
 from prefalign.store import OutputConfig, read_records, write_records
+from prefalign.training import frame
 from tests.online_runs import online_config, policy_weights, run, write_prompts
 from tests.tiny_vlms import save_tiny
 from tests.training_runs import largest_difference, weights
@@ -170,7 +171,7 @@ def test_a_resumed_run_equals_one_that_was_not(algorithm, prompts, tmp_path, mon
 
 def test_the_reference_is_the_policy_as_it_starts(prompts, tmp_path, monkeypatch):
     """TRL loads the model's path again; here the policy is not what lies there (another revision, a merged adapter)."""
-    load = policy_gradient.load_policy
+    load = frame.load_policy
 
     def moved(*args, **kwargs):
         model = load(*args, **kwargs)
@@ -179,7 +180,7 @@ def test_the_reference_is_the_policy_as_it_starts(prompts, tmp_path, monkeypatch
                 parameter.mul_(1.01)
         return model
 
-    monkeypatch.setattr(policy_gradient, "load_policy", moved)
+    monkeypatch.setattr(frame, "load_policy", moved)
     trainer = trainer_of(prompts, tmp_path)
     assert largest_difference(weights(trainer.ref_model), weights(trainer.model)) == 0.0
 

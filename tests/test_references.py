@@ -16,7 +16,7 @@ from prefalign.losses import read_losses
 from prefalign.models import ModelConfig, freeze, load_model
 from prefalign.training import frame, preference_run
 from prefalign.training.documents import picture_bytes
-from prefalign.training.forward import FrozenTower
+from prefalign.training.frozen import FrozenTower
 from prefalign.training.lora import LoraSettings
 from prefalign.training.preference import PreferenceTrainer
 from prefalign.training.reference import StaleReference, cache_reference, row_key

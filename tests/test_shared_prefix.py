@@ -8,7 +8,7 @@ import torch
 import transformers as T
 
 from prefalign.images import encode_png
-from prefalign.training.forward import frozen_tower
+from prefalign.training.frozen import frozen_tower
 from prefalign.training.routes import find_route
 from tests.equality import (
     EPSILON,

@@ -22,7 +22,7 @@ from prefalign.config import ConfigError, to_mapping
 from prefalign.doctor.case import Step, alone, one_process
 from prefalign.doctor.findings import NotExaminedError
 from prefalign.engines.transformers import load_engine
-from prefalign.online import ppo_run, rounds, step
+from prefalign.online import ppo_run, rounds, step_run
 from prefalign.online.checking import Gap
 from prefalign.online.prompts import gather_prompts
 from prefalign.online.rollout import Rollout
@@ -184,7 +184,7 @@ def prepare_online(config: Any, *, rows: int, scratch: Path) -> DrawnCase:
         rounds._check_settings(config)
     tried = replace(config, output=scratch / "run", trainer=alone(config.trainer))
     gathered = gather_prompts(tried)
-    found = list(step.step_rows(gathered, config.offline))
+    found = list(step_run.step_rows(gathered, config.offline))
     picked = random.Random(config.seed).sample(range(len(found)), min(rows, len(found)))
     write_records("online_rows", (found[number] for number in sorted(picked)), output=OutputConfig(tried.output / "rows"),
                   record=Pair, settings={}, seed=config.seed)  # fmt: skip
@@ -194,7 +194,7 @@ def prepare_online(config: Any, *, rows: int, scratch: Path) -> DrawnCase:
     ):  # before the trainer: settings that are read reset accelerate
         engine = load_engine(config.model, batch_size=config.batch_size)
         gap, bound = measure_gap(tried, engine, gathered), gap_bound(tried, engine.model.dtype)
-    trainer = step.make_trainer(tried, {}, step.read_settings(tried))
+    trainer = step_run.make_trainer(tried, {}, step_run.read_settings(tried))
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable()
     size = trainer.args.per_device_train_batch_size

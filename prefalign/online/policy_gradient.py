@@ -11,20 +11,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import is_peft_model
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from prefalign import families
 from prefalign.config import ConfigError, to_mapping
 from prefalign.manifest import write_atomically
-from prefalign.models import fingerprint, freeze, load_processor
 from prefalign.online.prompts import gather_prompts, load_prompts
 from prefalign.rewards import as_trl_functions, read_rewards
-from prefalign.training.arguments import check_precision, training_arguments
+from prefalign.training.arguments import training_arguments
 from prefalign.training.distributed import claim_processes, prepare_processes, running_processes
+from prefalign.training.frame import load_start
 from prefalign.training.lora import check_quantised, check_trainable
-from prefalign.training.policy import in_parts, load_policy
-from prefalign.training.runs import CONFIG_FILE, base_file, claim_run, is_finished, open_run, run_files
+from prefalign.training.policy import in_parts
+from prefalign.training.runs import CONFIG_FILE, claim_run, files_of, is_finished, open_run, run_files
 from prefalign.training.upkeep import Upkeep, train_and_save
 
 if TYPE_CHECKING:
@@ -130,24 +129,17 @@ def make_trainer(config: OnlineConfig, files: dict[str, str]) -> Any:
     arguments = read_arguments(config)
     check_quantised(config.model, config.lora, arguments)
     rewards = read_rewards(config.rewards)
-    processor = load_processor(config.model)
-    model = load_policy(config.model, config.lora, device=str(arguments.device))
-    check_arguments(arguments, full_weights_in_parts=config.lora is None and in_parts(model))
-    check_precision(model.dtype, arguments)
-    files |= base_file(
-        config.model.model_name_or_path, fingerprint(model), changed=bool(getattr(model, "is_quantized", False))
-    )
-    if config.lora is None:
-        freeze(model, config.freeze)
-    ends = families.end_token_ids(processor, families.core(model).generation_config)
+    start = load_start(config, arguments, files)
+    check_arguments(arguments, full_weights_in_parts=config.lora is None and in_parts(start.model))
+    ends = families.end_token_ids(start.processor, families.core(start.model).generation_config)
     trainer = trainer_class(
-        model=model,
+        model=start.model,
         reward_funcs=as_trl_functions(rewards, end_token_ids=ends),
         args=arguments,
         train_dataset=load_prompts(config.output / "prompts"),
-        processing_class=processor,
-        peft_config=config.lora.to_peft() if config.lora and not is_peft_model(model) else None,
-        files=files,
+        processing_class=start.processor,
+        peft_config=config.lora.to_peft() if config.lora else None,
+        files=start.files,
     )
     check_trainable(trainer.model, config.freeze)
     return trainer
@@ -170,8 +162,7 @@ def train_policy_gradient(config: OnlineConfig) -> None:
         if arguments.process_index == 0:
             claim_run(config.output, own)
         prompts = gather_prompts(config)
-    files = run_files(to_mapping(config), (prompts / "manifest.json").read_text(encoding="utf-8"), data="data")
-    trainer = make_trainer(config, files)
+    trainer = make_trainer(config, files_of(config, prompts, data="data"))
     checkpoint = open_run(config.output, trainer.files, resume=config.resume, processes=processes)
     running = running_processes(trainer.accelerator, config.trl)
     main_process = trainer.is_world_process_zero()

@@ -22,13 +22,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate.utils import is_peft_model
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
 from prefalign import families
 from prefalign.config import ConfigError
+from prefalign.online.copies import (
+    copy_adapter,
+    copy_of_what_trains,
+    disable_dropout,
+    is_of,
+    like,
+    moved,
+)
 from prefalign.training.checkpoints import restore_weights
 from prefalign.training.forward import hidden_states, share, unshare
 from prefalign.training.scoring import run
@@ -87,10 +95,10 @@ class Roles(nn.Module):
         if self.adapts:
             self.adapter: str = model.active_adapter
             # the reward model's adapter is loaded onto a base whose own adapter was new, so it does not make that one old
-            self._adapters(reward_adapter, keeps_start=continues and _moved(model, self.adapter))
+            self._adapters(reward_adapter, keeps_start=continues and moved(model, self.adapter))
         else:
-            self.reference = _frozen_copy(model)
-            self.value = _copy_of_what_trains(model) if value_model is None else _like(value_model, model)
+            self.reference = copy_of_what_trains(model).requires_grad_(False).eval()
+            self.value = copy_of_what_trains(model) if value_model is None else like(value_model, model)
             self.value.requires_grad_(False)
             for (_, theirs), (_, mine) in zip(self.value.named_parameters(), model.named_parameters(), strict=True):
                 theirs.requires_grad_(mine.requires_grad)
@@ -100,7 +108,7 @@ class Roles(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         for role in self._models():
-            _disable_dropout(role)
+            disable_dropout(role)
             core = families.core(role)
             if role is not self.value:
                 add_fused_lm_head(core, temperature=temperature, outputs=FIELDS)
@@ -121,14 +129,14 @@ class Roles(nn.Module):
             )
         policy.add_adapter(VALUE, copy.deepcopy(policy.peft_config[source]))
         if reward_adapter is not None:
-            _copy_adapter(policy, source, VALUE)
+            copy_adapter(policy, source, VALUE)
         if keeps_start:
             policy.add_adapter(REFERENCE, copy.deepcopy(policy.peft_config[self.adapter]))
-            _copy_adapter(policy, self.adapter, REFERENCE)
+            copy_adapter(policy, self.adapter, REFERENCE)
             self.reference_adapter = REFERENCE
         policy.set_adapter(self.adapter)
         for name, parameter in policy.named_parameters():
-            parameter.requires_grad_(_is_of(name, self.adapter) or _is_of(name, VALUE))
+            parameter.requires_grad_(is_of(name, self.adapter) or is_of(name, VALUE))
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # steps of 1e-5 are lost in 16 bits
 
@@ -155,7 +163,7 @@ class Roles(nn.Module):
         """Names and parameters that train for a role."""
 
         def is_value(name: str) -> bool:
-            return name.startswith(("value.", "value_head.")) or (self.adapts and _is_of(name, VALUE))
+            return name.startswith(("value.", "value_head.")) or (self.adapts and is_of(name, VALUE))
 
         return [
             (name, p) for name, p in self.named_parameters() if p.requires_grad and is_value(name) == (role == VALUE)
@@ -312,60 +320,3 @@ def first_of_two(accelerator: Any, model: Any) -> Iterator[None]:
             yield
     finally:
         state._set_sync_gradients(before)
-
-
-def _is_of(name: str, adapter: str) -> bool:
-    return f".{adapter}." in name and ".lora_" in name
-
-
-def _copy_adapter(model: Any, source: str, target: str) -> None:
-    state = {
-        name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model, adapter_name=source).items()
-    }
-    set_peft_model_state_dict(model, state, adapter_name=target)
-
-
-def _moved(model: Any, adapter: str) -> bool:
-    """Whether an adapter changes anything: its second factor starts at 0."""
-    return any(_is_of(name, adapter) and ".lora_B." in name and bool(p.any()) for name, p in model.named_parameters())
-
-
-def _frozen_copy(model: Any) -> Any:
-    made = _copy_of_what_trains(model)
-    return made.requires_grad_(False).eval()
-
-
-def _copy_of_what_trains(model: Any) -> Any:
-    """A copy that shares with the original what holds nothing trainable."""
-    still = {}
-    for module in families.core(model).model.children():
-        parameters = list(module.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            still[id(module)] = module
-    return copy.deepcopy(model, still)
-
-
-def _like(value: Any, policy: Any) -> Any:
-    """A value model of the policy's architecture, which gets the policy's own parts where they do not train."""
-    shapes = [{name: parameter.shape for name, parameter in model.named_parameters()} for model in (value, policy)]
-    if shapes[0] != shapes[1]:
-        strange = sorted(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
-        raise ConfigError(
-            f"the value model and the policy are not of one architecture (they differ in {', '.join(strange[:2])}), and both run "
-            "on the same prompts. Leave `value_model` out to start the values from the policy."
-        )
-    for name, part in families.core(policy).model.named_children():
-        parameters = list(part.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            setattr(families.core(value).model, name, part)
-    return value
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    """No dropout anywhere, that of adapters and attention included: with it the first ratio would not be 1."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)

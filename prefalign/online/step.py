@@ -9,45 +9,28 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from prefalign import families
-from prefalign.config import ConfigError, to_mapping
 from prefalign.engines import Request, Sampling
 from prefalign.engines.transformers import TransformersEngine
 from prefalign.guided import BiasConfig, Item, corrupted_answers, rejection
 from prefalign.images import open_image
-from prefalign.losses import VIEWS, read_losses, views_of
-from prefalign.manifest import write_atomically
-from prefalign.models import check_towers, fingerprint, freeze, load_processor
-from prefalign.online.annotating import Annotator, as_response, read_annotator
-from prefalign.online.prompts import gather_prompts
+from prefalign.online.annotating import Annotator, as_response
 from prefalign.online.sampling import Draw, near_identical, response, usable
-from prefalign.online.settings import FREE
-from prefalign.records import Pair, Prompt, assistant_message, normalise_messages, row_seed
-from prefalign.store import OutputConfig, read_records, write_records
-from prefalign.text import load_similarity
-from prefalign.training.arguments import check_precision, training_arguments
-from prefalign.training.checks import check_settings
-from prefalign.training.distributed import claim_processes, running_processes
-from prefalign.training.lora import check_quantised, check_trainable
-from prefalign.training.pairs import COLUMNS, pairs_manifest
-from prefalign.training.policy import load_policy
+from prefalign.records import Prompt, assistant_message, normalise_messages, row_seed
+from prefalign.training.pairs import COLUMNS
 from prefalign.training.preference import PreferenceTrainer
-from prefalign.training.runs import CONFIG_FILE, base_file, claim_run, is_finished, open_run, run_files
-from prefalign.training.upkeep import train_and_save
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from prefalign.losses import Weighted
-    from prefalign.online.settings import OnlineConfig
     from prefalign.text import Similarity
+
+ROW_COLUMNS = (*COLUMNS, "answer", "facts")
+"""What a run step by step reads of its rows."""
 
 DROPPED = "online/dropped_"
 """Start of the names of the shares of rows that gave no pair."""
@@ -105,7 +88,7 @@ class OnlineStepTrainer(PreferenceTrainer):
         self.engine = TransformersEngine(self.model, self.pairs_collator.processor, batch_size=fly.batch_size)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*COLUMNS, "answer", "facts"]
+        self._signature_columns = list(ROW_COLUMNS)
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
         """Prompts to a batch of pairs; a batch that is one already (held-out pairs) is left as it is."""
@@ -252,128 +235,3 @@ def _pictures(row: Mapping[str, Any]) -> list[Any]:
 def _prompt(row: Mapping[str, Any]) -> Prompt:
     facts = json.loads(row["facts"]) if row["facts"] else {}
     return Prompt(row["id"], row["images"], normalise_messages(row["prompt"]), row["answer"], facts)
-
-
-def step_rows(prompts: Path, offline: Path | None) -> Iterator[Pair]:
-    """Rows of a run step by step: each prompt once, with the first offline pair that belongs to it, or with no answers."""
-    known = {prompt.id for prompt in read_records(prompts, Prompt)}
-    seen: set[str] = set()
-    for pair in read_records(offline, Pair) if offline is not None else ():
-        parents = [name for name in (pair.meta.get("parent"), pair.id) if name in known - seen]
-        if parents:
-            seen.add(parents[0])
-            yield replace(pair, id=parents[0], rejected_images=[])
-    for prompt in read_records(prompts, Prompt):
-        if prompt.id not in seen:
-            yield Pair(prompt.id, prompt.images, prompt.messages, [], [], "online_step", answer=prompt.answer,
-                       facts=prompt.facts)  # fmt: skip
-
-
-def load_rows(folder: Path) -> Dataset:
-    """The rows that `step_rows` gave, as a dataset."""
-    from datasets import Features, Image, List, load_dataset
-
-    encoded = List(Image(decode=False))
-    wanted = (*COLUMNS, "answer", "facts")
-    features = Features(
-        {name: encoded if "images" in name else kind for name, kind in Pair.features().items() if name in wanted}
-    )
-    shards = sorted(str(shard) for shard in folder.glob("data/*.parquet"))
-    return load_dataset("parquet", data_files=shards, columns=list(features), features=features, split="train")
-
-
-def read_settings(config: OnlineConfig) -> tuple[Any, list[Weighted], Annotator | None]:
-    """TRL's arguments, losses and annotator of a run, before anything is loaded or written.
-
-    Raises:
-        ConfigError: several processes, losses on a picture that no row has, or a setting that one of the three refuses.
-        ModelError: there is no tower of a name in `freeze`.
-    """
-    arguments: Any = training_arguments(config.trl, output=config.output, seed=config.seed)
-    if arguments.world_size > 1:
-        raise ConfigError(
-            f"trainer.algorithm is 'online_dpo_step' and {arguments.world_size} processes run: one whose rows give no pair would "
-            "wait for the others for ever. Start one process, or take rounds (online_dpo)."
-        )
-    check_quantised(config.model, config.lora, arguments)
-    losses = read_losses(config.losses, beta=arguments.beta)
-    check_settings(losses, arguments, reference="online", tokens_per_pass=None, brings_reference=False,
-                   adapts=config.lora is not None)  # fmt: skip
-    check_towers(config.freeze)
-    pictured = [view for view in views_of(losses) if VIEWS[view].images == "rejected_images"]
-    if pictured:
-        raise ConfigError(
-            f"losses: the views {', '.join(pictured)} look at `rejected_images`, and a row of online_dpo_step has none: answers "
-            "are drawn to a prompt's own pictures, and those of offline pairs are not read. Take losses on the texts, such as "
-            "[{name: text}], or train on the offline pairs with train_preference."
-        )
-    hiding = config.bdhs is not None
-    return arguments, losses, None if hiding else read_annotator(config.annotator, config.rewards, config.margin)
-
-
-def make_trainer(
-    config: OnlineConfig, files: dict[str, str], read: tuple[Any, list[Weighted], Annotator | None]
-) -> OnlineStepTrainer:
-    """The trainer of a run, on the rows in its folder.
-
-    Args:
-        config: the run.
-        files: text files by name, written beside every saved model; the base is added to them.
-        read: what `read_settings` gave.
-    """
-    arguments, losses, annotator = read
-    model = load_policy(config.model, config.lora, device=str(arguments.device))
-    check_precision(model.dtype, arguments)
-    files |= base_file(
-        config.model.model_name_or_path, fingerprint(model), changed=bool(getattr(model, "is_quantized", False))
-    )
-    if config.lora is None:
-        freeze(model, config.freeze)
-    fly = OnTheFly(
-        annotator,
-        config.sampling,
-        config.responses,
-        config.p_offline,
-        config.seed,
-        config.bdhs,
-        load_similarity(config.similarity) if config.bdhs is not None else None,
-        config.batch_size,
-    )
-    trainer = OnlineStepTrainer(
-        model,
-        args=arguments,
-        train_dataset=load_rows(config.output / "rows"),
-        processing_class=load_processor(config.model),
-        losses=losses,
-        peft_config=config.lora.to_peft() if config.lora else None,
-        files=files,
-        fast_path=config.fast_path,
-        fly=fly,
-    )
-    check_trainable(trainer.model, config.freeze)
-    return trainer
-
-
-def train_steps(config: OnlineConfig) -> None:
-    """Train step by step, or go on from the last checkpoint, and save the policy in the output folder."""
-    if config.offline is not None:
-        pairs_manifest(config.offline)
-    read = read_settings(config)  # bad settings are to fail before the folder is the run's
-    own = {CONFIG_FILE: run_files(to_mapping(config), "")[CONFIG_FILE]}
-    open_run(config.output, own, resume=config.resume, free=FREE)
-    if is_finished(config.output):
-        print(f"{config.output} is finished; nothing to do.")
-        return
-    claim_run(config.output, own)
-    rows = config.output / "rows"
-    write_records("online_rows", step_rows(gather_prompts(config), config.offline), output=OutputConfig(rows), record=Pair,
-                  settings={"offline": config.offline is not None}, seed=config.seed)  # fmt: skip
-    files = run_files(to_mapping(config), (rows / "manifest.json").read_text(encoding="utf-8"), data="data")
-    trainer = make_trainer(config, files, read)
-    checkpoint = open_run(config.output, trainer.files, resume=config.resume, free=FREE)
-    for name, text in trainer.files.items():
-        write_atomically(config.output / name, text.encode())
-    claim_processes(config.output, running_processes(trainer.accelerator, config.trl), main_process=True)
-    counts = {"rows_in": len(trainer.train_dataset), "rows_used": len(trainer.train_dataset)}
-    print(f"{counts['rows_in']} prompts" + (f"; going on from {checkpoint.name}" if checkpoint else ""))
-    train_and_save(trainer, config.output, checkpoint=checkpoint, rows=counts, counts=counts)

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefalign.records import Pair
-from prefalign.training.pairs import pairs_manifest, rows_without
+from prefalign.training.pairs import load_columns, pairs_manifest, rows_without
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,15 +27,8 @@ def load_reward_pairs(folder: Path) -> Dataset:
     Raises:
         ValueError: the folder is not the finished output of a stage that makes pairs.
     """
-    from datasets import Features, Image, List, load_dataset
-
     pairs_manifest(folder)
-    shards = sorted(str(shard) for shard in folder.glob("data/*.parquet"))
-    encoded = List(Image(decode=False))
-    features = Features(
-        {name: encoded if "images" in name else kind for name, kind in Pair.features().items() if name in COLUMNS}
-    )
-    return load_dataset("parquet", data_files=shards, columns=list(features), features=features, split="train")
+    return load_columns(folder, COLUMNS)
 
 
 def as_mapping(value: Any) -> dict[str, Any]:

@@ -29,13 +29,18 @@ def load_pairs(folder: Path) -> Dataset:
     Raises:
         ValueError: the folder is not the finished output of a stage.
     """
+    pairs_manifest(folder)
+    return load_columns(folder, COLUMNS)
+
+
+def load_columns(folder: Path, columns: Sequence[str]) -> Dataset:
+    """Some columns of the rows of a pairs folder, pictures left encoded."""
     from datasets import Features, Image, List, load_dataset
 
-    pairs_manifest(folder)
     shards = sorted(str(shard) for shard in folder.glob("data/*.parquet"))
     encoded = List(Image(decode=False))
     features = Features(
-        {name: encoded if "images" in name else kind for name, kind in Pair.features().items() if name in COLUMNS}
+        {name: encoded if "images" in name else kind for name, kind in Pair.features().items() if name in columns}
     )
     return load_dataset("parquet", data_files=shards, columns=list(features), features=features, split="train")
 

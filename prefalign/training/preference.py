@@ -34,7 +34,8 @@ from prefalign.manifest import write_atomically
 from prefalign.training.checkpoints import REFERENCE_FOLDER, TERMS_FILE, restore_reference, restore_terms
 from prefalign.training.checks import check_settings, needs_reference
 from prefalign.training.collator import PreferenceCollator, blank_vision
-from prefalign.training.forward import FrozenTower, frozen_tower, share, unshare
+from prefalign.training.forward import share, unshare
+from prefalign.training.frozen import FrozenTower, frozen_tower
 from prefalign.training.pairs import COLUMNS
 from prefalign.training.routes import find_route
 from prefalign.training.scoring import FIELDS, has_pictures, run, tokens_in, view_scores
