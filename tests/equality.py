@@ -21,9 +21,10 @@ from prefalign.losses import VIEWS, read_losses
 from prefalign.models import ModelConfig, freeze, load_model, load_processor
 from prefalign.records import assistant_message
 from prefalign.training.arguments import training_arguments
+from prefalign.training.frozen import NoInputHooks
 from prefalign.training.lora import LoraSettings
 from prefalign.training.pairs import load_pairs
-from prefalign.training.preference import PreferenceTrainer, _NoInputHooks
+from prefalign.training.preference import PreferenceTrainer
 from prefalign.training.reference import cache_reference
 from prefalign.training.scoring import run
 from tests.tiny_vlms import save_tiny
@@ -181,7 +182,7 @@ def step(trainer: Any, rows: Any) -> Outcome:
     if args.gradient_checkpointing and not model.is_gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
         if isinstance(trainer, PreferenceTrainer):
-            _NoInputHooks(trainer).on_train_begin(args, trainer.state, trainer.control)
+            NoInputHooks(trainer).on_train_begin(args, trainer.state, trainer.control)
     trainer.current_gradient_accumulation_steps = 1
     model.zero_grad()
     trainer._metrics["train"].clear()

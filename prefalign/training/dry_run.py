@@ -28,7 +28,8 @@ from prefalign import families
 from prefalign.losses import VIEWS
 from prefalign.models import freeze
 from prefalign.training.fake_meter import FakeMeter, Moment, kernels_of, marked
-from prefalign.training.preference import PreferenceTrainer, _NoInputHooks
+from prefalign.training.frozen import NoInputHooks
+from prefalign.training.preference import PreferenceTrainer
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -200,7 +201,7 @@ class _Step:
                 part["reference"] = {view: torch.zeros(mask.shape) for view, mask in masks.items()}
         if trainer.args.gradient_checkpointing:
             policy.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
-            _NoInputHooks(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
+            NoInputHooks(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
         counted, held = _weights(policy, reference)
         meter = FakeMeter(fake, held)
         _watch(policy, reference, meter)

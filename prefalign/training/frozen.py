@@ -1,4 +1,4 @@
-"""A vision tower that does not train: run without a graph, and once for policy and reference, which show the same pictures."""
+"""What does not train costs no gradient: a frozen vision tower is run without a graph, and once for policy and reference."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_leaves
+from transformers import TrainerCallback
 
 from prefalign import families
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, Trainer
 
 
 class FrozenTower:
@@ -67,6 +68,25 @@ def frozen_tower(model: PreTrainedModel) -> torch.nn.Module | None:
         if families.tower(f"{name}.") == "vision" and parameters and not any(p.requires_grad for p in parameters):
             return module
     return None
+
+
+class NoInputHooks(TrainerCallback):
+    """Take off the hooks that ask for gradients at every embedding, a frozen tower's included.
+
+    transformers puts them there with gradient checkpointing, for its reentrant kind only; without them the other kind gives the
+    same gradients to the bit, and what does not train is not back-propagated through.
+
+    Args:
+        trainer: whose model they are on.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take them off, where the run checkpoints its activations in the other kind."""
+        if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            families.core(self.trainer.accelerator.unwrap_model(self.trainer.model)).disable_input_require_grads()
 
 
 def _versions(values: Any) -> list[int]:

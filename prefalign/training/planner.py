@@ -27,7 +27,7 @@ from prefalign.training.plan_options import SIZES, Options
 from prefalign.training.preference_run import check_held_out, read_inputs, trainer_settings
 from prefalign.training.profiles import SHARED_OUT, SHARING, check_sharing
 from prefalign.training.routes import Route, find_route
-from prefalign.training.sized_rows import RowSize, RowTokens, measure, sized_rows
+from prefalign.training.sized_rows import RowSize, RowTokens, again, measure, sized_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -129,7 +129,7 @@ class Planner:
         for place in range(number):
             turn, back = divmod(place, len(self.rows))
             row = self.rows[-1 - back]
-            rows.append(row if turn == 0 else _again(row, turn))
+            rows.append(row if turn == 0 else again(row, turn))
         return rows
 
     def count(self, setup: Setup, rows: Sequence[Mapping[str, Any]]) -> Counted:
@@ -372,16 +372,3 @@ class Planner:
                 if rows
             )
         return disk
-
-
-def _again(row: Mapping[str, Any], turn: int) -> dict[str, Any]:
-    """A row under another name and with a picture that counts as another, so that it shares nothing with the first."""
-    pictures = {
-        side: [_other_bytes(picture, turn) for picture in row.get(side) or []] for side in ("images", "rejected_images")
-    }
-    return {**row, **pictures, "id": f"{row['id']}-{turn}"}
-
-
-def _other_bytes(picture: Any, turn: int) -> Any:
-    data = picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
-    return {"bytes": data + b" " * turn, "path": None}  # decoders stop at the picture's end

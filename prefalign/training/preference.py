@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
-from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
@@ -35,7 +34,7 @@ from prefalign.training.checkpoints import REFERENCE_FOLDER, TERMS_FILE, restore
 from prefalign.training.checks import check_settings, needs_reference
 from prefalign.training.collator import PreferenceCollator, blank_vision
 from prefalign.training.forward import share, unshare
-from prefalign.training.frozen import FrozenTower, frozen_tower
+from prefalign.training.frozen import FrozenTower, NoInputHooks, frozen_tower
 from prefalign.training.pairs import COLUMNS
 from prefalign.training.routes import find_route
 from prefalign.training.scoring import FIELDS, has_pictures, run, tokens_in, view_scores
@@ -176,7 +175,7 @@ class PreferenceTrainer(Upkeep, DPOTrainer):
         self.frozen = FrozenTower(still, keep=online) if still is not None else None
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             collator.dummy = blank_vision(processing_class)
-        no_hooks = _NoInputHooks(self)
+        no_hooks = NoInputHooks(self)
         no_hooks.on_train_begin(self.args, self.state, self.control)  # TRL's own hooks, under those that `train` adds
         self.add_callback(no_hooks)
 
@@ -382,18 +381,3 @@ class _NoReference(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise AssertionError("this run has no reference model")
-
-
-class _NoInputHooks(TrainerCallback):
-    """Take off the hooks that ask for gradients at every embedding, a frozen tower's included.
-
-    transformers puts them there with gradient checkpointing, for its reentrant kind only; without them the other kind gives the
-    same gradients to the bit, and what does not train is not back-propagated through.
-    """
-
-    def __init__(self, trainer: PreferenceTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            families.core(self.trainer.accelerator.unwrap_model(self.trainer.model)).disable_input_require_grads()

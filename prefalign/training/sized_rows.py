@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -113,3 +114,16 @@ def _plain(side: int, colour: tuple[int, int, int]) -> Image.Image:
     picture = Image.new("P", (side, side), 0)
     picture.putpalette(colour)
     return picture
+
+
+def again(row: Mapping[str, Any], turn: int) -> dict[str, Any]:
+    """A row under another name and with a picture that counts as another, so that it shares nothing with the first."""
+    pictures = {
+        side: [_other_bytes(picture, turn) for picture in row.get(side) or []] for side in ("images", "rejected_images")
+    }
+    return {**row, **pictures, "id": f"{row['id']}-{turn}"}
+
+
+def _other_bytes(picture: Any, turn: int) -> Any:
+    data = picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
+    return {"bytes": data + b" " * turn, "path": None}  # decoders stop at the picture's end
