@@ -53,7 +53,7 @@ def main(config: Config) -> None:
     from accelerate.utils import is_peft_model
     from trl import SFTConfig
 
-    from prefalign.training.arguments import training_arguments
+    from prefalign.training.arguments import shares_weights, training_arguments
     from prefalign.training.distributed import running_processes
     from prefalign.training.examples import AnswerCollator, check_pictures, keep_usable, load_examples
     from prefalign.training.frame import begin_run, claim_folder, prepare_training, train_run
@@ -66,8 +66,7 @@ def main(config: Config) -> None:
     check_quantised(config.model, config.lora, arguments)
     folders = [config.data, *([config.eval_data] if config.eval_data else [])]
     datasets = [load_examples(folder, config.answer) for folder in folders]
-    shares = arguments.fsdp_plugin_args or getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3
-    check_pictures(datasets, folders, processes=arguments.world_size, in_parts=bool(shares))
+    check_pictures(datasets, folders, processes=arguments.world_size, in_parts=shares_weights(arguments))
     start = begin_run(config, arguments, files_of(config, *folders, data="data"), continues=True)
     if start is None:
         return
@@ -75,13 +74,13 @@ def main(config: Config) -> None:
     if config.lora and not goes_on:
         check_targets(start.model, config.lora)
     collator = AnswerCollator(start.processor, arguments.max_length)
-    used = [keep_usable(dataset, collator) for dataset in datasets]
-    rows, kept = used[0]
+    rows, kept = keep_usable(datasets[0], collator)
+    eval_rows, held_out = keep_usable(datasets[1], collator) if config.eval_data else (None, None)
     trainer = SupervisedTrainer(
         start.model,
         args=arguments,
         train_dataset=rows,
-        eval_dataset=used[1][0] if config.eval_data else None,
+        eval_dataset=eval_rows,
         processing_class=start.processor,
         peft_config=config.lora.to_peft() if config.lora and not goes_on else None,
         files=start.files,
@@ -89,12 +88,12 @@ def main(config: Config) -> None:
     running = running_processes(trainer.accelerator, config.trainer)
     check_trainable(trainer.model, config.freeze)
     lines = [f"{kept.rows_used} rows, {kept.summary() or 'all used'}; {running}"]
-    if config.eval_data and used[1][1].summary():
-        lines.append(f"{used[1][1].rows_used} held-out rows, {used[1][1].summary()}")
+    if held_out and held_out.summary():
+        lines.append(f"{held_out.rows_used} held-out rows, {held_out.summary()}")
     if goes_on:
         lines.append(f"training goes on with the adapter of {config.model.adapter or config.model.model_name_or_path}")
     claim_folder(config, trainer, start, running, lines)
-    train_run(config, trainer, start, kept, used[1][1].counts() if config.eval_data else None)
+    train_run(config, trainer, start, kept, held_out.counts() if held_out else None)
 
 
 if __name__ == "__main__":

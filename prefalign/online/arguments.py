@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import TrainingArguments
 
 from prefalign.config import ConfigError
+from prefalign.training.arguments import shares_weights
 
 WITHOUT_EFFECT = {
     "label_smoothing_factor": "the losses of PPO have no labels",
@@ -211,10 +212,9 @@ class PPOConfig(TrainingArguments):
         return found
 
     def _process_problems(self) -> list[tuple[bool, str]]:
-        stage = 0 if self.deepspeed_plugin is None else int(self.deepspeed_plugin.zero_stage)
         return [
             (
-                stage == 3 or bool(self.fsdp_plugin_args),
+                shares_weights(self),
                 (
                     "PPO runs on DDP and DeepSpeed ZeRO-1 and ZeRO-2: ZeRO-3 and FSDP share out the weights, which "
                     "generation and the reference would gather for every token. Train an adapter, with ZeRO-2 or "

@@ -23,7 +23,7 @@ from prefalign.config import ConfigError
 from prefalign.manifest import write_atomically
 from prefalign.rewards.rows import COLUMNS, as_mapping, scores_of
 from prefalign.rewards.vlm import RewardModel
-from prefalign.training.arguments import training_arguments
+from prefalign.training.arguments import shares_weights, training_arguments
 from prefalign.training.upkeep import Upkeep, check_finite
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def check_whole(arguments: RewardConfig) -> None:
     Raises:
         ConfigError: DeepSpeed ZeRO-3 or FSDP, which share them out.
     """
-    if arguments.fsdp_plugin_args or getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3:
+    if shares_weights(arguments):
         raise ConfigError(
             "DeepSpeed ZeRO-3 and FSDP share out the weights, and a reward model runs its language model without the "
             "vocabulary's head, beside the forward pass that they gather weights for. Use DDP or ZeRO-2,"

@@ -140,6 +140,11 @@ def training_arguments(
     return arguments
 
 
+def shares_weights(arguments: TrainingArguments) -> bool:
+    """Whether no process holds all weights: DeepSpeed ZeRO-3 and FSDP share them out."""
+    return bool(arguments.fsdp_plugin_args) or getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3
+
+
 def check_precision(dtype: torch.dtype, arguments: TrainingArguments) -> None:
     """Check that weights and autocast can meet: with weights of the other 16 bits torch stops at the first operation on both.
 

@@ -59,8 +59,9 @@ def check_quantised(model: ModelConfig, lora: LoraSettings | None, arguments: Tr
     Raises:
         ConfigError: all weights would train, or be shared out.
     """
-    zero_stage = arguments.deepspeed_plugin.zero_stage if arguments.deepspeed_plugin is not None else None
-    check_four_bits(model, lora, shared_out=zero_stage == 3 or bool(arguments.fsdp_plugin_args))
+    from prefalign.training.arguments import shares_weights
+
+    check_four_bits(model, lora, shared_out=shares_weights(arguments))
 
 
 def check_four_bits(model: ModelConfig, lora: LoraSettings | None, *, shared_out: bool) -> None:
