@@ -90,7 +90,7 @@ class ThingConfig:
     Attributes:
         names: names that may be asked for; empty: those in the picture, so none that is absent.
         absent: share of the rows about a thing that is not there.
-        plurals: of names whose plural `text.plural` does not know.
+        plurals: of names whose plural `english.plural` does not know.
     """
 
     names: list[str] = field(default_factory=list)

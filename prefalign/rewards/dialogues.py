@@ -16,15 +16,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from prefalign.english import NUMBERS, article, plural
 from prefalign.records import Message, assistant_message, user_message
 from prefalign.rewards.phrases import HintPhrases, Phrases, Slots, Split, categories, check_answer, fill
 from prefalign.rewards.rule_sets import RuleSet
-from prefalign.text import article, plural
 
 Kind = Literal["hint", "consistent", "inconsistent"]
 _ORDERS = 32  # tried until one leaves room for a wrong answer
 PRESENCE = frozenset({"exists", "absent", "count"})
-_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_LARGEST_IN_WORDS = 12  # that the rules read, too
 
 
 @dataclass
@@ -105,7 +105,7 @@ def thing_case(names: Iterable[str], asked: Sequence[str], rng: random.Random, *
         asked: names that may be asked for.
         rng: draws the thing, and the number that a wrong answer says.
         absent: share of the cases about a thing that is not there.
-        plurals: of names whose plural `text.plural` does not know.
+        plurals: of names whose plural `english.plural` does not know.
 
     Returns:
         The case; None if there is nothing to ask for.
@@ -135,7 +135,7 @@ def thing_slots(thing: str, number: int, plurals: Mapping[str, str]) -> Slots:
         {'thing': 'box', 'a_thing': 'a box', 'things': 'boxes', 'so_many': 'are two boxes'}
     """
     many = plurals.get(thing) or plural(thing)
-    said = _NUMBERS[number] if number < len(_NUMBERS) else str(number)
+    said = "no" if not number else NUMBERS[number] if number <= _LARGEST_IN_WORDS else str(number)
     return {
         "thing": thing,
         "a_thing": f"{article(thing)} {thing}",

@@ -11,8 +11,8 @@ import random
 import re
 from dataclasses import dataclass
 
+from prefalign.english import article
 from prefalign.scenes.world import COLOURS, COMPANIONS, PLACES, SHAPES, SIZES, Object, Scene
-from prefalign.text import article
 
 MENTION_CLEAR = 0.95
 MENTION_FAINT = 0.50
