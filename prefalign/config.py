@@ -154,11 +154,12 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _dataclasses_in(annotation: Any) -> list[type]:
+def dataclasses_in(annotation: Any) -> list[type]:
+    """The dataclasses that a type annotation names, inside unions, lists and mappings too."""
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         return [annotation]
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
-        return [found for argument in typing.get_args(annotation) for found in _dataclasses_in(argument)]
+        return [found for argument in typing.get_args(annotation) for found in dataclasses_in(argument)]
     return []
 
 
@@ -166,7 +167,7 @@ def _forbid_extra(cls: type, pydantic_config: Any) -> None:
     """Mark `cls` and every dataclass inside it so that pydantic refuses unknown keys."""
     cls.__pydantic_config__ = pydantic_config  # type: ignore[attr-defined]
     for annotation in typing.get_type_hints(cls).values():
-        for inner in _dataclasses_in(annotation):
+        for inner in dataclasses_in(annotation):
             if "__pydantic_config__" not in vars(inner):
                 _forbid_extra(inner, pydantic_config)
 
@@ -177,7 +178,7 @@ def _explain(cls: type, problem: Any) -> str:
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         owner: Any = cls
         for part in location[:-1]:
-            inner = _dataclasses_in(typing.get_type_hints(owner).get(part)) if owner else []
+            inner = dataclasses_in(typing.get_type_hints(owner).get(part)) if owner else []
             owner = inner[0] if inner else None
         known = [field.name for field in dataclasses.fields(owner)] if owner else []
         return f"{dotted}: unknown key (value {problem['input']!r}); {nearest(location[-1], known)}"

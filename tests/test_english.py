@@ -28,8 +28,8 @@ def test_plurals_by_hand(noun, wanted):
 
 @pytest.mark.parametrize(
     ("noun", "spelled"),
-    [("glasses", ["glasseses"]), ("wine glass", ["wine glasses"]), ("baby", ["babys", "babies"]), ("child", ["childs", "children"]),
-     ("tomato", ["tomatos", "tomatoes"]), ("leaf", ["leafs", "leaves"])],
+    [("glasses", ["glasseses"]), ("wine glass", ["wine glasses"]), ("baby", ["babys", "babies"]),
+     ("child", ["childs", "children"]), ("tomato", ["tomatos", "tomatoes"]), ("leaf", ["leafs", "leaves"])],
 )  # fmt: skip
 def test_plurals_as_they_may_be_spelled(noun, spelled):
     assert plural_spellings(noun) == spelled
