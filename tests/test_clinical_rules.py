@@ -16,8 +16,9 @@ from prefalign.images import encode_png, open_image, sha256
 from prefalign.models import ModelConfig
 from prefalign.online.conversations import linked
 from prefalign.records import Example, Pair, Prompt, message_text, placeholder_count, user_message
-from prefalign.rewards import Response, dialogues, stored
-from prefalign.rewards.dialogues import Case, Hints, Speaker
+from prefalign.rewards import Response, cases, dialogues, stored
+from prefalign.rewards.cases import Case
+from prefalign.rewards.dialogues import Hints, Speaker
 from prefalign.rewards.phrases import BANKS, LABELS, HintPhrases
 from prefalign.rewards.rule_sets import RULE_SETS
 from prefalign.rewards.symbolic import Symbolic
@@ -222,9 +223,9 @@ def test_a_variable_that_is_always_the_same_gets_no_wrong_hint(stage, patches, t
 
 
 def test_names_of_things_are_put_into_words_as_people_say_them():
-    assert dialogues.thing_slots("hour", 1, {})["a_thing"] == "an hour"
-    assert dialogues.thing_slots("baby", 2, {})["so_many"] == "are two babies"
-    assert dialogues.thing_slots("knife", 2, {"knife": "blades"})["things"] == "blades"
+    assert cases.thing_slots("hour", 1, {})["a_thing"] == "an hour"
+    assert cases.thing_slots("baby", 2, {})["so_many"] == "are two babies"
+    assert cases.thing_slots("knife", 2, {"knife": "blades"})["things"] == "blades"
 
 
 def test_pairs_give_in_fit_or_contradict(stage, patches, tmp_path):
