@@ -189,3 +189,36 @@ def _explain(cls: type, problem: Any) -> str:
     ):  # of a dataclass that checks itself: it says the value, and `input` is all of it
         return ": ".join([*([dotted] if dotted else []), str(problem["ctx"]["error"])])
     return f"{dotted}: {problem['msg']} (got {problem['input']!r})."
+
+
+def take_option(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of an option of a verb (None without it), and the other arguments; `ConfigError` for one without a value."""
+    rest = list(arguments)
+    if flag not in rest:
+        return None, rest
+    place = rest.index(flag)
+    value = rest[place + 1 : place + 2]
+    if not value or value[0].startswith("--"):
+        raise ConfigError(f"{flag} needs a value.")
+    del rest[place : place + 2]
+    return value[0], rest
+
+
+def take_file(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of `--config FILE` or `--config=FILE`, and the other arguments; `ConfigError` without a file, or with two."""
+    named: list[str] = []
+    rest: list[str] = []
+    pending = list(arguments)
+    while pending:
+        flag, equals, value = pending.pop(0).partition("=")
+        if flag != "--config":
+            rest.append(flag + equals + value)
+            continue
+        if not equals and pending:
+            value = pending.pop(0)
+        if not value or value.startswith("--"):
+            raise ConfigError("--config needs a file, as in `--config configs/datagen/bdhs.yaml`.")
+        named.append(value)
+    if len(named) > 1:
+        raise ConfigError(f"--config is given {len(named)} times ({', '.join(named)}); only one can count.")
+    return (named[0] if named else None), rest
