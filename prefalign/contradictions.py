@@ -141,3 +141,27 @@ def _finished(row: Chosen, said: Sequence[Completion], config: RejectedConfig) -
 
 def _failed(message: str) -> Reply:
     return Reply(refused="generation_failed", message=message)
+
+
+def dnli(labels: Sequence[str], reference_statements: int) -> dict[str, float]:
+    """KnowAda's figures of one caption: what its reference bears out and contradicts. Over images their mean is taken.
+
+    The released code takes the judge's own sums; here labels are counted.
+
+    Args:
+        labels: of each of its statements: `entailed`, `contradicted` or `neutral`; at least one.
+        reference_statements: how many statements the reference makes, at least one.
+
+    Returns:
+        Entailed and contradicted statements, over all of its own (`descriptiveness_precision`, `contradiction_precision`) and
+        over those of the reference (`..._recall`, which can exceed 1: these are the caption's statements, too).
+
+    Example:
+        >>> dnli(["entailed", "entailed", "neutral", "contradicted"], 5)["descriptiveness_recall"]
+        0.4
+    """
+    return {
+        f"{name}_{figure}": labels.count(label) / whole
+        for name, label in (("descriptiveness", "entailed"), ("contradiction", "contradicted"))
+        for figure, whole in (("precision", len(labels)), ("recall", reference_statements))
+    }
