@@ -94,12 +94,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status: 0, 1 after an error, 2 for wrong usage, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    return _guarded(lambda: _dispatch(arguments), resumes=arguments[:1] in (["run"], ["demo"]))
+    return guarded(lambda: _dispatch(arguments), resumes=arguments[:1] in (["run"], ["demo"]))
 
 
 def run_file(path: str) -> None:
     """What a stage does when its file is started directly: `python datagen/bdhs.py --config x.yaml`."""
-    sys.exit(_guarded(lambda: run_stage(path, sys.argv[1:]), resumes=True))
+    sys.exit(guarded(lambda: run_stage(path, sys.argv[1:]), resumes=True))
 
 
 def run_stage(name: str, arguments: Sequence[str], *, default_config: str | None = None) -> None:
@@ -161,7 +161,7 @@ def _dispatch(arguments: list[str]) -> int | None:
     return None
 
 
-def _guarded(action: Any, *, resumes: bool) -> int:
+def guarded(action: Any, *, resumes: bool) -> int:
     """Run an action, whose status this is; users get one readable message instead of a traceback (`PREFALIGN_TRACEBACK=1`)."""
     for name in _NO_NEWS:
         logging.getLogger(name).addFilter(_is_news)
