@@ -34,7 +34,17 @@ from prefalign import records, sources, stages, store
 from prefalign.manifest import Manifest
 from prefalign.records import Example, Pair, Prompt, row_seed
 from prefalign.rewards import dialogues
-from prefalign.rewards.dialogues import PRESENCE, Case, Hints, Kind, Speaker, Turn
+from prefalign.rewards.cases import (
+    PRESENCE,
+    Case,
+    LabelConfig,
+    ThingConfig,
+    check_labels,
+    labelled_case,
+    presence_case,
+    thing_slots,
+)
+from prefalign.rewards.dialogues import Hints, Kind, Speaker, Turn
 from prefalign.rewards.phrases import BANKS, LABELS, HintPhrases, Phrases, Slots, Split, check
 from prefalign.rewards.rule_sets import RULE_SETS, RuleSet, read_rule_set
 from prefalign.sources import DataConfig
@@ -45,63 +55,6 @@ if TYPE_CHECKING:
 
 METHOD = "clinical_rules"
 FIGURES = "conversations.json"
-
-
-@dataclass
-class Ratio:
-    """A label by what was measured.
-
-    Attributes:
-        fact: name of the measured share among the facts.
-        above: least share, not reached by it.
-        label: the label above it.
-    """
-
-    fact: str
-    above: float
-    label: str
-
-
-def _published_ratios() -> list[Ratio]:
-    return [Ratio("myeloblast_share", 0.2, "AML"), Ratio("plasma_cell_share", 0.1, "MM")]
-
-
-@dataclass
-class LabelConfig:
-    """Where labels come from, and what they stand for.
-
-    Attributes:
-        fact: name of the label among the facts.
-        ratios: for rows without a label: the first share above its limit decides.
-        otherwise: label of a row none of whose shares is.
-        rows: category by variable, by label; empty: those of `bone_marrow`.
-    """
-
-    fact: str = "label"
-    ratios: list[Ratio] = field(default_factory=_published_ratios)
-    otherwise: str = "NORMAL"
-    rows: dict[str, dict[str, str]] = field(default_factory=dict)
-
-
-@dataclass
-class ThingConfig:
-    """Which things `presence` asks for.
-
-    Attributes:
-        names: names that may be asked for; empty: those in the picture, so none that is absent.
-        absent: share of the rows about a thing that is not there.
-        plurals: of names whose plural `text.plural` does not know.
-    """
-
-    names: list[str] = field(default_factory=list)
-    absent: float = 0.5
-    plurals: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.absent <= 1:
-            raise ValueError(
-                f"things.absent is {self.absent}; it is a share of rows, so give a value from 0 to 1 (0.5)."
-            )
 
 
 @dataclass
@@ -223,71 +176,20 @@ def table(config: Config) -> dict[str, Any]:
     return dict(config.labels.rows or LABELS.get(config.rule_set, {}))
 
 
-def check_labels(known: RuleSet, rows: dict[str, Any], labels: LabelConfig) -> None:
-    """Raise `ValueError` if a label stands for no row of the table, or a measured share leads to an unknown label."""
-    if not rows:
-        raise ValueError(
-            "labels.rows is empty, and the rule set has no labels of its own. Say what each label stands for."
-        )
-    for label, row in rows.items():
-        if set(row) != set(known.variables) or not known.agree(list(row.items())):
-            raise ValueError(
-                f"labels.rows.{label} is {dict(row)}, which is no row of the table, so its conversations would contradict the "
-                "rules. Give one category for each of " + ", ".join(known.variables) + ", as a row has them."
-            )
-    led_to = [ratio.label for ratio in labels.ratios] + ([labels.otherwise] if labels.ratios else [])
-    if strange := [label for label in led_to if label not in rows]:
-        raise ValueError(
-            f"labels.ratios leads to {strange[0]!r}, and the labels are {', '.join(rows)}. Name one of these, or set "
-            "ratios to []."
-        )
-
-
 def fillings(config: Config, known: RuleSet, category: str) -> list[Slots]:
     """What phrasings are tried with before any row is read."""
     if not about_presence(known):
         return [{}]
     names = config.things.names or ["thing"]
     numbers = (0,) if category == "none" else (1, 2)
-    return [dialogues.thing_slots(name, number, config.things.plurals) for name in names for number in numbers]
+    return [thing_slots(name, number, config.things.plurals) for name in names for number in numbers]
 
 
 def case_of(prompt: Prompt, known: RuleSet, config: Config) -> Case | Dropped | Failed:
     """What is true of a row's picture, or why that is not known."""
     if about_presence(known):
-        return _thing_case(prompt, known, config)
-    rows, facts = table(config), prompt.facts
-    label = facts.get(config.labels.fact)
-    if label is None:
-        shares: dict[str, Any] = {ratio.fact: facts.get(ratio.fact) for ratio in config.labels.ratios}
-        if not shares or None in shares.values():
-            return Dropped("no_label")
-        if strange := [name for name, value in shares.items() if not _is_share(value)]:
-            return Failed(
-                "bad_share", f"facts.{strange[0]} is {shares[strange[0]]!r}; a measured share is from 0 to 1."
-            )
-        above = [ratio.label for ratio in config.labels.ratios if shares[ratio.fact] > ratio.above]
-        label = above[0] if above else config.labels.otherwise
-    if str(label) not in rows:
-        return Failed("unknown_label", f"facts.{config.labels.fact} is {label!r}; the labels are {', '.join(rows)}.")
-    return Case(str(label), rows[str(label)])
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-def _thing_case(prompt: Prompt, known: RuleSet, config: Config) -> Case | Dropped:
-    objects = prompt.facts.get("objects")
-    if not isinstance(objects, list):
-        return Dropped("no_objects")
-    names = [str(one.get("name") or one.get("shape") or "") if isinstance(one, dict) else str(one) for one in objects]
-    rng = random.Random(row_seed(config.seed, f"{prompt.id}/thing"))
-    asked = config.things.names or sorted({name for name in names if name})
-    case = dialogues.thing_case(names, asked, rng, absent=config.things.absent, plurals=config.things.plurals)
-    if case is None:
-        return Dropped("no_objects")
-    return dataclasses.replace(case, reference={name: case.reference[name] for name in known.variables})
+        return presence_case(prompt, known, config.things, seed=config.seed)
+    return labelled_case(prompt, table(config), config.labels)
 
 
 def outcome(prompt: Prompt, speaker: Speaker, reward: Symbolic, config: Config) -> Outcome:

@@ -19,7 +19,7 @@ import functools
 import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from prefalign import cascade, curation, records, sources, stages, store
 from prefalign.cascade import CascadeStage, Judges, Rated
 from prefalign.curation import Baseline, BuilderConfig, Comparison
+from prefalign.elsewhere import Elsewhere
 from prefalign.engines import Engine, Request, Sampling
 from prefalign.engines.config import EngineConfig
 from prefalign.evidence import Without
@@ -41,13 +42,10 @@ from prefalign.surveys import Survey
 if TYPE_CHECKING:
     from PIL import Image
 
-    from prefalign.pictures import PicturePool
     from prefalign.rewards import Combined
 
 METHOD = "curate_instructions"
 QUESTION_PROMPT = "Ask a question about the picture."
-TRIES = 50
-"""Texts drawn to find one about another picture."""
 
 
 @dataclass
@@ -293,25 +291,11 @@ def _example(
 
 def build_pairs(config: Config) -> Manifest:
     """Comparisons of rated texts, and of texts with corrupted copies of themselves."""
-
-    @functools.cache
-    def pool() -> PicturePool:
-        from prefalign.pictures import build_pool
-
-        return build_pool(config.output.path / "pool", config.data)
-
-    @functools.cache
-    def texts() -> list[tuple[list[str], str]]:
-        """Every rated text with the pictures it is about, as SHA-256, in the order of its row's id."""
-        total, repeated = sources.survey(config.data)
-        survey = Survey(METHOD, config.data, config.output, Candidates, total, repeated)
-        found = [row for block in survey("texts", lambda block: [_texts(row) for row in block]) for row in block]
-        return [(row["images"], text) for row in sorted(found, key=lambda row: row["id"]) for text in row["texts"]]
-
+    elsewhere = Elsewhere(METHOD, config.data, config.output)
     return store.run_stage(
         METHOD,
         config.data,
-        lambda block: [compare(row, config, pool, texts) for row in block],
+        lambda block: [compare(row, config, elsewhere) for row in block],
         output=config.output,
         record=Pair,
         settings=row_settings(config),
@@ -320,48 +304,24 @@ def build_pairs(config: Config) -> Manifest:
     )
 
 
-def _texts(row: Candidates) -> dict[str, Any]:
-    said = [response["text"] for response in row.responses if response["text"].strip()]
-    return {"id": row.id, "images": [sha256(image) for image in row.images], "texts": said}
-
-
-def compare(
-    row: Candidates,
-    config: Config,
-    pool: Callable[[], PicturePool],
-    texts: Callable[[], list[tuple[list[str], str]]],
-) -> Outcome:
-    """The comparisons of one group of rated texts; `pool` and `texts` give what is swapped in."""
+def compare(row: Candidates, config: Config, elsewhere: Elsewhere) -> Outcome:
+    """The comparisons of one group of rated texts; what is swapped in comes from `elsewhere`."""
     if not row.images:
         return Dropped("no_picture")
     rng = random.Random(row_seed(config.seed, f"{row.id}/comparisons"))
     own = [sha256(image) for image in row.images]
-
-    def others(draw: random.Random) -> str | None:
-        drawn = (draw.choice(texts()) for _ in range(TRIES))
-        return next((text for images, text in drawn if not set(images) & set(own)), None)
-
     ratings = [(response.get("scores") or {}).get(config.rating) for response in row.responses]
     if all(rating is None for rating in ratings):
         return Dropped("unrated")
     said = [response["text"] for response in row.responses]
     made: list[Pair] = []
-    for comparison in curation.build_comparisons(said, ratings, rng, config.builder, others):
-        pictures = _other_pictures(row, own, pool(), rng) if comparison.corruption == "swap_image" else []
+    for comparison in curation.build_comparisons(
+        said, ratings, rng, config.builder, lambda draw: elsewhere.text(own, draw)
+    ):
+        pictures = elsewhere.pictures(own, rng) if comparison.corruption == "swap_image" else []
         if pictures is not None:
             made.append(_pair(row, comparison, pictures, len(made), config))
     return made or Dropped("no_comparison")
-
-
-def _other_pictures(
-    row: Candidates, own: Sequence[str], pool: PicturePool, rng: random.Random
-) -> list[EncodedImage] | None:
-    """As many other pictures as the row has, drawn from all pictures of the data; None if there are too few."""
-    count = len(row.images)
-    drawn = rng.sample(range(len(pool)), min(len(pool), count + len(set(own))))
-    numbers = (int(pool.by_digest[place]) for place in drawn)
-    found = [number for number in numbers if pool.digest(number) not in own][:count]
-    return [pool[number] for number in found] if len(found) == count else None
 
 
 def _pair(row: Candidates, comparison: Comparison, pictures: list[EncodedImage], index: int, config: Config) -> Pair:

@@ -16,7 +16,6 @@ an LLM, `annotator: rules` (embedded world) none.
 from __future__ import annotations
 
 import dataclasses
-import random
 import statistics
 import sys
 from collections.abc import Sequence
@@ -25,14 +24,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefalign import knowledge, sources, stages, store
-from prefalign.engines import Completion, Engine, Request, Sampling
+from prefalign.contradictions import Chosen, Rejected, RejectedConfig, rejected_captions
+from prefalign.engines import Engine, Sampling
 from prefalign.engines.config import EngineConfig
 from prefalign.knowledge import Annotator, Captioned, Probe, Probing, Reply
 from prefalign.manifest import Manifest
-from prefalign.records import Example, Pair, Prompt, assistant_message, row_seed
+from prefalign.records import Example, Pair, Prompt, assistant_message
 from prefalign.sources import DataConfig
 from prefalign.store import Dropped, Failed, Outcome, OutputConfig
-from prefalign.text import same_answer
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,36 +46,6 @@ class ProbeSampling(Sampling):
 
     max_new_tokens: int = 100
     temperature: float = 0.4
-
-
-@dataclass
-class RejectedConfig:
-    """Where rejected answers come from (`pairs`); not in the paper.
-
-    Attributes:
-        original_share: share of rows whose rejected answer is the caption before it was adapted. That is true, so it teaches
-            caution and not correctness: keep it small. Rows whose caption did not change, or not in that length, take the other.
-        num_generations: captions of its own that the model is asked for otherwise; the most contradicted one is rejected.
-        length_ratio: words of rejected over chosen, least and most; further apart, DPO learns length.
-        sampling: how its own captions are drawn.
-    """
-
-    original_share: float = 0.1
-    num_generations: int = 4
-    length_ratio: tuple[float, float] = (0.67, 1.5)
-    sampling: Sampling = field(default_factory=Sampling)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.original_share <= 1:
-            raise ValueError(f"original_share is {self.original_share}; it is a share of rows from 0 to 1 (0.1).")
-        if self.num_generations < 1:
-            raise ValueError(f"rejected.num_generations is {self.num_generations}; give 1 or more (4).")
-        least, most = self.length_ratio
-        if not 0 < least <= 1 <= most:
-            raise ValueError(
-                f"length_ratio is {list(self.length_ratio)}, and captions of equal length are outside of it. Give a least ratio "
-                "up to 1 and a most from 1 on ([0.67, 1.5])."
-            )
 
 
 @dataclass
@@ -286,82 +255,29 @@ def adapt(rows: Sequence[Adapted], annotator: Annotator, config: Config) -> None
             )
 
 
+def reject(
+    rows: Sequence[Adapted], engine: Engine, annotator: Annotator, config: Config
+) -> dict[str, Rejected | Reply | None]:
+    """What is rejected beside the adapted captions, by row id."""
+    open_rows = [row for row in rows if row.outcome is None]
+    chosen = [Chosen(row.captioned, row.caption, row.prompt.messages, row.images) for row in open_rows]
+    found = rejected_captions(chosen, engine, annotator, config.rejected, seed=config.seed)
+    return {row.prompt.id: one for row, one in zip(open_rows, found, strict=True)}
+
+
 def _ended(reply: Reply) -> Dropped | Failed:
     if reply.refused == "generation_failed":
         return Failed(reply.refused, reply.message)
     return Dropped(str(reply.refused))
 
 
-@dataclass(frozen=True)
-class Rejected:
-    """A rejected answer: `own` caption of the model or the `original`, and how many of its statements are contradicted."""
-
-    text: str
-    kind: Literal["own", "original"]
-    contradicted: int = 0
-    statements: int = 0
-
-
-def reject(
-    rows: Sequence[Adapted], engine: Engine, annotator: Annotator, config: Config
-) -> dict[str, Rejected | Failed]:
-    """A rejected answer by row id, or the failure that left a row without one."""
-    rules = config.rejected
-    found: dict[str, Rejected] = {}
-    failed: dict[str, Failed] = {}
-    others = []
-    for row in rows:
-        if row.outcome is not None:
-            continue
-        original = row.captioned.caption
-        drawn = random.Random(row_seed(config.seed, f"{row.prompt.id}/rejected")).random() < rules.original_share
-        if drawn and not same_answer(original, row.caption) and _matched(row.caption, original, rules):
-            found[row.prompt.id] = Rejected(original, "original")
-        else:
-            others.append(row)
-    requests = [
-        Request(f"{row.prompt.id}/own/{number}", row.prompt.messages, row.images, seed=config.seed)
-        for row in others
-        for number in range(rules.num_generations)
-    ]
-    said = iter(engine.generate(requests, rules.sampling) if requests else [])
-    candidates = []
-    for row in others:
-        own = [next(said) for _ in range(rules.num_generations)]
-        candidates += [(row, text) for text in _own(row, own, rules)]
-        for completion in own:
-            if completion.finish_reason == "error":
-                failed[row.prompt.id] = Failed("generation_failed", f"a caption of its own: {completion.error}")
-    labelled = annotator.statements([(row.captioned, text) for row, text in candidates]) if candidates else []
-    for (row, text), labels in zip(candidates, labelled, strict=True):
-        if isinstance(labels, Reply):
-            if labels.refused == "generation_failed":
-                failed[row.prompt.id] = Failed(labels.refused, f"the statements of a caption: {labels.message}")
-            continue
-        one = Rejected(text, "own", labels.count("contradicted"), len(labels))
-        if one.contradicted > (found[row.prompt.id].contradicted if row.prompt.id in found else 0):
-            found[row.prompt.id] = one
-    return {**failed, **found}
-
-
-def _own(row: Adapted, said: Sequence[Completion], rules: RejectedConfig) -> list[str]:
-    """The finished captions among a model's own that have the chosen one's length, each once."""
-    texts = [completion.text.strip() for completion in said if completion.finish_reason == "stop"]
-    return [text for text in dict.fromkeys(texts) if text and _matched(row.caption, text, rules)]
-
-
-def _matched(chosen: str, rejected: str, rules: RejectedConfig) -> bool:
-    least, most = rules.length_ratio
-    return least <= len(rejected.split()) / len(chosen.split()) <= most
-
-
 def _outcome(
-    row: Adapted, rejected: Rejected | Failed | None, engine: Engine, annotator: Annotator, config: Config
+    row: Adapted, rejected: Rejected | Reply | None, engine: Engine, annotator: Annotator, config: Config
 ) -> Outcome:
     if row.outcome is not None:
         return row.outcome
-    if isinstance(rejected, Failed):
-        return rejected
+    if isinstance(rejected, Reply):
+        return _ended(rejected)
     settings, both = row_settings(config), f"{engine.fingerprint}+{annotator.fingerprint}"
     meta = {"generator": engine.fingerprint, "annotator": annotator.fingerprint, "caption": row.captioned.caption,
             "changed": bool(row.unknown), "probes": [dataclasses.asdict(one) for one in row.probes]}  # fmt: skip

@@ -31,10 +31,11 @@ from prefalign.embeddings import EmbedderConfig
 from prefalign.engines import Engine, Request, Sampling
 from prefalign.engines.config import EngineConfig
 from prefalign.filling import Completed, fill_by_request, fill_gaps, unusable
+from prefalign.gaps import Span, masked_text
 from prefalign.guided import Item
 from prefalign.images import open_image, sha256
 from prefalign.manifest import Manifest
-from prefalign.masking import EngineMasker, Masker, MaskingConfig, RuleMasker, Span, masked_text
+from prefalign.masking import EngineMasker, Masker, MaskingConfig, RuleMasker
 from prefalign.pictures import build_pool
 from prefalign.records import Pair, Prompt
 from prefalign.retrieval import Neighbour, PictureIndex, RetrievalConfig, build_index

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefalign import sources, stages, store
 from prefalign.embeddings import Embedder, EmbedderConfig, load_embedder
+from prefalign.english import ARTICLES, AUXILIARIES, stem
 from prefalign.images import sha256
 from prefalign.manifest import Manifest
 from prefalign.records import Pair, message_text, record_id
@@ -35,20 +36,11 @@ if TYPE_CHECKING:
 
 METHOD = "s_vco"
 _WORD = re.compile(r"\w+")
-_IRREGULAR = {"people": "person", "children": "child", "men": "man", "mice": "mouse", "geese": "goose", "feet": "foot",
-              "teeth": "tooth"}  # fmt: skip
-_ENDINGS = (
-    (re.compile(r"(?<=\w{2}[^siu])s$"), ""),  # stars; buses, puppies and knives go on
-    (re.compile(r"(?<=[sxzo])e$|(?<=[cs]h)e$"), ""),  # buse: bus; house and houses: hous
-    (re.compile(r"[vf]e$"), "f"),  # knive and knife: knif
-    (re.compile(r"ie$"), "y"),  # puppie: puppy
-)
-_ARTICLES = {"a", "an", "the", "this", "that", "these", "those", "there", "here"}
-_VERBS = {"is", "are", "was", "were", "be", "been", "being", "do", "does", "did", "has", "have", "had"}
-_VERBS |= {"can", "could", "will", "would", "may", "might", "seem", "seems", "appear", "appears"}
+_POINTING = {"this", "that", "these", "those", "there", "here"}
 _PRONOUNS = {"i", "you", "it", "we", "they", "its", "their", "them", "which", "who", "whose"}
 _ANYWHERE = {"in", "on", "at", "by", "from", "with", "for", "to"}
-_FUNCTION_WORDS = _ARTICLES | _VERBS | _PRONOUNS | {"of", "and", "or", "but", "as"}
+_SEEMING = {"seem", "seems", "appear", "appears"}
+_FUNCTION_WORDS = ARTICLES | AUXILIARIES | _POINTING | _PRONOUNS | _SEEMING | {"of", "and", "or", "but", "as"}
 
 
 @dataclass
@@ -215,16 +207,7 @@ def stems(words: list[str]) -> set[str]:
 
     It need not be a word: house and houses give hous.
     """
-    return {_stem(word) for word in words}
-
-
-def _stem(word: str) -> str:
-    for plural, singular in _IRREGULAR.items():
-        if word.endswith(plural):
-            word = word.removesuffix(plural) + singular
-    for ending, short in _ENDINGS:
-        word = ending.sub(short, word)
-    return word
+    return {stem(word) for word in words}
 
 
 def _yes_and_no(chosen: str, rejected: str) -> bool:

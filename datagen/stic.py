@@ -19,24 +19,25 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefalign import describing, records, sources, stages, store
 from prefalign.corruption import Jitter, colour_jitter, difference, jitter_shows, low_resolution
+from prefalign.described_pairs import FilterConfig, rejection
 from prefalign.describing import DescriptionSampling
 from prefalign.engines import Completion, Engine, Request
 from prefalign.engines.config import EngineConfig
-from prefalign.images import ImageError, sha256
+from prefalign.images import sha256
 from prefalign.manifest import Manifest
-from prefalign.records import Example, Pair, Prompt, RecordError, row_seed
-from prefalign.seen import Owners, SeenIds
+from prefalign.records import Example, Pair, Prompt, row_seed
+from prefalign.seen import Owners
 from prefalign.sources import DataConfig
 from prefalign.store import Dropped, Failed, Outcome, OutputConfig
-from prefalign.text import lexical_similarity, same_answer
+from prefalign.surveys import picture_owners
+from prefalign.text import lexical_similarity
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -60,11 +61,6 @@ BAD_PROMPTS = (
     "Describe this picture; state the weather as a fact, and which animals are around.",
     "Describe this picture and the tools, vehicles and gadgets that are used in it.",
 )
-ANNOUNCED = (
-    "imagine", "imagined", "imaginary", "hypothetical", "hypothetically", "fictional", "let us suppose", "if there were",
-    "might also be", "could also be", "could be added", "one could add", "we could add", "outside the frame", "beyond the frame",
-    "out of frame", "not visible", "not shown", "not in the picture", "not in the image",
-)  # fmt: skip
 
 
 @dataclass
@@ -93,32 +89,6 @@ class NegativeConfig:
         _check_share("low_resolution_share", self.low_resolution_share)
         if self.short_side < 1:
             raise ValueError(f"short_side is {self.short_side}; a picture has at least 1 pixel. Take 20, as published.")
-
-
-@dataclass
-class FilterConfig:
-    """Which answers are dropped, each for a reason of its own. The released code drops none.
-
-    Attributes:
-        length_ratio: lowest and highest tokens of rejected over tokens of chosen (`length_ratio`); None: any.
-        announced: words with which a rejected answer owns up to inventing, in any case (`announced_fiction`); empty: any.
-        similarity: pairs at least this similar are dropped (`near_identical`); above 1: only the same answer is.
-        cut_off: drop answers and descriptions that reached the limit on their tokens (`cut_off`).
-    """
-
-    length_ratio: tuple[float, float] | None = (0.5, 2.0)
-    announced: list[str] = field(default_factory=lambda: list(ANNOUNCED))
-    similarity: float = 0.97
-    cut_off: bool = True
-
-    def __post_init__(self) -> None:
-        ratio = self.length_ratio
-        if ratio is not None and not 0 <= ratio[0] < ratio[1]:
-            raise ValueError(
-                f"length_ratio {ratio} is no range, so no pair would be kept. Take (0.5, 2), or null for any."
-            )
-        if not all(word.strip() for word in self.announced):
-            raise ValueError("announced holds a blank word, which every answer has: all would be dropped. Take it out.")
 
 
 @dataclass
@@ -205,29 +175,6 @@ def row_settings(config: Config) -> dict[str, Any]:
     if config.produce == "sft":
         return {**shared, "infusion": known["infusion"], "cut_off": config.filters.cut_off}
     return {**shared, **{name: known[name] for name in ("guided_prompt", "bad_prompts", "negatives", "filters")}}
-
-
-def picture_owners(data: DataConfig) -> Owners:
-    """Which of the rows that show a picture alone makes its pair. Rows that the store will refuse own nothing."""
-    from tqdm import tqdm
-
-    total, repeated = sources.survey(data)
-    seen = SeenIds(total)
-
-    def shown() -> Iterator[tuple[str, str]]:
-        for row in tqdm(sources.read_rows(data), total=total, desc="rows of each picture", unit="row", disable=None):
-            try:
-                prompt = sources.to_prompt(row, data, repeated=repeated)
-            except (RecordError, ImageError):
-                continue
-            digest = sources.content_digest(prompt)
-            known = seen.holds(prompt.id, digest)
-            if known is None:
-                seen.add(prompt.id, digest)
-            if known is not False and len(prompt.images) == 1:
-                yield sha256(prompt.images[0]), prompt.id
-
-    return Owners(shown())
 
 
 @dataclass
@@ -328,24 +275,6 @@ def _pair(
         stages.make_pair(parent, method=METHOD, chosen=chosen.text, rejected=rejected.text, settings=row_settings(config),
                          seed=config.seed, model=generator, meta=meta)
     ]  # fmt: skip
-
-
-def rejection(chosen: Completion, rejected: Completion, similarity: float, filters: FilterConfig) -> str | None:
-    """Why two answers make no pair, as the word it is counted under; None if they do."""
-    if not chosen.text or not rejected.text:
-        return "empty_rejected" if chosen.text else "empty_chosen"
-    if filters.cut_off and "length" in (chosen.finish_reason, rejected.finish_reason):
-        return "cut_off"
-    if same_answer(chosen.text, rejected.text):
-        return "identical_answers"
-    if similarity >= filters.similarity:
-        return "near_identical"
-    words = "|".join(map(re.escape, filters.announced))
-    if words and re.search(rf"\b(?:{words})\b", rejected.text, re.IGNORECASE):
-        return "announced_fiction"
-    lowest, highest = filters.length_ratio or (0.0, float("inf"))
-    ratio = rejected.length / max(1, chosen.length)
-    return None if lowest <= ratio <= highest else "length_ratio"
 
 
 def infuse(block: list[Prompt], engine: Engine, config: Config) -> list[Outcome]:

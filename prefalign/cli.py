@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import inspect
-import json
 import logging
 import os
 import shlex
 import shutil
 import sys
-import typing
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import prefalign
-from prefalign import bundled, config, execution, running
+from prefalign import bundled, config, execution, previews, running
 from prefalign.manifest import Manifest
 from prefalign.shards import whole_shards
 
@@ -99,12 +94,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status: 0, 1 after an error, 2 for wrong usage, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    return _guarded(lambda: _dispatch(arguments), resumes=arguments[:1] in (["run"], ["demo"]))
+    return guarded(lambda: _dispatch(arguments), resumes=arguments[:1] in (["run"], ["demo"]))
 
 
 def run_file(path: str) -> None:
     """What a stage does when its file is started directly: `python datagen/bdhs.py --config x.yaml`."""
-    sys.exit(_guarded(lambda: run_stage(path, sys.argv[1:]), resumes=True))
+    sys.exit(guarded(lambda: run_stage(path, sys.argv[1:]), resumes=True))
 
 
 def run_stage(name: str, arguments: Sequence[str], *, default_config: str | None = None) -> None:
@@ -114,7 +109,7 @@ def run_stage(name: str, arguments: Sequence[str], *, default_config: str | None
         print(running.describe(stage))
         return
     options, rest = execution.take_options(arguments)
-    named, rest = _config_file(rest)
+    named, rest = config.take_file(rest)
     chosen = named or default_config
     resolved = config.load(stage.Config, bundled.find(chosen) if chosen else None, rest)
     made = running.run(name, stage, resolved, options)
@@ -125,177 +120,15 @@ def run_stage(name: str, arguments: Sequence[str], *, default_config: str | None
             print(f"look at them with: prefalign inspect {shlex.quote(str(folder))}")
 
 
-def plan_stages(arguments: Sequence[str]) -> None:
-    """Print what stages cost: prefalign plan STAGE --config FILE --section.field VALUE [--rows 8] [--json] [--then STAGE ...]
-
-    Each stage is run on its first rows (--rows) in a scratch folder, and what was counted is scaled to all of them. A stage after
-    --then may read the output folder of one before it, which need not exist yet. For a training see
-    `prefalign plan train_preference --help`.
-    """
-    if Path(arguments[0]).stem == "train_preference":
-        _plan_training(arguments[0], arguments[1:])
-        return
-    if "--help" in arguments or "-h" in arguments:
-        print(inspect.getdoc(plan_stages))
-        return
-    from prefalign import planner
-
-    rest = [argument for argument in arguments if argument != "--json"]
-    rows = planner.SAMPLE
-    if "--rows" in rest:
-        place = rest.index("--rows")
-        given = rest[place + 1 : place + 2]
-        if not given or not given[0].isdigit():
-            raise config.ConfigError(f"--rows {' '.join(given)}: give the number of rows to run, as in `--rows 8`.")
-        rows = int(given[0])
-        del rest[place : place + 2]
-    stages: list[planner.Stage] = []
-    while rest or not stages:
-        end = rest.index("--then") if "--then" in rest else len(rest)
-        name, *options = rest[:end] or [""]
-        if not name or name.startswith("-"):
-            raise config.ConfigError(
-                f"plan needs a stage{f' before {name}' if name else ''}, as in `prefalign plan bdhs --config datagen/bdhs`."
-            )
-        rest = rest[end + 1 :]
-        module = bundled.load_stage(name)
-        _check_planned(name, module)
-        shared_out, options = execution.take_options(options)
-        if not shared_out.plain:
-            said = "--shard and --executor are left out: the plan is of all rows, in one process."
-            print(f"{Path(name).stem}: {said}", file=sys.stderr)
-        chosen, overrides = _config_file(options)
-        resolved = config.load(module.Config, bundled.find(chosen) if chosen else None, overrides)
-        stages.append(planner.Stage(Path(name).stem, module, resolved))
-    plans = planner.plan(stages, rows=rows)
-    if "--json" in arguments:
-        print(json.dumps([dataclasses.asdict(made) for made in plans], indent=2))
-    else:
-        print(planner.table(plans))
-
-
-def _check_planned(name: str, stage: ModuleType) -> None:
-    """Refuse recipes of which plan knows nothing."""
-    from prefalign.sources import DataConfig
-
-    if Path(name).stem == "train_preference":
-        raise config.ConfigError(
-            "train_preference is planned by itself, without --then: `prefalign plan train_preference`."
-        )
-    if Path(name).stem in ("train_reward_model", "train_ppo", "train_online"):
-        raise config.ConfigError(
-            f"plan has no estimate for {Path(name).stem}: it counts the passes of preference training, and this run makes others "
-            "(a head in place of the vocabulary's, or answers drawn, judged and read by several models). Measure one batch on "
-            f"the machine itself: `prefalign doctor {Path(name).stem}` with the run's arguments tells its time, and the "
-            "most memory that a GPU held."
-        )
-    if typing.get_type_hints(stage.Config).get("data") is not DataConfig:
-        raise config.ConfigError(
-            f"plan tells what train_preference and stages that make pairs (`prefalign list`: those in datagen/) will need, and "
-            f"was given {name!r}."
-        )
-
-
-def _plan_training(name: str, arguments: Sequence[str]) -> None:
-    from prefalign import training_plan
-
-    if "--help" in arguments or "-h" in arguments:
-        print(training_plan.describe())
-        return
-    chosen, rest = _config_file(_of_a_training(name, arguments))
-    training_plan.main(bundled.load_stage(name), config.read_yaml(bundled.find(chosen)) if chosen else {}, rest)
-
-
-def examine_stage(arguments: Sequence[str]) -> int:
-    """Check a training run before it starts: prefalign doctor RECIPE --config FILE --section.field VALUE [--rows 64] [--json OUT]
-
-    Takes the arguments of `prefalign run`. Reads a sample of the rows (--rows), runs one batch of them forward and backward, and
-    prints a table: check, verdict, what was seen, what to do. Nothing is written into the run's output folder. --json writes the
-    same to a file. The exit status is 0 if nothing failed, else 1.
-    """
-    if "--help" in arguments or "-h" in arguments:
-        print(inspect.getdoc(examine_stage))
-        return 0
-    name, *rest = arguments
-    if name.startswith("-"):
-        raise config.ConfigError(
-            f"doctor needs a recipe before {name}, as in `prefalign doctor train_preference --config FILE`."
-        )
-    from prefalign import doctor
-
-    if Path(name).stem not in doctor.STAGES:
-        raise config.ConfigError(
-            f"doctor examines {', '.join(doctor.STAGES)}, and was given {name!r}. What stages that make pairs will need is told "
-            "by `prefalign plan`."
-        )
-    rows, rest = _option(_of_a_training(name, rest), "--rows")
-    target, rest = _option(rest, "--json")
-    if rows is not None and (not rows.isdigit() or int(rows) == 0):
-        raise config.ConfigError(f"--rows {rows}: give the number of rows to read, as in `--rows 64`.")
-    stage = bundled.load_stage(name)
-    chosen, overrides = _config_file(rest)
-    resolved = config.load(stage.Config, bundled.find(chosen) if chosen else None, overrides)
-    findings = doctor.examine(stage, resolved, rows=int(rows) if rows else doctor.SAMPLE)
-    print(doctor.table(findings))
-    if target:
-        text = json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2)
-        Path(target).write_text(text + "\n", encoding="utf-8")
-    return int(any(finding.verdict == "fail" for finding in findings))
-
-
-def _of_a_training(name: str, arguments: Sequence[str]) -> list[str]:
-    """The arguments, which may not say how blocks are shared out."""
-    options, rest = execution.take_options(arguments)
-    if not options.plain:
-        raise config.ConfigError(
-            f"--shard and --executor share out the blocks of stages that make rows, and {Path(name).stem} is a training: leave "
-            "them out. It is started on several devices with `torchrun` or `accelerate launch`."
-        )
-    return rest
-
-
-def _option(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
-    """The value of an option of a verb, and the other arguments."""
-    rest = list(arguments)
-    if flag not in rest:
-        return None, rest
-    place = rest.index(flag)
-    value = rest[place + 1 : place + 2]
-    if not value or value[0].startswith("--"):
-        raise config.ConfigError(f"{flag} needs a value.")
-    del rest[place : place + 2]
-    return value[0], rest
-
-
-def _config_file(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The value of `--config FILE` or `--config=FILE`, and the other arguments."""
-    named: list[str] = []
-    rest: list[str] = []
-    pending = list(arguments)
-    while pending:
-        flag, equals, value = pending.pop(0).partition("=")
-        if flag != "--config":
-            rest.append(flag + equals + value)
-            continue
-        if not equals and pending:
-            value = pending.pop(0)
-        if not value or value.startswith("--"):
-            raise config.ConfigError("--config needs a file, as in `--config configs/datagen/bdhs.yaml`.")
-        named.append(value)
-    if len(named) > 1:
-        raise config.ConfigError(f"--config is given {len(named)} times ({', '.join(named)}); only one can count.")
-    return (named[0] if named else None), rest
-
-
 def _dispatch(arguments: list[str]) -> int | None:
     if arguments[:1] == ["run"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         run_stage(arguments[1], arguments[2:])
         return None
     if arguments[:1] == ["plan"] and len(arguments) > 1:
-        plan_stages(arguments[1:])
+        previews.plan_stages(arguments[1:])
         return None
     if arguments[:1] == ["doctor"] and len(arguments) > 1:
-        return examine_stage(arguments[1:])
+        return previews.examine_stage(arguments[1:])
     if arguments[:1] == ["demo"]:
         run_stage("demo", arguments[1:], default_config="recipes/demo")
         return None
@@ -328,7 +161,7 @@ def _dispatch(arguments: list[str]) -> int | None:
     return None
 
 
-def _guarded(action: Any, *, resumes: bool) -> int:
+def guarded(action: Any, *, resumes: bool) -> int:
     """Run an action, whose status this is; users get one readable message instead of a traceback (`PREFALIGN_TRACEBACK=1`)."""
     for name in _NO_NEWS:
         logging.getLogger(name).addFilter(_is_news)

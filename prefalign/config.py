@@ -154,11 +154,12 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _dataclasses_in(annotation: Any) -> list[type]:
+def dataclasses_in(annotation: Any) -> list[type]:
+    """The dataclasses that a type annotation names, inside unions, lists and mappings too."""
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         return [annotation]
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
-        return [found for argument in typing.get_args(annotation) for found in _dataclasses_in(argument)]
+        return [found for argument in typing.get_args(annotation) for found in dataclasses_in(argument)]
     return []
 
 
@@ -166,7 +167,7 @@ def _forbid_extra(cls: type, pydantic_config: Any) -> None:
     """Mark `cls` and every dataclass inside it so that pydantic refuses unknown keys."""
     cls.__pydantic_config__ = pydantic_config  # type: ignore[attr-defined]
     for annotation in typing.get_type_hints(cls).values():
-        for inner in _dataclasses_in(annotation):
+        for inner in dataclasses_in(annotation):
             if "__pydantic_config__" not in vars(inner):
                 _forbid_extra(inner, pydantic_config)
 
@@ -177,7 +178,7 @@ def _explain(cls: type, problem: Any) -> str:
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         owner: Any = cls
         for part in location[:-1]:
-            inner = _dataclasses_in(typing.get_type_hints(owner).get(part)) if owner else []
+            inner = dataclasses_in(typing.get_type_hints(owner).get(part)) if owner else []
             owner = inner[0] if inner else None
         known = [field.name for field in dataclasses.fields(owner)] if owner else []
         return f"{dotted}: unknown key (value {problem['input']!r}); {nearest(location[-1], known)}"
@@ -188,3 +189,36 @@ def _explain(cls: type, problem: Any) -> str:
     ):  # of a dataclass that checks itself: it says the value, and `input` is all of it
         return ": ".join([*([dotted] if dotted else []), str(problem["ctx"]["error"])])
     return f"{dotted}: {problem['msg']} (got {problem['input']!r})."
+
+
+def take_option(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of an option of a verb (None without it), and the other arguments; `ConfigError` for one without a value."""
+    rest = list(arguments)
+    if flag not in rest:
+        return None, rest
+    place = rest.index(flag)
+    value = rest[place + 1 : place + 2]
+    if not value or value[0].startswith("--"):
+        raise ConfigError(f"{flag} needs a value.")
+    del rest[place : place + 2]
+    return value[0], rest
+
+
+def take_file(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of `--config FILE` or `--config=FILE`, and the other arguments; `ConfigError` without a file, or with two."""
+    named: list[str] = []
+    rest: list[str] = []
+    pending = list(arguments)
+    while pending:
+        flag, equals, value = pending.pop(0).partition("=")
+        if flag != "--config":
+            rest.append(flag + equals + value)
+            continue
+        if not equals and pending:
+            value = pending.pop(0)
+        if not value or value.startswith("--"):
+            raise ConfigError("--config needs a file, as in `--config configs/datagen/bdhs.yaml`.")
+        named.append(value)
+    if len(named) > 1:
+        raise ConfigError(f"--config is given {len(named)} times ({', '.join(named)}); only one can count.")
+    return (named[0] if named else None), rest

@@ -284,12 +284,13 @@ def colour_jitter(image: Image.Image, *, brightness: float, hue: float) -> Image
     return Image.merge("HSV", (Image.fromarray(turned.astype(np.uint8)), saturation, value)).convert("RGB")
 
 
-def jitter_shows(image: Image.Image, jittered: Image.Image, *, least: float = 4.0) -> bool:
+def jitter_shows(image: Image.Image, jittered: Image.Image) -> bool:
     """Whether colour jitter spoilt a picture: it has colours that a hue shift turns, and its levels (0 to 255) changed.
 
-    Both the mean spread of its channels (0: a grey picture) and the mean absolute change are at least `least`.
+    Both the mean spread of its channels (0: a grey picture) and the mean absolute change are at least 4.
     """
     import numpy as np
 
+    least = 4.0
     spread = float(np.ptp(np.asarray(image.convert("RGB")), axis=2).mean())
     return spread >= least and 255 * difference(image, jittered) >= least

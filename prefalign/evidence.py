@@ -240,14 +240,14 @@ def on_target(pair: Pair) -> Pair:
     )
 
 
-def request_without(request: Request, how: Without, *, seed: int = 0, noise_step: int = 500) -> Request:
+def request_without(request: Request, how: Without, *, seed: int = 0) -> Request:
     """The same request with no usable picture."""
     if how == "removed":
         return Request(request.id, without_images(request.messages), [], request.prefix, request.seed)
     if how == "hidden":
         hidden = ImageMask(1.0, 0) if request.images else None
         return Request(request.id, request.messages, request.images, request.prefix, request.seed, hidden)
-    images = unusable(request.images, how, identity=request.id, seed=seed, noise_step=noise_step)
+    images = unusable(request.images, how, identity=request.id, seed=seed)
     return Request(request.id, request.messages, images, request.prefix, request.seed)
 
 

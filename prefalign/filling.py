@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 from prefalign.editors import cleaned
 from prefalign.engines import Engine, Request, Sampling
+from prefalign.english import FUNCTION_WORDS, article
+from prefalign.gaps import ENDING, TOKEN, Span, align, filled, holds, masked_text
 from prefalign.guided import Item
-from prefalign.masking import ENDING, FUNCTION_WORDS, TOKEN, Span, align, filled, holds, masked_text
 from prefalign.records import Message, message_text
 from prefalign.text import first_sentence, split_sentences
 
@@ -24,7 +25,7 @@ _REFUSAL = re.compile(
     r"\bmasked (?:token|word|part|span)s?\b|\bmask tokens?\b",
     re.IGNORECASE,
 )
-_ARTICLE = re.compile(r"([Aa])n? +(?:an? +)?(\w)")
+_ARTICLE = re.compile(r"([Aa])n? +(?:an? +)?(?=\w)")
 _INSTRUCTION = """\
 {question}
 
@@ -216,11 +217,12 @@ def unusable(text: str, answer: str, marker: str) -> str | None:
 
 
 def _with_article(fill: str) -> str:
-    """A fill that begins with a or an, once, and the one that its next letter wants."""
+    """A fill that begins with a or an, once, and the one that its next word wants."""
     found = _ARTICLE.match(fill)
     if found is None:
         return fill
-    return f"{found[1]}{'n' if found[2].lower() in 'aeiou' else ''} {fill[found.start(2) :]}"
+    thing = fill[found.end() :]
+    return f"{found[1]}{article(thing)[1:]} {thing}"
 
 
 def _instruction(messages: Sequence[Message], masked: str, marker: str) -> list[Message]:

@@ -7,15 +7,14 @@ stays with its own question and picture; rewrites are checked.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from prefalign.engines import Engine, Request, Sampling
-from prefalign.masking import FUNCTION_WORDS
+from prefalign.english import FUNCTION_WORDS, bases
 from prefalign.records import user_message
-from prefalign.text import IRREGULAR_PLURALS, normalised, same_answer
+from prefalign.text import normalised, same_answer
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,11 +24,6 @@ _TELLING = frozenset(
      "between", "near", "inside", "outside", "across", "along", "around", "through")
 )  # fmt: skip
 """Function words that change what is said, so that a rewrite may not add them."""
-_IRREGULAR_VERBS = {
-    "sat": "sit", "stood": "stand", "ran": "run", "wore": "wear", "worn": "wear", "held": "hold", "hung": "hang", "made": "make",
-    "taken": "take", "written": "write", "drawn": "draw", "ridden": "ride", "driven": "drive", "eaten": "eat", "broken": "break",
-    "shown": "show", "grown": "grow", "built": "build", "lit": "light",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -178,25 +172,6 @@ def is_unknown(scores: Sequence[int | None], *, threshold: int, least_judged: in
 def content_words(text: str) -> set[str]:
     """The words of a text that say something; articles, auxiliaries and the like are left out."""
     return {word for word in normalised(text).split() if word in _TELLING or word not in FUNCTION_WORDS}
-
-
-def bases(word: str) -> set[str]:
-    """A word and what it may be an inflection of, some of it no word: two words are forms of one if they have one in common.
-
-    Example:
-        >>> bases("sitting") & bases("sits"), bases("men") & bases("man"), bases("cape") & bases("cap")
-        ({'sit'}, {'man'}, set())
-    """
-    found = {word, *(word.removesuffix(many) + one for one, many in IRREGULAR_PLURALS.items() if word.endswith(many))}
-    if word in _IRREGULAR_VERBS:
-        found.add(_IRREGULAR_VERBS[word])
-    if len(word) > 3 and word.endswith("s") and not word.endswith("ss"):
-        found |= {word[:-1], re.sub("es$", "", word), re.sub("ies$", "y", word)}
-    stem = re.sub("ing$|(?<!e)ed$", "", word)
-    if stem != word and re.search("[aeiouy]", stem):
-        found |= {stem, f"{stem}e", re.sub(r"([^aeiouy])\1$", r"\1", stem)}
-        found.add(re.sub("y$", "ie", stem) if word.endswith("ing") else re.sub("i$", "y", stem))
-    return found
 
 
 def rewrite_problem(caption: str, rewritten: str, *, least_words: float, allowed: Sequence[str] = ()) -> str | None:

@@ -14,41 +14,24 @@ from typing import Literal, Protocol
 
 from prefalign.editors import cleaned
 from prefalign.engines import Engine, Request, Sampling, require
+from prefalign.english import DETERMINERS, FUNCTION_WORDS, NUMBERS, OPENERS
+from prefalign.gaps import ENDING, TOKEN, Span, align, holds
 from prefalign.guided import Item
 from prefalign.records import message_text, user_message
 from prefalign.rule_editor import Vocabulary
 from prefalign.text import split_sentences
 
-Span = tuple[int, int]
-
-TOKEN = re.compile(
-    r"\n+|\d+(?:[.,:]\d+)+\w*(?:[-'\u2019]\w+)*"  # 3.5, 1,000, 10:30
-    r"|[^\W\d_](?:\.[^\W\d_])+(?!\w)(?:\.(?=[ \t]*[a-z,;:]))?"  # a.m, U.S. within a sentence
-    r"|\w+(?:[-'\u2019]\w+)*|[^\w\s]"
-)
-ENDING = re.compile("[.!?\u3002\uff01\uff1f]+[\"')\\]*\u2019\u201d]*$")
 _LABEL = re.compile(r"^\W*copy\W*:\s*", re.IGNORECASE)
 _YES_NO = re.compile(r"\s*(?:yes|no)\b(?! \w)", re.IGNORECASE)
-_NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve dozen hundred thousand first second third"
-)
-_COLOURS = "red green blue yellow purple orange pink brown black white grey gray beige violet turquoise golden silver"
+_NUMBER_WORDS = frozenset((*NUMBERS[:13], "dozen", "hundred", "thousand", "first", "second", "third"))
+_COLOUR_WORDS = frozenset(
+    ("red", "green", "blue", "yellow", "purple", "orange", "pink", "brown", "black", "white", "grey", "gray", "beige", "violet",
+     "turquoise", "golden", "silver")
+)  # fmt: skip
 _RELATIONS = (
     "above", "below", "behind", "beneath", "beside", "between", "in front of", "inside", "near", "next to", "on top of",
     "opposite", "outside", "over", "to the left of", "to the right of", "on the left", "on the right", "under", "underneath",
 )  # fmt: skip
-_OPENERS = "a an no some several many few both another"  # begin a phrase and are masked with it
-_DETERMINERS = "the this that these those his her its their our my your each every"  # begin a phrase and stay
-_FUNCTION = """
-any all i you he she it we they them him us me who whom whose which what there here where when while as if than then so
-and or but nor yet because although though also too not very just only is are was were be been being am has have had having
-do does did can could may might must shall should will would of in on at by to from with without for into onto up down out
-off over under through across along around about above below behind between beside near inside outside against during before
-after toward towards within upon image picture photo photograph scene"""
-_NUMBER_WORDS, _COLOUR_WORDS, _OPENING_WORDS, _DETERMINING_WORDS, FUNCTION_WORDS = (
-    frozenset(words.split())
-    for words in (_NUMBERS, _COLOURS, _OPENERS, _DETERMINERS, f"{_FUNCTION} {_OPENERS} {_DETERMINERS}")
-)
 
 
 @dataclass
@@ -226,79 +209,6 @@ def mask_prompt(item: Item, marker: str) -> str:
     return "\n\n".join([_TASK.format(marker=marker), *shots, asked])
 
 
-def masked_text(answer: str, spans: Sequence[Span], marker: str) -> str:
-    """The answer with a marker at each span."""
-    return filled(answer, spans, [marker] * len(spans))
-
-
-def filled(answer: str, spans: Sequence[Span], fills: Sequence[str]) -> str:
-    """The answer with other text at its first `len(fills)` spans.
-
-    Returns:
-        All of it, or what stands before the first span that has no fill: the forced start for the next one.
-    """
-    text, position = "", 0
-    for (start, end), fill in zip(spans, fills, strict=False):
-        text += answer[position:start] + fill
-        position = end
-    return text + answer[position : spans[len(fills)][0] if len(fills) < len(spans) else len(answer)]
-
-
-def align(template: str, text: str, marker: str) -> tuple[int, list[Span]]:
-    """Lay a text with markers over one without, at the fewest edits: each marker takes one or more words.
-
-    Args:
-        template: words and markers.
-        text: what is laid beneath it.
-        marker: what stands for a gap.
-
-    Returns:
-        How many words and punctuation marks outside the markers differ, are missing or stand there too much, case aside; and the
-        characters of the text that each marker covers (no spans where the text is too short for all markers).
-    """
-    units: list[str | None] = []
-    for number, part in enumerate(template.split(marker)):
-        units += [None] * (number > 0) + [token.casefold() for token in TOKEN.findall(part)]
-    tokens = list(TOKEN.finditer(text))
-    words = [token[0].casefold() for token in tokens]
-    impossible = len(units) + len(words) + 1
-    costs, moves = list(range(len(words) + 1)), [["extra"] * (len(words) + 1)]
-    for unit in units:
-        above, costs, steps = costs, [impossible if unit is None else costs[0] + 1], ["missing"]
-        for place, word in enumerate(words):
-            if unit is None:
-                options = [(above[place], "begins"), (costs[place], "goes on")]
-            else:
-                options = [
-                    (above[place] + (unit != word), "word"),
-                    (above[place + 1] + 1, "missing"),
-                    (costs[place] + 1, "extra"),
-                ]
-            cost, step = min(options, key=lambda option: option[0])
-            costs.append(cost)
-            steps.append(step)
-        moves.append(steps)
-    if costs[-1] >= impossible:
-        return impossible, []
-    spans: list[Span] = []
-    row, place, last = len(units), len(words), len(words)
-    while row:
-        step = moves[row][place]
-        if step == "begins":
-            spans.append((tokens[place - 1].start(), tokens[last - 1].end()))
-        place -= step != "missing"
-        row -= step in ("begins", "word", "missing")
-        last = last if step == "goes on" else place
-    return costs[-1], spans[::-1]
-
-
-def holds(text: str, marker: str) -> bool:
-    """Whether a text holds the marker, in any case and with blanks inside its brackets."""
-    core = marker.strip("[](){}<>")
-    pattern = re.escape(marker) + (rf"|[\[(<{{]\s*{re.escape(core)}\s*[\])>}}]" if core else "")
-    return re.search(pattern, text, re.IGNORECASE) is not None
-
-
 def _marker_in_answer(answer: str, marker: str) -> Masked:
     return Masked(refused="marker_in_answer",
                   message=f"the answer itself holds {marker!r}: choose another `masking.marker` ({answer[:60]!r})")  # fmt: skip
@@ -340,13 +250,13 @@ def _phrases(answer: str) -> list[Span]:
     while place < len(words):
         word = words[place]
         number = word in _NUMBER_WORDS or word[0].isdigit()
-        begins = number or word in _OPENING_WORDS or word in _DETERMINING_WORDS
+        begins = number or word in OPENERS or word in DETERMINERS
         end = place + 1
         while begins and end < len(words) and end <= place + 4 and _content(words[end]):
             end += 1
-        if number or (word in _OPENING_WORDS and end > place + 1):
+        if number or (word in OPENERS and end > place + 1):
             spans.append((tokens[place].start(), tokens[end - 1].end()))
-        elif word in _DETERMINING_WORDS and end > place + 1:
+        elif word in DETERMINERS and end > place + 1:
             spans.append((tokens[place + 1].start(), tokens[end - 1].end()))
         elif word in _COLOUR_WORDS:
             spans.append(tokens[place].span())

@@ -8,16 +8,14 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefalign import families
+from prefalign import families, quantised
 from prefalign.checkpoints import ModelError, check_family, check_weights, has_processor, missing_processor, resolve
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BitsAndBytesConfig
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +68,11 @@ def load_model(config: ModelConfig) -> Any:
     check_weights(source)
     device = _device(config.device)
     dtype = _dtype(config.dtype)
-    quantised: dict[str, Any] = {}
+    in_4_bits: dict[str, Any] = {}
     if config.load_in_4bit:
-        dtype = _computing_dtype(source, config, device)
+        dtype = _dtype(quantised.computing_dtype(source, revision, config.dtype, device))
         place = torch.cuda.current_device() if device == torch.device("cuda") else device  # accelerate wants a number
-        quantised = {"quantization_config": _in_4_bits(dtype), "device_map": {"": place}}
+        in_4_bits = {"quantization_config": quantised.in_4_bits(dtype), "device_map": {"": place}}
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
             source,
@@ -84,7 +82,7 @@ def load_model(config: ModelConfig) -> Any:
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
-            **quantised,
+            **in_4_bits,
         )
     except OSError as error:
         raise ModelError(f"the weights of {source!r} could not be loaded: {error}") from error
@@ -96,7 +94,7 @@ def load_model(config: ModelConfig) -> Any:
         )
     _forget_unused_renamings(model)
     if config.load_in_4bit:
-        _keep_differentiable(model)
+        quantised.keep_differentiable(model)
     if dtype == "auto" and device.type == "cpu" and model.dtype == torch.float16:
         logger.info("%s is stored in float16, which a CPU computes badly; loaded in float32.", source)
         model = model.float()
@@ -242,67 +240,6 @@ def freeze(model: Any, towers: Sequence[str]) -> int:
     return sum(frozen.values())
 
 
-def _computing_dtype(source: str, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """What a model in 4 bits computes in; `auto` is what its checkpoint is stored in."""
-    import torch
-    from transformers import PreTrainedConfig
-
-    if find_spec("bitsandbytes") is None:
-        raise ModelError(
-            "load_in_4bit needs bitsandbytes, which is not installed. Run `pip install prefalign[qlora]`, or leave load_in_4bit "
-            "out and load the weights as they are stored."
-        )
-    values, _ = PreTrainedConfig.get_config_dict(source, revision=config.model_revision)
-    if stored := values.get("quantization_config"):
-        raise ModelError(
-            f"{source!r} is quantised already ({stored.get('quant_method', 'unknown method')}), and load_in_4bit would round "
-            "rounded weights. Name the model that it was made from, or leave load_in_4bit out."
-        )
-    if config.dtype != "auto":
-        return _dtype(config.dtype)
-    parts = (values, values.get("text_config") or {})
-    name = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)
-    if name is None:
-        raise ModelError(
-            f"config.json of {source!r} does not say its dtype, and what is stored in 4 bits is computed in another. Set "
-            "`dtype`, such as bfloat16."
-        )
-    if name == "float16" and device.type == "cpu":
-        logger.info("%s is stored in float16, which a CPU computes badly; it computes in float32.", source)
-        return torch.float32
-    return _dtype(name)
-
-
-def _in_4_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with doubly quantised scales, for the blocks of the language model, which hold nearly all weights.
-
-    Tower and projector are small beside these, run once per picture, and every later layer reads what they round; the tower
-    also may be trained. The head's log-probs are the loss.
-    """
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head", families.vision_side()],
-    )
-
-
-def _keep_differentiable(model: Any) -> None:
-    """On a CPU with AVX512-BF16, keep bitsandbytes from what it does to a weight at its first pass in eval mode.
-
-    It would be packed for a kernel of bfloat16 that has no gradient, and stay so when training goes on: what lies before such
-    a layer would train on nothing, without an error.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
 def _forget_unused_renamings(model: Any) -> None:
     """Keep the names under which a checkpoint was read for saving it again, and no others.
 
@@ -320,9 +257,9 @@ def _forget_unused_renamings(model: Any) -> None:
 
 def _size(parameter: torch.nn.Parameter) -> int:
     """Elements of a whole parameter: a process holds none itself under DeepSpeed ZeRO-3, and a byte holds two of 4 bits."""
-    quantised = getattr(parameter, "quant_state", None)
-    if quantised is not None:
-        return int(quantised.shape.numel())
+    packed = getattr(parameter, "quant_state", None)
+    if packed is not None:
+        return int(packed.shape.numel())
     return getattr(parameter, "ds_numel", parameter.numel())
 
 

@@ -12,6 +12,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from prefalign.english import ARTICLES, NUMBERS, SCALES, TENS
+
 TASK_PROMPTS = {
     "text": (
         "Look for text in this picture: signs, labels, screens, print. Write one question that can only be answered by reading "
@@ -43,20 +45,14 @@ _UNITS = {
     "%": r"percent|per cent|pct", "$": "dollars?|usd", "\u00a3": "pounds?|gbp", "\u00a5": "yen|jpy", "\u20ac": "euros?|eur",
 }  # fmt: skip
 _UNIT = re.compile("|".join(rf"(?P<u{ord(sign):x}>{words})\b" for sign, words in _UNITS.items()))
-_SMALL = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
-    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
-)  # fmt: skip
-_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
-_SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9}
+_SMALL = NUMBERS[:20]
 _NUMBER = re.compile(
     rf"(?P<sign>-?)(?P<before>[{_SIGNS[1:]}]?)(?P<digits>\d+(?:[.,]\d+)*|\.\d+)|"
-    rf"(?:(?P<tens>{'|'.join(_TENS)})(?:[- ](?P<ones>{'|'.join(_SMALL[1:10])}))?|(?P<small>{'|'.join(_SMALL)})|a(?= hundred\b))"
+    rf"(?:(?P<tens>{'|'.join(TENS)})(?:[- ](?P<ones>{'|'.join(_SMALL[1:10])}))?|(?P<small>{'|'.join(_SMALL)})|a(?= hundred\b))"
     r"(?![\w'])"
 )
-_SCALE = re.compile(rf"[ \t-]?(?P<scale>{'|'.join(_SCALES)})\b")
+_SCALE = re.compile(rf"[ \t-]?(?P<scale>{'|'.join(SCALES)})\b")
 _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_ARTICLES = frozenset(("a", "an", "the"))
 _YES_NO = frozenset(("yes", "no"))
 _NOT = frozenset(
     ("not", "never", "neither", "nor", "none", "without", "hardly", "cannot", "cant", "dont", "doesnt", "didnt", "isnt", "arent",
@@ -115,7 +111,7 @@ def tokens(text: str) -> list[Token]:
             position = end
         else:
             position += 1
-    return [token for token in found if token not in _ARTICLES] or found
+    return [token for token in found if token not in ARTICLES] or found
 
 
 def _without_accent(letter: str) -> str:
@@ -150,11 +146,11 @@ def _number(found: re.Match[str], text: str) -> tuple[Number, int]:
         value = float(".".join(parts) if len(parts) == 2 else "".join(parts))
         named = len(parts) > 2 or re.fullmatch(r"[12]\d{3}", digits) is not None  # a date, a version, a year
     elif found["tens"]:
-        value = float(20 + 10 * _TENS.index(found["tens"]) + (_SMALL.index(found["ones"]) if found["ones"] else 0))
+        value = float(20 + 10 * TENS.index(found["tens"]) + (_SMALL.index(found["ones"]) if found["ones"] else 0))
     else:
         value = float(_SMALL.index(found["small"])) if found["small"] else 1.0
     if scale := _SCALE.match(text, end):
-        value, named, end = value * _SCALES[scale["scale"]], False, scale.end()
+        value, named, end = value * SCALES[scale["scale"]], False, scale.end()
     after = end + (text[end : end + 1] in (" ", "\t", "-"))
     if after < len(text) and text[after] in _SIGNS and not re.match(r"\d", text[after + 1 :]):
         unit, end = unit or text[after], after + 1

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefalign.editors import Edit, EditItem
+from prefalign.english import NUMBERS, article, plural
 from prefalign.records import row_seed
-from prefalign.text import article, plural, split_sentences, swap_yes_no
+from prefalign.text import split_sentences, swap_yes_no
 
 KINDS = ("object", "attribute", "place", "relation", "count", "existence")
 _ANYWHERE = "in the picture"
@@ -58,11 +59,7 @@ class Vocabulary:
             "above": "below", "below": "above", "to the left of": "to the right of", "to the right of": "to the left of",
         }
     )  # fmt: skip
-    numbers: list[str] = field(
-        default_factory=lambda: [
-            "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
-        ]
-    )  # fmt: skip
+    numbers: list[str] = field(default_factory=lambda: list(NUMBERS[:10]))
 
     def __post_init__(self) -> None:
         stray = sorted({other for others in self.companions.values() for other in others} - set(self.objects))

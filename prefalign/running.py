@@ -67,7 +67,7 @@ def _settings(cls: type, prefix: str) -> list[str]:
     lines: list[str] = []
     for entry in dataclasses.fields(cls):
         annotation = typing.get_type_hints(cls)[entry.name]
-        sections = [] if typing.get_origin(annotation) in (list, tuple, dict) else configs._dataclasses_in(annotation)
+        sections = [] if typing.get_origin(annotation) in (list, tuple, dict) else configs.dataclasses_in(annotation)
         inner = [line for section in sections for line in _settings(section, f"{prefix}{entry.name}.")]
         if sections == [annotation]:
             lines += inner

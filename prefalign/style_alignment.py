@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from prefalign.describing import clean_completions
 from prefalign.engines import Completion, Engine, Request, Sampling
+from prefalign.english import NUMBERS, SCALES, TENS
 from prefalign.records import user_message
 from prefalign.text import normalised, same_answer, split_sentences
 
@@ -34,11 +35,12 @@ Second version: {after}
 
 Does the second version of this {part} say the same as the first, with no fact changed, added or lost? Answer with yes or no."""
 
-_UP_TO_TWENTY = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-                 "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty")  # fmt: skip
-_NUMBERS = {word: str(value) for value, word in enumerate(_UP_TO_TWENTY)} | {
-    "thirty": "30", "forty": "40", "fifty": "50", "sixty": "60", "seventy": "70", "eighty": "80", "ninety": "90",
-    "hundred": "100", "thousand": "1000", "million": "1000000", "dozen": "12"}  # fmt: skip
+_NUMBERS = {
+    **{word: str(value) for value, word in enumerate(NUMBERS)},
+    **{word: f"{value}0" for value, word in enumerate(TENS, 2)},
+    **{word: str(SCALES[word]) for word in ("hundred", "thousand", "million")},
+    "dozen": "12",
+}
 _DIGITS = re.compile(r"\d+(?:[.,]\d+)*")
 _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 

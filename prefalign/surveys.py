@@ -1,4 +1,7 @@
-"""Passes over all inputs of a stage before any of them is decided on, kept on disk so that a killed run goes on where it was."""
+"""Passes over all inputs of a stage before any of them is decided on.
+
+What a `Survey` finds is kept on disk, so that a killed run goes on where it was.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,10 @@ from typing import Any
 
 from prefalign import folders, sources
 from prefalign.execution import SHARD
-from prefalign.images import ImageError
+from prefalign.images import ImageError, sha256
 from prefalign.manifest import write_atomically
 from prefalign.records import RecordError
+from prefalign.seen import Owners, SeenIds
 from prefalign.sources import DataConfig
 from prefalign.store import READERS, Input, OutputConfig
 
@@ -147,3 +151,26 @@ class Survey:
 
     def _mark(self, kind: str, number: int) -> Path:
         return self.output.path / "survey" / f".{kind}-{number:05d}.begun"
+
+
+def picture_owners(data: DataConfig) -> Owners:
+    """Which of the rows that show a picture alone makes its pair. Rows that the store will refuse own nothing."""
+    from tqdm import tqdm
+
+    total, repeated = sources.survey(data)
+    seen = SeenIds(total)
+
+    def shown() -> Iterator[tuple[str, str]]:
+        for row in tqdm(sources.read_rows(data), total=total, desc="rows of each picture", unit="row", disable=None):
+            try:
+                prompt = sources.to_prompt(row, data, repeated=repeated)
+            except (RecordError, ImageError):
+                continue
+            digest = sources.content_digest(prompt)
+            known = seen.holds(prompt.id, digest)
+            if known is None:
+                seen.add(prompt.id, digest)
+            if known is not False and len(prompt.images) == 1:
+                yield sha256(prompt.images[0]), prompt.id
+
+    return Owners(shown())

@@ -27,21 +27,6 @@ _LIST_MARK = re.compile(r"(?:^|\n[ \t]*)(?:\d{1,3}|[A-Za-z])$")
 _YES_NO = re.compile(r"(\s*)(yes|no|Yes|No)(?![\w-])")
 _OPPOSITE = {"yes": "no", "no": "yes", "Yes": "No", "No": "Yes"}
 _LOOSE_MARK = re.compile(r"(?<!\d)[^\w\s]|[^\w\s](?!\d)")
-_SAID_AN = re.compile(r"[aeiou]|hour|honou?r|honest|heir|x-ray|8|1[18]\b", re.IGNORECASE)
-_SAID_A = re.compile(r"eu|ewe|one\b|once\b|u(?:ni(?![nmd])|s[aeu]|t[ei]|kulele|fo\b|-)", re.IGNORECASE)
-IRREGULAR_PLURALS = {
-    "person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "goose": "geese", "foot": "feet",
-    "tooth": "teeth", "leaf": "leaves", "loaf": "loaves", "knife": "knives", "wife": "wives", "shelf": "shelves",
-    "scarf": "scarves", "calf": "calves", "ox": "oxen", "wolf": "wolves",
-}  # fmt: skip
-"""Plurals that no rule gives, by their singular."""
-_ENDS_COMPOUNDS = frozenset(IRREGULAR_PLURALS) - {"ox", "goose", "man"}
-_NOT_A_MAN = ("human", "german", "roman", "shaman", "talisman", "ottoman")
-_SAME_PLURAL = frozenset(
-    ("sheep", "deer", "fish", "aircraft", "scissors", "glasses", "sunglasses", "binoculars", "skis", "pants", "trousers", "jeans",
-     "shorts")
-)  # fmt: skip
-_WITH_ES = ("s", "x", "z", "ch", "sh", "potato", "tomato", "hero", "echo", "mosquito", "volcano", "buffalo")
 _DIFF_PIECE = re.compile(r"\w+\s*|[^\w\s]\s*|\s+")
 
 
@@ -143,38 +128,6 @@ def swap_yes_no(sentence: str) -> str | None:
     if found is None:
         return None
     return found[1] + _OPPOSITE[found[2]] + sentence[found.end() :]
-
-
-def article(words: str) -> str:
-    """ "a" or "an", as the sound of the first of these words wants it.
-
-    Example:
-        >>> [article(words) for words in ("red apple", "apple", "hour", "uniform", "X-ray")]
-        ['a', 'an', 'an', 'a', 'an']
-    """
-    return "an" if _SAID_AN.match(words) and not _SAID_A.match(words) else "a"
-
-
-def plural(noun: str) -> str:
-    """More than one of a thing; of several words the last one changes.
-
-    Example:
-        >>> [plural(noun) for noun in ("wine glass", "baby", "fireman", "ox", "human", "sheep")]
-        ['wine glasses', 'babies', 'firemen', 'oxen', 'humans', 'sheep']
-    """
-    last = noun.split(" ")[-1].lower()
-    if last in _SAME_PLURAL:
-        return noun
-    if last in IRREGULAR_PLURALS:
-        return noun[: len(noun) - len(last)] + IRREGULAR_PLURALS[last]
-    for single in sorted(_ENDS_COMPOUNDS, key=len, reverse=True):
-        if last.endswith(single):  # bookshelf, grandchild
-            return noun[: len(noun) - len(single)] + IRREGULAR_PLURALS[single]
-    if last.endswith("man") and not last.endswith(_NOT_A_MAN):
-        return f"{noun[:-3]}men"
-    if last.endswith(_WITH_ES):
-        return f"{noun}es"
-    return f"{noun[:-1]}ies" if re.search("[^aeiou]y$", last) else f"{noun}s"
 
 
 def normalised(text: str) -> str:

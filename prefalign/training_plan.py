@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from prefalign import config
-from prefalign.planner import duration, number, size
+from prefalign.plan_table import duration, number, size
 from prefalign.training.largest import COUNTED, Fit, largest_batch, largest_picture
 from prefalign.training.memory import CONTEXT, FRAGMENTATION, Need
 from prefalign.training.plan_options import Options

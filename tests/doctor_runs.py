@@ -57,7 +57,7 @@ def settings(checkpoint: Path, pairs: Path, output: Path, **changes: Any) -> Any
 def prepare(checkpoint: Path, pairs: Path, folder: Path, **changes: Any) -> case.Case:
     """A case whose run would write into `folder/run`."""
     chosen = settings(checkpoint, pairs, folder / "run", **changes)
-    return case.prepare(STAGE, chosen, rows=64, scratch=folder / "scratch")
+    return case.prepare(chosen, rows=64, scratch=folder / "scratch")
 
 
 def edited(checkpoint: Path, folder: Path, *, template: str | None = None, **files: dict[str, Any]) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from prefalign import bundled, config
+from prefalign.execution import Shard, sharded
 from prefalign.records import Prompt
 from prefalign.scenes.export import export
 from prefalign.store import OutputConfig, read_records, write_records
@@ -133,3 +134,15 @@ def scenes_config(stage, name, data, folder):
     short = {"sampling": {"max_new_tokens": 16}} if name == "sample_responses" else {"max_new_tokens": 64}
     scenes = config.read_yaml(bundled.find(f"datagen/{name}_scenes"))
     return config.build(stage.Config, config.merge(scenes, known | short))
+
+
+def settings(stage, rows, folder, *, mishap="none", marks=".", **output):
+    output = {"path": folder, "block_size": 3} | output
+    return config.build(
+        stage.Config, {"data": {"path": rows}, "output": output, "mishap": mishap, "marks": str(marks), "at": "r06"}
+    )
+
+
+def start(stage, asked, number=0, count=1):
+    with sharded(Shard(number, count)):
+        return stage.main(asked)

@@ -86,7 +86,7 @@ def test_what_other_packages_say_at_each_start():
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("deepspeed")
     load = "import logging, bitsandbytes, deepspeed; logging.getLogger('DeepSpeed').warning('news')"
-    guarded = f"from prefalign import cli; cli._guarded(lambda: exec({load!r}), resumes=False)"
+    guarded = f"from prefalign import cli; cli.guarded(lambda: exec({load!r}), resumes=False)"
     plain, quiet = (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         for code in (load, guarded)

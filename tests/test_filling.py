@@ -79,7 +79,8 @@ def test_gaps_are_filled_one_after_the_other_all_answers_together():
 
 @pytest.mark.parametrize(
     ("written", "text"), [(" orange ox is here.", "An orange ox is here."), (" cat is.", "A cat is here."),
-                          (" an ox is", "An ox is here.")]
+                          (" an ox is", "An ox is here."), (" uniform is", "A uniform is here."),
+                          (" hourglass is", "An hourglass is here.")]
 )  # fmt: skip
 def test_the_article_suits_what_follows(written, text):
     (found,) = fill_gaps(Scripted(written), items("An ant is here."), [[(0, 6)]], Sampling(), seed=0)

@@ -3,8 +3,9 @@
 import pytest
 
 from prefalign.engines import Completion, Sampling
+from prefalign.gaps import align, filled, masked_text
 from prefalign.guided import Item
-from prefalign.masking import EngineMasker, MaskingConfig, RuleMasker, align, filled, mask_prompt, masked_text
+from prefalign.masking import EngineMasker, MaskingConfig, RuleMasker, mask_prompt
 from prefalign.records import user_message
 
 M = "[MASK]"

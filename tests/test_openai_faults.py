@@ -279,14 +279,14 @@ class TestKeptAnswers:
 INTERRUPTED = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background starts its processes without
-from prefalign.cli import _guarded
+from prefalign.cli import guarded
 from prefalign.engines.config import ServerConfig
 from prefalign.engines import Request, Sampling
 from prefalign.engines.openai import OpenAIEngine
 from prefalign.records import user_message
 engine = OpenAIEngine("tiny-vlm", ServerConfig(base_url=sys.argv[1], timeout=60))
 requests = [Request(f"row{number}", [user_message(f"row{number} what?")], []) for number in range(20)]
-sys.exit(_guarded(lambda: engine.generate(requests, Sampling()) and 0, resumes=True))
+sys.exit(guarded(lambda: engine.generate(requests, Sampling()) and 0, resumes=True))
 """
 
 

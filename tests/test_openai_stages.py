@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prefalign import bundled, config, planner
+from prefalign import bundled, config, plan_table, planner
 from prefalign.engines import USAGE
 from prefalign.engines.config import EngineConfig
 from prefalign.engines.server import ServerError
@@ -66,7 +66,7 @@ class TestStages:
             plans = planner.plan([planner.Stage("quality_pairs", stage, built)])
             planned = len(server.asked)
             stage.main(built)
-            return planner.table(plans), planned - before, len(server.asked) - planned
+            return plan_table.table(plans), planned - before, len(server.asked) - planned
 
         table, planned, ran = asked()
         assert (

@@ -5,11 +5,12 @@ import json
 
 import pytest
 
-from prefalign import bundled, cli, config, families, planner
+from prefalign import bundled, cli, config, families, plan_table
 from prefalign.engines import USAGE, Sampling
 from prefalign.engines.transformers import load_engine
 from prefalign.models import ModelConfig
-from prefalign.planner import Plan, Stage, plan, table
+from prefalign.plan_table import table
+from prefalign.planner import Plan, Stage, plan
 from prefalign.scenes import world
 from prefalign.scenes.export import export
 from tests.engine_cases import GREEDY, some_requests
@@ -205,8 +206,8 @@ def test_the_table_adds_up_and_reads_well():
     assert " ".join(lines[3].split()) == "all 2,000 1,900 100 3,000 500 12 M 40,000 1.5 GiB 1.5 h 31.0 s"
     assert "From the first 8 to 10 row(s) of each stage" in lines[5]
     assert "bdhs: 9 rows came out of the 10 sampled; of all 1000 it is expected to drop: 100 cut_off." in lines[6]
-    assert planner.duration(600) == "10 min"
-    assert [planner.size(count) for count in (999, 5 * 2**20, 2**40)] == ["999 B", "5.0 MiB", "1.0 TiB"]
+    assert plan_table.duration(600) == "10 min"
+    assert [plan_table.size(count) for count in (999, 5 * 2**20, 2**40)] == ["999 B", "5.0 MiB", "1.0 TiB"]
 
 
 def test_the_verb(prompts, tmp_path, capsys):

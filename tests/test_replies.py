@@ -68,11 +68,11 @@ def test_a_file_that_another_process_writes_to(file, monkeypatch):
 def test_a_full_disk_is_told_and_what_was_kept_stays(file):
     """In a process of its own, whose files may not grow."""
     code = (
-        "import resource, signal, sys; from pathlib import Path; from prefalign.cli import _guarded\n"
+        "import resource, signal, sys; from pathlib import Path; from prefalign.cli import guarded\n"
         "from prefalign.replies import Replies\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))\n"
         "many = {f'k{i}': 'x' * 1000 for i in range(100)}\n"
-        "sys.exit(_guarded(lambda: Replies(Path(sys.argv[1])).keep(many, 'm'), resumes=True))"
+        "sys.exit(guarded(lambda: Replies(Path(sys.argv[1])).keep(many, 'm'), resumes=True))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=False)
     assert done.returncode == 1

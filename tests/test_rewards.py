@@ -151,6 +151,10 @@ def test_a_reward_gives_the_terms_that_it_names(name):
     ("entry", "terms"),
     [
         ({"name": "claims", "labeller": ENGINE}, ("trust",)),
+        (
+            {"name": "statements", "model": ENGINE},
+            ("descriptiveness_precision", "descriptiveness_recall", "contradiction_precision", "contradiction_recall"),
+        ),
         ({"name": "implicit", "model": ENGINE, "reference": ENGINE}, ("log_ratio",)),
         ({"name": "judge", "model": ENGINE, "attributes": ["coherence", "verbosity"]}, ("coherence", "verbosity")),
         ({"name": "reward_model", "path": "p", "weights": {"helpfulness": 1.0}}, ("reward",)),

@@ -12,6 +12,7 @@ from PIL import Image
 
 from prefalign import bundled, config
 from prefalign.corruption import colour_jitter, low_resolution
+from prefalign.described_pairs import ANNOUNCED
 from prefalign.describing import NEUTRAL_PROMPTS
 from prefalign.engines import Completion, Sampling
 from prefalign.engines.transformers import load_engine
@@ -412,7 +413,7 @@ def test_settings_that_cannot_work(stage, changes, message):
 def test_prompts_are_those_of_the_paper_in_number(stage):
     assert len(set(stage.BAD_PROMPTS)) == 8 == len(set(NEUTRAL_PROMPTS))
     assert not set(stage.BAD_PROMPTS) & set(NEUTRAL_PROMPTS)
-    announced = re.compile("|".join(stage.ANNOUNCED), re.IGNORECASE)
+    announced = re.compile("|".join(ANNOUNCED), re.IGNORECASE)
     assert not [
         asked for asked in stage.BAD_PROMPTS if announced.search(asked)
     ]  # a plain reply repeats words of its prompt

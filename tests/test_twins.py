@@ -99,7 +99,7 @@ def test_twins_keep_to_the_layouts_of_their_split():
     for split in ("train_biased", "test_fair"):
         for index in range(60):
             found = twins.contrast(world.scene(split, index))
-            slot = zlib.crc32(repr(found.twin.layout).encode()) % world._SLOTS
+            slot = zlib.crc32(repr(found.twin.layout).encode()) % world.SLOTS
             assert slot in world.SPLITS[split].slots
 
 

@@ -46,4 +46,4 @@ def examine(stage: ModuleType, config: Any, *, rows: int = SAMPLE) -> list[Findi
             return run_checks(drawing.prepare_ppo(config, rows=rows, scratch=scratch), drawn_checks.PPO_CHECKS)
         if name == "train_online":
             return run_checks(drawing.prepare_online(config, rows=rows, scratch=scratch), drawn_checks.ONLINE_CHECKS)
-        return run_checks(case.prepare(stage, config, rows=rows, scratch=scratch), CHECKS)
+        return run_checks(case.prepare(config, rows=rows, scratch=scratch), CHECKS)

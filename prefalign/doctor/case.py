@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -204,12 +203,11 @@ class Case:
         return found
 
 
-def prepare(stage: ModuleType, config: Any, *, rows: int, scratch: Path) -> Case:
+def prepare(config: Any, *, rows: int, scratch: Path) -> Case:
     """Set a run up as the recipe does, with a scratch folder in place of its output.
 
     Args:
-        stage: the recipe.
-        config: its config.
+        config: config of the recipe.
         rows: how many rows are read.
         scratch: an empty folder.
 

@@ -53,6 +53,7 @@ def table(findings: Sequence[Finding]) -> str:
     return "\n".join([*lines, "", ", ".join(f"{counts[key]} {word}" for key, word in named.items() if counts[key])])
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
+def some(names: Sequence[str]) -> str:
     """The first few of some names."""
+    most = 3
     return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")

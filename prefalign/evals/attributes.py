@@ -11,27 +11,23 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from prefalign.english import ARTICLES, NUMBERS
 from prefalign.evals import Item, Prediction, Scored, reply_status
 from prefalign.evals.reading import read_jsonl, read_once
 from prefalign.images import EncodedImage
 from prefalign.records import user_message
 
-NUMBERS = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
-    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
-)  # fmt: skip
 _WORDS = {word: str(number) for number, word in enumerate(NUMBERS)} | {
     "gray": "grey",
     "center": "centre",
     "color": "colour",
 }
-_ARTICLES = {"a", "an", "the"}
 
 
 def normalise(text: str) -> str:
     """Lower case without punctuation and articles; number words as digits, one spelling of grey and centre."""
     words = re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+(?:['-][^\W\d_]+)*", text.lower())
-    return " ".join(_WORDS.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(_WORDS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def parse(text: str, choices: Sequence[str] = ()) -> str | None:

@@ -15,6 +15,7 @@ WIDTH = 340
 HEIGHT = 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 34
 MAX_POINTS = 300
+BINS = 16  # of a histogram, about
 STYLES = {"rejected": 1, "held out": 2}  # how a curve is drawn, by its label; others are 0
 
 
@@ -100,7 +101,7 @@ def line_chart(
 
 
 def histogram(
-    title: str, series: Mapping[str, Mapping[float, int]], *, x_label: str, whole: bool = False, bins: int = 16
+    title: str, series: Mapping[str, Mapping[float, int]], *, x_label: str, whole: bool = False
 ) -> Chart | None:
     """Bars of counts, one set beside the other.
 
@@ -109,7 +110,6 @@ def histogram(
         series: label to how often each value occurs.
         x_label: name and unit of the values.
         whole: values are whole numbers, so bins are at least 1 wide.
-        bins: about how many bins.
 
     Returns:
         The chart, or None without a value. Values beyond the 99.5th percentile join the last bin, which then ends in `+`.
@@ -122,7 +122,7 @@ def histogram(
         return None
     low, top = min(counts), max(counts)
     high = _percentile(counts, 0.995)
-    ticks = nice_ticks(low, high, bins) if high > low else []
+    ticks = nice_ticks(low, high, BINS) if high > low else []
     step = max(ticks[1] - ticks[0] if len(ticks) > 1 else 1.0, 1.0 if whole else 0.0)
     if whole:
         step = math.ceil(step)

@@ -10,6 +10,8 @@ from typing import Any
 
 from prefalign.images import EncodedImage, read_image
 
+MOST_OF_A_KIND = 6
+
 
 @dataclass(frozen=True)
 class Example:
@@ -59,7 +61,7 @@ class Examples:
     with_picture: int = 0
 
 
-def choose_examples(before: Path, after: Path, *, count: int = 6) -> Examples:
+def choose_examples(before: Path, after: Path) -> Examples:
     """Choose captions by rule: the largest change in invented objects, then in objects found, ties by a hash of the id.
 
     Where the first evaluation kept pictures, only items with a picture are chosen; the counts are over all.
@@ -67,7 +69,6 @@ def choose_examples(before: Path, after: Path, *, count: int = 6) -> Examples:
     Args:
         before: evaluation folder of the first model (`predictions.jsonl`, `items.jsonl` with `chair` items).
         after: evaluation folder of the second model, asked the same questions.
-        count: most examples of each kind.
 
     Returns:
         The examples and the counts over all items that both models answered.
@@ -105,8 +106,8 @@ def choose_examples(before: Path, after: Path, *, count: int = 6) -> Examples:
         (key for key in pool if changes[key] > (0, 0)), key=lambda key: (-changes[key][0], -changes[key][1], tie(key))
     )
     return Examples(
-        better=[example(key) for key in better[:count]],
-        worse=[example(key) for key in worse[:count]],
+        better=[example(key) for key in better[:MOST_OF_A_KIND]],
+        worse=[example(key) for key in worse[:MOST_OF_A_KIND]],
         fewer=sum(change[0] < 0 for change in changes.values()),
         more=sum(change[0] > 0 for change in changes.values()),
         same=sum(change[0] == 0 for change in changes.values()),

@@ -35,46 +35,10 @@ FLAGS = {
 }
 _WORD = re.compile(r"[^\W\d_]+")
 _FUNCTION_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "at",
-        "be",
-        "been",
-        "by",
-        "can",
-        "for",
-        "from",
-        "has",
-        "have",
-        "in",
-        "is",
-        "it",
-        "its",
-        "no",
-        "not",
-        "of",
-        "on",
-        "or",
-        "that",
-        "the",
-        "their",
-        "there",
-        "these",
-        "this",
-        "to",
-        "was",
-        "were",
-        "which",
-        "while",
-        "who",
-        "with",
-        "yes",
-    ]
-)
+    ("a", "an", "and", "are", "as", "at", "be", "been", "by", "can", "for", "from", "has", "have", "in", "is", "it", "its", "no",
+     "not", "of", "on", "or", "that", "the", "their", "there", "these", "this", "to", "was", "were", "which", "while", "who",
+     "with", "yes")
+)  # fmt: skip
 
 
 @dataclass

@@ -21,8 +21,6 @@ def write_run_report(
     runs: Mapping[str, Path],
     evaluations: Mapping[str, Path],
     config: Mapping[str, Any],
-    title: str = "Before and after alignment",
-    summary: str | None = None,
     pairs_report: str | None = None,
 ) -> Path:
     """Write the report of a run as one HTML file.
@@ -30,12 +28,10 @@ def write_run_report(
     Args:
         output: HTML file to write; a folder gets a `report.html`.
         results: `base`, `aligned` and perhaps `sft_control`, `difference`, `difference_sft`, each metric to `{"value", "ci95"}`
-            (see `write_comparison`); `verdict` is the summary if none is given.
+            (see `write_comparison`); `verdict`, a sentence or two, is the summary.
         runs: `aligned` and perhaps `sft_control` to the folder of a training run (`trainer_state.json` holds the curves).
         evaluations: the same names and `base` to the folder of an evaluation.
         config: resolved settings of the whole.
-        title: heading.
-        summary: the verdict in a sentence or two.
         pairs_report: address of the pairs' report, relative to this one.
 
     Returns:
@@ -60,8 +56,8 @@ def write_run_report(
     both = "base" in evaluations and "aligned" in evaluations
     return write_comparison(
         output,
-        title=title,
-        summary=summary if summary is not None else results.get("verdict", ""),
+        title="Before and after alignment",
+        summary=results.get("verdict", ""),
         results={name: values for name, values in results.items() if isinstance(values, Mapping)},
         histories=histories,
         examples=choose_examples(evaluations["base"], evaluations["aligned"]) if both else None,

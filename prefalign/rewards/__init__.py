@@ -22,6 +22,7 @@ REWARDS: dict[str, str] = {
     "reward_model": "prefalign.rewards.learned:LearnedReward",
     "judge": "prefalign.rewards.judged:JudgedAttributes",
     "claims": "prefalign.rewards.claims:Claims",
+    "statements": "prefalign.rewards.statements:Statements",
     "implicit": "prefalign.rewards.implicit:Implicit",
     "objects": "prefalign.rewards.objects:Objects",
     "symbolic": "prefalign.rewards.symbolic:Symbolic",

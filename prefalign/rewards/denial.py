@@ -1,6 +1,6 @@
 """Whether a sentence denies a phrase: "no sign of X", "neither X nor Y", "X is not present", "X can be ruled out".
 
-For `prefalign.rewards.rule_sets`. Where a negation stands in the clause and could belong to something else, the answer is that
+For `prefalign.rewards.readings`. Where a negation stands in the clause and could belong to something else, the answer is that
 it is unclear, so that no text earns what it may have denied.
 """
 

@@ -11,20 +11,17 @@ Differs from the authors' code:
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from prefalign.records import Message, assistant_message, user_message
-from prefalign.rewards.phrases import HintPhrases, Phrases, Slots, Split, categories, check_answer, fill
+from prefalign.rewards.cases import Case
+from prefalign.rewards.phrases import HintPhrases, Phrases, Split, categories, check_answer, fill
 from prefalign.rewards.rule_sets import RuleSet
-from prefalign.text import article, plural
 
 Kind = Literal["hint", "consistent", "inconsistent"]
 _ORDERS = 32  # tried until one leaves room for a wrong answer
-PRESENCE = frozenset({"exists", "absent", "count"})
-_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
 @dataclass
@@ -43,25 +40,6 @@ class Hints:
         for name, value in (("share", self.share), ("wrong", self.wrong)):
             if not 0 <= value <= 1:
                 raise ValueError(f"hints.{name} is {value}; it is a share, so give a value from 0 to 1.")
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is true of a picture.
-
-    Attributes:
-        label: what the case is called in figures.
-        reference: the true category by variable.
-        slots: words to fill in, by the category that is spoken of; "" for any other.
-    """
-
-    label: str
-    reference: Mapping[str, str]
-    slots: Mapping[str, Slots] = field(default_factory=lambda: {"": {}})
-
-    def words(self, category: str) -> Slots:
-        """The words to fill in where this category is spoken of."""
-        return self.slots.get(category, self.slots[""])
 
 
 @dataclass(frozen=True)
@@ -94,54 +72,6 @@ class WrongTurn:
     turns: list[Turn]
     wrong: str
     category: str
-
-
-def thing_case(names: Iterable[str], asked: Sequence[str], rng: random.Random, *, absent: float = 0.5,
-               plurals: Mapping[str, str] | None = None) -> Case | None:  # fmt: skip
-    """A case of `presence`: one of the things in the picture, or one that is not.
-
-    Args:
-        names: of the things in the picture, one for each.
-        asked: names that may be asked for.
-        rng: draws the thing, and the number that a wrong answer says.
-        absent: share of the cases about a thing that is not there.
-        plurals: of names whose plural `text.plural` does not know.
-
-    Returns:
-        The case; None if there is nothing to ask for.
-    """
-    counts = Counter(names)
-    there, gone = [name for name in asked if counts[name]], [name for name in asked if not counts[name]]
-    pool = gone if (gone and rng.random() < absent) or not there else there
-    if not pool:
-        return None
-    thing = rng.choice(pool)
-    number = counts[thing] or rng.randint(1, 3)
-    present = "yes" if counts[thing] else "no"
-    reference = {
-        "exists": present,
-        "absent": "no" if counts[thing] else "yes",
-        "count": "some" if counts[thing] else "none",
-    }
-    many, none = thing_slots(thing, number, plurals or {}), thing_slots(thing, 0, plurals or {})
-    return Case(present, reference, {"": many, "some": many, "none": none})
-
-
-def thing_slots(thing: str, number: int, plurals: Mapping[str, str]) -> Slots:
-    """The words for so many of a thing.
-
-    Example:
-        >>> thing_slots("box", 2, {})
-        {'thing': 'box', 'a_thing': 'a box', 'things': 'boxes', 'so_many': 'are two boxes'}
-    """
-    many = plurals.get(thing) or plural(thing)
-    said = _NUMBERS[number] if number < len(_NUMBERS) else str(number)
-    return {
-        "thing": thing,
-        "a_thing": f"{article(thing)} {thing}",
-        "things": many,
-        "so_many": f"is one {thing}" if number == 1 else f"are {said} {many}",
-    }
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prefalign.english import plural_spellings
 from prefalign.evals import chair
 from prefalign.rewards import FactsError
 from prefalign.rewards.reward import Response
 from prefalign.rule_editor import Vocabulary as WorldWords
-from prefalign.text import IRREGULAR_PLURALS
 
 if TYPE_CHECKING:
     import torch
@@ -172,7 +172,7 @@ class Reader:
         for phrase, name in vocabulary.merges.items():
             self._kinds.setdefault(phrase, vocabulary.nodes.get(name, ""))  # "home plate" is no plate
         for name, kind in list(self._kinds.items()):
-            for plural in _plurals(name):
+            for plural in plural_spellings(name):
                 self._kinds.setdefault(plural, kind)
         words = _any_of(self.groups)
         self._attributes = rf"(?:(?:{words})(?:,| and|,? but)? )*"
@@ -218,7 +218,7 @@ class Reader:
             text: the text.
             known: kinds to look for even if the vocabulary lacks them.
         """
-        missing = {name: kind for kind in known if kind not in self._kinds for name in (kind, *_plurals(kind))}
+        missing = {name: kind for kind in known if kind not in self._kinds for name in (kind, *plural_spellings(kind))}
         kinds = {**self._kinds, **missing}
         phrase = self._pattern(kinds) if missing else self._phrase
         found = []
@@ -284,20 +284,6 @@ def _holds(mention: Mention, things: Sequence[Mapping[str, str]]) -> bool:
         for thing in things
     )
     return fitting == 0 if mention.denied else fitting >= mention.number
-
-
-def _plurals(name: str) -> list[str]:
-    head, _, last = name.rpartition(" ")
-    start = f"{head} " if head else ""
-    ends = [] if last.endswith("s") else [f"{last}s"]
-    if last.endswith(("s", "x", "z", "ch", "sh", "o")):
-        ends.append(f"{last}es")
-    if re.search("[^aeiou]y$", last):
-        ends.append(f"{last[:-1]}ies")
-    for single, plural in IRREGULAR_PLURALS.items():
-        if last == single or (single in ("man", "child", "person") and last.endswith(single)):
-            ends.append(last.removesuffix(single) + plural)
-    return [start + end for end in ends]
 
 
 def _any_of(words: Iterable[str]) -> str:

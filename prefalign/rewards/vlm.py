@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import ProcessorMixin
 
+GOLDEN_ROWS = 4
+
 
 @dataclass
 class BaseModel:
@@ -227,21 +229,18 @@ class RewardModel(nn.Module):
             self._features = {}
 
     @torch.no_grad()
-    def score(
-        self, rows: Sequence[Mapping[str, Any]], *, facts: bool = True, batch_size: int = 16, seed: int = 0
-    ) -> torch.Tensor:
+    def score(self, rows: Sequence[Mapping[str, Any]], *, facts: bool = True, batch_size: int = 16) -> torch.Tensor:
         """Scores of single answers; answers to one prompt that fall into a batch share it and its pictures.
 
         Args:
             rows: `id`, `images`, `prompt` and `chosen` (the answer) each, and `facts` where there are some.
             facts: show them.
             batch_size: answers of one forward pass.
-            seed: with a row's id, the order in which its facts are shown.
 
         Returns:
             (N, A) float32 on the CPU, in the order of the rows.
         """
-        collator = self.collator(views=("chosen",), facts=facts, seed=seed, encoded=self._features)
+        collator = self.collator(views=("chosen",), facts=facts, encoded=self._features)
         order = sorted(range(len(rows)), key=lambda number: _prompt_key(rows[number]))
         found = torch.zeros(len(rows), len(self.attributes))
         training = self.training
@@ -259,12 +258,11 @@ class RewardModel(nn.Module):
                 self.train(training)
         return found
 
-    def calibrate(self, rows: Sequence[Mapping[str, Any]], *, golden: int = 4, batch_size: int = 16) -> None:
-        """Find mean and deviation of the scores of reference answers, and keep some with their scores for the self-test.
+    def calibrate(self, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 16) -> None:
+        """Find mean and deviation of the scores of reference answers, and keep the first few with their scores for the self-test.
 
         Args:
             rows: as `score` takes them.
-            golden: how many are kept, pictures included.
             batch_size: answers of one forward pass.
 
         Raises:
@@ -285,7 +283,7 @@ class RewardModel(nn.Module):
             scales[facts] = Scale(scores.mean(dim=0).tolist(), deviation.tolist(), len(rows))
         kept = [
             Golden(dict(rows[number]), both[True][number].tolist(), both[False][number].tolist())
-            for number in range(min(golden, len(rows)))
+            for number in range(min(GOLDEN_ROWS, len(rows)))
         ]
         self.calibration = Calibration(scales[True], scales[False], kept)
 

@@ -11,8 +11,8 @@ import random
 import re
 from dataclasses import dataclass
 
+from prefalign.english import article
 from prefalign.scenes.world import COLOURS, COMPANIONS, PLACES, SHAPES, SIZES, Object, Scene
-from prefalign.text import article
 
 MENTION_CLEAR = 0.95
 MENTION_FAINT = 0.50
@@ -110,7 +110,8 @@ def _mentioned(picture: Scene, rng: random.Random) -> list[Object]:
     return kept or order[:1]
 
 
-def _sentences(things: list[Object], rng: random.Random, style: str, plain: bool) -> list[str]:
+def object_sentences(things: list[Object], rng: random.Random, style: str, plain: bool) -> list[str]:
+    """What a caption says of each object, in one of the `_STYLES`; `plain` leaves sizes out."""
     if style == "list":
         parts = [f"{_named(thing, rng, plain=plain)} {at(thing.place)}" for thing in things]
         listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
@@ -138,14 +139,14 @@ def caption(picture: Scene, number: int = 0, *, style: str | None = None) -> str
     rng = random.Random(f"caption {picture.id} {number}")
     drawn = rng.choices(_STYLES, weights=_STYLE_WEIGHTS)[0]
     plain = rng.random() < _PLAIN_RATE
-    return " ".join(_sentences(_mentioned(picture, rng), rng, style or drawn, plain))
+    return " ".join(object_sentences(_mentioned(picture, rng), rng, style or drawn, plain))
 
 
 def description(picture: Scene, number: int = 0) -> str:
     """A long description: an opening, a sentence per mentioned object, then up to two of how they stand to one another."""
     rng = random.Random(f"description {picture.id} {number}")
     things = _mentioned(picture, rng)
-    out = [_OPENING, *_sentences(things, rng, rng.choices(_STYLES[:2], weights=(0.7, 0.3))[0], False)]
+    out = [_OPENING, *object_sentences(things, rng, rng.choices(_STYLES[:2], weights=(0.7, 0.3))[0], False)]
     single = [thing for thing in things if picture.count(thing.shape) == 1]
     pairs = [(one, other) for one in single for other in single if _relation(one, other) and one is not other]
     rng.shuffle(pairs)

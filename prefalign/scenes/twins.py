@@ -167,9 +167,9 @@ def _mirrored(thing: Object) -> Object:
 def _drawn(picture: Scene, things: list[Object], variant: str) -> Scene | None:
     """The scene with these objects; None if one is covered too much or the layout belongs to another split."""
     made = Scene(picture.split, picture.index, picture.seed, tuple(things), f"{picture.variant}{variant}")
-    if zlib.crc32(repr(made.layout).encode()) % world._SLOTS not in SPLITS[picture.split].slots:
+    if zlib.crc32(repr(made.layout).encode()) % world.SLOTS not in SPLITS[picture.split].slots:
         return None
-    drawn = world._uncovered(things)
+    drawn = world.uncovered(things)
     return replace(made, objects=tuple(drawn)) if all(thing.visible >= LEAST_VISIBLE for thing in drawn) else None
 
 
@@ -211,7 +211,7 @@ def _told(
 def _sentence(thing: Object, style: str, plain: bool, wording: str) -> str:
     """One sentence about an object; `wording` decides whether it goes by another name of its shape."""
     rng = random.Random(f"wording {wording}")
-    return language._sentences([thing], rng, style, plain)[0]
+    return language.object_sentences([thing], rng, style, plain)[0]
 
 
 def _number(shape: str, count: int) -> str:

@@ -61,7 +61,8 @@ COMPANY = 0.9  # how often a shape of a biased split has its companion beside it
 CLEAR_VISIBLE = 0.6  # an object is clear if it is not faint and at least this share of it is uncovered
 LEAST_VISIBLE = 0.35
 _COUNTS = ((2, 3, 4, 5), (0.15, 0.30, 0.30, 0.25))
-_SLOTS = 12
+SLOTS = 12
+"""Layouts fall into as many slots by their hash, and each split has slots of its own."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
         rng.shuffle(shapes)
         places = rng.sample(PLACES, number)
         layout = tuple(sorted(zip(places, shapes, strict=True)))
-        if zlib.crc32(repr(layout).encode()) % _SLOTS in rules.slots:
+        if zlib.crc32(repr(layout).encode()) % SLOTS in rules.slots:
             break
     faint = [rng.random() < FAINT_SHARE for _ in range(number)]
     if all(faint):
@@ -188,7 +189,7 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
             _place(rng, shape, colour, size, place, dim)
             for shape, (colour, size), place, dim in zip(shapes, looks, places, faint, strict=True)
         ]
-        things = _uncovered(sorted(things, key=lambda thing: not thing.faint))
+        things = uncovered(sorted(things, key=lambda thing: not thing.faint))
         if all(thing.visible >= LEAST_VISIBLE for thing in things):
             return Scene(split, index, seed, tuple(things))
 
@@ -227,7 +228,7 @@ def _place(rng: random.Random, shape: str, colour: str, size: str, place: str, f
     return Object(shape, colour, size, place, round(x, 2), round(y, 2), round(radius, 2), faint)
 
 
-def _uncovered(things: list[Object]) -> list[Object]:
+def uncovered(things: list[Object]) -> list[Object]:
     """The same objects with `visible` worked out from the masks of those drawn later."""
 
     def inside(number: int) -> np.ndarray:
@@ -302,7 +303,7 @@ def twin(picture: Scene, kind: str = "removed", *, shape: str | None = None, num
         while True:
             colour, size = rng.choice(tuple(COLOURS)), rng.choice(tuple(SIZES))
             after = _place(rng, shape or rng.choice(absent), colour, size, rng.choice(free), False)
-            drawn = _uncovered([*things, after])
+            drawn = uncovered([*things, after])
             if all(thing.visible >= LEAST_VISIBLE for thing in drawn):
                 break
     else:
@@ -315,10 +316,10 @@ def twin(picture: Scene, kind: str = "removed", *, shape: str | None = None, num
         before = rng.choice([thing for thing in pool if thing.clear] or pool)
         at = things.index(before)
         if kind == "removed":
-            drawn = _uncovered(things[:at] + things[at + 1 :])
+            drawn = uncovered(things[:at] + things[at + 1 :])
         else:
             after = replace(before, shape=rng.choice(absent))
-            drawn = _uncovered(things[:at] + [after] + things[at + 1 :])
+            drawn = uncovered(things[:at] + [after] + things[at + 1 :])
             after = drawn[at]
     if kind == "added":
         after = drawn[-1]
