@@ -12,8 +12,9 @@ from typing import Any
 from prefalign.records import canonical_json
 from prefalign.seen import RepeatedIds
 from prefalign.sources import hub
+from prefalign.sources.columns import ID_COLUMNS, source_id
 from prefalign.sources.config import BadRow, DataConfig
-from prefalign.sources.layouts import AUTO, ID_COLUMNS, source_id
+from prefalign.sources.layouts import AUTO
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 from prefalign.images import SYSTEM_ERRORS, EncodedImage, ImageError, read_image, sha256
 from prefalign.records import Candidates, Message, Pair, Prompt, RecordError, assistant_message, canonical_json
 from prefalign.sources import hub, layouts
+from prefalign.sources.columns import Row, pictures, source_id
 from prefalign.sources.config import BadRow, DataConfig
-from prefalign.sources.layouts import AUTO, source_id
+from prefalign.sources.layouts import AUTO
 from prefalign.sources.turns import PLACEHOLDER, settle
 
 AnyInput = TypeVar("AnyInput", Prompt, Pair, Candidates)
@@ -80,7 +81,7 @@ def pictures_of(row: Mapping[str, Any] | BadRow, config: DataConfig) -> list[Enc
     if isinstance(row, BadRow):
         raise RecordError(row.reason, row.message)
     shown = row if row.get("chosen_images") is None else {"images": row["chosen_images"]}
-    return [_read_picture(picture, config) for picture in layouts.pictures(shown)]
+    return [_read_picture(picture, config) for picture in pictures(shown)]
 
 
 def _record(row: Mapping[str, Any] | BadRow, read: Callable[[Mapping[str, Any]], AnyInput]) -> AnyInput:
@@ -191,7 +192,7 @@ def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Containe
     return pair
 
 
-def _foreign_prompt(row: Mapping[str, Any], config: DataConfig, repeated: Container[str]) -> tuple[Prompt, layouts.Row]:
+def _foreign_prompt(row: Mapping[str, Any], config: DataConfig, repeated: Container[str]) -> tuple[Prompt, Row]:
     if config.question is not None and not layouts.asks(row):
         row = {**row, "question": config.question}
     said = layouts.read(row, config.layout)
@@ -239,7 +240,7 @@ def _identity(row: Mapping[str, Any], record: Prompt | Pair, repeated: Container
     return f"{identity}-{digest[:8]}" if identity in repeated else identity
 
 
-def _columns(said: layouts.Row) -> dict[str, Any]:
+def _columns(said: Row) -> dict[str, Any]:
     """Columns without a field of their own as JSON: no bytes, no NaN."""
 
     def finite(value: Any) -> Any:
