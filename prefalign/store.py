@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from prefalign import blocks, folders, sources
-from prefalign.blocks import AnyRecord, Block, Dropped, Failed, Input, Outcome, Record, Row, StoreError
+from prefalign.blocks import AnyRecord, Block, Dropped, Failed, Input, Outcome, Record, StoreError
 from prefalign.execution import SHARD, WORKER, LeftToOthers, Shard
 from prefalign.folders import Ledgers
 from prefalign.manifest import Manifest, write_atomically
@@ -241,24 +241,26 @@ def _run_blocks(job: Job, spread: Spread, shard: Shard, ledgers: Ledgers, total:
     size = job.output.block_size
     seen = SeenIds(total)
     all_distinct = not len(repeated) and repeated.total == total
+    reader = sources.RowReader(job.data)
     as_input = functools.partial(READERS[job.reads], config=job.data, repeated=repeated)
     own = sum(min(size, total - first) for first in range(0, total, size) if shard.owns(first // size))
     with tqdm(total=own, desc=job.stage, unit="row", disable=None) as bar:
 
-        def read(number: int, rows: list[Row]) -> Block:
-            return blocks.read_block(number, number * size, rows, as_input, seen)
+        def read(number: int) -> Block:
+            first = number * size
+            return blocks.read_block(number, first, reader.read(first, size), as_input, seen)
 
         def to_do() -> Iterator[Block]:
-            for number, rows in enumerate(_batched(sources.read_rows(job.data), size)):
+            for number in range(math.ceil(total / size)):
                 if (ledger := ledgers.read(number)) is not None:
                     for identity, digest in ledger["ids"].items():
                         seen.add(identity, digest)
                     _check_failures(job, shard, ledgers, ledger)
-                    bar.update(len(rows) * shard.owns(number))
+                    bar.update(ledger["rows_in"] * shard.owns(number))
                 elif shard.owns(number):
-                    yield read(number, rows)
+                    yield read(number)
                 elif not all_distinct:
-                    read(number, rows)
+                    read(number)
 
         for block, outcomes in spread(to_do()):
             ledger = ledgers.read(block.number)  # another process may have done it meanwhile: its rows stay

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from PIL import Image
 
 from prefalign.images import encode_png
 from prefalign.manifest import read_manifest
@@ -61,9 +62,10 @@ def steps(server, where, *wanted):
 
 def as_parquet(rows, **settings):
     """Rows with encoded pictures as one Parquet file, with the column types of a data set of the Hub."""
-    from datasets import Dataset, Features, Image, Value
+    from datasets import Dataset, Features, Value
+    from datasets import Image as Picture
 
-    kinds = {int: Value("int64"), str: Value("string"), dict: Image()}
+    kinds = {int: Value("int64"), str: Value("string"), dict: Picture()}
     features = Features({name: kinds[type(value)] for name, value in rows[0].items()})
     buffer = io.BytesIO()
     Dataset.from_list(rows, features=features).to_parquet(buffer, **settings)
@@ -80,12 +82,18 @@ def rlhf_v(number):
     }
 
 
+def noisy(number):
+    """A row of which a picture of 400 kB is nearly all."""
+    noise = Image.frombytes("RGB", (365, 365), random.Random(number).randbytes(365 * 365 * 3))
+    return {**rlhf_v(number), "image": encode_png(noise, f"{number}.png")}
+
+
 @pytest.fixture(scope="module")
 def hub():
     """`tester/rlhf_v` of ten rows in two shards and a test split; `tester/large`, 24 MB; `tester/files`, pictures as files."""
     rows = [rlhf_v(number) for number in range(10)]
-    noise = random.Random(0)
-    large = [{"image": {"bytes": noise.randbytes(6_000_000), "path": "x.png"}, "question_id": n, "question": QUESTION}
+    source = random.Random(0)
+    large = [{"image": {"bytes": source.randbytes(6_000_000), "path": "x.png"}, "question_id": n, "question": QUESTION}
              for n in (1, 2, 1, 3)]  # fmt: skip
     lines = [
         {**ROWS["povid"][0], "id": str(n), "image": name}
@@ -101,6 +109,20 @@ def hub():
         )
         server.repositories["dataset", "tester/files"] = Repository(False, {
             "train.jsonl": "".join(json.dumps(line) + "\n" for line in lines).encode(),
+            "pictures/a.png": encode_png(picture(3))["bytes"],
+        }, 1)  # fmt: skip
+        noise = [noisy(number) for number in range(12)]
+        server.repositories["dataset", "tester/noisy"] = Repository(
+            False,
+            {
+                f"data/train-0000{n}-of-00002.parquet": as_parquet(noise[6 * n : 6 * n + 6], batch_size=3)
+                for n in range(2)
+            },
+            1,
+        )
+        many = [{**ROWS["povid"][0], "id": str(number), "image": "pictures/a.png"} for number in range(7)]
+        server.repositories["dataset", "tester/lines"] = Repository(False, {
+            "train.jsonl": "".join(json.dumps(line) + "\n" for line in many).encode(),
             "pictures/a.png": encode_png(picture(3))["bytes"],
         }, 1)  # fmt: skip
         yield server
@@ -133,6 +155,8 @@ def ran(hub, tmp_path_factory):
         "test": ("import", "tester/rlhf_v@test", {"data": {"revision": "main"}, "output": "test"}),
         "files": ("import", "tester/files", {"data": {}, "output": "files"}),
         "elsewhere": ("import", "tester/files", {"data": {"images": str(images)}, "output": "elsewhere"}),
+        "noisy": ("import", "tester/noisy", {"data": {}, "output": "noisy"}),
+        "lines": ("import", "tester/lines", {"data": {}, "output": "lines"}),
         "started": ("import", "tester/moving", {"data": {}, "output": "stopped"}),
         "stopped": ("forget", "stopped", killed),
         "gone on": ("import", "tester/moving", {"data": {}, "output": "stopped"}),
@@ -210,6 +234,27 @@ def test_a_stopped_import_goes_on_at_the_same_commit_only(hub, ran, tmp_path):
     assert "holds rows made with another config" in refused
     assert f"settings.source.commit: {1:040d} -> {2:040d}" in refused
     assert pinned == "finished"
+
+
+def test_a_stopped_import_fetches_only_what_is_not_done(hub, ran):
+    """Parquet: four blocks of three rows, one row group each, two to a file; the second and the last are done again."""
+    where, _ = ran
+    before = everything(where / "noisy"), everything(where / "lines")
+    for name, number in (("noisy", 1), ("noisy", 3), ("lines", 1)):
+        (where / name / f"progress/0000{number}.json").unlink()
+        (where / name / f"data/train-0000{number}.parquet").unlink()
+        (where / name / "manifest.json").unlink(missing_ok=True)
+    hub.served.clear()
+    runs = [("import", f"tester/{name}", {"data": {}, "output": name}) for name in ("noisy", "lines")]
+    assert steps(hub, where, *runs) == ["finished", "finished"]
+    assert (everything(where / "noisy"), everything(where / "lines")) == before
+    sizes = {name: len(content) for name, content in hub.repositories["dataset", "tester/noisy"].files.items()}
+    assert len(sizes) == 2
+    assert all(0.5 < hub.served[name] / size < 0.7 for name, size in sizes.items())
+
+
+def everything(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_what_cannot_be_streamed_is_said_before_any_work(ran):
