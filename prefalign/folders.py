@@ -48,10 +48,11 @@ def identity_of(
     read = (
         {} if data is None else {name: value for name in ("fact_columns", "question") if (value := getattr(data, name))}
     )
+    source = {} if data is None else sources.provenance(data)
     return {"stage": stage, "schema_version": SCHEMA_VERSION, "settings": json.loads(canonical_json(settings)),
             "seed": seed, "models": dict(models or {}), "data_sha256": sources.fingerprint(data) if data else "",
             "images_folder_sha256": images, "limit": data.limit if data else 0,
-            "block_size": block_size, **read}  # fmt: skip
+            "block_size": block_size, **read, **({"source": source} if source else {})}  # fmt: skip
 
 
 def finished(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
@@ -65,6 +66,12 @@ def finished(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
         return None
     claim(folder, identity)
     return manifest
+
+
+def recall_source(folder: Path, data: DataConfig) -> None:
+    """Let a finished folder say which commit of the Hub it was made from: a rerun then needs no network to find it complete."""
+    manifest = read_manifest(folder)
+    sources.recall(data, None if manifest is None else manifest.config.get("source"))
 
 
 def claim(folder: Path, identity: Mapping[str, Any], *, alone: bool = True) -> None:

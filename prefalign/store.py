@@ -19,6 +19,7 @@ import functools
 import itertools
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -202,6 +203,7 @@ def run_job(job: Job, spread: Spread, shard: Shard) -> Manifest:
     folder = job.output.path
     identity = folders.identity_of(job.stage, job.settings, job.seed, job.output.block_size, job.models, job.data)
     if (done := folders.finished(folder, identity)) is not None:
+        print(f"{job.stage}: {folder} is already complete ({done.rows_out} rows)", file=sys.stderr)
         return done
     total, repeated = sources.survey(job.data)
     with folders.disk_errors(folder):

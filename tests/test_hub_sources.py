@@ -253,6 +253,32 @@ def test_a_stopped_import_fetches_only_what_is_not_done(hub, ran):
     assert all(0.5 < hub.served[name] / size < 0.7 for name, size in sizes.items())
 
 
+def test_a_finished_import_is_complete_without_the_hub(ran, tmp_path):
+    where, _ = ran
+    before = everything(where / "out")
+    with StandInHub() as gone:
+        environment = gone.environment(tmp_path)
+    runs = [
+        ["--output.path", "out"],
+        ["--output.path", "out", "--min_block", "2"],
+        ["--output.path", "out", "--data.revision", "v1"],
+        ["--output.path", "fresh"],
+    ]
+    code = "import json, sys\nfrom prefalign import cli\nfor more in json.loads(sys.argv[2]):\n"
+    code += "    print('---', cli.main([*json.loads(sys.argv[1]), *more]), file=sys.stderr)"
+    words = ["run", "import_published", "--config", "datagen/import_published", "--output.block_size", "3"]
+    words += ["--data.path", "tester/rlhf_v"]
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(words), json.dumps(runs)], cwd=where, env=environment,
+                          capture_output=True, text=True)  # fmt: skip
+    said = done.stderr.split("---")
+    assert "import_published: out is already complete (10 rows)" in said[0]
+    assert "holds rows made with another config (settings.min_block: 3 -> 2)" in said[1]
+    for number in (2, 3):
+        assert "no data at tester/rlhf_v on this disk, and the Hub at http://127.0.0.1" in said[number]
+    assert [part.split()[0] for part in said[1:]] == ["0", "1", "1", "1"]
+    assert everything(where / "out") == before
+
+
 def everything(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 

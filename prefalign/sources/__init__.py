@@ -6,7 +6,7 @@ and reads its pictures, so that one bad row costs one row; `layouts` has one rea
 
 from prefalign.sources.config import BadRow, DataConfig
 from prefalign.sources.files import RowReader, files_of, fingerprint, parquet_rows, read_rows, survey
-from prefalign.sources.hub import provenance
+from prefalign.sources.hub import provenance, recall
 from prefalign.sources.layouts import LAYOUTS
 from prefalign.sources.rows import content_digest, legible, pictures_of, to_candidates, to_pair, to_prompt
 
@@ -23,6 +23,7 @@ __all__ = [
     "pictures_of",
     "provenance",
     "read_rows",
+    "recall",
     "survey",
     "to_candidates",
     "to_pair",

@@ -17,6 +17,7 @@ from prefalign.sources.config import DataConfig
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PIECE = 2**16
 FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".zip", ".gz")
+_RECALLED: dict[str, str] = {}
 
 
 class HubError(ValueError):
@@ -33,9 +34,35 @@ def check(config: DataConfig) -> None:
     """Look the data set and its split up, before any work starts.
 
     Raises:
-        HubError: there is none, it may not be read, or the Hub cannot be asked.
+        HubError: there is none, it may not be read, or the Hub cannot be asked; not where `recall` knows that nothing is left to
+            read.
     """
+    try:
+        _present_commit(config)
+    except HubError:
+        if _recalled(config) is None:
+            raise
+        return
     _opened(config)
+
+
+def recall(config: DataConfig, source: Mapping[str, str] | None) -> None:
+    """Take the word of a finished folder for the commit that it was made from, where the Hub does not tell the present one.
+
+    Args:
+        config: names the data set.
+        source: `provenance` of the folder's rows; None: there is no such folder.
+    """
+    repository = config.path.as_posix()
+    _RECALLED.pop(repository, None)
+    if source is not None and source["repository"] == repository:
+        _RECALLED[repository] = source["commit"]
+
+
+def _recalled(config: DataConfig) -> str | None:
+    """The commit of `recall`; None if another one is asked for, or a branch or tag that may have been at any."""
+    commit = _RECALLED.get(config.path.as_posix())
+    return commit if config.revision in (None, "main", commit) else None
 
 
 def provenance(config: DataConfig) -> dict[str, str]:
@@ -52,9 +79,12 @@ def provenance(config: DataConfig) -> dict[str, str]:
 
 def commit_of(config: DataConfig) -> str:
     """The commit that the data set's revision is at; asked once in a process, so that all passes read the same rows."""
-    from huggingface_hub import constants
-
-    return _commit(constants.ENDPOINT, config.path.as_posix(), config.revision)
+    try:
+        return _present_commit(config)
+    except HubError:
+        if (commit := _recalled(config)) is None:
+            raise
+        return commit
 
 
 def deferred_rows(
@@ -148,6 +178,12 @@ def read_picture(path: str, config: DataConfig) -> EncodedImage:
         ) from error
     except Exception as error:
         raise _explained(error, config) from error
+
+
+def _present_commit(config: DataConfig) -> str:
+    from huggingface_hub import constants
+
+    return _commit(constants.ENDPOINT, config.path.as_posix(), config.revision)
 
 
 @functools.cache
