@@ -120,6 +120,10 @@ def hub():
             },
             1,
         )
+        server.repositories["dataset", "tester/preferences"] = Repository(False, {
+            "test.jsonl": json.dumps({"ask": QUESTION, "good": GOOD, "bad": BAD, "img": "pictures/a.png"}).encode(),
+            "pictures/a.png": encode_png(picture(5))["bytes"],
+        }, 1)  # fmt: skip
         many = [{**ROWS["povid"][0], "id": str(number), "image": "pictures/a.png"} for number in range(7)]
         server.repositories["dataset", "tester/lines"] = Repository(False, {
             "train.jsonl": "".join(json.dumps(line) + "\n" for line in many).encode(),
@@ -147,6 +151,10 @@ def ran(hub, tmp_path_factory):
         (images / "pictures" / name).write_bytes(encode_png(picture(number))["bytes"])
     (where / "tester" / "here").mkdir(parents=True)
     (where / "tester" / "here" / "rows.jsonl").write_text(json.dumps(ROWS["trl"][0]) + "\n")
+    columns = {"prompt": "ask", "chosen": "good", "rejected": "bad", "images": "img"}
+    entry = {"hf_hub_url": "tester/preferences", "split": "test", "ranking": True, "columns": columns}
+    (where / "lf").mkdir()
+    (where / "lf" / "dataset_info.json").write_text(json.dumps({"mine": entry}))
     killed = ["manifest.json", "import.json", "progress/00002.json", "data/train-00002.parquet"]
     wanted = {
         "survey": ("survey", "tester/large", {}),
@@ -155,6 +163,7 @@ def ran(hub, tmp_path_factory):
         "test": ("import", "tester/rlhf_v@test", {"data": {"revision": "main"}, "output": "test"}),
         "files": ("import", "tester/files", {"data": {}, "output": "files"}),
         "elsewhere": ("import", "tester/files", {"data": {"images": str(images)}, "output": "elsewhere"}),
+        "described": ("import", "lf/dataset_info.json@mine", {"data": {}, "output": "described"}),
         "noisy": ("import", "tester/noisy", {"data": {}, "output": "noisy"}),
         "lines": ("import", "tester/lines", {"data": {}, "output": "lines"}),
         "started": ("import", "tester/moving", {"data": {}, "output": "stopped"}),
@@ -196,6 +205,14 @@ def test_rows_streamed_are_those_of_the_files(hub, ran, tmp_path):
     assert len(list(read_records(where / "first", Pair))) == 4
     [pair] = read_records(where / "test", Pair)
     assert (pair.meta["parent"], message_text(pair.prompt)) == ("99", f"{QUESTION} 99")
+
+
+def test_a_set_that_llama_factory_takes_from_the_hub(ran):
+    [pair] = read_records(ran[0] / "described", Pair)
+    assert (message_text(pair.prompt), message_text(pair.chosen), message_text(pair.rejected)) == (QUESTION, GOOD, BAD)
+    assert pair.images == [{**encode_png(picture(5)), "path": "a.png"}]
+    source = read_manifest(ran[0] / "described").config["source"]
+    assert (source["repository"], source["split"]) == ("tester/preferences", "test")
 
 
 def test_pictures_that_are_files_of_the_repository_or_of_this_disk(ran):

@@ -13,9 +13,9 @@ from typing import Any
 
 from prefalign.records import canonical_json
 from prefalign.seen import RepeatedIds
-from prefalign.sources import hub, parquet
+from prefalign.sources import hub, llama_factory, parquet
 from prefalign.sources.columns import ID_COLUMNS, source_id
-from prefalign.sources.config import BadRow, DataConfig
+from prefalign.sources.config import DESCRIPTIONS, BadRow, DataConfig
 from prefalign.sources.layouts import AUTO
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -31,6 +31,7 @@ def files_of(config: DataConfig) -> list[Path]:
         ValueError: if there is none, one is of a kind that is not read, a stage's output is not finished, or the folder of
             the pictures does not exist; or the Hub cannot be asked, or has no such data set, revision or split.
     """
+    config = llama_factory.source_of(config)
     path = config.path
     embedded = (path / "manifest.json").is_file()  # a stage's output holds its pictures
     if config.images is not None and not embedded and not config.images.is_dir():
@@ -53,8 +54,8 @@ def files_of(config: DataConfig) -> list[Path]:
         if not files:
             lists = [file.name for file in sorted(path.glob("*.json"))]
             hint = f" It has {', '.join(lists[:4])}." if lists else ""
-            if "dataset_info.json" in lists:
-                hint += " What dataset_info.json says of columns is not read; they need the names that LLaMA-Factory expects."
+            if DESCRIPTIONS in lists:
+                hint += f" {path / DESCRIPTIONS}@NAME reads what dataset_info.json names."
             raise ValueError(
                 f"folder {path} holds no .parquet or .jsonl rows. Give the data file itself as `data.path`.{hint}"
             )
@@ -75,11 +76,13 @@ def fingerprint(config: DataConfig) -> str:
     """What the rows are and how they are read, so that a resumed run notices other data.
 
     SHA-256 over the data files' contents (streamed); for a data set of the Hub over its name, commit, configuration and split. A
-    layout other than `auto` counts too.
+    layout other than `auto` and the description of a `dataset_info.json` count too.
     """
     digest = hashlib.sha256()
-    if hub.is_named(config):
-        digest.update(canonical_json(hub.provenance(config)).encode())
+    if source := provenance(config):
+        digest.update(canonical_json(source).encode())
+    if (description := llama_factory.described(config)) is not None:
+        digest.update(canonical_json(description.given).encode())
     for file in files_of(config):
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 20):
@@ -87,6 +90,22 @@ def fingerprint(config: DataConfig) -> str:
     if config.layout != AUTO:
         digest.update(f"layout:{config.layout}".encode())
     return digest.hexdigest()
+
+
+def provenance(config: DataConfig) -> dict[str, str]:
+    """Which rows these are: `repository`, `commit`, `config` and `split` of a data set of the Hub; empty for files."""
+    return hub.provenance(llama_factory.source_of(config))
+
+
+def recall(config: DataConfig, source: Mapping[str, str] | None) -> None:
+    """Take the word of a finished folder for the commit that it was made from, where the Hub does not tell the present one.
+
+    Args:
+        config: names the data set.
+        source: `provenance` of the folder's rows; None: there is no such folder.
+    """
+    if source is not None and hub.is_named(named := llama_factory.source_of(config)):
+        hub.recall(named, source)
 
 
 def read_rows(config: DataConfig, columns: Sequence[str] | None = None) -> Iterator[RawRow]:
@@ -150,6 +169,11 @@ def parquet_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[d
 
 def _deferred(config: DataConfig, columns: Sequence[str] | None, first: int = 0) -> Iterator[DeferredRow]:
     """Functions that read the rows from one place on."""
+    if (description := llama_factory.described(config)) is not None:
+        raw = _deferred(description.source(config), columns, first)
+        if columns is not None:  # ids, which no description renames
+            return raw
+        return (functools.partial(_translated, description, read) for read in raw)
     rows: Iterator[DeferredRow]
     if hub.is_named(config):
         rows = hub.deferred_rows(config, columns, first)
@@ -157,6 +181,10 @@ def _deferred(config: DataConfig, columns: Sequence[str] | None, first: int = 0)
         rows = (row for file in files_of(config) for row in _of_file(file, columns))
         rows = itertools.islice(rows, first, None)
     return itertools.islice(rows, max(config.limit - first, 0) if config.limit else None)
+
+
+def _translated(description: llama_factory.Description, read: DeferredRow) -> RawRow:
+    return description.row(read())
 
 
 def _of_file(file: Path, columns: Sequence[str] | None) -> Iterator[DeferredRow]:

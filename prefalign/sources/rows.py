@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from prefalign.images import SYSTEM_ERRORS, EncodedImage, ImageError, read_image, sha256
 from prefalign.records import Candidates, Message, Pair, Prompt, RecordError, assistant_message, canonical_json
-from prefalign.sources import hub, layouts
+from prefalign.sources import hub, layouts, llama_factory
 from prefalign.sources.columns import Row, pictures, source_id
 from prefalign.sources.config import BadRow, DataConfig
 from prefalign.sources.layouts import AUTO
@@ -286,6 +286,7 @@ def _read_picture(picture: Any, config: DataConfig) -> EncodedImage:
     path = picture.get("path") if isinstance(picture, dict) else picture
     if not isinstance(path, str):
         raise RecordError("bad_image_field", f"a picture is a path or encoded bytes, got {type(picture).__name__}.")
+    config = llama_factory.source_of(config)
     if config.images is None and hub.is_named(config):
         return hub.read_picture(path, config)
     base = config.images or (config.path if config.path.is_dir() else config.path.parent)
