@@ -29,6 +29,7 @@ class Row:
         answer: reference answer.
         images: paths or encoded pictures that both answers are about.
         rejected_images: the same of the other picture(s).
+        rejected_on_rejected_images: the rejected answer is about the other pictures, not about `images`.
         responses: several answers, scored or not.
         columns: what has no field here.
         used: columns whose content is in one of these fields.
@@ -42,6 +43,7 @@ class Row:
     answer: str | None = None
     images: list[Any] = field(default_factory=list)
     rejected_images: list[Any] = field(default_factory=list)
+    rejected_on_rejected_images: bool = False
     responses: list[Any] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)

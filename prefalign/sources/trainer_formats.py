@@ -46,8 +46,19 @@ def sharegpt(row: Mapping[str, Any]) -> Row:
 
 
 def ms_swift(row: Mapping[str, Any]) -> Row:
-    """`messages` whose last turn is the chosen answer. Rows with `rejected_images` alone prefer the answer on its own picture."""
+    """`messages` whose last turn is the chosen answer, or with a true or false `label` the only one.
+
+    The rejected answer is given on `rejected_images`, which repeat `images` where the pictures are the same. Rows with
+    `rejected_images` alone prefer the answer on its own picture.
+    """
     found = paired(row, normalise_messages(row["messages"]))
+    if isinstance(row.get("label"), bool) and found.last is not None and found.rejected is None:
+        found.responses = [{"text": found.last, "scores": {"label": float(row["label"])}}]
+        found.answer, found.last = found.last if row["label"] else None, None
+        found.used.add("label")
+    if found.rejected_images == found.images:
+        found.rejected_images = []
+    found.rejected_on_rejected_images = bool(found.rejected_images)
     if found.rejected_images and found.rejected is None:
         found.rejected = found.last if found.chosen is None else found.chosen
     return found
