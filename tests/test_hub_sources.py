@@ -16,7 +16,7 @@ from prefalign.manifest import read_manifest
 from prefalign.records import Pair, message_text
 from prefalign.sources import DataConfig, files_of, read_rows, to_pair
 from prefalign.store import read_records
-from tests.published_sets import BAD, GOOD, QUESTION, ROWS
+from tests.published_sets import BAD, GOOD, PAIRED, QUESTION, ROWS, pictures
 from tests.stand_in_hub import TOKEN, Repository, StandInHub
 from tests.tiny_vlms import picture
 
@@ -40,6 +40,11 @@ for step in json.loads(sys.argv[1]):
             for file in settings:
                 Path(name, file).unlink()
             done.append(Path(name, "data/train-00000.parquet").stat().st_mtime_ns)
+        elif kind == "same":
+            read = getattr(sources, settings["how"])
+            known, streamed = (DataConfig(Path(path)) for path in (settings["file"], name))
+            found = [[read(row, data) for row in sources.read_rows(data)] for data in (known, streamed)]
+            done.append(len(found[0]) if found[0] == found[1] else repr(found))
         elif kind == "survey":
             total, repeated = sources.survey(DataConfig(Path(name), **settings))
             done.append([total, "1" in repeated, "2" in repeated])
@@ -177,6 +182,14 @@ def ran(hub, tmp_path_factory):
         "on disk": ("check", "tester/here", {}),
         "split on disk": ("check", "tester/here", {"split": "train"}),
     }
+    listed = pictures(where / "coco")
+    shown = {name: (listed / name).read_bytes() for name in ("a.png", "b.png")}
+    for name, rows in ROWS.items():
+        content = json.dumps(rows).encode()
+        (listed / f"{name}.json").write_bytes(content)
+        hub.repositories["dataset", f"tester/list_{name}"] = Repository(False, {"train.json": content, **shown}, 1)
+        how = "to_pair" if name in PAIRED else "to_prompt" if name == "verl" else "to_candidates"
+        wanted[name] = ("same", f"tester/list_{name}", {"file": str(listed / f"{name}.json"), "how": how})
     files = dict(hub.repositories["dataset", "tester/rlhf_v"].files)
     hub.repositories["dataset", "tester/moving"] = Repository(False, files, 1)
     hub.repositories["dataset", "tester/broken"] = Repository(False, {"train.parquet": b"PAR1 and no more"}, 1)
@@ -205,6 +218,12 @@ def test_rows_streamed_are_those_of_the_files(hub, ran, tmp_path):
     assert len(list(read_records(where / "first", Pair))) == 4
     [pair] = read_records(where / "test", Pair)
     assert (pair.meta["parent"], message_text(pair.prompt)) == ("99", f"{QUESTION} 99")
+
+
+@pytest.mark.parametrize("layout", ROWS)
+def test_every_layout_streams_as_it_is_on_disk(ran, layout):
+    """From lists of JSON, whose types `datasets` has to guess."""
+    assert ran[1][layout] == len(ROWS[layout])
 
 
 def test_a_set_that_llama_factory_takes_from_the_hub(ran):

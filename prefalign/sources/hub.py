@@ -101,13 +101,15 @@ def deferred_rows(
     if isinstance(opened, list):
         yield from itertools.islice(_of_parquet(config, opened, guard, columns), first, None)
         return
-    stream = iter(opened.skip(first))
+    tables = opened.skip(first).with_format("arrow").iter(parquet.BATCH)
     while True:
         with guard():
-            row = next(stream, None)
-        if row is None:
+            table = next(tables, None)
+        if table is None:
             return
-        yield functools.partial(_named, row, columns)
+        coded = parquet.json_columns(table.schema)
+        for row in table.to_pylist():
+            yield functools.partial(_named, parquet.with_json(row, coded), columns)
 
 
 def _named(row: Mapping[str, Any], columns: Sequence[str] | None) -> Mapping[str, Any]:

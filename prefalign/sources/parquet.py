@@ -38,10 +38,10 @@ def deferred_rows(
     if not wanted:
         yield from (dict[str, Any] for _ in range(footer.num_rows))
         return
-    coded = [name for name in wanted if "arrow.json" in str(schema.field(name).type)]
+    coded = {name: kind for name, kind in json_columns(schema).items() if name in wanted}
     file = _File(footer, opened, guard)
     for number in range(footer.num_row_groups):
-        group = _Group(file, number, wanted, {name: schema.field(name).type for name in coded})
+        group = _Group(file, number, wanted, coded)
         for index in range(footer.row_group(number).num_rows):
             yield partial(group.row, index)
 
@@ -93,15 +93,21 @@ class _Group:
                     self._first += len(batch)
                     self._rows = []
                     continue
-                self._rows = [self._decoded(row) for row in batch.to_pylist()]
+                self._rows = [with_json(row, self._coded) for row in batch.to_pylist()]
         return self._rows[index - self._first]
 
-    def _decoded(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {**row, **{name: _from_json(row[name], kind) for name, kind in self._coded.items()}}
+
+def json_columns(schema: pa.Schema) -> dict[str, pa.DataType]:
+    """The columns in which `datasets` keeps JSON (its feature `Json`), alone or inside lists and mappings."""
+    return {entry.name: entry.type for entry in schema if "arrow.json" in str(entry.type)}
+
+
+def with_json(row: dict[str, Any], columns: Mapping[str, pa.DataType]) -> dict[str, Any]:
+    """A row whose JSON columns are read."""
+    return {**row, **{name: _from_json(row[name], kind) for name, kind in columns.items() if name in row}}
 
 
 def _from_json(value: Any, kind: pa.DataType) -> Any:
-    """A value of a column in which `datasets` keeps JSON (its feature `Json`), read."""
     import pyarrow as pa
 
     if value is None:
