@@ -104,7 +104,7 @@ def recall(config: DataConfig, source: Mapping[str, str] | None) -> None:
         config: names the data set.
         source: `provenance` of the folder's rows; None: there is no such folder.
     """
-    if source is not None and hub.is_named(named := llama_factory.source_of(config)):
+    if hub.is_named(named := llama_factory.source_of(config)):
         hub.recall(named, source)
 
 

@@ -46,10 +46,12 @@ def check(config: DataConfig) -> None:
     _opened(config)
 
 
-def recall(config: DataConfig, source: Mapping[str, str]) -> None:
-    """Note the commit that a finished folder was made from, should the Hub not tell the present one."""
-    if source["repository"] == config.path.as_posix():
-        _RECALLED[source["repository"]] = source["commit"]
+def recall(config: DataConfig, source: Mapping[str, str] | None) -> None:
+    """Note the commit that a finished folder was made from, should the Hub not tell the present one; None: forget it."""
+    repository = config.path.as_posix()
+    _RECALLED.pop(repository, None)
+    if source is not None and source["repository"] == repository:
+        _RECALLED[repository] = source["commit"]
 
 
 def _recalled(config: DataConfig) -> str | None:
