@@ -116,8 +116,6 @@ def _pair(row: Pair, identity: str, known: dict[str, Any], min_block: int) -> Pa
     other: dict[str, Any] = {}
     if row.rejected_images:
         other["rejected_images_sha256"] = [sha256(image) for image in row.rejected_images]
-        if layout == "ms_swift":  # there the rejected answer is given on the other picture
-            other["rejected_view"] = "rejected_on_rejected_image"
     meta = {
         **row.meta,
         **known,

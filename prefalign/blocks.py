@@ -1,20 +1,44 @@
-"""One block of a stage's output on disk: its shard, the rows it could not work on, the ledger whose rename commits it."""
+"""One block of a stage's rows: read, and on disk its shard, the rows it could not work on, the ledger whose rename commits it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from prefalign import sources
+from prefalign.images import ImageError
 from prefalign.manifest import write_atomically
-from prefalign.records import Candidates, Example, Pair, Prompt
+from prefalign.records import Candidates, Example, Pair, Prompt, RecordError
+from prefalign.seen import SeenIds
 from prefalign.sources import BadRow
 
+Input = Prompt | Pair | Candidates
 Record = Pair | Candidates | Example | Prompt
+Row = Mapping[str, Any] | BadRow
 AnyRecord = TypeVar("AnyRecord", Pair, Candidates, Example, Prompt)
 MAX_BLOCK_BYTES = 2**31 - 2**20  # Arrow's limit on the bytes of one list column, less what frames them
+
+
+@dataclass
+class Dropped:
+    """A row that a stage decided not to keep; counted by `reason`."""
+
+    reason: str
+
+
+@dataclass
+class Failed:
+    """A row that could not be worked on; kept in quarantine with its message and counted by `reason`."""
+
+    reason: str
+    message: str
+
+
+Outcome = Sequence[Record] | Dropped | Failed
 
 
 class StoreError(RuntimeError):
@@ -38,6 +62,95 @@ class NoRows(StoreError):
 
     def __str__(self) -> str:
         return " ".join(self.args)
+
+
+@dataclass
+class Block:
+    """A block of rows, read: what can be worked on, and what became of the others.
+
+    Attributes:
+        number: of the block.
+        first: index of its first row.
+        rows: as the source gave them.
+        inputs: the good ones with their place in `rows`.
+        dropped: how many are duplicates.
+        quarantine: rows that could not be read.
+        ids: of `inputs`, with the digest of what each holds.
+    """
+
+    number: int
+    first: int
+    rows: list[Row]
+    inputs: list[tuple[int, Input]] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
+    ids: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def given(self) -> list[Input]:
+        """What `process` is called with."""
+        return [given for _, given in self.inputs]
+
+
+def read_block(number: int, first: int, rows: list[Row], read: Callable[[Row], Input], seen: SeenIds) -> Block:
+    """Read the rows of a block. Blocks are read in order, so that of rows with one id the first of all inputs keeps it.
+
+    Args:
+        number: of the block.
+        first: index of its first row.
+        rows: as the source gave them.
+        read: makes a record of a row.
+        seen: ids of all rows before; those of this block are added.
+    """
+    block = Block(number, first, rows)
+    for offset, row in enumerate(rows):
+        try:
+            given = read(row)
+            digest = sources.content_digest(given)
+            if (known := seen.holds(given.id, digest)) is False:
+                raise RecordError("conflicting_id", f"id {given.id!r} belongs to an earlier row with other content, so rows "
+                                  "made from the two could not be told apart. Give each row its own id.")  # fmt: skip
+        except (RecordError, ImageError) as error:
+            block.quarantine.append(quarantined(first + offset, row, error.reason, str(error)))
+            continue
+        if known:
+            block.dropped["duplicate"] += 1
+            continue
+        seen.add(given.id, digest)
+        block.ids[given.id] = digest
+        block.inputs.append((offset, given))
+    return block
+
+
+def finish(folder: Path, block: Block, outcomes: Sequence[Outcome], record: type[Record]) -> dict[str, Any]:
+    """Write what became of a block's rows into a stage's folder. Returns the block's ledger.
+
+    Args:
+        folder: the stage's output.
+        block: as it was read.
+        outcomes: one for each of its inputs; records that fail their check drop their row.
+        record: class of the records.
+    """
+    dropped, quarantine = block.dropped.copy(), list(block.quarantine)
+    records: list[Record] = []
+    used = 0
+    assert len(outcomes) == len(block.inputs), "a stage gives one outcome per input"
+    for (offset, _), outcome in zip(block.inputs, outcomes, strict=True):
+        if isinstance(outcome, Dropped):
+            dropped[outcome.reason] += 1
+        elif isinstance(outcome, Failed):
+            quarantine.append(quarantined(block.first + offset, block.rows[offset], outcome.reason, outcome.message))
+        elif unfit := _unfit(outcome):
+            dropped[unfit] += 1
+        else:
+            used += 1
+            records.extend(outcome)
+    for row in quarantine:
+        dropped[row["reason"]] += 1
+    ledger = {"block": block.number, "rows_in": len(block.rows), "rows_used": used, "rows_out": len(records),
+              "dropped": dict(sorted(dropped.items())), "quarantined": len(quarantine), "ids": block.ids}  # fmt: skip
+    commit(folder, block.number, records, quarantine, ledger, record)
+    return ledger
 
 
 def commit(
@@ -106,3 +219,13 @@ def _to_parquet(records: Sequence[Record], record: type[Record]) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue().to_pybytes()
+
+
+def _unfit(records: Sequence[Record]) -> str | None:
+    """Why a row's records cannot be written, or None."""
+    try:
+        for record in records:
+            record.check()
+    except RecordError as error:
+        return error.reason
+    return None if records else "no_record"

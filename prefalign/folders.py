@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -15,11 +16,43 @@ from pathlib import Path
 from typing import Any
 
 import prefalign
+from prefalign import sources
 from prefalign.blocks import StoreError
 from prefalign.manifest import Manifest, differences, library_versions, read_manifest, temporary, write_atomically
-from prefalign.records import SCHEMA_VERSION
+from prefalign.records import SCHEMA_VERSION, canonical_json
+from prefalign.sources import DataConfig
 
 STALE = 600.0  # seconds after which nobody is still writing a block's file
+
+
+def identity_of(
+    stage: str,
+    settings: Mapping[str, Any],
+    seed: int,
+    block_size: int,
+    models: Mapping[str, str] | None = None,
+    data: DataConfig | None = None,
+) -> dict[str, Any]:
+    """What decides the rows, as `config.json` has it.
+
+    Args:
+        stage: name of the stage.
+        settings: everything that changes the rows.
+        seed: seed of the stage.
+        block_size: inputs per block.
+        models: model names to fingerprints.
+        data: where the rows come from; None: from nowhere (an export). The picture folder's name counts, as a digest: a manifest
+            is published, machine paths are not.
+    """
+    images = "" if data is None or data.images is None else hashlib.sha256(data.images.as_posix().encode()).hexdigest()
+    read = (
+        {} if data is None else {name: value for name in ("fact_columns", "question") if (value := getattr(data, name))}
+    )
+    source = {} if data is None else sources.provenance(data)
+    return {"stage": stage, "schema_version": SCHEMA_VERSION, "settings": json.loads(canonical_json(settings)),
+            "seed": seed, "models": dict(models or {}), "data_sha256": sources.fingerprint(data) if data else "",
+            "images_folder_sha256": images, "limit": data.limit if data else 0,
+            "block_size": block_size, **read, **({"source": source} if source else {})}  # fmt: skip
 
 
 def finished(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
@@ -33,6 +66,12 @@ def finished(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
         return None
     claim(folder, identity)
     return manifest
+
+
+def recall_source(folder: Path, data: DataConfig) -> None:
+    """Let a finished folder say which commit of the Hub it was made from: a rerun then needs no network to find it complete."""
+    manifest = read_manifest(folder)
+    sources.recall(data, None if manifest is None else manifest.config.get("source"))
 
 
 def claim(folder: Path, identity: Mapping[str, Any], *, alone: bool = True) -> None:

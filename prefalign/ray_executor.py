@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from prefalign import bundled
+from prefalign import bundled, folders
 from prefalign.execution import WHOLE, Ended, Options, Shard, StageWorker, ended
 from prefalign.manifest import differences
 from prefalign.store import Block, Job, Outcome, run_job
@@ -152,7 +152,9 @@ class _Actor:
                 )
             os.chdir(folder)
             main = bundled.load_stage(name).main  # and with it the module of the config's class
-            self.worker = StageWorker(main, pickle.loads(config), shard)
+            settings = pickle.loads(config)
+            folders.recall_source(settings.output.path, settings.data)
+            self.worker = StageWorker(main, settings, shard)
         except Exception as error:
             self.end = ended(error)
 

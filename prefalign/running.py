@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from prefalign import config as configs
+from prefalign import folders
 from prefalign.config import ConfigError
 from prefalign.execution import HELP, LeftToOthers, Options, sharded
 from prefalign.sources import DataConfig
@@ -34,9 +35,12 @@ def run(name: str, stage: ModuleType, config: Any, options: Options) -> Any:
     Raises:
         ConfigError: if the stage does not work by blocks.
     """
+    shared_out = is_shared_out(stage)
+    if shared_out:
+        folders.recall_source(config.output.path, config.data)
     if options.plain:
         return stage.main(config)
-    if not is_shared_out(stage):
+    if not shared_out:
         raise ConfigError(
             f"--shard and --executor share out the blocks of stages that make rows (those in datagen/, and score_responses), and "
             f"{Path(name).stem} does not work by blocks. A training is started on several devices with `torchrun` or `accelerate "

@@ -15,25 +15,40 @@ the first of all inputs counts, whoever works on it.
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import itertools
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prefalign import blocks, folders, sources
-from prefalign.blocks import AnyRecord, Record, StoreError
+from prefalign.blocks import AnyRecord, Block, Dropped, Failed, Input, Outcome, Record, StoreError
 from prefalign.execution import SHARD, WORKER, LeftToOthers, Shard
 from prefalign.folders import Ledgers
-from prefalign.images import ImageError
 from prefalign.manifest import Manifest, write_atomically
-from prefalign.records import SCHEMA_VERSION, Candidates, Pair, Prompt, RecordError, canonical_json
+from prefalign.records import Candidates, Pair, Prompt
 from prefalign.seen import RepeatedIds, SeenIds
-from prefalign.sources import BadRow, DataConfig
+from prefalign.sources import DataConfig
+
+__all__ = [
+    "READERS",
+    "Block",
+    "Dropped",
+    "Failed",
+    "Input",
+    "Job",
+    "Outcome",
+    "OutputConfig",
+    "StoreError",
+    "read_records",
+    "run_job",
+    "run_stage",
+    "write_records",
+]
 
 
 @dataclass
@@ -57,24 +72,7 @@ class OutputConfig:
             raise ValueError(f"max_quarantine is {self.max_quarantine}; 0 stops at the first row that fails.")
 
 
-@dataclass
-class Dropped:
-    """A row that a stage decided not to keep; counted by `reason`."""
-
-    reason: str
-
-
-@dataclass
-class Failed:
-    """A row that could not be worked on; kept in quarantine with its message and counted by `reason`."""
-
-    reason: str
-    message: str
-
-
-Outcome = Sequence[Record] | Dropped | Failed
 Process = Callable[[list[Any]], Iterable[Outcome]]
-Input = Prompt | Pair | Candidates
 READERS: dict[type[Input], Callable[..., Input]] = {
     Prompt: sources.to_prompt,
     Pair: sources.to_pair,
@@ -146,7 +144,7 @@ def write_records(
         StoreError: if the folder belongs to another config or the disk is full.
     """
     folder = output.path
-    identity = _identity(stage, settings, seed, output)
+    identity = folders.identity_of(stage, settings, seed, output.block_size)
     if (done := folders.finished(folder, identity)) is not None:
         return done
     with folders.disk_errors(folder):
@@ -186,32 +184,6 @@ class Job:
     reads: type[Input]
 
 
-@dataclass
-class Block:
-    """A block of rows, read: what can be worked on, and what became of the others.
-
-    Attributes:
-        number: of the block; its first row has the index `number * block_size`.
-        rows: as the source gave them.
-        inputs: the good ones with their place in `rows`.
-        dropped: how many are duplicates.
-        quarantine: rows that could not be read.
-        ids: of `inputs`, with the digest of what each holds.
-    """
-
-    number: int
-    rows: list[Mapping[str, Any] | BadRow]
-    inputs: list[tuple[int, Input]]
-    dropped: Counter[str]
-    quarantine: list[dict[str, Any]]
-    ids: dict[str, str]
-
-    @property
-    def given(self) -> list[Input]:
-        """What `process` is called with."""
-        return [given for _, given in self.inputs]
-
-
 Spread = Callable[[Iterator[Block]], Iterator[tuple[Block, Sequence[Outcome]]]]
 """Takes blocks as it has hands for them, gives each back with one outcome for each of its inputs, in any order."""
 
@@ -229,8 +201,9 @@ def run_job(job: Job, spread: Spread, shard: Shard) -> Manifest:
         LeftToOthers: if `shard` has done its blocks and other processes have not.
     """
     folder = job.output.path
-    identity = _identity(job.stage, job.settings, job.seed, job.output, job.models, job.data)
+    identity = folders.identity_of(job.stage, job.settings, job.seed, job.output.block_size, job.models, job.data)
     if (done := folders.finished(folder, identity)) is not None:
+        print(f"{job.stage}: {folder} is already complete ({done.rows_out} rows)", file=sys.stderr)
         return done
     total, repeated = sources.survey(job.data)
     with folders.disk_errors(folder):
@@ -270,24 +243,30 @@ def _run_blocks(job: Job, spread: Spread, shard: Shard, ledgers: Ledgers, total:
     size = job.output.block_size
     seen = SeenIds(total)
     all_distinct = not len(repeated) and repeated.total == total
+    reader = sources.RowReader(job.data)
+    as_input = functools.partial(READERS[job.reads], config=job.data, repeated=repeated)
     own = sum(min(size, total - first) for first in range(0, total, size) if shard.owns(first // size))
     with tqdm(total=own, desc=job.stage, unit="row", disable=None) as bar:
 
+        def read(number: int) -> Block:
+            first = number * size
+            return blocks.read_block(number, first, reader.read(first, size), as_input, seen)
+
         def to_do() -> Iterator[Block]:
-            for number, rows in enumerate(_batched(sources.read_rows(job.data), size)):
+            for number in range(math.ceil(total / size)):
                 if (ledger := ledgers.read(number)) is not None:
                     for identity, digest in ledger["ids"].items():
                         seen.add(identity, digest)
                     _check_failures(job, shard, ledgers, ledger)
-                    bar.update(len(rows) * shard.owns(number))
+                    bar.update(ledger["rows_in"] * shard.owns(number))
                 elif shard.owns(number):
-                    yield _read_block(job, number, rows, seen, repeated)
+                    yield read(number)
                 elif not all_distinct:
-                    _read_block(job, number, rows, seen, repeated)
+                    read(number)
 
         for block, outcomes in spread(to_do()):
             ledger = ledgers.read(block.number)  # another process may have done it meanwhile: its rows stay
-            ledger = ledger or _commit(job, block, outcomes)
+            ledger = ledger or blocks.finish(job.output.path, block, outcomes, job.record)
             ledgers.count(ledger)
             if not shard.alone:
                 ledgers.refresh()
@@ -306,85 +285,6 @@ def _check_failures(job: Job, shard: Shard, ledgers: Ledgers, last: Mapping[str,
         f"{job.stage} stopped: {ledgers.counts['quarantined']} rows failed, above --output.max_quarantine "
         f"{job.output.max_quarantine} (last block: {_reasons(last['dropped'])}).{blocks.first_message(folder)} {how}"
     )
-
-
-def _read_block(
-    job: Job, number: int, rows: list[Mapping[str, Any] | BadRow], seen: SeenIds, repeated: Container[str]
-) -> Block:
-    """Read the rows of a block. Blocks are read in order, so that of rows with one id the first of all inputs keeps it."""
-    block = Block(number, rows, [], Counter(), [], {})
-    for offset, row in enumerate(rows):
-        try:
-            given = READERS[job.reads](row, job.data, repeated=repeated)
-            digest = sources.content_digest(given)
-            if (known := seen.holds(given.id, digest)) is False:
-                raise RecordError("conflicting_id", f"id {given.id!r} belongs to an earlier row with other content, so rows "
-                                  "made from the two could not be told apart. Give each row its own id.")  # fmt: skip
-        except (RecordError, ImageError) as error:
-            index = number * job.output.block_size + offset
-            block.quarantine.append(blocks.quarantined(index, row, error.reason, str(error)))
-            continue
-        if known:
-            block.dropped["duplicate"] += 1
-            continue
-        seen.add(given.id, digest)
-        block.ids[given.id] = digest
-        block.inputs.append((offset, given))
-    return block
-
-
-def _commit(job: Job, block: Block, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Write what became of a block's rows. Returns its ledger."""
-    dropped, quarantine = block.dropped.copy(), list(block.quarantine)
-    records: list[Record] = []
-    used = 0
-    assert len(outcomes) == len(block.inputs), "a stage gives one outcome per input"
-    for (offset, _), outcome in zip(block.inputs, outcomes, strict=True):
-        if isinstance(outcome, Dropped):
-            dropped[outcome.reason] += 1
-        elif isinstance(outcome, Failed):
-            index = block.number * job.output.block_size + offset
-            quarantine.append(blocks.quarantined(index, block.rows[offset], outcome.reason, outcome.message))
-        elif unfit := _unfit(outcome):
-            dropped[unfit] += 1
-        else:
-            used += 1
-            records.extend(outcome)
-    for row in quarantine:
-        dropped[row["reason"]] += 1
-    ledger = {"block": block.number, "rows_in": len(block.rows), "rows_used": used, "rows_out": len(records),
-              "dropped": dict(sorted(dropped.items())), "quarantined": len(quarantine), "ids": block.ids}  # fmt: skip
-    blocks.commit(job.output.path, block.number, records, quarantine, ledger, job.record)
-    return ledger
-
-
-def _unfit(records: Sequence[Record]) -> str | None:
-    """Why a row's records cannot be written, or None."""
-    try:
-        for record in records:
-            record.check()
-    except RecordError as error:
-        return error.reason
-    return None if records else "no_record"
-
-
-def _identity(
-    stage: str,
-    settings: Mapping[str, Any],
-    seed: int,
-    output: OutputConfig,
-    models: Mapping[str, str] | None = None,
-    data: DataConfig | None = None,
-) -> dict[str, Any]:
-    """What decides the rows. The picture folder's name counts, as a digest: a manifest is published, machine paths are not."""
-    images = "" if data is None or data.images is None else hashlib.sha256(data.images.as_posix().encode()).hexdigest()
-    read = (
-        {} if data is None else {name: value for name in ("fact_columns", "question") if (value := getattr(data, name))}
-    )
-    return {"stage": stage, "schema_version": SCHEMA_VERSION, "settings": json.loads(canonical_json(settings)),
-            "seed": seed, "models": dict(models or {}), "data_sha256": sources.fingerprint(data) if data else "",
-            "images_folder_sha256": images, "limit": data.limit if data else 0,
-            "block_size": output.block_size, **read}  # fmt: skip
 
 
 def _reasons(dropped: Mapping[str, int]) -> str:

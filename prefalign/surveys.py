@@ -5,9 +5,10 @@ What a `Survey` finds is kept on disk, so that a killed run goes on where it was
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import itertools
 import json
+import math
 from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from prefalign.store import READERS, Input, OutputConfig
 
 Work = Callable[[list[Any]], list[dict[str, Any]]]
 """Takes the readable inputs of a block, gives what was found of them as JSON-able mappings."""
+Rows = Callable[[], list[Any]]
 Again = Callable[[dict[str, Any]], bool]
 """Whether a row that an earlier run has found is to be found anew."""
 
@@ -76,20 +78,18 @@ class Survey:
         with tqdm(total=self.total, desc=f"{self.stage}: {kind}", unit="row", disable=None) as bar:
             for number, block in self._blocks():
                 found = self._found(kind, number, block, work, again if shard.alone else None)
-                bar.update(len(block))
+                bar.update(min(self.output.block_size, self.total - number * self.output.block_size))
                 yield found
 
     def file(self, kind: str, number: int) -> Path:
         """Where what a pass has found of a block is kept, under `rows`."""
         return self.output.path / "survey" / f"{kind}-{number:05d}.json"
 
-    def _blocks(self) -> Iterator[tuple[int, list[Any]]]:
-        raw = sources.read_rows(self.data)
-        for number in itertools.count():
-            block = list(itertools.islice(raw, self.output.block_size))
-            if not block:
-                return
-            yield number, block
+    def _blocks(self) -> Iterator[tuple[int, Rows]]:
+        """Number of each block, and what reads its rows."""
+        reader, size = sources.RowReader(self.data), self.output.block_size
+        for number in range(math.ceil(self.total / size)):
+            yield number, functools.partial(reader.read, number * size, size)
 
     def _begins(self, kind: str, number: int) -> bool:
         """Whether this shard is the one to do a block, which it then has marked. It goes on with what it was at when killed."""
@@ -103,7 +103,7 @@ class Survey:
             return mark.read_text() == who
         return False
 
-    def _found(self, kind: str, number: int, block: list[Any], work: Work, again: Again | None) -> list[dict[str, Any]]:
+    def _found(self, kind: str, number: int, block: Rows, work: Work, again: Again | None) -> list[dict[str, Any]]:
         """What was found of a block, on disk or now."""
         found = self._kept(kind, number)
         if found is None:
@@ -124,10 +124,10 @@ class Survey:
         self._mark(kind, number).unlink(missing_ok=True)
         return found
 
-    def _inputs(self, block: list[Any]) -> list[Any]:
+    def _inputs(self, block: Rows) -> list[Any]:
         """The readable inputs of a block."""
         inputs = []
-        for row in block:
+        for row in block():
             try:
                 inputs.append(READERS[self.reads](row, self.data, repeated=self.repeated))
             except (RecordError, ImageError):

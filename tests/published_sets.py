@@ -83,6 +83,8 @@ ROWS = {
          "rejected_messages": [said("user", f"<image>{QUESTION}"), said("assistant", BAD)]},
         {"messages": [said("user", f"<image>{QUESTION}"), said("assistant", GOOD)], "images": ["a.png"],
          "rejected_images": ["b.png"]},
+        {"messages": [said("user", f"<image>{QUESTION}"), said("assistant", GOOD)], "images": ["a.png"],
+         "rejected_messages": [said("user", f"<image>{QUESTION}"), said("assistant", BAD)], "rejected_images": ["a.png"]},
     ],
     "vlfeedback": [
         {"id": "llava-0", "image": "a.png", "prompt": QUESTION, "models": ["gpt4_v", "qwen_vl_chat"],

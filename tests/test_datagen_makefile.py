@@ -163,6 +163,10 @@ def test_own_rows_with_the_tiny_model_are_noted(tmp_path):
     assert note in make(tmp_path, "-n", "povid", "DATA=rows.jsonl")
     assert note not in make(tmp_path, "-n", "povid", "DATA=rows.jsonl", "MODEL=scenes")
     assert note not in make(tmp_path, "-n", "povid")
+    for goal in ("import_published", "plan-import_published"):  # no model, and the config of published sets
+        shown = make(tmp_path, "-n", goal, "DATA=rows.jsonl")
+        assert note not in shown
+        assert "--config 'datagen/import_published' " in shown
 
 
 def test_readers_of_pairs_run_no_stage_that_was_not_asked_for(tmp_path):

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from PIL import Image
 
 from prefalign.images import encode_png
 from prefalign.manifest import read_manifest
 from prefalign.records import Pair, message_text
 from prefalign.sources import DataConfig, files_of, read_rows, to_pair
 from prefalign.store import read_records
-from tests.published_sets import BAD, GOOD, QUESTION, ROWS
+from tests.published_sets import BAD, GOOD, PAIRED, QUESTION, ROWS, pictures
 from tests.stand_in_hub import TOKEN, Repository, StandInHub
 from tests.tiny_vlms import picture
 
@@ -39,6 +40,11 @@ for step in json.loads(sys.argv[1]):
             for file in settings:
                 Path(name, file).unlink()
             done.append(Path(name, "data/train-00000.parquet").stat().st_mtime_ns)
+        elif kind == "same":
+            read = getattr(sources, settings["how"])
+            known, streamed = (DataConfig(Path(path)) for path in (settings["file"], name))
+            found = [[read(row, data) for row in sources.read_rows(data)] for data in (known, streamed)]
+            done.append(len(found[0]) if found[0] == found[1] else repr(found))
         elif kind == "survey":
             total, repeated = sources.survey(DataConfig(Path(name), **settings))
             done.append([total, "1" in repeated, "2" in repeated])
@@ -61,9 +67,10 @@ def steps(server, where, *wanted):
 
 def as_parquet(rows, **settings):
     """Rows with encoded pictures as one Parquet file, with the column types of a data set of the Hub."""
-    from datasets import Dataset, Features, Image, Value
+    from datasets import Dataset, Features, Value
+    from datasets import Image as Picture
 
-    kinds = {int: Value("int64"), str: Value("string"), dict: Image()}
+    kinds = {int: Value("int64"), str: Value("string"), dict: Picture()}
     features = Features({name: kinds[type(value)] for name, value in rows[0].items()})
     buffer = io.BytesIO()
     Dataset.from_list(rows, features=features).to_parquet(buffer, **settings)
@@ -80,12 +87,18 @@ def rlhf_v(number):
     }
 
 
+def noisy(number):
+    """A row of which a picture of 400 kB is nearly all."""
+    noise = Image.frombytes("RGB", (365, 365), random.Random(number).randbytes(365 * 365 * 3))
+    return {**rlhf_v(number), "image": encode_png(noise, f"{number}.png")}
+
+
 @pytest.fixture(scope="module")
 def hub():
     """`tester/rlhf_v` of ten rows in two shards and a test split; `tester/large`, 24 MB; `tester/files`, pictures as files."""
     rows = [rlhf_v(number) for number in range(10)]
-    noise = random.Random(0)
-    large = [{"image": {"bytes": noise.randbytes(6_000_000), "path": "x.png"}, "question_id": n, "question": QUESTION}
+    source = random.Random(0)
+    large = [{"image": {"bytes": source.randbytes(6_000_000), "path": "x.png"}, "question_id": n, "question": QUESTION}
              for n in (1, 2, 1, 3)]  # fmt: skip
     lines = [
         {**ROWS["povid"][0], "id": str(n), "image": name}
@@ -101,6 +114,24 @@ def hub():
         )
         server.repositories["dataset", "tester/files"] = Repository(False, {
             "train.jsonl": "".join(json.dumps(line) + "\n" for line in lines).encode(),
+            "pictures/a.png": encode_png(picture(3))["bytes"],
+        }, 1)  # fmt: skip
+        noise = [noisy(number) for number in range(12)]
+        server.repositories["dataset", "tester/noisy"] = Repository(
+            False,
+            {
+                f"data/train-0000{n}-of-00002.parquet": as_parquet(noise[6 * n : 6 * n + 6], batch_size=3)
+                for n in range(2)
+            },
+            1,
+        )
+        server.repositories["dataset", "tester/preferences"] = Repository(False, {
+            "test.jsonl": json.dumps({"ask": QUESTION, "good": GOOD, "bad": BAD, "img": "pictures/a.png"}).encode(),
+            "pictures/a.png": encode_png(picture(5))["bytes"],
+        }, 1)  # fmt: skip
+        many = [{**ROWS["povid"][0], "id": str(number), "image": "pictures/a.png"} for number in range(7)]
+        server.repositories["dataset", "tester/lines"] = Repository(False, {
+            "train.jsonl": "".join(json.dumps(line) + "\n" for line in many).encode(),
             "pictures/a.png": encode_png(picture(3))["bytes"],
         }, 1)  # fmt: skip
         yield server
@@ -125,6 +156,10 @@ def ran(hub, tmp_path_factory):
         (images / "pictures" / name).write_bytes(encode_png(picture(number))["bytes"])
     (where / "tester" / "here").mkdir(parents=True)
     (where / "tester" / "here" / "rows.jsonl").write_text(json.dumps(ROWS["trl"][0]) + "\n")
+    columns = {"prompt": "ask", "chosen": "good", "rejected": "bad", "images": "img"}
+    entry = {"hf_hub_url": "tester/preferences", "split": "test", "ranking": True, "columns": columns}
+    (where / "lf").mkdir()
+    (where / "lf" / "dataset_info.json").write_text(json.dumps({"mine": entry}))
     killed = ["manifest.json", "import.json", "progress/00002.json", "data/train-00002.parquet"]
     wanted = {
         "survey": ("survey", "tester/large", {}),
@@ -133,6 +168,9 @@ def ran(hub, tmp_path_factory):
         "test": ("import", "tester/rlhf_v@test", {"data": {"revision": "main"}, "output": "test"}),
         "files": ("import", "tester/files", {"data": {}, "output": "files"}),
         "elsewhere": ("import", "tester/files", {"data": {"images": str(images)}, "output": "elsewhere"}),
+        "described": ("import", "lf/dataset_info.json@mine", {"data": {}, "output": "described"}),
+        "noisy": ("import", "tester/noisy", {"data": {}, "output": "noisy"}),
+        "lines": ("import", "tester/lines", {"data": {}, "output": "lines"}),
         "started": ("import", "tester/moving", {"data": {}, "output": "stopped"}),
         "stopped": ("forget", "stopped", killed),
         "gone on": ("import", "tester/moving", {"data": {}, "output": "stopped"}),
@@ -144,6 +182,14 @@ def ran(hub, tmp_path_factory):
         "on disk": ("check", "tester/here", {}),
         "split on disk": ("check", "tester/here", {"split": "train"}),
     }
+    listed = pictures(where / "coco")
+    shown = {name: (listed / name).read_bytes() for name in ("a.png", "b.png")}
+    for name, rows in ROWS.items():
+        content = json.dumps(rows).encode()
+        (listed / f"{name}.json").write_bytes(content)
+        hub.repositories["dataset", f"tester/list_{name}"] = Repository(False, {"train.json": content, **shown}, 1)
+        how = "to_pair" if name in PAIRED else "to_prompt" if name == "verl" else "to_candidates"
+        wanted[name] = ("same", f"tester/list_{name}", {"file": str(listed / f"{name}.json"), "how": how})
     files = dict(hub.repositories["dataset", "tester/rlhf_v"].files)
     hub.repositories["dataset", "tester/moving"] = Repository(False, files, 1)
     hub.repositories["dataset", "tester/broken"] = Repository(False, {"train.parquet": b"PAR1 and no more"}, 1)
@@ -172,6 +218,20 @@ def test_rows_streamed_are_those_of_the_files(hub, ran, tmp_path):
     assert len(list(read_records(where / "first", Pair))) == 4
     [pair] = read_records(where / "test", Pair)
     assert (pair.meta["parent"], message_text(pair.prompt)) == ("99", f"{QUESTION} 99")
+
+
+@pytest.mark.parametrize("layout", ROWS)
+def test_every_layout_streams_as_it_is_on_disk(ran, layout):
+    """From lists of JSON, whose types `datasets` has to guess."""
+    assert ran[1][layout] == len(ROWS[layout])
+
+
+def test_a_set_that_llama_factory_takes_from_the_hub(ran):
+    [pair] = read_records(ran[0] / "described", Pair)
+    assert (message_text(pair.prompt), message_text(pair.chosen), message_text(pair.rejected)) == (QUESTION, GOOD, BAD)
+    assert pair.images == [{**encode_png(picture(5)), "path": "a.png"}]
+    source = read_manifest(ran[0] / "described").config["source"]
+    assert (source["repository"], source["split"]) == ("tester/preferences", "test")
 
 
 def test_pictures_that_are_files_of_the_repository_or_of_this_disk(ran):
@@ -210,6 +270,53 @@ def test_a_stopped_import_goes_on_at_the_same_commit_only(hub, ran, tmp_path):
     assert "holds rows made with another config" in refused
     assert f"settings.source.commit: {1:040d} -> {2:040d}" in refused
     assert pinned == "finished"
+
+
+def test_a_stopped_import_fetches_only_what_is_not_done(hub, ran):
+    """Parquet: four blocks of three rows, one row group each, two to a file; the second and the last are done again."""
+    where, _ = ran
+    before = everything(where / "noisy"), everything(where / "lines")
+    for name, number in (("noisy", 1), ("noisy", 3), ("lines", 1)):
+        (where / name / f"progress/0000{number}.json").unlink()
+        (where / name / f"data/train-0000{number}.parquet").unlink()
+        (where / name / "manifest.json").unlink(missing_ok=True)
+    hub.served.clear()
+    runs = [("import", f"tester/{name}", {"data": {}, "output": name}) for name in ("noisy", "lines")]
+    assert steps(hub, where, *runs) == ["finished", "finished"]
+    assert (everything(where / "noisy"), everything(where / "lines")) == before
+    sizes = {name: len(content) for name, content in hub.repositories["dataset", "tester/noisy"].files.items()}
+    assert len(sizes) == 2
+    assert all(0.5 < hub.served[name] / size < 0.7 for name, size in sizes.items())
+
+
+def test_a_finished_import_is_complete_without_the_hub(ran, tmp_path):
+    where, _ = ran
+    before = everything(where / "out")
+    with StandInHub() as gone:
+        environment = gone.environment(tmp_path)
+    runs = [
+        ["--output.path", "out"],
+        ["--output.path", "out", "--min_block", "2"],
+        ["--output.path", "out", "--data.revision", "v1"],
+        ["--output.path", "fresh"],
+    ]
+    code = "import json, sys\nfrom prefalign import cli\nfor more in json.loads(sys.argv[2]):\n"
+    code += "    print('---', cli.main([*json.loads(sys.argv[1]), *more]), file=sys.stderr)"
+    words = ["run", "import_published", "--config", "datagen/import_published", "--output.block_size", "3"]
+    words += ["--data.path", "tester/rlhf_v"]
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(words), json.dumps(runs)], cwd=where, env=environment,
+                          capture_output=True, text=True)  # fmt: skip
+    said = done.stderr.split("---")
+    assert "import_published: out is already complete (10 rows)" in said[0]
+    assert "holds rows made with another config (settings.min_block: 3 -> 2)" in said[1]
+    for number in (2, 3):
+        assert "no data at tester/rlhf_v on this disk, and the Hub at http://127.0.0.1" in said[number]
+    assert [part.split()[0] for part in said[1:]] == ["0", "1", "1", "1"]
+    assert everything(where / "out") == before
+
+
+def everything(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_what_cannot_be_streamed_is_said_before_any_work(ran):

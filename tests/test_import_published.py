@@ -14,7 +14,7 @@ from prefalign.records import Candidates, Example, Pair, message_text
 from prefalign.scenes.export import export
 from prefalign.sources import DataConfig
 from prefalign.store import OutputConfig, StoreError, read_records
-from tests.published_sets import BAD, GOOD, PAIRED, QUESTION, ROWS, pictures, talk, write
+from tests.published_sets import BAD, GOOD, PAIRED, QUESTION, ROWS, pictures, said, talk, write
 from tests.tiny_vlms import picture
 
 stage = bundled.load_stage("import_published")
@@ -49,8 +49,6 @@ def test_every_paired_layout_at_once(folder):
     found = json.loads((folder / "out" / "import.json").read_text())
     assert found["layouts"] == {name: len(ROWS[name]) for name in sorted(PAIRED)}
     assert found["with_rejected_images"] == 2  # mvc, ms_swift
-    views = {pair.meta["layout"] for pair in pairs if pair.meta.get("rejected_view") == "rejected_on_rejected_image"}
-    assert views == {"ms_swift"}
     spans = sum(len(pair.meta["changed"]["chosen"]) for pair in pairs)
     assert found["changed_spans_per_pair"] == round(spans / len(pairs), 2)
 
@@ -231,6 +229,42 @@ def test_both_configs_read_twins(name, tmp_path):
         assert (pair.images, pair.rejected_images, pair.chosen) == (twin.images, twin.rejected_images, twin.chosen)
         assert (pair.method, pair.facts["world"], pair.meta["parent"]) == (twin.method, "scenes", twin.id)
         assert pair.meta["changed"]["chosen"]
+
+
+def test_two_pictures_of_ms_swift_train_as_they_do_there(folder):
+    """Its DPO on rows of `rejected_images`, one answer on two pictures, is the term `visual`; two answers on two are refused."""
+    same, other = ROWS["ms_swift"][3], ROWS["ms_swift"][2]
+    both = {**same, "rejected_images": ["b.png"]}
+    talk_of = [said("user", "<image>Which colour?"), said("assistant", GOOD)]
+    explicit = {**both, "messages": talk_of, "rejected_messages": talk_of}
+    manifest, pairs = run(folder, [same, other, both, explicit])
+    assert manifest.dropped == {"two_pictures": 1}
+    assert (
+        "give the rejected answer on `rejected_images`, here other pictures"
+        in (folder / "out/quarantine/00000.jsonl").read_text()
+    )
+    assert [[len(pair.images), len(pair.rejected_images)] for pair in pairs] == [[1, 0], [1, 1], [1, 1]]
+    assert [message_text(pair.rejected) for pair in pairs] == [BAD, GOOD, GOOD]
+    shown = [{**other, "messages": [said("user", f"<image>describe {n} ."), said("assistant", "there is a red star")]}
+             for n in range(2)]  # fmt: skip
+    run(folder, shown, output="shown")
+    recipe = bundled.load_stage("train_preference")
+    trainer = {
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "bf16": False,
+        "logging_steps": 1,
+    }
+    changes = {"model": {"model_name_or_path": "scenes", "dtype": "auto", "device": "cpu"}, "pairs": folder / "shown",
+               "output": folder / "policy", "trainer": trainer, "losses": [{"name": "visual"}], "negative": None}  # fmt: skip
+    values = config.merge(config.read_yaml(bundled.configs()["recipes/train_preference_mdpo"]), changes)
+    recipe.main(config.build(recipe.Config, values, source="train_preference_mdpo"))
+    history = json.loads((folder / "policy" / "trainer_state.json").read_text())["log_history"]
+    [first] = [entry for entry in history if "loss" in entry]
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert first["grad_norm"] > 0  # the pictures differ, so there is something to learn
+    shutil.rmtree(folder / "policy")
 
 
 def test_an_imported_set_trains_with_ddpo(folder):

@@ -379,13 +379,14 @@ def test_a_split_in_the_name_of_a_set(tmp_path):
     assert DataConfig(Path("data/rows@2.jsonl")).path == Path("data/rows@2.jsonl")
 
 
-def test_the_folder_of_llama_factory_is_not_read_but_its_files_are(folder):
+def test_the_folder_of_llama_factory_says_how_to_name_a_set(folder):
     (folder / "dataset_info.json").write_text(
         '{"mine": {"file_name": "mine.json", "ranking": true, "formatting": "sharegpt"}}'
     )
     (folder / "mine.json").write_text(json.dumps(ROWS["sharegpt"]))
     with pytest.raises(
-        ValueError, match=r"Give the data file itself.*It has dataset_info.json, mine.json. What dataset_info.json"
+        ValueError,
+        match=r"Give the data file itself.*It has dataset_info.json, mine.json. .*dataset_info.json@NAME reads",
     ):
         files_of(DataConfig(folder))
     [row] = read_rows(DataConfig(folder / "mine.json"))

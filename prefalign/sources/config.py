@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prefalign.sources.layouts import AUTO, LAYOUTS
 
+DESCRIPTIONS = "dataset_info.json"
 _WITH_SPLIT = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)@(\w+)")
 
 
@@ -18,7 +19,7 @@ class DataConfig:
     Attributes:
         path: JSONL, JSON or Parquet file, a folder of Parquet shards that a stage wrote, or a data set of the Hub as OWNER/NAME,
             which is streamed; OWNER/NAME@SPLIT, as EasyR1 and verl write it, sets `split` too. What is on disk under that name is
-            read instead.
+            read instead. FOLDER/dataset_info.json@NAME is a data set as LLaMA-Factory's users describe it.
         images: folder that relative picture paths start from; the data file's own folder if empty, the repository for data
             sets of the Hub.
         limit: use only the first rows (0: all).
@@ -41,7 +42,9 @@ class DataConfig:
     question: str | None = None
 
     def __post_init__(self) -> None:
-        if (named := _WITH_SPLIT.fullmatch(self.path.as_posix())) and not self.path.exists():
+        if (named := _WITH_SPLIT.fullmatch(self.path.as_posix())) and not (
+            self.path.exists() or self.path.name.startswith(DESCRIPTIONS)
+        ):
             if self.split not in (None, named[2]):
                 raise ValueError(
                     f"path is {self.path}, which names the split {named[2]!r}, and split is {self.split!r}: only one can be "

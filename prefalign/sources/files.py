@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prefalign.records import canonical_json
 from prefalign.seen import RepeatedIds
-from prefalign.sources import hub
-from prefalign.sources.config import BadRow, DataConfig
-from prefalign.sources.layouts import AUTO, ID_COLUMNS, source_id
+from prefalign.sources import hub, llama_factory, parquet
+from prefalign.sources.columns import ID_COLUMNS, source_id
+from prefalign.sources.config import DESCRIPTIONS, BadRow, DataConfig
+from prefalign.sources.layouts import AUTO
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+RawRow = Mapping[str, Any] | BadRow
+DeferredRow = Callable[[], RawRow]
 
 
 def files_of(config: DataConfig) -> list[Path]:
@@ -26,6 +31,7 @@ def files_of(config: DataConfig) -> list[Path]:
         ValueError: if there is none, one is of a kind that is not read, a stage's output is not finished, or the folder of
             the pictures does not exist; or the Hub cannot be asked, or has no such data set, revision or split.
     """
+    config = llama_factory.source_of(config)
     path = config.path
     embedded = (path / "manifest.json").is_file()  # a stage's output holds its pictures
     if config.images is not None and not embedded and not config.images.is_dir():
@@ -48,8 +54,8 @@ def files_of(config: DataConfig) -> list[Path]:
         if not files:
             lists = [file.name for file in sorted(path.glob("*.json"))]
             hint = f" It has {', '.join(lists[:4])}." if lists else ""
-            if "dataset_info.json" in lists:
-                hint += " What dataset_info.json says of columns is not read; they need the names that LLaMA-Factory expects."
+            if DESCRIPTIONS in lists:
+                hint += f" {path / DESCRIPTIONS}@NAME reads what dataset_info.json names."
             raise ValueError(
                 f"folder {path} holds no .parquet or .jsonl rows. Give the data file itself as `data.path`.{hint}"
             )
@@ -70,11 +76,13 @@ def fingerprint(config: DataConfig) -> str:
     """What the rows are and how they are read, so that a resumed run notices other data.
 
     SHA-256 over the data files' contents (streamed); for a data set of the Hub over its name, commit, configuration and split. A
-    layout other than `auto` counts too.
+    layout other than `auto` and the description of a `dataset_info.json` count too.
     """
     digest = hashlib.sha256()
-    if hub.is_named(config):
-        digest.update(canonical_json(hub.provenance(config)).encode())
+    if source := provenance(config):
+        digest.update(canonical_json(source).encode())
+    if (description := llama_factory.described(config)) is not None:
+        digest.update(canonical_json(description.given).encode())
     for file in files_of(config):
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 20):
@@ -84,15 +92,54 @@ def fingerprint(config: DataConfig) -> str:
     return digest.hexdigest()
 
 
-def read_rows(config: DataConfig, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any] | BadRow]:
+def provenance(config: DataConfig) -> dict[str, str]:
+    """Which rows these are: `repository`, `commit`, `config` and `split` of a data set of the Hub; empty for files."""
+    return hub.provenance(llama_factory.source_of(config))
+
+
+def recall(config: DataConfig, source: Mapping[str, str] | None) -> None:
+    """Take the word of a finished folder for the commit that it was made from, where the Hub does not tell the present one.
+
+    Args:
+        config: names the data set.
+        source: `provenance` of the folder's rows; None: there is no such folder.
+    """
+    if hub.is_named(named := llama_factory.source_of(config)):
+        hub.recall(named, source)
+
+
+def read_rows(config: DataConfig, columns: Sequence[str] | None = None) -> Iterator[RawRow]:
     """Stream raw rows; at most one Parquet batch or one line is in memory (a `.json` list is read whole).
 
     Args:
         config: where they are.
         columns: read only these, where the files keep columns apart (Parquet).
     """
-    rows = hub.rows(config, columns) if hub.is_named(config) else _of_files(config, columns)
-    yield from itertools.islice(rows, config.limit or None)
+    return (read() for read in _deferred(config, columns))
+
+
+class RowReader:
+    """Raw rows by their place, read forwards: what is left out is not read where the files allow it.
+
+    Whole files and row groups of Parquet are skipped by their footers, on this disk and on the Hub; lines of JSON are not parsed.
+    What the Hub has in another form streams past, and becomes no Python objects up to the first row that is asked for.
+
+    Args:
+        config: where the rows are.
+    """
+
+    def __init__(self, config: DataConfig):
+        self._config = config
+        self._rows: Iterator[DeferredRow] | None = None
+        self._next = 0
+
+    def read(self, first: int, count: int) -> list[RawRow]:
+        """The rows from one place on, as many as there are; `first` is not before the end of an earlier call's."""
+        if self._rows is None:
+            self._rows, self._next = _deferred(self._config, None, first), first
+        rows = itertools.islice(self._rows, first - self._next, first - self._next + count)
+        self._next = first + count
+        return [read() for read in rows]
 
 
 def survey(config: DataConfig) -> tuple[int, RepeatedIds]:
@@ -117,17 +164,57 @@ def parquet_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[d
     Raises:
         ValueError: if the file is not whole.
     """
-    import pyarrow as pa
+    return (read() for read in _of_parquet(file, columns))
+
+
+def _deferred(config: DataConfig, columns: Sequence[str] | None, first: int = 0) -> Iterator[DeferredRow]:
+    """Functions that read the rows from one place on."""
+    if (description := llama_factory.described(config)) is not None:
+        raw = _deferred(description.source(config), columns, first)
+        if columns is not None:  # ids, which no description renames
+            return raw
+        return (functools.partial(_translated, description, read) for read in raw)
+    rows: Iterator[DeferredRow]
+    if hub.is_named(config):
+        rows = hub.deferred_rows(config, columns, first)
+    else:
+        rows = (row for file in files_of(config) for row in _of_file(file, columns))
+        rows = itertools.islice(rows, first, None)
+    return itertools.islice(rows, max(config.limit - first, 0) if config.limit else None)
+
+
+def _translated(description: llama_factory.Description, read: DeferredRow) -> RawRow:
+    return description.row(read())
+
+
+def _of_file(file: Path, columns: Sequence[str] | None) -> Iterator[DeferredRow]:
+    if file.suffix == ".parquet":
+        yield from _of_parquet(file, columns)
+    elif file.suffix == ".json":
+        yield from _of_list(file)
+    else:
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield functools.partial(_of_line, line, f"{file.name} line {number}")
+
+
+def _of_parquet(file: Path, columns: Sequence[str] | None) -> Iterator[Callable[[], dict[str, Any]]]:
     import pyarrow.parquet as pq
 
+    guard = functools.partial(_whole, file)
+    with guard():
+        footer = pq.read_metadata(file)
+    yield from parquet.deferred_rows(footer, lambda: file.open("rb"), guard, columns)
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[None]:
+    """Explain a Parquet file that is damaged."""
+    import pyarrow as pa
+
     try:
-        opened = pq.ParquetFile(file)
-        wanted = [name for name in opened.schema_arrow.names if name in columns] if columns is not None else None
-        if wanted == []:
-            yield from ({} for _ in range(opened.metadata.num_rows))
-            return
-        for batch in opened.iter_batches(batch_size=64, columns=wanted):
-            yield from batch.to_pylist()
+        yield
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -135,36 +222,26 @@ def parquet_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[d
                          "again.") from error  # fmt: skip
 
 
-def _of_files(config: DataConfig, columns: Sequence[str] | None) -> Iterator[Mapping[str, Any] | BadRow]:
-    for file in files_of(config):
-        yield from _read_file(file, columns)
+def _of_list(file: Path) -> Iterator[DeferredRow]:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file.name} is not complete JSON ({error}). Was the download cut off?") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{file.name} must be a list of rows, got a {type(rows).__name__}.")
+    for number, row in enumerate(rows, 1):
+        yield functools.partial(_object, row, f"{file.name} row {number}")
 
 
-def _read_file(file: Path, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any] | BadRow]:
-    if file.suffix == ".parquet":
-        yield from parquet_rows(file, columns)
-        return
-    if file.suffix == ".json":
-        try:
-            rows = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file.name} is not complete JSON ({error}). Was the download cut off?") from error
-        if not isinstance(rows, list):
-            raise ValueError(f"{file.name} must be a list of rows, got a {type(rows).__name__}.")
-        for number, row in enumerate(rows, 1):
-            yield row if isinstance(row, dict) else _not_an_object(row, f"{file.name} row {number}")
-        return
-    with file.open(encoding="utf-8", errors="replace") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield BadRow("bad_json", f"{file.name} line {number} is not complete JSON ({error}): {line[:60]!r}")
-                continue
-            yield row if isinstance(row, dict) else _not_an_object(row, f"{file.name} line {number}")
+def _of_line(line: str, where: str) -> RawRow:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return BadRow("bad_json", f"{where} is not complete JSON ({error}): {line[:60]!r}")
+    return _object(row, where)
 
 
-def _not_an_object(row: Any, where: str) -> BadRow:
+def _object(row: Any, where: str) -> RawRow:
+    if isinstance(row, dict):
+        return row
     return BadRow("bad_json", f"{where} is a {type(row).__name__}, not an object.")

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from prefalign.images import SYSTEM_ERRORS, EncodedImage, ImageError, read_image
+from prefalign.sources import parquet
 from prefalign.sources.config import DataConfig
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PIECE = 2**16
 FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".zip", ".gz")
+_RECALLED: dict[str, str] = {}
 
 
 class HubError(ValueError):
@@ -30,9 +34,30 @@ def check(config: DataConfig) -> None:
     """Look the data set and its split up, before any work starts.
 
     Raises:
-        HubError: there is none, it may not be read, or the Hub cannot be asked.
+        HubError: there is none, it may not be read, or the Hub cannot be asked; not where `recall` knows that nothing is left to
+            read.
     """
-    _opened(config, None)
+    try:
+        _present_commit(config)
+    except HubError:
+        if _recalled(config) is None:
+            raise
+        return
+    _opened(config)
+
+
+def recall(config: DataConfig, source: Mapping[str, str] | None) -> None:
+    """Note the commit that a finished folder was made from, should the Hub not tell the present one; None: forget it."""
+    repository = config.path.as_posix()
+    _RECALLED.pop(repository, None)
+    if source is not None and source["repository"] == repository:
+        _RECALLED[repository] = source["commit"]
+
+
+def _recalled(config: DataConfig) -> str | None:
+    """The commit of `recall`; None if another one is asked for, or a branch or tag that may have been at any."""
+    commit = _RECALLED.get(config.path.as_posix())
+    return commit if config.revision in (None, "main", commit) else None
 
 
 def provenance(config: DataConfig) -> dict[str, str]:
@@ -49,27 +74,79 @@ def provenance(config: DataConfig) -> dict[str, str]:
 
 def commit_of(config: DataConfig) -> str:
     """The commit that the data set's revision is at; asked once in a process, so that all passes read the same rows."""
-    from huggingface_hub import constants
+    try:
+        return _present_commit(config)
+    except HubError:
+        if (commit := _recalled(config)) is None:
+            raise
+        return commit
 
-    return _commit(constants.ENDPOINT, config.path.as_posix(), config.revision)
 
+def deferred_rows(
+    config: DataConfig, columns: Sequence[str] | None, first: int
+) -> Iterator[Callable[[], Mapping[str, Any]]]:
+    """Functions that read the rows of a split from one place on, pictures as encoded bytes (or as the address of a file in the
+    repository). They may be called in order, and any left out.
 
-def rows(config: DataConfig, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any]]:
-    """Stream the rows of a split in order, pictures as encoded bytes (or as the address of a file in the repository).
+    Of Parquet files, what is left out is not fetched but for the files' footers.
 
     Args:
         config: names the data set.
         columns: read only these. Of Parquet files nothing else is fetched; where they have none of them, their rows are counted.
+        first: how many rows to leave out at the start.
 
     Raises:
         HubError: as `check`; or the connection broke for good, or a file is not what it says.
     """
-    opened = _opened(config, columns)
-    try:
-        for row in opened:
-            yield row if columns is None else {name: row[name] for name in columns if name in row}
-    except Exception as error:
-        raise _explained(error, config) from error
+    guard = functools.partial(_explaining, config)
+    opened = _opened(config)
+    if isinstance(opened, list):
+        yield from itertools.islice(_of_parquet(config, opened, guard, columns), first, None)
+        return
+    tables = opened.skip(first).with_format("arrow").iter(parquet.BATCH)
+    while True:
+        with guard():
+            table = next(tables, None)
+        if table is None:
+            return
+        coded = parquet.json_columns(table.schema)
+        for row in table.to_pylist():
+            yield functools.partial(_named, parquet.with_json(row, coded), columns)
+
+
+def _named(row: Mapping[str, Any], columns: Sequence[str] | None) -> Mapping[str, Any]:
+    return row if columns is None else {name: row[name] for name in columns if name in row}
+
+
+def _of_parquet(
+    config: DataConfig,
+    files: Sequence[str],
+    guard: Callable[[], AbstractContextManager[None]],
+    columns: Sequence[str] | None,
+) -> Iterator[Callable[[], dict[str, Any]]]:
+    from huggingface_hub import constants
+
+    for file in files:
+        with guard():
+            footer = _footer(constants.ENDPOINT, file)
+        # a few bytes of each row group: read them in small pieces, not with the five megabytes around them
+        opened = functools.partial(_open, constants.ENDPOINT, file, None if columns is None else PIECE)
+        yield from parquet.deferred_rows(footer, opened, guard, columns)
+
+
+def _open(endpoint: str, file: str, piece: int | None) -> Any:
+    from huggingface_hub import HfFileSystem
+
+    return HfFileSystem(endpoint=endpoint).open(file, "rb", block_size=piece)
+
+
+@functools.lru_cache(maxsize=4096)
+def _footer(endpoint: str, file: str) -> Any:
+    """The footer of a file at a commit: fetched once in a process."""
+    import pyarrow.parquet as pq
+
+    with _open(endpoint, file, PIECE) as stream:
+        return pq.read_metadata(stream)
 
 
 def read_picture(path: str, config: DataConfig) -> EncodedImage:
@@ -100,6 +177,12 @@ def read_picture(path: str, config: DataConfig) -> EncodedImage:
         raise _explained(error, config) from error
 
 
+def _present_commit(config: DataConfig) -> str:
+    from huggingface_hub import constants
+
+    return _commit(constants.ENDPOINT, config.path.as_posix(), config.revision)
+
+
 @functools.cache
 def _commit(endpoint: str, repository: str, revision: str | None) -> str:
     from huggingface_hub import HfApi
@@ -111,53 +194,41 @@ def _commit(endpoint: str, repository: str, revision: str | None) -> str:
     return str(found.sha)
 
 
-def _opened(config: DataConfig, columns: Sequence[str] | None) -> Any:
-    """The split as a `datasets.IterableDataset` that decodes no picture."""
-    from huggingface_hub import constants
-
-    wanted = None if columns is None else tuple(columns)
+@contextmanager
+def _explaining(config: DataConfig) -> Iterator[None]:
     try:
-        return _stream(
-            constants.ENDPOINT,
-            config.path.as_posix(),
-            config.config,
-            config.split or "train",
-            commit_of(config),
-            wanted,
-        )
+        yield
     except Exception as error:
         raise _explained(error, config) from error
 
 
+def _opened(config: DataConfig) -> Any:
+    """The addresses of the split's Parquet files, or a `datasets.IterableDataset` of what is stored otherwise."""
+    from huggingface_hub import constants
+
+    with _explaining(config):
+        split = config.split or "train"
+        return _split(constants.ENDPOINT, config.path.as_posix(), config.config, split, commit_of(config))
+
+
 @functools.cache
-def _stream(
-    endpoint: str, repository: str, name: str | None, split: str, commit: str, columns: tuple[str, ...] | None
-) -> Any:
+def _split(endpoint: str, repository: str, name: str | None, split: str, commit: str) -> Any:
     from datasets import load_dataset_builder
 
     builder = load_dataset_builder(repository, name, revision=commit)
-    splits = builder.as_streaming_dataset()
+    files = builder.config.data_files or {}
+    parquet_only = bool(files) and all(file.endswith(".parquet") for each in files.values() for file in each)
+    splits = files if parquet_only else builder.as_streaming_dataset()
     if split not in splits:
         raise HubError(
             f"the data set {repository} has no split {split!r}, only {', '.join(map(str, splits))}. Give one of them as "
             "`data.split`."
         )
+    if parquet_only:
+        _footer(endpoint, files[split][0])  # is it whole?
+        return list(files[split])
     stream = splits[split]
-    if columns is not None and hasattr(builder.config, "columns") and stream.features:
-        # a few bytes of each row group: read them in small pieces, not with the five megabytes around them
-        builder = load_dataset_builder(repository, name, revision=commit, storage_options={"hf": {"block_size": PIECE}})
-        builder.config.columns = _columns(stream.features, columns)
-        stream = builder.as_streaming_dataset(split)
     return stream.decode(False) if stream.features else stream
-
-
-def _columns(features: Mapping[str, Any], wanted: Sequence[str]) -> list[str]:
-    """Those of the columns that there are; if none, the first that holds a single value, which counts the rows."""
-    from datasets import Value
-
-    present = [name for name in features if name in wanted]
-    single = [name for name, kind in features.items() if isinstance(kind, Value)]
-    return present or (single or list(features))[:1]
 
 
 def _explained(error: Exception, config: DataConfig) -> HubError:

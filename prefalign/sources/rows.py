@@ -15,10 +15,12 @@ from typing import Any, TypeVar
 
 from prefalign.images import SYSTEM_ERRORS, EncodedImage, ImageError, read_image, sha256
 from prefalign.records import Candidates, Message, Pair, Prompt, RecordError, assistant_message, canonical_json
-from prefalign.sources import hub, layouts
+from prefalign.sources import hub, layouts, llama_factory
+from prefalign.sources.columns import Row, pictures, source_id
 from prefalign.sources.config import BadRow, DataConfig
-from prefalign.sources.layouts import AUTO, source_id
+from prefalign.sources.layouts import AUTO
 from prefalign.sources.turns import PLACEHOLDER, settle
+from prefalign.text import same_answer
 
 AnyInput = TypeVar("AnyInput", Prompt, Pair, Candidates)
 
@@ -50,9 +52,9 @@ def to_pair(row: Mapping[str, Any] | BadRow, config: DataConfig, *, repeated: Co
     """Read one raw row with a chosen and a rejected answer, of any layout in `layouts.LAYOUTS` that has two, into a `Pair`.
 
     Arguments, ids and errors are those of `to_prompt`; besides, a row without one of the answers is a `missing_column`, one of
-    several answers or of a single one `not_a_pair`, answers to two conversations `different_prompts`, a margin that is no
-    number a `bad_margin`. Whether the answers differ is for the stage to say. `meta` names the layout; columns without a field
-    of their own are `meta["columns"]`.
+    several answers or of a single one `not_a_pair`, answers to two conversations `different_prompts`, different answers to
+    different pictures `two_pictures`, a margin that is no number a `bad_margin`. Whether the answers differ is for the stage to
+    say. `meta` names the layout; columns without a field of their own are `meta["columns"]`.
     """
     return _record(
         row, lambda known: _own_pair(known) if _is_own_pair(known, config) else _foreign_pair(known, config, repeated)
@@ -80,7 +82,7 @@ def pictures_of(row: Mapping[str, Any] | BadRow, config: DataConfig) -> list[Enc
     if isinstance(row, BadRow):
         raise RecordError(row.reason, row.message)
     shown = row if row.get("chosen_images") is None else {"images": row["chosen_images"]}
-    return [_read_picture(picture, config) for picture in layouts.pictures(shown)]
+    return [_read_picture(picture, config) for picture in pictures(shown)]
 
 
 def _record(row: Mapping[str, Any] | BadRow, read: Callable[[Mapping[str, Any]], AnyInput]) -> AnyInput:
@@ -177,6 +179,8 @@ def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Containe
                 "answer are prompts: bdhs and others make pairs of them, image_contrast with `--reads answers`.",
             )
     turns, answers = settle(said.turns, given)
+    if said.rejected_on_rejected_images and not same_answer(answers["chosen"], answers["rejected"]):
+        raise _two_pictures(said)
     used = {"margin"} | ({"method"} if row.get("method") else set()) | _category(row).keys()
     said.columns = {name: value for name, value in said.columns.items() if name not in used}
     images = [_read_picture(picture, config) for picture in said.images]
@@ -191,7 +195,7 @@ def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Containe
     return pair
 
 
-def _foreign_prompt(row: Mapping[str, Any], config: DataConfig, repeated: Container[str]) -> tuple[Prompt, layouts.Row]:
+def _foreign_prompt(row: Mapping[str, Any], config: DataConfig, repeated: Container[str]) -> tuple[Prompt, Row]:
     if config.question is not None and not layouts.asks(row):
         row = {**row, "question": config.question}
     said = layouts.read(row, config.layout)
@@ -218,6 +222,8 @@ def _candidates(row: Mapping[str, Any], config: DataConfig, repeated: Container[
         given = said.responses if given is None else given
         chosen = said.last if said.chosen is None else said.chosen
         if given is None and chosen is not None and said.rejected is not None:
+            if said.rejected_on_rejected_images:
+                raise _two_pictures(said)
             _, texts = settle(said.turns, {"chosen": chosen, "rejected": said.rejected})
             given = [{"text": texts[side], "scores": {"preference": float(side == "chosen")}} for side in texts]
     if given is None:
@@ -232,6 +238,15 @@ def _candidates(row: Mapping[str, Any], config: DataConfig, repeated: Container[
     return found
 
 
+def _two_pictures(said: Row) -> RecordError:
+    return RecordError(
+        "two_pictures",
+        f"rows of the layout {said.layout} give the rejected answer on `rejected_images`, here other pictures than the chosen "
+        "one's. Two answers are compared on `images`, where that one may be right. Leave `rejected_images` out if it is wrong "
+        "there too; or leave out the rejected answer, if the chosen one is wrong of the other pictures: that is a pair.",
+    )
+
+
 def _identity(row: Mapping[str, Any], record: Prompt | Pair, repeated: Container[str]) -> str:
     identity, digest = source_id(row), content_digest(record)
     if identity is None:
@@ -239,7 +254,7 @@ def _identity(row: Mapping[str, Any], record: Prompt | Pair, repeated: Container
     return f"{identity}-{digest[:8]}" if identity in repeated else identity
 
 
-def _columns(said: layouts.Row) -> dict[str, Any]:
+def _columns(said: Row) -> dict[str, Any]:
     """Columns without a field of their own as JSON: no bytes, no NaN."""
 
     def finite(value: Any) -> Any:
@@ -285,6 +300,7 @@ def _read_picture(picture: Any, config: DataConfig) -> EncodedImage:
     path = picture.get("path") if isinstance(picture, dict) else picture
     if not isinstance(path, str):
         raise RecordError("bad_image_field", f"a picture is a path or encoded bytes, got {type(picture).__name__}.")
+    config = llama_factory.source_of(config)
     if config.images is None and hub.is_named(config):
         return hub.read_picture(path, config)
     base = config.images or (config.path if config.path.is_dir() else config.path.parent)
