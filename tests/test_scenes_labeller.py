@@ -1,4 +1,4 @@
-"""The labeller of the embedded world: claims and their truth, prompts as the chat template writes them, a picture that matters."""
+"""The labeller of the embedded world: claims and their truth, prompts as the chat template has them, a picture that matters."""
 
 import random
 
