@@ -10,7 +10,7 @@ from tests.tiny_vlms import picture
 SCENES = config.read_yaml(bundled.find("datagen/rlaif_v_scenes"))
 SMALL = {"labeller": None, "divide": {"rules": {"claim": "There is something {where}.", "question": "What is {where}?"}},
          "conquer": {"yes": ["A"], "no": ["Nothing"]},  # the base as its own labeller; its yes and no hardly look
-         "output": {"block_size": 2}, "batch_size": 16, "num_generations": 4, "pairs": {"length_balance": "off"},
+         "output": {"block_size": 2}, "batch_size": 16, "num_generations": 4, "pairs": {"length_balance": "off", "min_gap": 1.0},
          "sampling": {"max_new_tokens": 64, "temperature": 1.0}}  # fmt: skip
 DRAGON = "A dragon sleeps. "
 CAT = "A cat sits. "

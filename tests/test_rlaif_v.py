@@ -221,6 +221,7 @@ def test_the_bundled_configs_run_on_the_tiny_model(stage, rows, tmp_path, name):
                "data": {"path": rows, "images": None, "limit": 3}, "output": {"path": tmp_path / "out"},
                "sampling": {"max_new_tokens": 48}, "divide": {"sampling": {"max_new_tokens": 16}}}  # fmt: skip
     if name == "rlaif_v_scenes":
+        changes = config.merge(changes, {part: SMALL[part] for part in ("divide", "conquer", "pairs")})
         manifest = stage.main(config.build(stage.Config, config.merge(values, changes)))
         assert manifest.rows_in == 3 == manifest.rows_used + sum(manifest.dropped.values())
         return
