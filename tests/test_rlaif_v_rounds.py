@@ -23,7 +23,8 @@ def test_rounds_end_to_end(tmp_path):
         "LABELLER": str(tmp_path / "labeller"),
         "ROUNDS": "2",
         "PROMPTS": "8",
-        "PAIR_SETTINGS": "--num_generations 4 --sampling.temperature 1.2 --sampling.max_new_tokens 64 --pairs.length_balance off --pairs.min_gap 1",
+        "PAIR_SETTINGS": "--num_generations 4 --sampling.temperature 1.2 --sampling.max_new_tokens 64 "
+        "--pairs.length_balance off --pairs.min_gap 1",
         "TRAINING_SETTINGS": "--trainer.max_steps 1 --trainer.per_device_train_batch_size 4 --trainer.save_steps 1 "
         "--lora.r 2 --lora.alpha 4",
         "EVALUATION_SETTINGS": "--scenes.pictures 8 --scenes.evals [chair] --reliance.conditions [] --draws 100",
