@@ -228,12 +228,12 @@ class Workshop:
         export(folder, split=split, kind=kind, start=self.start, stop=self.start + self.rows)
         return folder
 
-    def run(self, stage: str, data: Path, name: str = "") -> Path:
-        """The output folder of a stage run on `data`."""
+    def run(self, stage: str, data: Path, name: str = "", **changes: Any) -> Path:
+        """The output folder of a stage run on `data`, with settings besides those of its scenes config."""
         folder = self.root / (name or stage)
         values = config.merge(
             config.read_yaml(bundled.find(f"datagen/{stage}_scenes")),
-            {"data": {"path": data}, "output": {"path": folder}, **MAKE_PAIRS.get(stage, {})},
+            {"data": {"path": data}, "output": {"path": folder}, **MAKE_PAIRS.get(stage, {}), **changes},
         )
         module = bundled.load_stage(stage)
         module.main(config.build(module.Config, values, source=stage))
@@ -247,7 +247,17 @@ class Workshop:
             return self.run(stage, self.pairs("povid"))
         if stage in MAKE_PAIRS:
             return self.run(stage, self.prompts("train_fair"))
-        return self.run(stage, self.prompts(TEXT_STAGES[stage])) / IN_A_FOLDER.get(stage, "")
+        changes = {"labeller": {"model_name_or_path": self.labeller()}} if stage == "rlaif_v" else {}
+        return self.run(stage, self.prompts(TEXT_STAGES[stage]), **changes) / IN_A_FOLDER.get(stage, "")
+
+    def labeller(self) -> str:
+        """The folder of the labeller of claims, trained once."""
+        from prefalign.scenes.labeller import build
+
+        folder = self.root / "labeller"
+        if not (folder / "README.md").is_file():
+            print(f"labeller on held-out claims: {build(folder)}", flush=True)
+        return str(folder)
 
     def figures(self, stage: str) -> list[Row]:
         """All figures of a stage."""

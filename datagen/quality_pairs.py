@@ -20,20 +20,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from prefalign import pairing, responses, selecting, sources, stages, store
-from prefalign.config import nearest
 from prefalign.engines import Engine
 from prefalign.engines.config import EngineConfig
 from prefalign.execution import SHARD, WORKER
 from prefalign.judge import RUBRIC
 from prefalign.manifest import Manifest, read_manifest, write_atomically
-from prefalign.records import Candidates, Prompt, row_seed
+from prefalign.records import Candidates, Prompt
 from prefalign.responses import ResponseSampling
 from prefalign.selecting import BestConfig, PairsConfig, Rules, SteerConfig
 from prefalign.sources import DataConfig
@@ -110,15 +108,15 @@ class Config:
 def main(config: Config) -> Manifest:
     """Run the stage. Returns the manifest of the graded answers; those of the exports are in their folders."""
     from prefalign.engines.loading import load_engine
-    from prefalign.rewards import read_rewards
+    from prefalign.rewards import named_scores, read_rewards, second_grades
 
     sources.files_of(config.data)
     folder, answers = config.output.path, rows_folder(config)
     check_folder(folder)
     alone = SHARD.get().alone and WORKER.get() is None
     rewards = read_rewards([_kept(entry, folder) for entry in config.rewards] if alone else config.rewards)
-    check_names(rewards, config)
-    again = asked_again(rewards) if config.regrade else None
+    named_scores.check_names(rewards, _named(config))
+    again = second_grades.asked_again(rewards) if config.regrade else None
     engine = load_engine(config.model, batch_size=config.batch_size, needs=["sample"], stage=METHOD)
     manifest = store.run_stage(
         METHOD,
@@ -164,45 +162,6 @@ def row_settings(config: Config) -> dict[str, Any]:
     return {**drawn, "rewards": stages.portable(config.rewards), "regrade": config.regrade}
 
 
-def check_names(rewards: Combined, config: Config) -> None:
-    """Raise `ValueError` if a score is weighed or told that none of the rewards can give, before anything is drawn. What terms
-    there are is known of a judge; of other rewards `check_scores` looks at what they gave."""
-    entries = {entry.name: entry.reward for entry in rewards.entries}
-    for where, name in _named(config):
-        label, _, term = name.partition("/")
-        if name == "total":
-            continue
-        if label not in entries:
-            raise ValueError(
-                f"{where} names the score {name!r}, and the rewards are {', '.join(entries)}: all answers would count as "
-                f"ungraded. Scores are called REWARD/TERM, such as {next(iter(entries))}/..., or total."
-            )
-        terms: list[str] | None = getattr(entries[label], "attributes", None)
-        if terms is not None and term not in terms:
-            raise ValueError(
-                f"{where} names the score {name!r}, and {label} does not grade {term!r}: all answers would count as ungraded. "
-                f"{nearest(name, [f'{label}/{known}' for known in terms])}"
-            )
-
-
-def check_scores(rows: list[Candidates | Failed], config: Config) -> None:
-    """Raise `ValueError` if a score that is weighed or told stands in none of these answers, not even as missing.
-
-    Args:
-        rows: graded answers.
-        config: settings.
-    """
-    given = {
-        name for row in rows if isinstance(row, Candidates) for response in row.responses for name in response["scores"]
-    }
-    for where, name in _named(config):
-        if given and name not in given:
-            raise ValueError(
-                f"{where} names the score {name!r}, and the rewards gave {', '.join(sorted(given))}: no answer would make a "
-                f"pair or an example. Stopped at the first block; {nearest(name, sorted(given))}"
-            )
-
-
 def _named(config: Config) -> list[tuple[str, str]]:
     """Each score that the exports read, with the setting that names it."""
     told = config.steerlm.attributes if "steerlm" in config.exports else []
@@ -213,28 +172,6 @@ def rules_of(config: Config, name: Export) -> Rules:
     """How rows of one export are made."""
     return Rules(METHOD, name, config.quality, config.pairs, config.best, config.steerlm, config.unfinished,
                  config.seed)  # fmt: skip
-
-
-def asked_again(rewards: Combined) -> Combined:
-    """The rewards that can be asked for a second opinion.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    from prefalign.rewards import Combined, Weighted
-
-    entries = [
-        Weighted(entry.name, again(), entry.weight)
-        for entry in rewards.entries
-        if callable(again := getattr(entry.reward, "again", None))
-    ]
-    if not entries:
-        names = ", ".join(entry.name for entry in rewards.entries)
-        raise ValueError(
-            f"regrade asks for second grades, and {names} would say the same again: only a judge can disagree with itself. Set "
-            "regrade to 0."
-        )
-    return Combined(entries)
 
 
 def process(
@@ -249,54 +186,24 @@ def process(
         again: what grades a share of the answers once more; None: nothing does.
         config: settings.
     """
-    from prefalign.rewards import stored
+    from prefalign.rewards import named_scores, second_grades, stored
 
     def work(rows: list[tuple[Prompt, list[Image.Image]]]) -> list[Outcome]:
         drawn = responses.draw(rows, engine, config.sampling, num_generations=config.num_generations, method=METHOD,
                                seed=config.seed)  # fmt: skip
         ready = [(row, images) for row, (_, images) in zip(drawn, rows, strict=True) if not isinstance(row, Failed)]
         graded = stored.score_rows(ready, rewards) if ready else []
-        check_scores(graded, config)
+        named_scores.check_scores(graded, _named(config))
         if again is not None:
             pictures = [images for _, images in ready]
-            graded = grade_again(list(zip(graded, pictures, strict=True)), again, config)
+            graded = second_grades.grade_again(
+                list(zip(graded, pictures, strict=True)), again, share=config.regrade, seed=config.seed
+            )
         given = iter(graded)
         outcomes = [row if isinstance(row, Failed) else next(given) for row in drawn]
         return [row if isinstance(row, Failed) else [row] for row in outcomes]
 
     return stages.in_order(block, lambda prompt: stages.opened(prompt.images), work)
-
-
-def grade_again(
-    rows: list[tuple[Candidates | Failed, list[Image.Image]]], again: Combined, config: Config
-) -> list[Candidates | Failed]:
-    """Rows in which the answers that are drawn for it have second grades, as `regraded`."""
-    from prefalign.rewards import stored
-
-    drawn = [
-        (place, number)
-        for place, (row, _) in enumerate(rows)
-        if isinstance(row, Candidates)
-        for number in range(len(row.responses))
-        if random.Random(row_seed(config.seed, f"{row.id}/{number}/again")).random() < config.regrade
-    ]
-    made = [row for row, _ in rows]
-    asked = {}
-    for place in {place for place, _ in drawn}:
-        row, images = rows[place]
-        assert isinstance(row, Candidates)
-        asked[place] = stored.as_responses(row, images)
-    scores = stored.score([asked[place][number] for place, number in drawn], again) if drawn else []
-    for at, ((place, number), given) in enumerate(zip(drawn, scores, strict=True)):
-        if (failed := stored.judge_failure(again, [at])) is not None:
-            made[place] = failed
-        row = made[place]
-        if isinstance(row, Failed):
-            continue
-        answers = list(row.responses)
-        answers[number] = {**answers[number], "regraded": {name: v for name, v in given.items() if name != "total"}}
-        made[place] = dataclasses.replace(row, responses=answers)
-    return made
 
 
 def export(folder: Path, name: Export, config: Config) -> None:
@@ -321,7 +228,7 @@ def export(folder: Path, name: Export, config: Config) -> None:
 
 def figures(folder: Path, rewards: Combined, config: Config) -> dict[str, Any]:
     """What a run gave: scores, rows and drops of each export, margins by policy, and the judge's agreement with itself."""
-    from prefalign.rewards import stored
+    from prefalign.rewards import second_grades, stored
 
     found = stored.figures(folder / ANSWERS, rewards)
     for name in config.exports:
@@ -333,7 +240,7 @@ def figures(folder: Path, rewards: Combined, config: Config) -> dict[str, Any]:
         )
     policies: tuple[pairing.Rejected, ...] = ("random", "worst", "nearest")
     found["policies"] = {name: policy_figures(folder / ANSWERS, name, config) for name in policies}
-    found["agreement"] = agreement(folder / ANSWERS)
+    found["agreement"] = second_grades.agreement(folder / ANSWERS)
     return found
 
 
@@ -351,29 +258,6 @@ def policy_figures(folder: Path, rejected: pairing.Rejected, config: Config) -> 
         "margin": round(sum(pair.margin or 0.0 for pair in pairs) / count, 4) if count else None,
         "length_gap": round(sum(pair.meta["length_gap"] for pair in pairs) / count, 4) if count else None,
     }
-
-
-def agreement(folder: Path) -> dict[str, dict[str, float | None]]:
-    """By attribute, of the answers that were graded twice: quadratic-weighted kappa, share of equal grades, how many, and of how
-    many a grade is missing."""
-    from prefalign.evals.statistics import weighted_kappa
-
-    twice: dict[str, list[tuple[float | None, float | None]]] = {}
-    for row in stages.columns_of(folder, "responses"):
-        for response in row["responses"]:
-            for name, second in response.get("regraded", {}).items():
-                twice.setdefault(name, []).append((response["scores"][name], second))
-    found: dict[str, dict[str, float | None]] = {}
-    for name, given in sorted(twice.items()):
-        known = [(int(one), int(other)) for one, other in given if one is not None and other is not None]
-        kappa = weighted_kappa([one for one, _ in known], [other for _, other in known], grades=5)
-        found[name] = {
-            "kappa": None if kappa is None else round(kappa, 4),
-            "equal": round(sum(one == other for one, other in known) / len(known), 4) if known else None,
-            "answers": len(known),
-            "missing": len(given) - len(known),
-        }
-    return found
 
 
 def _kept(entry: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -25,24 +25,23 @@ import functools
 import json
 import random
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from prefalign import pairing, responses, sources, stages, store
+from prefalign.claim_survey import ClaimSurvey, words_of
 from prefalign.claims import FAILED, Answer, ClaimJudge, ConquerConfig, DivideConfig, Judgement, as_meta
 from prefalign.engines import Engine, Sampling
 from prefalign.engines.config import EngineConfig
-from prefalign.length_balance import Balance, Cut, Lengths
+from prefalign.length_balance import Balance, Cut
 from prefalign.manifest import Manifest, write_atomically
 from prefalign.records import Candidates, Pair, Prompt, canonical_json, row_seed
 from prefalign.sources import DataConfig
-from prefalign.store import Dropped, Failed, Outcome, OutputConfig, StoreError
+from prefalign.store import Dropped, Failed, Outcome, OutputConfig
 from prefalign.surveys import Survey
 
 METHOD = "rlaif_v"
-PASS = "claims"
 FIGURES = "claims.json"
 Row = dict[str, Any]
 
@@ -150,7 +149,7 @@ def main(config: Config) -> Manifest:
     sources.files_of(config.data)
     models = load(config)
     settings = row_settings(config, models)
-    decided = functools.cache(lambda: Decided(config, models))
+    decided = functools.cache(lambda: decide(config, models))
     manifest = store.run_stage(
         METHOD,
         config.data,
@@ -201,36 +200,20 @@ def row_settings(config: Config, models: Models) -> Row:
     return {**settings, "divide": divide, "judge": models.judge.version}
 
 
-class Decided:
-    """What the pass over all inputs found, read back block by block, and the cut that it led to.
-
-    Raises:
-        StoreError: if more rows than `output.max_quarantine` failed, before any is put into quarantine.
-    """
-
-    def __init__(self, config: Config, models: Models):
-        total, repeated = sources.survey(config.data)
-        reads: type[Any] = Prompt if config.model is not None else Candidates
-        self._survey = Survey(METHOD, config.data, config.output, reads, total, repeated)
-        self._places: dict[str, int] = {}
-        counts, lengths = Counts(), Lengths()
-        passed = self._survey(PASS, lambda rows: measure(rows, models, config), again=models_failed)
-        for number, block in enumerate(passed):
-            for found in block:
-                if found["id"] not in self._places:
-                    self._places[found["id"]] = number
-                    counts.add(found, config.output.max_quarantine)
-                    for chosen, rejected in found["drawn"]:
-                        lengths.add(*words_of(found, chosen, rejected))
-        self.cut, balance = lengths.balanced(config.pairs.length_balance, config.pairs.least_kept)
-        figures = {**counts.figures(), "length_balance": balance}
-        write_atomically(config.output.path / FIGURES, json.dumps(figures, indent=2).encode())
-
-    def of(self, block: Sequence[Any]) -> list[tuple[Any, Row]]:
-        """Each row of a block with what was found of it; blocks may come in any order."""
-        files = [self._survey.file(PASS, number) for number in {self._places[row.id] for row in block}]
-        known = {found["id"]: found for file in files for found in reversed(json.loads(file.read_text())["rows"])}
-        return [(row, known[row.id]) for row in block]
+def decide(config: Config, models: Models) -> ClaimSurvey:
+    """Steps 1 to 5: the pass over all inputs, of which blocks that are done are read, and the cut that it leads to."""
+    total, repeated = sources.survey(config.data)
+    reads: type[Any] = Prompt if config.model is not None else Candidates
+    passed = Survey(METHOD, config.data, config.output, reads, total, repeated)
+    found = ClaimSurvey(
+        passed,
+        lambda rows: measure(rows, models, config),
+        again=models_failed,
+        balance=config.pairs.length_balance,
+        least_kept=config.pairs.least_kept,
+    )
+    write_atomically(config.output.path / FIGURES, json.dumps(found.figures, indent=2).encode())
+    return found
 
 
 def models_failed(found: Row) -> bool:
@@ -305,13 +288,6 @@ def _choose(known: Row, config: Config) -> None:
         known["dropped"] = "few_judged" if sum(score is not None for score in scores) < 2 else "small_gap"
 
 
-def words_of(found: Row, chosen: int, rejected: int) -> tuple[int, int]:
-    """Words of the two answers of a pair."""
-    texts = (found["responses"][number]["text"] for number in (chosen, rejected))
-    one, other = (len(text.split()) for text in texts)
-    return one, other
-
-
 def outcome(row: Prompt | Candidates, found: Row, cut: Cut, settings: Row, config: Config) -> Outcome:
     """The pairs of a row that the length balance leaves, or why there are none."""
     if "failed" in found:
@@ -353,40 +329,6 @@ def pair_of(
             "sampling": told["chosen"]["settings"],
         },
     )
-
-
-@dataclass
-class Counts:
-    """Running sums for the figures of a run."""
-
-    answers: Counter[str] = field(default_factory=Counter)
-    verdicts: Counter[str] = field(default_factory=Counter)
-    claims: Counter[str] = field(default_factory=Counter)
-    pairs: int = 0
-    failed: int = 0
-
-    def add(self, found: Row, limit: int) -> None:
-        """Count a row of the pass. Raises `StoreError` if more than `limit` have failed."""
-        self.failed += "failed" in found
-        if self.failed > limit:
-            raise StoreError(
-                f"{METHOD} stopped: {self.failed} rows failed before a pair was written, above --output.max_quarantine {limit} "
-                f"(last: {': '.join(found['failed'])[:400]}). Mend the cause or raise the limit, and start again: what is judged "
-                "stays, rows whose models did not answer are asked again."
-            )
-        self.answers.update(judged["reason"] or "judged" for judged in found["judged"])
-        for judged in found["judged"]:
-            self.verdicts.update(judged["verdicts"])
-        self.pairs += len(found["drawn"])
-        for pair in found["drawn"]:
-            for side, number in zip(("chosen", "rejected"), pair, strict=True):
-                self.claims[side] += len(found["judged"][number]["claims"])
-
-    def figures(self) -> Row:
-        """Answers by what became of them, claims by verdict, and mean claims of either side of the pairs that were drawn."""
-        means = {side: round(self.claims[side] / max(1, self.pairs), 3) for side in ("chosen", "rejected")}
-        return {"answers": dict(sorted(self.answers.items())), "claims": dict(sorted(self.verdicts.items())),
-                "pairs_drawn": self.pairs, "mean_claims": means}  # fmt: skip
 
 
 if __name__ == "__main__":

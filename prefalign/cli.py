@@ -59,9 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     scenes = verbs.add_parser("scenes", help="the embedded world: build its model, print its figures, export rows")
     what = scenes.add_subparsers(dest="what", required=True, metavar="WHAT")
-    build = what.add_parser("build", help="train the tiny base model from its seed and write its card")
-    build.add_argument("--output", type=Path, required=True, help="folder for the checkpoint")
-    build.add_argument("--seed", type=int, default=0)
+    for name, help_text in (("build", "train the tiny base model from its seed and write its card"),
+                            ("labeller", "train the tiny model that says which claims are true (RLAIF-V)")):  # fmt: skip
+        built = what.add_parser(name, help=help_text)
+        built.add_argument("--output", type=Path, required=True, help="folder for the checkpoint")
+        built.add_argument("--seed", type=int, default=0)
     figures = what.add_parser("figures", help="measure a scenes model (the shipped one by default)")
     figures.add_argument("--model", type=Path, default=None, help="checkpoint folder; the shipped base if left out")
     export = what.add_parser("export", help="write scenes rows that stages read")
@@ -188,10 +190,10 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _scenes(chosen: argparse.Namespace) -> None:
-    if chosen.what == "build":
-        from prefalign.scenes.build import build
+    if chosen.what in ("build", "labeller"):
+        from prefalign.scenes import build, labeller
 
-        build(chosen.output, seed=chosen.seed)
+        {"build": build, "labeller": labeller}[chosen.what].build(chosen.output, seed=chosen.seed)
     elif chosen.what == "figures":
         from prefalign.scenes import base_checkpoint, measure
 

@@ -16,7 +16,7 @@ from prefalign.judge import RUBRIC
 from prefalign.manifest import read_manifest
 from prefalign.models import ModelConfig
 from prefalign.records import Candidates, Example, Pair, Prompt, message_text, user_message
-from prefalign.rewards import Response, read_rewards
+from prefalign.rewards import Response, read_rewards, second_grades
 from prefalign.scenes.export import export
 from prefalign.scenes.grades import five, grades
 from prefalign.store import Dropped, Failed, StoreError, read_records
@@ -211,8 +211,12 @@ FACTS = {
     [
         ("There is a large red circle at the top left. There is a small blue star on the right.", (4, 4, 4, 4, 2)),
         ("There is a large red circle at the top left.", (2, 4, 4, 4, 1)),
-        ("There is a large red circle at the top left. There is a small green star on the right.", (2, 2, 4, 4, 2)),
-        ("There is a heart on the right.", (0, 0, 4, 1, 1)),
+        ("There is a large red circle at the top left. There is a small green star on the right.", (2, 3, 4, 4, 2)),
+        ("There is a heart on the right.", (0, 3, 4, 1, 1)),
+        (
+            " ".join(f"There is a {shape} on the right." for shape in ("heart", "ring", "cross", "disc", "box")),
+            (0, 0, 4, 1, 4),
+        ),
         ("It is a sunny day. There is a small blue star on the right.", (2, 4, 2, 4, 1)),
         ("A red circle is at the top left. A red circle is at the top left.", (2, 4, 2, 3, 2)),
         ("Hello.", (0, 0, 0, 0, 0)),
@@ -266,7 +270,7 @@ def test_what_the_judge_does_not_say_is_missing_and_never_a_default(stage, engin
     mute = Grader([prompt], mute=(row.responses[1]["text"],))
     known = settings(stage, rows, tmp_path, mute, regrade=1.0)
     rewards = read_rewards(known.rewards)
-    [[again]] = stage.process([prompt], engine, rewards, stage.asked_again(rewards), known)
+    [[again]] = stage.process([prompt], engine, rewards, second_grades.asked_again(rewards), known)
     assert again.responses[1]["scores"] == dict.fromkeys((*FIVE, "total"))
     assert again.responses[1]["regraded"] == dict.fromkeys(FIVE)
     asked = [message_text(request.messages) for request in mute.requests]
@@ -279,7 +283,7 @@ def test_the_second_question_asks_in_another_order(stage, engine, rows, tmp_path
     grader = Grader([prompt])
     known = settings(stage, rows, tmp_path, grader, regrade=1.0, num_generations=1, pairs={"group_size": None})
     rewards = read_rewards(known.rewards)
-    stage.process([prompt], engine, rewards, stage.asked_again(rewards), known)
+    stage.process([prompt], engine, rewards, second_grades.asked_again(rewards), known)
     orders = [re.findall(r'"(\w+)": <0-4>', message_text(request.messages)) for request in grader.requests]
     assert len(orders) == 2
     assert orders[0] == orders[1][::-1]
@@ -301,7 +305,7 @@ def test_rows_that_cannot_be_shown_fail_alone(stage, engine, rows, tmp_path):
     marked = dataclasses.replace(row, id="marked", messages=[user_message("Is <image> here?", 1)])
     known = settings(stage, rows, tmp_path, Grader([row]), regrade=0.5)
     rewards = read_rewards(known.rewards)
-    outcomes = stage.process([broken, row, marked], engine, rewards, stage.asked_again(rewards), known)
+    outcomes = stage.process([broken, row, marked], engine, rewards, second_grades.asked_again(rewards), known)
     assert isinstance(outcomes[0], Failed)
     assert outcomes[2].reason == "generation_failed"
     assert len(outcomes[1][0].responses) == 4
@@ -352,7 +356,7 @@ def test_names_and_second_grades_that_no_reward_gives_are_refused(stage, rows, t
     with pytest.raises(
         ValueError, match="the judge grades correctness alone, so it would be asked the same question again"
     ):
-        stage.asked_again(one)
+        second_grades.asked_again(one)
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,13 @@ def five(responses: Sequence[Response]) -> dict[str, list[float | None]]:
 def grades(text: str, facts: Mapping[str, Any]) -> dict[str, float]:
     """The five grades of one caption.
 
-    helpfulness: share of the objects that are named with nothing false about them; correctness: share of the mentions that are
-    true in every detail; coherence: share of the sentences that this world can say, and that are said once; complexity: share of
-    colour, size and place that mentions give; verbosity: mentions for each object, two make 4.
+    helpfulness: share of the objects that are named with nothing false about them; correctness: 4 less one for each mention
+    that is false in any detail (0 where nothing is named); coherence: share of the sentences that this world can say, and that
+    are said once; complexity: share of colour, size and place that mentions give; verbosity: mentions for each object, two
+    make 4.
+
+    False mentions are counted because `prefalign.judge` prefers the answer that says less that is false. By their share a long
+    caption with three of them passes a short one with two.
 
     Args:
         text: the caption.
@@ -48,7 +52,7 @@ def grades(text: str, facts: Mapping[str, Any]) -> dict[str, float]:
     details = sum(value is not None for mention in mentions for value in (mention.colour, mention.size, mention.place))
     return {
         "helpfulness": _grade(len({number for some in fitting for number in some}), len(things)),
-        "correctness": _grade(sum(bool(some) for some in fitting), len(mentions)),
+        "correctness": float(max(0, 4 - sum(not some for some in fitting))) if mentions else 0.0,
         "coherence": _grade(len(sound), len(said)),
         "complexity": _grade(details, 3 * len(mentions)),
         "verbosity": _grade(min(len(mentions), 2 * len(things)), 2 * len(things)),

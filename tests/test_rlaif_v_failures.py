@@ -1,0 +1,107 @@
+"""RLAIF-V where a model does not answer: rows in quarantine by name, asked about again by the next run."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from test_claims import Labeller
+
+from prefalign import bundled
+from prefalign.claims import ClaimJudge
+from prefalign.engines import Completion
+from prefalign.records import Candidates, Pair, message_text
+from prefalign.store import OutputConfig, StoreError, read_records, write_records
+from tests.rlaif_v_cases import SCENES, candidates, settings, survey_of
+
+
+@pytest.fixture(scope="module")
+def stage():
+    return bundled.load_stage("rlaif_v")
+
+
+class Server(Labeller):
+    """A labeller that is a splitter too; down, it answers nothing, about a picture (`labels`) or at all."""
+
+    capabilities = frozenset({"first_token", "sample"})
+    down = ""
+
+    def first_token(self, requests, words):
+        replies = super().first_token(requests, words)
+        return [dict.fromkeys(words, math.nan) if self.down else one for one in replies]
+
+    def generate(self, requests, sampling):
+        if self.down == "all" or sampling.max_new_tokens == 1:
+            return super().generate(requests, dataclasses.replace(sampling, max_new_tokens=1))
+        texts = [message_text(request.messages) for request in requests]
+        claims = ["- A dragon sleeps." if "dragon" in text.lower() else "- A cat sits." for text in texts]
+        return [Completion(request.id, text) for request, text in zip(requests, claims, strict=True)]
+
+
+@pytest.mark.parametrize("down", ["labels", "all"])
+def test_rows_that_a_server_failed_are_quarantined_and_asked_about_again(stage, tmp_path, monkeypatch, down):
+    """Down for the second of three blocks: its row fails by name; a limit of 0 stops the run, the next asks only for it."""
+    server = Server({"dragon": {"No": 0.9}})
+    rows = [candidates([f"A dragon sleeps {number}.", f"A cat sits {number}."], f"row{number}") for number in range(3)]
+    write_records("t", rows, output=OutputConfig(tmp_path / "in"), record=Candidates, settings={}, seed=0)
+    monkeypatch.setattr(stage, "load", lambda config: stage.Models(None, ClaimJudge(server, server)))
+    known = {"model": None, "labeller": SCENES["model"], "divide": {"by": "model"}}
+    measure, asked = stage.measure, []
+
+    def measured(block, models, config):
+        asked.extend(row.id for row in block)
+        server.down = down if len(asked) == 2 else ""
+        return measure(block, models, config)
+
+    monkeypatch.setattr(stage, "measure", measured)
+    kept = settings(stage, tmp_path / "in", tmp_path / "kept", **known, output={"block_size": 1})
+    manifest = stage.main(kept)
+    assert manifest.dropped == {"generation_failed": 1}
+    (failure,) = (json.loads(line) for file in (tmp_path / "kept").glob("quarantine/*") for line in file.open())
+    assert failure["reason"] == "generation_failed"
+    assert "HTTP 503" in failure["message"]
+    assert "labeller failed at" in failure["message"] if down == "labels" else "list of claims" in failure["message"]
+    assert [row["judged"] == [] for row in survey_of(tmp_path / "kept")] == [False, True, False]
+
+    asked.clear()
+    strict = settings(stage, tmp_path / "in", tmp_path / "out", **known, output={"block_size": 1, "max_quarantine": 0})
+    with pytest.raises(
+        StoreError, match="1 rows failed before a pair was written, above .* 0 .last: generation_failed: .*503"
+    ):
+        stage.main(strict)
+    assert asked == ["row0", "row1"]
+    asked[:] = ["not", "the second"]
+    assert stage.main(strict).rows_used == 3
+    assert asked[2:] == ["row1", "row2"]
+    assert [pair.meta["parent"] for pair in read_records(tmp_path / "out", Pair)] == ["row0", "row1", "row2"]
+
+
+def test_rows_in_quarantine_for_good_are_not_asked_about_again(stage, tmp_path, monkeypatch):
+    """A run that was killed after the block of the failed row was written goes on with the others."""
+    server = Server({"dragon": {"No": 0.9}})
+    server.down = "all"
+    rows = [candidates(["A dragon sleeps.", "A cat sits."], f"row{number}") for number in range(2)]
+    write_records("t", rows, output=OutputConfig(tmp_path / "in"), record=Candidates, settings={}, seed=0)
+    monkeypatch.setattr(stage, "load", lambda config: stage.Models(None, ClaimJudge(server, server)))
+    asked, killed = [], []
+    measure, outcome = stage.measure, stage.outcome
+
+    def measured(block, models, config):
+        asked.extend(row.id for row in block)
+        return measure(block, models, config)
+
+    def kill(row, *given):
+        if row.id == "row1" and not killed:
+            killed.append(row.id)
+            raise KeyboardInterrupt
+        return outcome(row, *given)
+
+    monkeypatch.setattr(stage, "measure", measured)
+    monkeypatch.setattr(stage, "outcome", kill)
+    known = settings(stage, tmp_path / "in", tmp_path / "out", model=None, labeller=SCENES["model"], divide={"by": "model"},
+                     output={"block_size": 1})  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        stage.main(known)
+    server.down = ""
+    assert stage.main(known).dropped == {"generation_failed": 1}
+    assert asked == ["row0", "row1", "row1"]
