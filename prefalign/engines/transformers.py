@@ -12,12 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from prefalign import families
 from prefalign.engines import USAGE, Completion, ImageAttention, Request, Sampling, first_token, sharing
@@ -25,7 +20,7 @@ from prefalign.engines.attention import measure, readable_layer
 from prefalign.engines.contrast import blind_branch, text_alone_works
 from prefalign.engines.prompts import check_answers, hidden_mask, request_problem, with_tails
 from prefalign.engines.rows import drawn_completion, new_text, prompt_row, token_ids
-from prefalign.engines.sampling import RowNoise, check_sampling
+from prefalign.engines.sampling import RepetitionPenalty, RowNoise, check_sampling
 from prefalign.engines.stopping import SENTENCE_MARKS, Batch, Row, RowStop
 from prefalign.engines.watching import watching
 from prefalign.models import ModelConfig, fingerprint, load_model, load_processor
@@ -306,8 +301,7 @@ class TransformersEngine:
             requests = [row.request for row in batch.rows]
             processors: list[Any] = [RowNoise(requests, sampling, self.banned, len(self.tokenizer), width)]
             if sampling.repetition_penalty != 1:
-                padding = (inputs["attention_mask"] != 0).int().argmax(1)
-                processors.insert(0, RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, padding))
+                processors.insert(0, RepetitionPenalty(sampling.repetition_penalty, inputs["attention_mask"]))
             branch = None
             if sampling.contrast is not None and batch.rows[0].request.images:
                 branch = blind_branch(self, batch, sampling.contrast, width)
