@@ -287,22 +287,16 @@ class ClaimJudge:
                 asked.setdefault(_key(answer, question), request)
         words = [*self.conquer.yes, *self.conquer.no]
         replies = self.labeller.first_token(list(asked.values()), words) if asked else []
-        probs = dict(zip(asked, replies, strict=True))
-        failed = {key: request for key, request in asked.items() if any(map(math.isnan, probs[key].values()))}
-        why = self._why([*failed.values()])
+        told = dict(zip(asked, replies, strict=True))
+        failed = {key: reply.error for key, reply in told.items() if reply.error is not None}
         for answer, judged in zip(answers, found, strict=True):
             keys = [_key(answer, question) for question in judged.questions if judged.reason is None]
             if lost := next((key for key in keys if key in failed), None):
                 of = f"the labeller failed at {len(failed)} of {len(asked)} questions, {lost[0]!r} among them"
-                judged.reason, judged.error = FAILED, f"{of}; asked again, the first one gave: {why}"
+                judged.reason, judged.error = FAILED, f"{of}: {failed[lost]}"
             elif keys:
-                self._label(judged, [probs[key] for key in keys])
+                self._label(judged, [told[key].probs for key in keys])
         return found
-
-    def _why(self, failed: Sequence[Request]) -> str:
-        """The error of the first request, which its missing probabilities do not tell: it is put again, for one token."""
-        told = self.labeller.generate(failed[:1], Sampling(max_new_tokens=1, temperature=0.0)) if failed else []
-        return "".join(reply.error or "an answer" for reply in told)
 
     def _label(self, judged: Judgement, replies: Sequence[dict[str, float]]) -> None:
         judged.p_yes = [math.fsum(reply[word] for word in self.conquer.yes) for reply in replies]

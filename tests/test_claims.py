@@ -20,7 +20,7 @@ from prefalign.claims import (
     verdict,
 )
 from prefalign.config import ConfigError
-from prefalign.engines import Completion
+from prefalign.engines import Completion, FirstToken
 from prefalign.images import encode_png
 from prefalign.records import message_text, user_message
 from prefalign.rewards import Response, read_rewards
@@ -41,11 +41,12 @@ class Labeller:
         self.asked += requests
         texts = [message_text(request.messages) for request in requests]
         found = [next((given for word, given in self.table.items() if word in text), {"Yes": 0.9}) for text in texts]
-        return [{word: given.get(word, given.get("all", 0.0)) for word in words} for given in found]
-
-    def generate(self, requests, sampling):
-        assert sampling.max_new_tokens == 1
-        return [Completion(request.id, "", finish_reason="error", error="HTTP 503") for request in requests]
+        return [
+            FirstToken({}, given["error"])
+            if "error" in given
+            else FirstToken({word: given.get(word, given.get("all", 0.0)) for word in words})
+            for given in found
+        ]
 
 
 class Splitter:
@@ -252,15 +253,15 @@ def test_a_list_that_a_fault_cost_is_no_verdict(lists, questions, what):
 
 
 def test_a_labeller_that_fails_says_why_and_spoils_only_the_answers_it_was_asked_about():
-    labeller = Labeller({"dog": {"all": math.nan}, "dragon": {"No": math.nan, "all": 0.1}, "bird": {"No": 0.9}})
+    labeller = Labeller({"dog": {"error": "HTTP 429"}, "dragon": {"error": "HTTP 503"}, "bird": {"No": 0.9}})
     texts = ["A cat. A dog.", "A bird.", "A dragon. A cat.", "no stop here"]
     found = ClaimJudge(labeller, None, RULES).judge([answer(text, n) for n, text in enumerate(texts)])
     assert [one.reason for one in found] == ["generation_failed", None, "generation_failed", "no_claims"]
     assert found[1].score() == -1
     assert found[2].error == (
-        "the labeller failed at 2 of 5 questions, 'Is this statement true of the picture? \"A dragon.\"' among them; asked "
-        "again, the first one gave: HTTP 503"
+        "the labeller failed at 2 of 5 questions, 'Is this statement true of the picture? \"A dragon.\"' among them: HTTP 503"
     )
+    assert found[0].error.endswith("among them: HTTP 429")
     assert (found[0].p_yes, found[0].verdicts, found[1].error) == ([], [], None)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import re
 import subprocess
@@ -15,7 +14,7 @@ from test_online_recipes import carry_out
 from prefalign import bundled, config
 from prefalign.claims import ClaimJudge, DivideConfig
 from prefalign.config import ConfigError
-from prefalign.engines import Completion
+from prefalign.engines import Completion, FirstToken
 from prefalign.engines.config import EngineConfig
 from prefalign.execution import WHOLE, Ended, StageWorker
 from prefalign.images import encode_png
@@ -311,11 +310,11 @@ class Server(Labeller):
 
     def first_token(self, requests, words):
         replies = super().first_token(requests, words)
-        return [dict.fromkeys(words, math.nan) if self.down else one for one in replies]
+        return [FirstToken({}, "HTTP 503") if self.down else one for one in replies]
 
     def generate(self, requests, sampling):
-        if self.down == "all" or sampling.max_new_tokens == 1:
-            return super().generate(requests, dataclasses.replace(sampling, max_new_tokens=1))
+        if self.down == "all":
+            return [Completion(request.id, "", finish_reason="error", error="HTTP 503") for request in requests]
         texts = [message_text(request.messages) for request in requests]
         claims = ["- A dragon sleeps." if "dragon" in text.lower() else "- A cat sits." for text in texts]
         return [Completion(request.id, text) for request, text in zip(requests, claims, strict=True)]
