@@ -6,20 +6,9 @@ import re
 import pytest
 from PIL import Image
 
-from prefalign.claims import (
-    Answer,
-    ClaimJudge,
-    ConquerConfig,
-    DivideConfig,
-    Judgement,
-    Rules,
-    as_meta,
-    asking_prompt,
-    dividing_prompt,
-    read_list,
-    verdict,
-)
+from prefalign.claims import ClaimJudge, ConquerConfig, Judgement, as_meta, verdict
 from prefalign.config import ConfigError
+from prefalign.dividing import Answer, DivideConfig, Rules, asking_prompt, dividing_prompt, read_list
 from prefalign.engines import Completion, FirstToken
 from prefalign.images import encode_png
 from prefalign.records import message_text, user_message

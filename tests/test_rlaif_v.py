@@ -12,8 +12,9 @@ from test_claims import Labeller
 from test_online_recipes import carry_out
 
 from prefalign import bundled, config
-from prefalign.claims import ClaimJudge, DivideConfig
+from prefalign.claims import ClaimJudge
 from prefalign.config import ConfigError
+from prefalign.dividing import DivideConfig
 from prefalign.engines import Completion, FirstToken
 from prefalign.engines.config import EngineConfig
 from prefalign.execution import WHOLE, Ended, StageWorker

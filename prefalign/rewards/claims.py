@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
-from prefalign.claims import Answer, ClaimJudge, ConquerConfig, DivideConfig
+from prefalign.claims import ClaimJudge, ConquerConfig
+from prefalign.dividing import Answer, DivideConfig
 from prefalign.engines.config import EngineConfig
 from prefalign.images import EncodedImage, ImageError, open_image
 from prefalign.judge import picture_hash
