@@ -1,4 +1,4 @@
-"""Judges as rewards and comparators: both orders, retries, the cache; with a witness that knows the truth and one that babbles."""
+"""Judges as rewards and comparators: both orders, retries, the cache; one that knows the truth and one that babbles."""
 
 import json
 import math
