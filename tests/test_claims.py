@@ -317,6 +317,24 @@ def test_the_reward_scores_what_the_picture_says(reward):
     assert math.isnan(float(reward.score([response("I see.", real)])["total"]))
 
 
+def test_the_reward_says_which_responses_a_labeller_failed():
+    rewards = read_rewards([{"name": "claims", "labeller": SCENES, "divide": {"by": "rules"}}])
+    rewards.entries[0].reward.judge = ClaimJudge(Labeller({"dragon": {"error": "HTTP 503"}}), None, RULES)
+    blank = encode_png(Image.new("RGB", (60, 60), "white"), "b.png")
+    broken = {"bytes": b"no picture", "path": "c.png"}
+    rows = [
+        response("A cat.", broken),
+        response("A cat.", blank),
+        response("I see", blank),
+        response("A dragon.", blank),
+    ]
+    assert rewards.score(rows)["total"].isnan().tolist() == [True, False, True, True]
+    assert list(rewards.failures) == [3]
+    assert rewards.failures[3].endswith("among them: HTTP 503")
+    rewards.score(rows[:2])
+    assert rewards.failures == {}
+
+
 def test_the_reward_per_claim_and_what_it_cannot_open():
     reward = read_rewards([{"name": "claims", **PLACES, "per_claim": True}])
     blank = encode_png(Image.new("RGB", (60, 60), "white"), "b.png")
