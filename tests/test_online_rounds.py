@@ -240,6 +240,9 @@ def test_several_processes_are_refused(prompts, tmp_path, monkeypatch):
         ({"trainer": {"label_smoothing": 2.0}}, "trainer.label_smoothing is 2.0; it is the share of wrong labels"),
         ({"trainer": {"learning_rate": -1.0}}, "trainer.learning_rate is -1.0, with which no step can be taken"),
         ({"trainer": {"per_device_train_batch_size": 0}}, "trainer.per_device_train_batch_size is 0.*Give 1 or more"),
+        ({"trainer": {"eval_strategy": "steps"}}, "trainer.eval_strategy is 'steps', and .* no held-out pairs.*Leave it out"),
+        ({"trainer": {"eval_on_start": True}}, "trainer.eval_on_start is True, and .* no held-out pairs"),
+        ({"trainer": {"save_strategy": "best"}}, "trainer.save_strategy is 'best', and .* no held-out pairs"),
         ({"freeze": ["foo"]}, "no tower called 'foo' to freeze"),
         ({"rewards": [{"name": "objects", "weight": {"inventd": 1}}]}, "gives no term 'inventd', .*did you mean 'invented'"),
     ],
@@ -247,6 +250,25 @@ def test_several_processes_are_refused(prompts, tmp_path, monkeypatch):
 def test_settings_that_the_trainer_refuses_leave_no_folder(changes, words, algorithm, prompts, tmp_path):
     changes = config.merge({"trainer": {"algorithm": algorithm}}, changes)
     with pytest.raises(ValueError, match=words):
+        run(prompts, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"trainer": {"loss_type": ["exo_pair"]}}, "Label smoothing must be greater than 0.0 when using 'exo_pair' loss"),
+        ({"trainer": {"loss_type": ["aot"], "use_weighting": True}}, "WPO-style weighting is not implemented for 'aot'"),
+        ({"trainer": {"report_to": "dvclive"}}, r"dvclive.*\(Refused by \w+ before anything was drawn"),
+        ({"trainer": {"lr_scheduler_type": "warmup_stable_decay"}}, "num_decay_steps.*before anything was drawn"),
+        ({"model": {"dtype": "float16"}, "trainer": {"bf16": True}}, "model.dtype: the weights are float16 and trainer.bf16"),
+        ({"lora": {"r": 2, "target_modules": r".*\.q_porj"}}, "lora.target_modules .* matches no module of the model"),
+        ({"lora": {"r": 2, "target_modules": "lm_head"}}, "Applying a PEFT adapter to `lm_head` is not supported"),
+        ({"freeze": ["vision", "projector", "language_model"]}, "leaves nothing to train"),
+    ],
+)  # fmt: skip
+def test_what_would_stop_the_trainer_of_a_round_stops_the_run_before_it_draws(changes, words, prompts, tmp_path):
+    with pytest.raises(config.ConfigError, match=words):
         run(prompts, tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
 
