@@ -254,25 +254,6 @@ def test_settings_that_the_trainer_refuses_leave_no_folder(changes, words, algor
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"trainer": {"loss_type": ["exo_pair"]}}, "Label smoothing must be greater than 0.0 when using 'exo_pair' loss"),
-        ({"trainer": {"loss_type": ["aot"], "use_weighting": True}}, "WPO-style weighting is not implemented for 'aot'"),
-        ({"trainer": {"report_to": "dvclive"}}, r"dvclive.*\(Refused by \w+ before anything was drawn"),
-        ({"trainer": {"lr_scheduler_type": "warmup_stable_decay"}}, "num_decay_steps.*before anything was drawn"),
-        ({"model": {"dtype": "float16"}, "trainer": {"bf16": True}}, "model.dtype: the weights are float16 and trainer.bf16"),
-        ({"lora": {"r": 2, "target_modules": r".*\.q_porj"}}, "lora.target_modules .* matches no module of the model"),
-        ({"lora": {"r": 2, "target_modules": "lm_head"}}, "Applying a PEFT adapter to `lm_head` is not supported"),
-        ({"freeze": ["vision", "projector", "language_model"]}, "leaves nothing to train"),
-    ],
-)  # fmt: skip
-def test_what_would_stop_the_trainer_of_a_round_stops_the_run_before_it_draws(changes, words, prompts, tmp_path):
-    with pytest.raises(config.ConfigError, match=words):
-        run(prompts, tmp_path / "run", **changes)
-    assert not (tmp_path / "run").exists()
-
-
 class Interruption(RuntimeError):
     pass
 
