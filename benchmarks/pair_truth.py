@@ -172,7 +172,8 @@ def score_knowledge(stage: str, pairs: Sequence[Pair], rows_in: int) -> list[Row
          [one["question"] for one in pair.meta["probes"]])
         for pair in pairs
     ]  # fmt: skip
-    again = probe(load_engine(EngineConfig("scenes"), batch_size=64), annotator, rows, how, seed=1)
+    probed = probe(load_engine(EngineConfig("scenes"), batch_size=64), annotator, rows, how, seed=1)
+    again = [probes for probes in probed if isinstance(probes, list)]
     asked = [(message_text(pair.chosen), one) for pair, probes in zip(pairs, again, strict=True) for one in probes]
     told = annotator.answerable([(caption, one.question) for caption, one in asked])
     stay = [one for (_, one), there in zip(asked, told, strict=True) if there]
@@ -247,7 +248,7 @@ class Workshop:
             return self.run(stage, self.pairs("povid"))
         if stage in MAKE_PAIRS:
             return self.run(stage, self.prompts("train_fair"))
-        changes = {"labeller": {"model_name_or_path": self.labeller()}} if stage == "rlaif_v" else {}
+        changes: dict[str, Any] = {"labeller": {"model_name_or_path": self.labeller()}} if stage == "rlaif_v" else {}
         return self.run(stage, self.prompts(TEXT_STAGES[stage]), **changes) / IN_A_FOLDER.get(stage, "")
 
     def labeller(self) -> str:

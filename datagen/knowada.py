@@ -215,6 +215,9 @@ def probe(rows: Sequence[Adapted], engine: Engine, annotator: Annotator, config:
     asked = [(row.captioned, row.images, row.questions) for row in open_rows]
     probed = knowledge.probe(engine, annotator, asked, how, seed=config.seed)
     for row, found in zip(open_rows, probed, strict=True):
+        if isinstance(found, Reply):
+            row.outcome = _ended(found)
+            continue
         row.probes = found
         if all(one.unknown is None for one in row.probes):
             row.outcome = Failed("unjudged", _too_few(row.probes, config.least_judged))
@@ -249,6 +252,8 @@ def adapt(rows: Sequence[Adapted], annotator: Annotator, config: Config) -> None
         found = [next(verdicts) for _ in row.unknown]
         if True in found:
             row.outcome = Dropped("still_answerable")
+        elif lost := next((one for one in found if isinstance(one, Reply)), None):
+            row.outcome = _ended(lost)
         elif None in found:
             row.outcome = Failed(
                 "unchecked_rewrite", "whether the rewrite still answers a question got neither yes nor no."

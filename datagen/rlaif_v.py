@@ -31,7 +31,8 @@ from typing import Any
 
 from prefalign import pairing, responses, sources, stages, store
 from prefalign.claim_survey import ClaimSurvey, words_of
-from prefalign.claims import FAILED, Answer, ClaimJudge, ConquerConfig, DivideConfig, Judgement, as_meta
+from prefalign.claims import ClaimJudge, ConquerConfig, Judgement, as_meta
+from prefalign.dividing import FAILED, Answer, DivideConfig
 from prefalign.engines import Engine, Sampling
 from prefalign.engines.config import EngineConfig
 from prefalign.length_balance import Balance, Cut

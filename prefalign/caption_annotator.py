@@ -146,15 +146,14 @@ class EngineAnnotator:
                 found.append(read or Reply(refused="no_questions", message=completion.text[:200]))
         return found
 
-    def judge(self, items: Sequence[tuple[str, str, str]]) -> list[int | None]:
+    def judge(self, items: Sequence[tuple[str, str, str]]) -> list[int | Reply | None]:
         """Grades; the same caption, question and answer are asked about once, ever, if there is a cache."""
-        return self.judging.ask(
-            [
-                Question(question, _JUDGE.format(caption=caption.strip(), question=question, answer=answer.strip()))
-                for caption, question, answer in items
-            ],
-            read_score,
-        )
+        asked = [
+            Question(question, _JUDGE.format(caption=caption.strip(), question=question, answer=answer.strip()))
+            for caption, question, answer in items
+        ]
+        grades = self.judging.ask(asked, read_score)
+        return [_failed(self.judging, place, "the grade of an answer") or grade for place, grade in enumerate(grades)]
 
     def rewrite(self, items: Sequence[tuple[Captioned, Sequence[str]]]) -> list[Reply]:
         """Captions rewritten with a rationale first; `unreadable` without exactly one line that begins with the marker."""
@@ -164,10 +163,11 @@ class EngineAnnotator:
             for (item, _), completion in zip(items, self._ask(prompts), strict=True)
         ]
 
-    def answerable(self, items: Sequence[tuple[str, str]]) -> list[bool | None]:
+    def answerable(self, items: Sequence[tuple[str, str]]) -> list[bool | Reply | None]:
         """Whether each text answers its question, as the LLM says."""
         asked = [Question(question, _ANSWERABLE.format(text=text, question=question)) for text, question in items]
-        return self.checking.ask(asked, read_yes_no)
+        told = self.checking.ask(asked, read_yes_no)
+        return [_failed(self.checking, place, "the check of a rewrite") or one for place, one in enumerate(told)]
 
     def statements(self, items: Sequence[tuple[Captioned, str]]) -> list[list[str] | Reply]:
         """Labels counted line by line; the model's own sums are not asked for."""
@@ -188,6 +188,12 @@ class EngineAnnotator:
     def _ask(self, prompts: Sequence[tuple[str, str]]) -> list[Completion]:
         requests = [Request(name, [user_message(text)], [], seed=self.seed) for name, text in prompts]
         return self.engine.generate(requests, self.sampling) if requests else []
+
+
+def _failed(judge: Judge, place: int, what: str) -> Reply | None:
+    """Why the question at a place got no reply; None if it did."""
+    error = judge.failed.get(place)
+    return None if error is None else Reply(refused="generation_failed", message=f"{what}: {error}")
 
 
 def _reply(completion: Completion, text: str | None) -> Reply:

@@ -1,7 +1,8 @@
 """A cascade over conversations: each stage scores what the one before kept, and keeps a share of it (arXiv 2409.18541).
 
 Scores come from rewards, or from what the picture adds to the answers (information gain). A stage that rates answers can let the
-model write several to each question and keep the best. All passes are `Survey`s, so a killed run goes on where it was.
+model write several to each question and keep the best. All passes are `Survey`s, so a killed run goes on where it was, and rows
+that a judge or the model failed are asked about again.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from prefalign.curation import Aggregate, Baseline, Compare, Judged, Turn, aggregated, baseline, keep_best, turns_of
 from prefalign.engines import Engine, Request, Sampling
 from prefalign.evidence import Without, information_gain
+from prefalign.execution import SHARD
 from prefalign.records import Prompt, user_message
 from prefalign.stages import opened
-from prefalign.store import Failed
+from prefalign.store import Failed, StoreError
 from prefalign.surveys import Survey
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 TABLE = "cascade.json"
 UNUSABLE = ("no_picture", "no_reference")
 """Reasons for which a row never comes to the first stage."""
+UNANSWERED = ("judge_failed", "generation_failed")
+"""Reasons for which a row has failed that may not hold another time."""
 
 
 @dataclass
@@ -135,6 +139,10 @@ def run_cascade(
 
     Returns:
         Every readable row by id, in input order; those with neither `dropped` nor `failed` are kept.
+
+    Raises:
+        StoreError: after a stage, if more rows than `output.max_quarantine` have failed; in one shard of several if a judge or
+            the model failed any, since another shard may hear an answer where this one did not, and keep other rows.
     """
     table: dict[str, Rated] = {}
     for block in survey("rows", lambda prompts: [_measured(prompt, stratify_by) for prompt in prompts]):
@@ -147,22 +155,50 @@ def run_cascade(
         def work(
             prompts: list[Prompt], stage: CascadeStage = stage, waiting: set[str] = waiting
         ) -> list[dict[str, Any]]:
-            first = {prompt.id: prompt for prompt in prompts if prompt.id in waiting}
-            answers = {name: table[name].answers for name in first}
-            return _score_block(list(first.values()), answers, stage, judges)
+            first = {prompt.id: prompt for prompt in reversed(prompts) if prompt.id in waiting}
+            asked = [prompt for prompt in prompts if first.get(prompt.id) is prompt]
+            scored = iter(_score_block(asked, {prompt.id: table[prompt.id].answers for prompt in asked}, stage, judges))
+            return [
+                next(scored) if first.get(prompt.id) is prompt else {"id": prompt.id, "passed": True}
+                for prompt in prompts
+            ]
 
-        for block in survey(f"stage-{stage.name}", work):
+        def again(found: dict[str, Any], waiting: set[str] = waiting) -> bool:
+            passed = "passed" in found or (found["failed"] is not None and found["failed"][0] in UNANSWERED)
+            return passed and found["id"] in waiting
+
+        for block in survey(f"stage-{stage.name}", work, again):
             for found in block:
+                if "passed" in found or found["id"] not in waiting:
+                    continue
                 waiting.discard(found["id"])
                 row = table[found["id"]]
                 row.failed = tuple(found["failed"]) if found["failed"] else None
                 row.scores[stage.name] = found["score"]
                 row.answers.update({int(place): text for place, text in found["answers"].items()})
+        _check_failures(table, survey, stage)
         scores = {name: value for name in alive if (value := table[name].scores.get(stage.name)) is not None}
         kept = keep_best(scores, {name: table[name].type for name in scores}, stage.keep, stage.compare)
         for name in alive - kept:
             table[name].dropped = f"below_{stage.name}" if name in scores else f"unscored_{stage.name}"
     return table
+
+
+def _check_failures(table: Mapping[str, Rated], survey: Survey, stage: CascadeStage) -> None:
+    """Raise `StoreError` if what failed would decide too much of what is kept."""
+    failed = [row.failed for row in table.values() if row.failed is not None]
+    unanswered = [one for one in failed if one[0] in UNANSWERED]
+    limit = survey.output.max_quarantine
+    if len(failed) > limit or (unanswered and not SHARD.get().alone):
+        reason, message = (unanswered or failed)[-1]
+        why = (
+            f"above --output.max_quarantine {limit}" if len(failed) > limit else "and other shards may keep other rows"
+        )
+        raise StoreError(
+            f"{survey.stage} stopped after stage {stage.name}: {len(failed)} rows failed, {why} (last: {reason}: "
+            f"{message[:400]}). No row was kept yet. Mend the cause or raise the limit, and start again: what is scored stays, "
+            "rows that got no answer are asked about again."
+        )
 
 
 def summary(table: Mapping[str, Rated], stages: Sequence[CascadeStage]) -> dict[str, Any]:
@@ -256,35 +292,42 @@ def _score_block(
         asked = [
             _Asked(prompt, images[prompt.id], turn, [turn.answer])
             for prompt in usable
+            if found[prompt.id]["failed"] is None
             for turn in turns_of(prompt, {**answers[prompt.id], **found[prompt.id]["answers"]})[part]
         ]
         if stage.num_generations:
             _compete(asked, stage.num_generations, judges)
-        values = iter(_scores(asked, stage, judges))
+        _score(asked, stage, judges)
         for one in asked:
-            scores = [next(values) for _ in one.texts]
+            if one.failed is not None:
+                found[one.prompt.id]["failed"] = (one.failed.reason, one.failed.message)
+                continue
+            scores = one.scores
             known = [place for place, value in enumerate(scores) if value is not None]
             best = max(known, key=lambda place: (scores[place] or 0.0, -place), default=0)
             turns.setdefault(one.prompt.id, []).append(scores[best])
             if best:
                 found[one.prompt.id]["answers"][one.turn.place] = one.texts[best]
     for name, scores in turns.items():
-        found[name]["score"] = aggregated(scores, stage.aggregate)
+        if found[name]["failed"] is None:
+            found[name]["score"] = aggregated(scores, stage.aggregate)
     return list(found.values())
 
 
 @dataclass
 class _Asked:
-    """A turn with the answers that compete for it, its own first."""
+    """A turn with the answers that compete for it, its own first, and their scores; `failed` if somebody did not answer."""
 
     prompt: Prompt
     images: list[Image.Image]
     turn: Turn
     texts: list[str]
+    scores: list[float | None] = field(default_factory=list)
+    failed: Failed | None = None
 
 
 def _compete(asked: Sequence[_Asked], count: int, judges: Judges) -> None:
-    """Let the model write answers; empty and unfinished ones do not compete."""
+    """Let the model write answers; empty and unfinished ones do not compete, one that cannot be had fails its turn."""
     assert judges.engine is not None
     requests = [
         Request(f"{one.prompt.id}/{one.turn.place}/{number}", one.turn.context, one.images, seed=judges.seed)
@@ -294,33 +337,45 @@ def _compete(asked: Sequence[_Asked], count: int, judges: Judges) -> None:
     said = judges.engine.generate(requests, judges.sampling)
     for place, one in enumerate(asked):
         for completion in said[place * count : (place + 1) * count]:
-            if completion.error is None and completion.finish_reason != "length" and completion.text.strip():
+            if completion.error is not None:
+                one.failed = Failed("generation_failed", completion.error)
+            elif completion.finish_reason != "length" and completion.text.strip():
                 one.texts.append(completion.text.strip())
 
 
-def _scores(asked: Sequence[_Asked], stage: CascadeStage, judges: Judges) -> list[float | None]:
-    """A score for each text of each turn."""
-    if not asked:
-        return []
+def _score(asked: Sequence[_Asked], stage: CascadeStage, judges: Judges) -> None:
+    """Give a score to each text of each turn, or `failed` to a turn about which a judge did not reply."""
+    waiting = [one for one in asked if one.failed is None]
+    if not waiting:
+        return
     if stage.score == "information_gain":
         assert judges.engine is not None
         requests = [
             Request(f"{one.prompt.id}/{one.turn.place}", one.turn.context, one.images)
-            for one in asked
+            for one in waiting
             for _ in one.texts
         ]
-        texts = [text for one in asked for text in one.texts]
-        return information_gain(judges.engine, requests, texts, without=judges.without, seed=judges.seed)
-    from prefalign.rewards import Response
+        texts = [text for one in waiting for text in one.texts]
+        gains = iter(information_gain(judges.engine, requests, texts, without=judges.without, seed=judges.seed))
+        for one in waiting:
+            one.scores = [next(gains) for _ in one.texts]
+        return
+    from prefalign.rewards import Response, stored
 
-    responses = []
-    for one in asked:
+    responses: list[Response] = []
+    places = []
+    for one in waiting:
         name, facts = f"{one.prompt.id}/{one.turn.place}", one.prompt.facts
+        start = len(responses)
         if stage.rates == "question":
             question = [user_message(judges.question_prompt, len(one.images))]
             responses.append(Response(name, one.images, question, one.turn.question, facts=facts))
         else:
             context, reference = one.turn.context, one.turn.answer
             responses += [Response(name, one.images, context, text, reference, facts) for text in one.texts]
-    totals = judges.rewards[stage.name].score(responses)["total"].tolist()
-    return [None if value != value else value for value in totals]
+        places.append(range(start, len(responses)))
+    rewards = judges.rewards[stage.name]
+    totals = rewards.score(responses)["total"].tolist()
+    for one, own in zip(waiting, places, strict=True):
+        one.scores = [None if totals[place] != totals[place] else totals[place] for place in own]
+        one.failed = stored.judge_failure(rewards, own)

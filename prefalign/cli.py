@@ -28,7 +28,6 @@ typical use:
   prefalign publish runs/policy --to OWNER/NAME --dry-run
 """
 
-
 _NO_NEWS = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
     "DeepSpeed": "Setting accelerator to CPU",
@@ -78,11 +77,12 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--seed", type=int, default=0, help="draws wording and questions, never the pictures")
 
     verbs.add_parser("list", help="bundled stages and configs")
-    for verb, help_text in (("path", "print where a bundled stage or config is"), ("copy", "copy one to edit it")):
-        entry = verbs.add_parser(verb, help=help_text)
+    path = verbs.add_parser("path", help="print where a bundled stage or config is, or what it says of a setting")
+    copy = verbs.add_parser("copy", help="copy one to edit it")
+    for entry in (path, copy):
         entry.add_argument("name", help="as in `prefalign list`")
-        if verb == "copy":
-            entry.add_argument("target", type=Path, nargs="?", default=Path("."), help="folder or new file name")
+    path.add_argument("setting", nargs="?", help="of a config, as in model.dtype")
+    copy.add_argument("target", type=Path, nargs="?", default=Path("."), help="folder or new file name")
 
     inspect_verb = verbs.add_parser("inspect", help="HTML report of a folder of pairs")
     inspect_verb.add_argument("folder", type=Path)
@@ -148,7 +148,8 @@ def _dispatch(arguments: list[str]) -> int | None:
         case "list":
             _list()
         case "path":
-            print(bundled.find(chosen.name))
+            file = bundled.find(chosen.name)
+            print(config.stated(file, chosen.setting) if chosen.setting else file)
         case "copy":
             _copy(chosen.name, chosen.target)
         case "inspect":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
 import types
 import typing
@@ -68,6 +69,22 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path.name} must be a mapping of settings, got a {type(loaded).__name__}.")
     return loaded
+
+
+def stated(path: str | Path, name: str) -> str:
+    """What a YAML file says of a setting.
+
+    Args:
+        path: the file.
+        name: of the setting, as in `model.dtype`.
+
+    Returns:
+        Its value: a text as it is, anything else as JSON; empty where the file does not name it, or says null.
+    """
+    value: Any = read_yaml(path)
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
+Reply = TypeVar("Reply")
 
 RUBRIC = {
     "helpfulness": (
@@ -179,8 +180,42 @@ class Question:
 
 
 @dataclass(frozen=True)
-class _NoReply:
+class NoReply:
+    """What came of a request that got no reply: why."""
+
     message: str
+
+
+def ask_until_read(
+    count: int,
+    put: Callable[[list[int], int], Sequence[Reply | NoReply]],
+    read: Callable[[int, Reply], Answer | None],
+    *,
+    attempts: int,
+    failed_again: bool = False,
+) -> tuple[list[Answer | None], dict[int, str]]:
+    """Ask, read, and ask again what could not be read.
+
+    Args:
+        count: number of questions.
+        put: asks the questions of these places, for the n-th time (from 0); gives what came of each.
+        read: makes an answer of the reply to the question of this place, or None of one that it cannot read.
+        attempts: how often a question is asked at most.
+        failed_again: ask again what got no reply, too; else that ends it, since the engine has made its tries.
+
+    Returns:
+        One answer for each question, None for what is missing; and why, by place, of what is missing and got no reply.
+    """
+    answers: list[Answer | None] = [None] * count
+    failed: dict[int, str] = {}
+    for attempt in range(attempts):
+        left = [place for place in range(count) if answers[place] is None and (failed_again or place not in failed)]
+        for place, reply in zip(left, put(left, attempt) if left else (), strict=True):
+            if isinstance(reply, NoReply):
+                failed[place] = reply.message
+            else:
+                answers[place] = read(place, reply)
+    return answers, {place: message for place, message in failed.items() if answers[place] is None}
 
 
 @dataclass
@@ -215,7 +250,7 @@ class Judge:
     def ask(self, questions: Sequence[Question], read: Callable[[str], Answer | None]) -> list[Answer | None]:
         """Ask, read, and ask again what could not be read; all of a round in one call of the engine.
 
-        What got no reply is not asked again here, since the engine has made its tries; `failed` says of each why.
+        What got no reply is not asked again here; `failed` says of each why.
 
         Args:
             questions: what to ask.
@@ -224,15 +259,14 @@ class Judge:
         Returns:
             One answer for each question; None for what is missing.
         """
-        answers: list[Answer | None] = [None] * len(questions)
-        self.failed = {}
-        for attempt in range(self.retries + 1):
-            unread = [row for row, answer in enumerate(answers) if answer is None and row not in self.failed]
-            for row, reply in zip(unread, self._replies([questions[row] for row in unread], attempt), strict=True):
-                if isinstance(reply, _NoReply):
-                    self.failed[row] = reply.message
-                else:
-                    answers[row] = read(reply)
+
+        def put(rows: list[int], attempt: int) -> list[str | NoReply]:
+            return self._replies([questions[row] for row in rows], attempt)
+
+        def read_reply(_: int, reply: str) -> Answer | None:
+            return read(reply)
+
+        answers, self.failed = ask_until_read(len(questions), put, read_reply, attempts=self.retries + 1)
         missing = [row for row, answer in enumerate(answers) if answer is None]
         self.counts["missing"] += len(missing)
         self.counts["read"] += len(questions) - len(missing)
@@ -250,7 +284,7 @@ class Judge:
             )  # fmt: skip
         return answers
 
-    def _replies(self, questions: Sequence[Question], attempt: int) -> list[str | _NoReply]:
+    def _replies(self, questions: Sequence[Question], attempt: int) -> list[str | NoReply]:
         texts = [question.text + (REMINDER if attempt else "") for question in questions]
         # a greedy model would say the same again: the second time it is reminded, from then on it is drawn from
         sampling = self.sampling
@@ -280,7 +314,7 @@ class Judge:
                 failed[key] = (completion.error or "no reason was given").removeprefix(f"request {key}: ")
             else:
                 known[key] = completion.text
-        return [known[key] if key in known else _NoReply(failed[key]) for key in keys]
+        return [known[key] if key in known else NoReply(failed[key]) for key in keys]
 
     def _key(self, question: Question, text: str, sampling: Sampling, attempt: int) -> str:
         content = {

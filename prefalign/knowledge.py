@@ -59,16 +59,16 @@ class Annotator(Protocol):
         """Probing questions of each caption, or why there are none."""
         ...
 
-    def judge(self, items: Sequence[tuple[str, str, str]]) -> list[int | None]:
-        """For each (caption, question, answer) 1 (wrong), 2 (nearly right), 3 (right), or None: missing."""
+    def judge(self, items: Sequence[tuple[str, str, str]]) -> Sequence[int | Reply | None]:
+        """For each (caption, question, answer) 1 (wrong), 2 (nearly right), 3 (right), None: missing, or why nobody replied."""
         ...
 
     def rewrite(self, items: Sequence[tuple[Captioned, Sequence[str]]]) -> list[Reply]:
         """Each caption changed so that it does not answer the questions."""
         ...
 
-    def answerable(self, items: Sequence[tuple[str, str]]) -> list[bool | None]:
-        """For each (text, question) whether the text answers it, or None: missing."""
+    def answerable(self, items: Sequence[tuple[str, str]]) -> Sequence[bool | Reply | None]:
+        """For each (text, question) whether the text answers it, None: missing, or why nobody replied."""
         ...
 
     def statements(self, items: Sequence[tuple[Captioned, str]]) -> list[list[str] | Reply]:
@@ -110,7 +110,7 @@ def probe(
     how: Probing,
     *,
     seed: int,
-) -> list[list[Probe]]:
+) -> list[list[Probe] | Reply]:
     """Put questions about captioned pictures to a model, have its answers judged, and tell what is unknown to it.
 
     Answers are found by row, question and number, so one that fails moves no other. It has no grade; one that is empty is wrong,
@@ -124,7 +124,8 @@ def probe(
         seed: seed of the stage; with row, question and number it decides a draw.
 
     Returns:
-        For each row a probe of each question, in order.
+        For each row a probe of each question, in order, or why a grade could not be asked for: another time it may be had, so
+        the row should not be decided without it.
     """
     count = how.num_generations
     found = [[Probe(question) for question in questions] for *_, questions in rows]
@@ -145,10 +146,14 @@ def probe(
         dict.fromkeys((item.caption, one.question, text) for item, _, one in asked for text in one.answers if text)
     )
     grades = dict(zip(items, annotator.judge(items) if items else [], strict=True))
-    for item, _, one in asked:
-        one.scores = [1 if text == "" else grades.get((item.caption, one.question, text or "")) for text in one.answers]
-        one.unknown = is_unknown(one.scores, threshold=how.threshold, least_judged=how.least_judged)
-    return found
+    lost: dict[int, Reply] = {}
+    for row, ((item, *_), probes) in enumerate(zip(rows, found, strict=True)):
+        for one in probes:
+            given = [1 if text == "" else grades.get((item.caption, one.question, text or "")) for text in one.answers]
+            lost.update((row, grade) for grade in given if isinstance(grade, Reply))
+            one.scores = [None if isinstance(grade, Reply) else grade for grade in given]
+            one.unknown = is_unknown(one.scores, threshold=how.threshold, least_judged=how.least_judged)
+    return [lost.get(row, probes) for row, probes in enumerate(found)]
 
 
 def is_unknown(scores: Sequence[int | None], *, threshold: int, least_judged: int) -> bool | None:

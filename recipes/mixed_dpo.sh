@@ -5,8 +5,7 @@
 #   sh recipes/mixed_dpo.sh configs/recipes/train_online.yaml runs/llava   # a real checkpoint: its prompts are the config's
 #
 # PAIRS: a config of the stage that makes the offline pairs, named after it (default: bdhs): bdhs, m3id, povid or re_align, which
-# answer the prompts by the model. Pairs of other stages go to online_dpo.sh, as --offline. EVALUATION: as in online_dpo.sh. PYTHON:
-# the interpreter that has prefalign (default: python).
+# answer the prompts by the model. Pairs of other stages go to online_dpo.sh, as --offline. EVALUATION: as in online_dpo.sh.
 set -eu
 
 config=${1:-configs/recipes/train_online_mixed_scenes.yaml}
@@ -21,9 +20,7 @@ if [ "$base" = scenes ]; then
     prefalign scenes export --output "$prompts" --split train_fair --kind caption --stop "${PROMPTS:-1536}"
 else
     pairs=${PAIRS:-configs/datagen/bdhs.yaml}
-    prompts=$("${PYTHON:-python}" -c \
-        'import sys; from prefalign import config; print((config.read_yaml(sys.argv[1]).get("data") or {}).get("path") or "")' \
-        "$file")
+    prompts=$(prefalign path "$file" data.path)
     if [ -z "$prompts" ]; then
         echo "$0: $file names no prompts. Set data.path in it." >&2
         exit 2

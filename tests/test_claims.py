@@ -6,21 +6,10 @@ import re
 import pytest
 from PIL import Image
 
-from prefalign.claims import (
-    Answer,
-    ClaimJudge,
-    ConquerConfig,
-    DivideConfig,
-    Judgement,
-    Rules,
-    as_meta,
-    asking_prompt,
-    dividing_prompt,
-    read_list,
-    verdict,
-)
+from prefalign.claims import ClaimJudge, ConquerConfig, Judgement, as_meta, verdict
 from prefalign.config import ConfigError
-from prefalign.engines import Completion
+from prefalign.dividing import Answer, DivideConfig, Rules, asking_prompt, dividing_prompt, read_list
+from prefalign.engines import Completion, FirstToken
 from prefalign.images import encode_png
 from prefalign.records import message_text, user_message
 from prefalign.rewards import Response, read_rewards
@@ -41,11 +30,12 @@ class Labeller:
         self.asked += requests
         texts = [message_text(request.messages) for request in requests]
         found = [next((given for word, given in self.table.items() if word in text), {"Yes": 0.9}) for text in texts]
-        return [{word: given.get(word, given.get("all", 0.0)) for word in words} for given in found]
-
-    def generate(self, requests, sampling):
-        assert sampling.max_new_tokens == 1
-        return [Completion(request.id, "", finish_reason="error", error="HTTP 503") for request in requests]
+        return [
+            FirstToken({}, given["error"])
+            if "error" in given
+            else FirstToken({word: given.get(word, given.get("all", 0.0)) for word in words})
+            for given in found
+        ]
 
 
 class Splitter:
@@ -252,15 +242,15 @@ def test_a_list_that_a_fault_cost_is_no_verdict(lists, questions, what):
 
 
 def test_a_labeller_that_fails_says_why_and_spoils_only_the_answers_it_was_asked_about():
-    labeller = Labeller({"dog": {"all": math.nan}, "dragon": {"No": math.nan, "all": 0.1}, "bird": {"No": 0.9}})
+    labeller = Labeller({"dog": {"error": "HTTP 429"}, "dragon": {"error": "HTTP 503"}, "bird": {"No": 0.9}})
     texts = ["A cat. A dog.", "A bird.", "A dragon. A cat.", "no stop here"]
     found = ClaimJudge(labeller, None, RULES).judge([answer(text, n) for n, text in enumerate(texts)])
     assert [one.reason for one in found] == ["generation_failed", None, "generation_failed", "no_claims"]
     assert found[1].score() == -1
     assert found[2].error == (
-        "the labeller failed at 2 of 5 questions, 'Is this statement true of the picture? \"A dragon.\"' among them; asked "
-        "again, the first one gave: HTTP 503"
+        "the labeller failed at 2 of 5 questions, 'Is this statement true of the picture? \"A dragon.\"' among them: HTTP 503"
     )
+    assert found[0].error.endswith("among them: HTTP 429")
     assert (found[0].p_yes, found[0].verdicts, found[1].error) == ([], [], None)
 
 
@@ -325,6 +315,24 @@ def test_the_reward_scores_what_the_picture_says(reward):
     assert float(found[0]) > float(found[1])
     assert math.isnan(float(found[2]))
     assert math.isnan(float(reward.score([response("I see.", real)])["total"]))
+
+
+def test_the_reward_says_which_responses_a_labeller_failed():
+    rewards = read_rewards([{"name": "claims", "labeller": SCENES, "divide": {"by": "rules"}}])
+    rewards.entries[0].reward.judge = ClaimJudge(Labeller({"dragon": {"error": "HTTP 503"}}), None, RULES)
+    blank = encode_png(Image.new("RGB", (60, 60), "white"), "b.png")
+    broken = {"bytes": b"no picture", "path": "c.png"}
+    rows = [
+        response("A cat.", broken),
+        response("A cat.", blank),
+        response("I see", blank),
+        response("A dragon.", blank),
+    ]
+    assert rewards.score(rows)["total"].isnan().tolist() == [True, False, True, True]
+    assert list(rewards.failures) == [3]
+    assert rewards.failures[3].endswith("among them: HTTP 503")
+    rewards.score(rows[:2])
+    assert rewards.failures == {}
 
 
 def test_the_reward_per_claim_and_what_it_cannot_open():

@@ -154,6 +154,15 @@ def test_path_and_copy(tmp_path, capsys):
     assert "is there already" in capsys.readouterr().err
 
 
+def test_path_tells_what_a_config_says_of_a_setting(tmp_path, capsys):
+    file = tmp_path / "own.yaml"
+    file.write_text("model: {dtype: float32, model_name_or_path: 'some model'}  # ours\nseed: 3\nlora: null\n")
+    for setting, said in (("model.model_name_or_path", "some model"), ("seed", "3"), ("lora.r", ""), ("model.engine", ""),
+                          ("model", '{"dtype": "float32", "model_name_or_path": "some model"}')):  # fmt: skip
+        assert cli.main(["path", str(file), setting]) == 0
+        assert capsys.readouterr().out == f"{said}\n"
+
+
 def test_find_says_what_is_near():
     with pytest.raises(
         config.ConfigError, match=r"no stage, config or file called 'datagen/bdsh'; did you mean 'datagen/bdhs'"

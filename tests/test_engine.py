@@ -13,7 +13,7 @@ from tiny_vlms import picture, save_tiny
 
 from prefalign import families
 from prefalign.engines import ImageMask, Request, Sampling
-from prefalign.engines.sampling import gumbel_noise
+from prefalign.engines.sampling import RepetitionPenalty, gumbel_noise
 from prefalign.engines.transformers import TransformersEngine, load_engine
 from prefalign.models import ModelConfig, fingerprint
 from prefalign.records import user_message
@@ -137,6 +137,12 @@ class TestSampling:
     def test_settings_that_mean_nothing(self, llava: TransformersEngine, sampling: Sampling, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             llava.generate(some_requests(1), sampling)
+
+    def test_a_repetition_penalty_does_not_count_padding(self) -> None:
+        """Token 0 pads; the second row has said it, too."""
+        ids, mask = torch.tensor([[0, 0, 3, 4], [2, 0, 3, 3]]), torch.tensor([[0, 0, 1], [1, 1, 1]])
+        found = RepetitionPenalty(2, mask)(ids, torch.tensor([[4.0, 4.0, 4.0, 4.0, -4.0]]).repeat(2, 1))
+        assert found.tolist() == [[4, 4, 4, 2, -8], [2, 4, 2, 2, -4]]
 
     def test_batch_size_is_checked(self, llava: TransformersEngine) -> None:
         with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):

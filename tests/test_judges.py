@@ -1,89 +1,23 @@
-"""Judges: how replies are read, both orders, retries, the cache; with a witness that knows the truth and a model that babbles."""
+"""Judges as rewards and comparators: both orders, retries, the cache; one that knows the truth and one that babbles."""
 
-import hashlib
 import json
 import math
 import re
 import sqlite3
 
 import pytest
+from witnesses import ASKED, FIVE, Overloaded, Scripted, Witness, response
 
 from prefalign.config import ConfigError
-from prefalign.engines import Completion, Sampling
-from prefalign.images import encode_png
-from prefalign.judge import (
-    RUBRIC,
-    Judge,
-    Question,
-    Vote,
-    comparison_prompt,
-    grading_prompt,
-    known_text,
-    read_grades,
-    read_vote,
-    transcript,
-)
+from prefalign.engines import Sampling
+from prefalign.judge import RUBRIC
 from prefalign.models import ModelConfig
-from prefalign.records import assistant_message, message_text, user_message
+from prefalign.records import message_text, user_message
 from prefalign.rewards import Response, read_comparator, read_rewards
 from prefalign.rewards.comparing import ByReward
-from prefalign.rewards.judged import COMPARING, GRADING, JudgedAttributes, PairwiseJudge
-from prefalign.rewards.objects import Objects
+from prefalign.rewards.judged import JudgedAttributes, PairwiseJudge
 from prefalign.scenes import language, world
 from tests.tiny_vlms import picture
-
-ASKED = [user_message("Describe the picture.", 1)]
-FIVE = {"helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 1, "verbosity": 2}
-
-
-class Witness:
-    """An engine that recognises pictures, knows their truth, and answers what it is asked as it is asked to."""
-
-    capabilities = frozenset({"sample"})
-    fingerprint = "witness"
-
-    def __init__(self, scenes):
-        self.facts = {pixels(world.draw(scene)): language.facts(scene) for scene in scenes}
-        self.requests = []
-
-    def generate(self, requests, sampling):
-        self.requests += requests
-        return [Completion(request.id, self.reply(request)) for request in requests]
-
-    def reply(self, request):
-        text = message_text(request.messages)
-        facts = self.facts[pixels(request.images[0])]
-        if found := re.search(r"Answer A:\n(.*)\n\nAnswer B:\n(.*)\n\n", text):
-            first, second = (self.worth(answer, facts) for answer in found.groups())
-            better = "tie" if first == second else "A" if first > second else "B"
-            return json.dumps({"reason": "I looked.", "better": better, "confidence": 90 if better == "A" else 80})
-        answer = re.search(r"Answer to grade:\n(.*)\n\n", text)[1]
-        names = re.findall(r'"(\w+)": <0-4>', text)
-        return "```json\n" + json.dumps(dict.fromkeys(names, 4 if self.worth(answer, facts) == 0 else 1)) + "\n```"
-
-    def worth(self, answer, facts):
-        found = Objects().score([Response("", [], [], answer, facts=facts)])
-        return (found["invented"] + found["wrong"]).item()
-
-
-class Scripted(Witness):
-    """Says what it was told to, one line after the other, the last for ever."""
-
-    fingerprint = "scripted"
-
-    def __init__(self, *replies):
-        self.replies, self.requests, self.samplings = list(replies), [], []
-
-    def generate(self, requests, sampling):
-        self.samplings.append(sampling)
-        return super().generate(requests, sampling)
-
-    def reply(self, request):
-        return self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
-
-
-def pixels(image):
-    return hashlib.sha256(image.tobytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -92,110 +26,6 @@ def scenes():
     one = world.scene("test_fair", 0)
     other = next(s for s in (world.scene("test_fair", i) for i in range(1, 50)) if s.shapes.isdisjoint(one.shapes))
     return one, other
-
-
-def response(scene, text, **more):
-    return Response("row", [encode_png(world.draw(scene))], ASKED, text, facts=language.facts(scene), **more)
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        json.dumps(FIVE),
-        json.dumps(FIVE, indent=2),
-        f"```json\n{json.dumps(FIVE)}\n```",
-        f"Here are the grades:\n{json.dumps(FIVE)}\nThe answer names a cup {{which is not there}}.",
-        json.dumps({"reason": "clear", **FIVE}),
-        f"{json.dumps(FIVE)}\n{json.dumps(FIVE)}",
-    ],
-)
-def test_grades_that_can_be_read(reply):
-    assert read_grades(reply, list(RUBRIC)) == FIVE
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        "",
-        "4",
-        "helpfulness: 3, correctness: 4, coherence: 4, complexity: 1, verbosity: 2",
-        json.dumps({**FIVE, "correctness": 4.0}),
-        json.dumps({**FIVE, "correctness": "4"}),
-        json.dumps({**FIVE, "correctness": 5}),
-        json.dumps({**FIVE, "correctness": -1}),
-        json.dumps({**FIVE, "correctness": True}),
-        json.dumps({**FIVE, "correctness": None}),
-        json.dumps({name: value for name, value in FIVE.items() if name != "verbosity"}),
-        json.dumps(FIVE)[:-1],
-        json.dumps(FIVE).replace("3", "<0-4>"),
-        json.dumps(FIVE)[:-1] + ', "verbosity": 3}',
-        f"{json.dumps(FIVE)} or rather {json.dumps({**FIVE, 'verbosity': 3})}",
-        json.dumps({"grades": FIVE}),
-        json.dumps(list(FIVE.values())),
-    ],
-)
-def test_grades_that_cannot_be_read_are_missing(reply):
-    assert read_grades(reply, list(RUBRIC)) is None
-
-
-@pytest.mark.parametrize(
-    ("reply", "vote"),
-    [
-        ('{"reason": "B invents a cup.", "better": "A", "confidence": 85}', Vote("A", 0.85, "B invents a cup.")),
-        ('```json\n{"better": "b"}\n```', Vote("B")),
-        ('Well.\n{"better": "Answer B", "confidence": 300}', Vote("B")),
-        ('{"better": "TIE", "confidence": 50}', Vote("tie", 0.5)),
-        ('{"better": "A", "confidence": true, "reason": 3}', Vote("A")),
-        ("A", Vote("A")),
-        ("**Answer B.**", Vote("B")),
-        ("tie", Vote("tie")),
-        ("A is better because it is shorter.", None),
-        ("Both A and B are fine.", None),
-        ('{"better": "A"} no wait {"better": "B"}', None),
-        ('{"better": "C"}', None),
-        ('{"better": 1}', None),
-        ('{"winner": "A"}', None),
-        ('{"better": "A", "better": "B"}', None),
-        ('{"better": "<A, B or tie>"}', None),
-        ("A person stands there.", None),
-        ("", None),
-    ],
-)
-def test_votes(reply, vote):
-    assert read_vote(reply) == vote
-
-
-def test_what_a_judge_is_asked():
-    text = grading_prompt("User: What?", " A cup. ", ["coherence", "helpfulness"], "KNOWN\n\n", pictures=True)
-    assert "about the picture shown" in text
-    assert "KNOWN\n\nConversation:\nUser: What?\n\nAnswer to grade:\nA cup.\n" in text
-    assert text.endswith('{"coherence": <0-4>, "helpfulness": <0-4>}')
-    assert "correctness" not in text
-    for question, *anchors in (RUBRIC["coherence"], RUBRIC["helpfulness"]):
-        assert question in text
-        assert all(f"{value}: {anchor}" in text for value, anchor in zip((0, 2, 4), anchors, strict=True))
-    both = comparison_prompt("User: What?", "A cup.", "A cat.", pictures=False)
-    assert "picture" not in both
-    assert both.index("Answer A:\nA cup.") < both.index("Answer B:\nA cat.")
-
-
-def test_a_change_of_wording_is_noticed():
-    """A change of wording is another judge: its replies are asked for anew, and scores are not comparable."""
-    assert (GRADING, COMPARING) == ("grades-08bcb48e", "pairs-9689500e")
-
-
-def test_transcript_and_facts():
-    turns = [*ASKED, assistant_message("A cup."), user_message("What colour?")]
-    assert transcript(turns) == "User: Describe the picture.\nAssistant: A cup.\nUser: What colour?"
-    assert known_text({}) == ""
-    facts = {"captions": ["A cup."], "rationales": ["Cups are round."],
-             "objects": ["spoon", {"name": "cup", "colour": "red", "size": "small", "place": "left"}]}  # fmt: skip
-    assert known_text(facts, "Red.") == (
-        "What is known of the picture:\n- A cup.\n- Cups are round.\n- objects: spoon; small red cup (left)\n"
-        "- a correct answer: Red.\n\n"
-    )
-    two = {**facts, "pictures": [{"captions": ["A cup."]}, {"objects": ["dog"]}]}
-    assert "- picture 1: A cup.\n- picture 2: objects: dog\n" in known_text(two)
 
 
 def test_a_witness_names_the_true_answer_and_another_picture_turns_it_around(scenes):
@@ -314,16 +144,6 @@ def test_unreadable_replies_are_kept_too(tmp_path):
         assert reward.judge.counts["missing"] == 1
 
 
-def test_a_file_that_is_no_cache(tmp_path):
-    (tmp_path / "notes.txt").write_text("not a database, but long enough to be taken for one" * 20)
-    judge = Judge(Scripted("Fine."), "v", cache=tmp_path / "notes.txt")
-    with pytest.raises(ValueError, match=r"cache 'notes.txt' holds no replies of a model"):
-        judge.ask([Question("a", "Well?")], read_vote)
-    reward = JudgedAttributes(engine=Scripted("Fine."), cache=str(tmp_path / "notes.txt"))
-    with pytest.raises(ValueError, match=r"holds no replies of a model"):
-        reward.version  # noqa: B018  (stages ask for it before any row)
-
-
 def test_a_judge_without_pictures_is_told_the_facts_or_does_not_judge(scenes):
     engine = Scripted('{"better": "A"}', '{"better": "B"}')
     pairwise = PairwiseJudge(engine=engine, pictures=False)
@@ -338,43 +158,6 @@ def test_a_judge_without_pictures_is_told_the_facts_or_does_not_judge(scenes):
     graded = JudgedAttributes(engine=engine, pictures=False)
     assert math.isnan(graded.score([first])["helpfulness"].item())
     assert graded.judge.counts["missing"] == 1
-
-
-class Overloaded(Scripted):
-    """Replies to no question about these texts, once each."""
-
-    fingerprint = "overloaded"
-
-    def __init__(self, *texts, reply):
-        super().__init__(reply)
-        self.texts = list(texts)
-
-    def generate(self, requests, sampling):
-        replies = super().generate(requests, sampling)
-        for number, request in enumerate(requests):
-            if found := [text for text in self.texts if text in message_text(request.messages)]:
-                self.texts.remove(found[0])
-                replies[number] = Completion(request.id, "", finish_reason="error", error=f"request {request.id}: busy")
-        return replies
-
-
-def test_a_question_that_got_no_reply_is_not_an_unreadable_one():
-    engine = Overloaded("One?", reply="Well.")
-    judge = Judge(engine, "v")
-    assert judge.ask([Question("a", "One?"), Question("b", "Two?"), Question("c", "One?")], read_vote) == [None] * 3
-    assert judge.failed == {0: "busy", 2: "busy"}  # an equal question was asked once
-    texts = [message_text(request.messages) for request in engine.requests]
-    assert texts[:2] == ["One?", "Two?"]
-    assert [text.startswith("Two?") and "could not be read" in text for text in texts[2:]] == [True, True]
-    assert (judge.counts["failed"], judge.counts["missing"], judge.counts["read"]) == (2, 3, 0)
-    assert judge.ask([Question("d", "tie")], read_vote) == [None]
-    assert judge.failed == {}
-
-
-def test_a_reminded_question_that_gets_no_reply_has_failed():
-    judge = Judge(Overloaded("could not be read", reply="Well."), "v")
-    assert judge.ask([Question("a", "One?")], read_vote) == [None]
-    assert judge.failed == {0: "busy"}
 
 
 def test_a_combined_reward_says_which_responses_failed():
@@ -466,10 +249,3 @@ def test_by_reward():
 def test_by_reward_settings_that_cannot_be(settings, message):
     with pytest.raises(ConfigError, match=message):
         read_comparator({"name": "rewards", **settings})
-
-
-def test_one_caption_and_objects_by_shape():
-    assert "- a dog\n" in known_text({"captions": "a dog"})
-    assert "- objects: red star (top left)\n" in known_text(
-        {"objects": [{"shape": "star", "colour": "red", "place": "top left"}]}
-    )

@@ -201,10 +201,11 @@ class Script:
         text = message_text(request.messages)
         assert not request.images
         if text.endswith("Grade:"):
-            return Completion(request.id, self.grade(text))
-        if text.endswith("Reply:"):
-            return Completion(request.id, self.answerable)
-        reply = self.replies[request.id]
+            reply = self.grade(text)
+        elif text.endswith("Reply:"):
+            reply = self.answerable
+        else:
+            reply = self.replies[request.id]
         return reply if isinstance(reply, Completion) else Completion(request.id, reply)
 
 
@@ -268,6 +269,26 @@ def test_what_an_llm_may_not_do(stage, engine, prompts, rows, tmp_path, script, 
     replies = {"row0/questions": ASKED, "row0/rewrite": script.pop("rewrite", GOOD)}
     annotator = EngineAnnotator(Script(replies, **script))
     assert stage.process(llm_rows(prompts, 1), engine, annotator, settings(stage, rows, tmp_path)) == [outcome]
+
+
+DOWN = Completion("", "", finish_reason="error", error="HTTP 503")
+
+
+def test_a_judgement_that_could_not_be_asked_for_is_no_missing_grade(stage, engine, prompts, rows, tmp_path):
+    """The other question has its grades, so the row would be decided without what the server did not say."""
+    other = "Question: What animal sleeps?\nQuestion: What stands on the sill?"
+    replies = {"row0/questions": ASKED, "row0/rewrite": GOOD, "row1/questions": other}
+    known = settings(stage, rows, tmp_path)
+
+    def outcomes(**script):
+        return stage.process(llm_rows(prompts, 2), engine, EngineAnnotator(Script(replies, **script)), known)
+
+    failed, (made,) = outcomes(grade=lambda text: DOWN if "towel?" in text else "3")
+    assert failed == Failed("generation_failed", "the grade of an answer: HTTP 503")
+    assert [one["scores"] for one in made.meta["probes"]] == [[3] * 4] * 2
+    unchecked, again = outcomes(grade=lambda text: "1" if "towel?" in text else "3", answerable=DOWN)
+    assert unchecked == Failed("generation_failed", "the check of a rewrite: HTTP 503")
+    assert again == [made]
 
 
 def test_a_caption_that_is_known_stays_and_no_rewrite_is_asked_for(stage, engine, prompts, rows, tmp_path):

@@ -16,7 +16,7 @@ from prefalign.online.sampling import drawn_answers
 from prefalign.online.settings import check_settings, unread
 from prefalign.records import Prompt, user_message
 from prefalign.store import read_records
-from tests.online_runs import online_config, write_prompts
+from tests.online_runs import online_config, run, write_prompts
 from tests.tiny_vlms import PLAIN, picture, save_tiny
 
 TEXTS = ["a red square", "a dog jumps over", "now"]
@@ -203,3 +203,22 @@ def test_settings_that_an_algorithm_does_not_read_are_named(tmp_path):
 def test_bad_values(changes, words, tmp_path):
     with pytest.raises(ConfigError, match=words):
         online_config(tmp_path, tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"trainer": {"loss_type": ["exo_pair"]}}, "Label smoothing must be greater than 0.0 when using 'exo_pair' loss"),
+        ({"trainer": {"loss_type": ["aot"], "use_weighting": True}}, "WPO-style weighting is not implemented for 'aot'"),
+        ({"trainer": {"report_to": "dvclive"}}, r"dvclive.*\(Refused by \w+ before anything was drawn"),
+        ({"trainer": {"lr_scheduler_type": "warmup_stable_decay"}}, "num_decay_steps.*before anything was drawn"),
+        ({"model": {"dtype": "float16"}, "trainer": {"bf16": True}}, "model.dtype: the weights are float16 and trainer.bf16"),
+        ({"lora": {"r": 2, "target_modules": r".*\.q_porj"}}, "lora.target_modules .* matches no module of the model"),
+        ({"lora": {"r": 2, "target_modules": "lm_head"}}, "Applying a PEFT adapter to `lm_head` is not supported"),
+        ({"freeze": ["vision", "projector", "language_model"]}, "leaves nothing to train"),
+    ],
+)  # fmt: skip
+def test_what_would_stop_the_trainer_of_a_round_stops_the_run_before_it_draws(changes, words, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        run(write_prompts(tmp_path / "prompts"), tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()

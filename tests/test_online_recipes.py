@@ -5,7 +5,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 import time
 
 import pytest
@@ -25,10 +24,26 @@ cat "$COMMANDS/answer" && rm "$COMMANDS/answer"
 
 def carry_out(script, arguments, folder, **environment):
     """Run a script; the command lines of `prefalign` that it gave."""
-    (folder / "prefalign").write_text(STAND_IN)
+    status, errors, given = run_with(STAND_IN, script, arguments, folder, environment)
+    assert status == 0, errors
+    return given
+
+
+def stopped(script, arguments, folder, **environment):
+    """Run a script up to its first step, which ends it with 3: status, errors, and the command lines that it gave."""
+    first = '[ "$1" = path ] || { printf "%s\\n" "$@" > "$COMMANDS/step"; exit 3; }'
+    stand_in = STAND_IN.replace("\n", f"\n{first}\n", 1)
+    status, errors, given = run_with(stand_in, script, arguments, folder, environment)
+    step = folder / "step"
+    return status, errors, [*given, *([step.read_text().splitlines()] if step.is_file() else [])]
+
+
+def run_with(stand_in, script, arguments, folder, environment):
+    """Run a script with what stands where `prefalign` is: status, errors, and the command lines that were carried out."""
+    (folder / "prefalign").write_text(stand_in)
     (folder / "prefalign").chmod(0o755)
     path = os.pathsep.join([str(folder), os.environ["PATH"]])
-    process = subprocess.Popen(["sh", script, *arguments], cwd=ROOT,
+    process = subprocess.Popen(["sh", script, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "PATH": path, "COMMANDS": str(folder), **environment})  # fmt: skip
     request, given = folder / "request", []
     while process.poll() is None:
@@ -46,8 +61,7 @@ def carry_out(script, arguments, folder, **environment):
             raise
         (folder / "answering").write_text(said.getvalue())
         (folder / "answering").rename(folder / "answer")
-    assert process.returncode == 0
-    return given
+    return process.returncode, process.stderr.read(), given
 
 
 @pytest.mark.parametrize("recipe", ["online_dpo", "mixed_dpo", "fact_rlhf", "rlaif_v"])
@@ -68,25 +82,29 @@ def test_a_model_on_the_command_line_is_refused_before_anything_runs(recipe, tmp
 
 @pytest.mark.parametrize("recipe", ["online_dpo", "mixed_dpo", "fact_rlhf", "rlaif_v"])
 def test_a_config_without_a_model_is_refused(recipe, tmp_path):
-    (tmp_path / "empty.yaml").write_text("model: null\nlabeller:\n  model_name_or_path: other\nseed: 0\n")
-    (tmp_path / "prefalign").write_text(f"#!/bin/sh\necho {tmp_path / 'empty.yaml'}\n")
-    (tmp_path / "prefalign").chmod(0o755)
-    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
-    done = subprocess.run(["sh", f"recipes/{recipe}.sh", "empty.yaml"], cwd=ROOT, env={**os.environ, "PATH": path},
-                          capture_output=True, text=True, check=False)  # fmt: skip
-    assert done.returncode == 2
-    assert "empty.yaml names no model. Set model.model_name_or_path in it." in done.stderr
+    file = tmp_path / "empty.yaml"
+    file.write_text("model: null\nlabeller:\n  model_name_or_path: other\nseed: 0\n")
+    status, errors, _ = stopped(f"recipes/{recipe}.sh", [str(file)], tmp_path)
+    assert status == 2
+    assert "empty.yaml names no model. Set model.model_name_or_path in it." in errors
+
+
+@pytest.mark.parametrize("model", ["{dtype: float32, model_name_or_path: 'runs/my model'}  # ours",
+                                   "\n    model_name_or_path: runs/my model\n    dtype: float32"])  # fmt: skip
+def test_the_model_is_the_configs_however_it_is_written(model, tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text(f"model: {model}\ndata: {{path: prompts}}\n")
+    status, errors, given = stopped("recipes/mixed_dpo.sh", [str(file), str(tmp_path / "out")], tmp_path)
+    assert (status, errors) == (3, "")
+    step = given[-1]
+    assert step[step.index("--model.model_name_or_path") + 1] == "runs/my model"
 
 
 def test_pairs_of_a_stage_that_the_recipe_does_not_know_are_refused(tmp_path):
-    (tmp_path / "prefalign").write_text("#!/bin/sh\necho configs/recipes/train_online.yaml\n")
-    (tmp_path / "prefalign").chmod(0o755)
-    done = subprocess.run(["sh", "recipes/mixed_dpo.sh", "configs/recipes/train_online.yaml", str(tmp_path / "out")], cwd=ROOT,
-                          env={**os.environ, "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]),
-                               "PAIRS": "configs/datagen/s_vco.yaml", "PYTHON": sys.executable},
-                          capture_output=True, text=True, check=False)  # fmt: skip
-    assert done.returncode == 2
-    assert "knows configs of bdhs, m3id, povid and re_align" in done.stderr
+    arguments = ["configs/recipes/train_online.yaml", str(tmp_path / "out")]
+    status, errors, _ = stopped("recipes/mixed_dpo.sh", arguments, tmp_path, PAIRS="configs/datagen/s_vco.yaml")
+    assert status == 2
+    assert "knows configs of bdhs, m3id, povid and re_align" in errors
 
 
 @pytest.mark.parametrize(
@@ -99,22 +117,15 @@ def test_mixed_dpo_takes_the_prompts_of_its_config(data, prompts, tmp_path):
     file.write_text(
         f"model:\n  model_name_or_path: some/model\nrewards:\n- name: reward_model\n  path: runs/reward\n{data}\n"
     )
-    (tmp_path / "prefalign").write_text(
-        f'#!/bin/sh\n[ "$1" = path ] && echo {file} && exit\nprintf "%s\\n" "$@" >{tmp_path}/given\nexit 3\n'
-    )
-    (tmp_path / "prefalign").chmod(0o755)
-    done = subprocess.run(["sh", "recipes/mixed_dpo.sh", str(file), str(tmp_path / "out")], cwd=ROOT,
-                          env={**os.environ, "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]),
-                               "PYTHON": sys.executable},
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    status, errors, given = stopped("recipes/mixed_dpo.sh", [str(file), str(tmp_path / "out")], tmp_path)
     if prompts is None:
-        assert done.returncode == 2
-        assert f"{file} names no prompts. Set data.path in it." in done.stderr
+        assert status == 2
+        assert f"{file} names no prompts. Set data.path in it." in errors
         return
-    assert done.returncode == 3
-    given = (tmp_path / "given").read_text().splitlines()
-    assert given[:2] == ["run", "bdhs"]
-    assert given[given.index("--data.path") + 1] == prompts
+    assert status == 3
+    step = given[-1]
+    assert step[:2] == ["run", "bdhs"]
+    assert step[step.index("--data.path") + 1] == prompts
 
 
 def test_mixed_dpo_end_to_end(tmp_path):

@@ -175,9 +175,10 @@ class TestFirstToken:
         server.faults = {"row1": [400]}
         engine = engine_on(server)
         rows = engine.first_token(some(2), ["Yes", "No", "Maybe"])
-        assert rows[0] == pytest.approx({"Yes": 0.625, "No": 0.25, "Maybe": 0.0})
-        assert list(rows[1]) == ["Yes", "No", "Maybe"]
-        assert all(math.isnan(value) for value in rows[1].values())
+        assert rows[0].probs == pytest.approx({"Yes": 0.625, "No": 0.25, "Maybe": 0.0})
+        assert rows[0].error is None
+        assert rows[1].probs == {}
+        assert "request row1: the server answered 400" in rows[1].error
         body = next(one.body for one in server.asked if one.name == "row0")
         sent = {
             name: body[name] for name in ("logprobs", "top_logprobs", "max_tokens", "temperature", "top_p", "top_k")
@@ -195,7 +196,7 @@ class TestFirstToken:
         server.top = [("Yes", -0.5)]
         for _ in range(2):
             engine = engine_on(server, cache=tmp_path / "kept.sqlite")
-            assert engine.first_token(some(1), ["Yes"])[0]["Yes"] == pytest.approx(math.exp(-0.5))
+            assert engine.first_token(some(1), ["Yes"])[0].probs["Yes"] == pytest.approx(math.exp(-0.5))
         assert len(server.asked) == 1
         engine.generate(some(1), Sampling(max_new_tokens=1))
         assert len(server.asked) == 2

@@ -1,15 +1,13 @@
 """RLAIF-V where a model does not answer: rows in quarantine by name, asked about again by the next run."""
 
-import dataclasses
 import json
-import math
 
 import pytest
 from test_claims import Labeller
 
 from prefalign import bundled
 from prefalign.claims import ClaimJudge
-from prefalign.engines import Completion
+from prefalign.engines import Completion, FirstToken
 from prefalign.records import Candidates, Pair, message_text
 from prefalign.store import OutputConfig, StoreError, read_records, write_records
 from tests.rlaif_v_cases import SCENES, candidates, settings, survey_of
@@ -28,11 +26,11 @@ class Server(Labeller):
 
     def first_token(self, requests, words):
         replies = super().first_token(requests, words)
-        return [dict.fromkeys(words, math.nan) if self.down else one for one in replies]
+        return [FirstToken({}, "HTTP 503") if self.down else one for one in replies]
 
     def generate(self, requests, sampling):
-        if self.down == "all" or sampling.max_new_tokens == 1:
-            return super().generate(requests, dataclasses.replace(sampling, max_new_tokens=1))
+        if self.down == "all":
+            return [Completion(request.id, "", finish_reason="error", error="HTTP 503") for request in requests]
         texts = [message_text(request.messages) for request in requests]
         claims = ["- A dragon sleeps." if "dragon" in text.lower() else "- A cat sits." for text in texts]
         return [Completion(request.id, text) for request, text in zip(requests, claims, strict=True)]

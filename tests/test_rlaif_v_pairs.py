@@ -6,7 +6,8 @@ import pytest
 from test_claims import Labeller
 
 from prefalign import bundled
-from prefalign.claims import ClaimJudge, DivideConfig
+from prefalign.claims import ClaimJudge
+from prefalign.dividing import DivideConfig
 from prefalign.engines.config import EngineConfig
 from prefalign.length_balance import Cut
 from prefalign.records import Candidates, Pair, message_text

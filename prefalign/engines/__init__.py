@@ -163,6 +163,19 @@ class ImageAttention:
     layer: int | None = None
 
 
+@dataclass(frozen=True)
+class FirstToken:
+    """How likely an answer is to begin with each of some words.
+
+    Attributes:
+        probs: by word, the probability of its first token; empty if the request failed.
+        error: why the request failed, or None.
+    """
+
+    probs: dict[str, float]
+    error: str | None = None
+
+
 class Engine(Protocol):
     """What a stage asks of a generator."""
 
@@ -187,11 +200,11 @@ class Engine(Protocol):
         """Attention of given answers to the image tokens of their prompts, in one decoder layer."""
         ...
 
-    def first_token(self, requests: Sequence[Request], words: Sequence[str]) -> list[dict[str, float]]:
+    def first_token(self, requests: Sequence[Request], words: Sequence[str]) -> list[FirstToken]:
         """Probability that the answer to each request begins with each word: that of the word's first token.
 
         Returns:
-            By word, for each request in order, without temperature or penalties; NaN for a request that fails.
+            One for each request, in order, without temperature or penalties; a request that fails is alone in that, and says why.
 
         Raises:
             ValueError: if two words begin with the same token: a sum over both would count it twice.

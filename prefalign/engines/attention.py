@@ -103,8 +103,8 @@ def measure(
     number = readable_layer(engine, layer)
     failed: dict[int, Completion] = {}
     found: dict[int, ImageAttention] = {}
-    for batch in engine._batches(requests, answers, failed, score=True):
-        with engine._inference() as model:
+    for batch in engine.batches(requests, answers, failed, score=True):
+        with engine.inference() as model:
             read = _read_layer(engine, model, batch, number)
         batch.count(USAGE)
         found.update(zip((row.index for row in batch.rows), read, strict=True))

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from prefalign.engines import USAGE, Completion, ImageAttention, Request, Sampling, require
+from prefalign.engines import USAGE, Completion, FirstToken, ImageAttention, Request, Sampling, require
 from prefalign.engines.chat import Pictures, chat_messages
 from prefalign.engines.config import EngineConfig, ServerConfig
 from prefalign.engines.parallel import ask_all
@@ -105,14 +105,14 @@ class OpenAIEngine:
             for request, answer in zip(requests, self._answers(requests, sampling), strict=True)
         ]
 
-    def first_token(self, requests: Sequence[Request], words: Sequence[str]) -> list[dict[str, float]]:
+    def first_token(self, requests: Sequence[Request], words: Sequence[str]) -> list[FirstToken]:
         """Probability that the answer to each request begins with each word, from the likeliest first tokens.
 
         A token counts for a word that it spells, whatever blanks stand around it; a word that is none of the 20 likeliest, or
         takes more than one token, has 0.
 
         Returns:
-            By word, for each request in order; NaN for a request that fails.
+            One for each request, in order; one that fails says why.
 
         Raises:
             ValueError: if there are no words, one is empty, or two are the same.
@@ -126,15 +126,15 @@ class OpenAIEngine:
         sampling = Sampling(max_new_tokens=1)
         self._check(requests, sampling)
         found = []
-        for answer in self._answers(requests, sampling, top=True):
+        for request, answer in zip(requests, self._answers(requests, sampling, top=True), strict=True):
             if isinstance(answer, str):
-                found.append(dict.fromkeys(words, math.nan))
+                found.append(FirstToken({}, _completion(request, answer).error))
                 continue
             probs = dict.fromkeys(spelled, 0.0)
             for token, logprob in answer.top:
                 if token.strip() in probs:
                     probs[token.strip()] += math.exp(logprob)
-            found.append(dict(zip(words, probs.values(), strict=True)))
+            found.append(FirstToken(dict(zip(words, probs.values(), strict=True))))
         return found
 
     def logprobs(self, requests: Sequence[Request], answers: Sequence[str | Completion]) -> list[torch.Tensor]:

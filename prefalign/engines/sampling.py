@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from prefalign.engines import Contrast, Request, Sampling
 from prefalign.records import row_seed
@@ -39,6 +39,27 @@ class RowNoise(LogitsProcessor):
             scores = warper(input_ids, scores)
         self.seeds = self.seeds.to(scores.device)
         return scores + gumbel_noise(self.seeds, input_ids.shape[1] - self.width, scores.shape[1])
+
+
+class RepetitionPenalty(LogitsProcessor):
+    """transformers' repetition penalty, but for the padding: a batch does not decide what a row says.
+
+    transformers counts padding as said; leaving it out is an argument of its processor in late 5.x only.
+
+    Args:
+        penalty: above 1 makes tokens of the prompt and of the answer so far less likely.
+        attention_mask: (B, T) of the prompts, padded on the left.
+    """
+
+    def __init__(self, penalty: float, attention_mask: torch.Tensor):
+        self.penalise = RepetitionPenaltyLogitsProcessor(float(penalty))
+        self.starts = (attention_mask != 0).int().argmax(1, keepdim=True)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        padding = places < self.starts
+        # a row's first token has been said anyway
+        return self.penalise(torch.where(padding, input_ids.gather(1, self.starts), input_ids), scores)
 
 
 def ban(scores: torch.Tensor, banned: list[int], words: int) -> torch.Tensor:

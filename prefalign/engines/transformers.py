@@ -12,20 +12,15 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from prefalign import families
-from prefalign.engines import USAGE, Completion, ImageAttention, Request, Sampling, first_token, sharing
+from prefalign.engines import USAGE, Completion, FirstToken, ImageAttention, Request, Sampling, first_token, sharing
 from prefalign.engines.attention import measure, readable_layer
 from prefalign.engines.contrast import blind_branch, text_alone_works
 from prefalign.engines.prompts import check_answers, hidden_mask, request_problem, with_tails
 from prefalign.engines.rows import drawn_completion, new_text, prompt_row, token_ids
-from prefalign.engines.sampling import RowNoise, check_sampling
+from prefalign.engines.sampling import RepetitionPenalty, RowNoise, check_sampling
 from prefalign.engines.stopping import SENTENCE_MARKS, Batch, Row, RowStop
 from prefalign.engines.watching import watching
 from prefalign.models import ModelConfig, fingerprint, load_model, load_processor
@@ -90,7 +85,7 @@ class TransformersEngine:
             readable_layer(self, sampling.attention_layer)
         done: dict[int, Completion] = {}
         share = self.shares and sampling.contrast is None and not watched and sampling.repetition_penalty == 1
-        for rows in self._batches(requests, [""] * len(requests), done, share=share):
+        for rows in self.batches(requests, [""] * len(requests), done, share=share):
             for row, completion in zip(rows.rows, self._generate(rows, sampling), strict=True):
                 done[row.index] = completion
         return [done[index] for index in range(len(requests))]
@@ -110,7 +105,7 @@ class TransformersEngine:
         check_answers(requests, answers)
         failed: dict[int, Completion] = {}
         scored: dict[int, torch.Tensor] = {}
-        for rows in self._batches(requests, answers, failed, score=True):
+        for rows in self.batches(requests, answers, failed, score=True):
             for row, values in zip(rows.rows, self._score(rows), strict=True):
                 scored[row.index] = values
         return [scored.get(index, torch.tensor([float("nan")])) for index in range(len(requests))]
@@ -137,7 +132,7 @@ class TransformersEngine:
         check_answers(requests, answers)
         return measure(self, requests, answers, layer)
 
-    def first_token(self, requests: Sequence[Request], words: Sequence[str]) -> list[dict[str, float]]:
+    def first_token(self, requests: Sequence[Request], words: Sequence[str]) -> list[FirstToken]:
         """As `Engine.first_token` says; a `prefix` counts as prompt, an `image_mask` is applied, `given` is refused."""
         return first_token.measure(self, requests, words)
 
@@ -145,7 +140,7 @@ class TransformersEngine:
         """Why a request cannot be put to the model, as far as that shows before the pictures are prepared; None if it can."""
         return request_problem(request, answer, self)
 
-    def _batches(
+    def batches(
         self,
         requests: Sequence[Request],
         answers: Sequence[str | Completion],
@@ -154,7 +149,15 @@ class TransformersEngine:
         score: bool = False,
         share: bool = False,
     ) -> Iterator[Batch]:
-        """Batches of rows that can be run, longest first, if `share` on shared prefills; the others are put into `failed`."""
+        """Batches of rows that can be run, longest first, on the model's device.
+
+        Args:
+            requests: the prompts.
+            answers: one answer each, which follows its prompt if `score`; empty ones to generate.
+            failed: gets, by place of the request, a completion with the error for what cannot be put to the model.
+            score: whether answers are in the batches, as the rows' `tail`.
+            share: run what several prompts begin with once, where that pays.
+        """
         rows = []
         for index, (request, answer) in enumerate(zip(requests, answers, strict=True)):
             reason = self.problem(request, answer if isinstance(answer, str) else answer.text)
@@ -276,8 +279,8 @@ class TransformersEngine:
         return {name: value for name, value in tensors.items() if name != "labels"}
 
     @contextmanager
-    def _inference(self) -> Iterator[Any]:
-        """The bare model in eval mode, left afterwards as it was found."""
+    def inference(self) -> Iterator[Any]:
+        """The bare model in eval mode and without gradients, left afterwards as it was found."""
         model = families.core(self.model)
         training, generation = self.model.training, model.generation_config
         self.model.eval()
@@ -299,15 +302,14 @@ class TransformersEngine:
             pad_token_id=self.pad,
             bos_token_id=self.tokenizer.bos_token_id,
         )
-        with self._inference() as model:
+        with self.inference() as model:
             inputs = sharing.prefilled(model, batch, self.pad) if batch.stems else batch.tensors
             width = inputs["input_ids"].shape[1]
             stop = RowStop(self, batch, width)
             requests = [row.request for row in batch.rows]
             processors: list[Any] = [RowNoise(requests, sampling, self.banned, len(self.tokenizer), width)]
             if sampling.repetition_penalty != 1:
-                padding = (inputs["attention_mask"] != 0).int().argmax(1)
-                processors.insert(0, RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, padding))
+                processors.insert(0, RepetitionPenalty(sampling.repetition_penalty, inputs["attention_mask"]))
             branch = None
             if sampling.contrast is not None and batch.rows[0].request.images:
                 branch = blind_branch(self, batch, sampling.contrast, width)
@@ -350,7 +352,7 @@ class TransformersEngine:
 
     def _score(self, batch: Batch) -> list[torch.Tensor]:
         longest = max(len(row.tail) for row in batch.rows)
-        with self._inference() as model:
+        with self.inference() as model:
             logits = model(**batch.tensors, logits_to_keep=longest + 1, use_cache=False).logits[:, :-1]
             targets = batch.tensors["input_ids"][:, -longest:] if longest else batch.tensors["input_ids"][:, :0]
             values = [

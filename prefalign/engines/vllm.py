@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from prefalign import families
-from prefalign.engines import USAGE, Completion, Request, Sampling
+from prefalign.engines import USAGE, Completion, FirstToken, Request, Sampling
 from prefalign.engines.first_token import word_tokens
 from prefalign.engines.prompts import check_answers, request_problem
 from prefalign.engines.rows import drawn_completion, new_text, prompt_row, token_ids
@@ -128,7 +128,7 @@ class VllmEngine:
             USAGE.new_tokens += count
         return found
 
-    def first_token(self, requests: Sequence[Request], words: Sequence[str]) -> list[dict[str, float]]:
+    def first_token(self, requests: Sequence[Request], words: Sequence[str]) -> list[FirstToken]:
         """As `Engine.first_token` says; a `prefix` counts as prompt, `given` is refused."""
         from vllm import SamplingParams
 
@@ -140,21 +140,22 @@ class VllmEngine:
                     "up as they begin an answer. Put the earlier turns into its messages."
                 )
             if request.prefix not in tokens:
-                tokens[request.prefix] = word_tokens(self, request, words)
-        found = [dict.fromkeys(words, float("nan")) for _ in requests]
-        rows = self._rows(requests, [*words[:1]] * len(requests), {}, score=True)
+                tokens[request.prefix] = word_tokens(self.processor, request, words)
+        found: dict[int, FirstToken] = {}
+        failed: dict[int, Completion] = {}
+        rows = self._rows(requests, [*words[:1]] * len(requests), failed, score=True)
         for row in rows:
             row.tail = []  # what is read stands before the word
         params = {
             prefix: SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=ids, detokenize=False)
             for prefix, ids in tokens.items()
         }
-        for row, _, output in self._run(rows, {}, lambda row: params[row.request.prefix]):
+        for row, _, output in self._run(rows, failed, lambda row: params[row.request.prefix]):
             values = output.outputs[0].logprobs[0]
             probs = [values[token].logprob for token in tokens[row.request.prefix]]
-            found[row.index] = dict(zip(words, torch.tensor(probs).exp().tolist(), strict=True))
+            found[row.index] = FirstToken(dict(zip(words, torch.tensor(probs).exp().tolist(), strict=True)))
             USAGE.new_tokens += 1
-        return found
+        return [found.get(index) or FirstToken({}, failed[index].error) for index in range(len(requests))]
 
     def attention(self, requests: Sequence[Request], answers: Sequence[Any], *, layer: int | None = None) -> list[Any]:
         """Not to be had from vLLM.

@@ -40,7 +40,7 @@ from prefalign.online.annotating import annotate, read_annotator
 from prefalign.online.checking import divergence
 from prefalign.online.mixing import mix, offline_prompts
 from prefalign.online.prompts import gather_prompts
-from prefalign.online.round_checks import first_prompts, free_memory, gap_bound, keep_gap, measure_gap
+from prefalign.online.round_checks import check_trainer, first_prompts, free_memory, gap_bound, keep_gap, measure_gap
 from prefalign.online.round_metrics import NO_PAIRS, round_metrics, table, warnings_of
 from prefalign.online.round_training import TrainingSettings, fill_reference, policy_config, train_round
 from prefalign.online.sampling import Draw, drawn_answers, sample
@@ -50,7 +50,7 @@ from prefalign.records import Prompt, row_seed
 from prefalign.sources import DataConfig
 from prefalign.store import OutputConfig, read_records, write_records
 from prefalign.training.arguments import training_arguments
-from prefalign.training.checks import check_settings as check_trainer
+from prefalign.training.checks import check_settings
 from prefalign.training.lora import check_quantised
 from prefalign.training.pairs import pairs_manifest
 from prefalign.training.runs import CONFIG_FILE, RunError, claim_run, open_run, run_files
@@ -124,8 +124,8 @@ def _check_settings(config: OnlineConfig) -> None:
     arguments: Any = training_arguments(_training(config).trainer, output=config.output, seed=config.seed)
     check_quantised(config.model, config.lora, arguments)
     losses = read_losses(config.losses, beta=arguments.beta)
-    check_trainer(losses, arguments, reference="cached", tokens_per_pass=None, brings_reference=False,
-                  adapts=config.lora is not None)  # fmt: skip
+    check_settings(losses, arguments, reference="cached", tokens_per_pass=None, brings_reference=False,
+                   adapts=config.lora is not None)  # fmt: skip
     check_towers(config.freeze)
     views = views_of(losses)
     pictured = [view for view in views if VIEWS[view].images == "rejected_images"]
@@ -138,6 +138,7 @@ def _check_settings(config: OnlineConfig) -> None:
         read_annotator(config.annotator, config.rewards, config.margin)
     if config.evaluation is not None:
         _evaluation(config, 0)
+    check_trainer(config, _training(config).trainer, losses)
 
 
 def _claim(config: OnlineConfig) -> None:

@@ -13,6 +13,7 @@ from prefalign.manifest import write_atomically
 from prefalign.models import check_towers
 from prefalign.online.annotating import Annotator, read_annotator
 from prefalign.online.prompts import gather_prompts
+from prefalign.online.round_checks import check_held_out
 from prefalign.online.settings import FREE
 from prefalign.online.step import ROW_COLUMNS, OnlineStepTrainer, OnTheFly
 from prefalign.records import Pair, Prompt
@@ -60,6 +61,7 @@ def read_settings(config: OnlineConfig) -> tuple[Any, list[Weighted], Annotator 
             f"trainer.algorithm is 'online_dpo_step' and {arguments.world_size} processes run: one whose rows give no pair would "
             "wait for the others for ever. Start one process, or take rounds (online_dpo)."
         )
+    check_held_out(arguments)
     check_quantised(config.model, config.lora, arguments)
     losses = read_losses(config.losses, beta=arguments.beta)
     check_settings(losses, arguments, reference="online", tokens_per_pass=None, brings_reference=False,

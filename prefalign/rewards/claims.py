@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
-from prefalign.claims import Answer, ClaimJudge, ConquerConfig, DivideConfig
+from prefalign.claims import ClaimJudge, ConquerConfig
+from prefalign.dividing import Answer, DivideConfig
 from prefalign.engines.config import EngineConfig
 from prefalign.images import EncodedImage, ImageError, open_image
 from prefalign.judge import picture_hash
@@ -49,6 +50,9 @@ class Claims:
 
     terms: ClassVar[tuple[str, ...]] = ("trust",)
 
+    def __post_init__(self) -> None:
+        self.failures: dict[int, str] = {}
+
     @cached_property
     def judge(self) -> ClaimJudge:
         """The judge; models are loaded here."""
@@ -70,7 +74,10 @@ class Claims:
         return self.judge.version
 
     def score(self, responses: Sequence[Response]) -> dict[str, torch.Tensor]:
-        """`trust` (N,): NaN for a response that has no claim, whose claims could not be judged, or that shows no picture."""
+        """`trust` (N,): NaN for a response that has no claim, whose claims could not be judged, or that shows no picture.
+
+        Where splitter or labeller did not reply `failures` says why, by place of the response.
+        """
         import torch
 
         opened: dict[str, Image.Image] = {}
@@ -84,7 +91,10 @@ class Claims:
                 rows.append(row)
                 answers.append(Answer(response.id, response.messages, response.text, images))
         values = [math.nan] * len(responses)
+        self.failures = {}
         for row, judged in zip(rows, self.judge.judge(answers), strict=True):
+            if judged.error is not None:
+                self.failures[row] = judged.error
             score = judged.score(per_claim=self.per_claim)
             values[row] = math.nan if score is None else score
         return {"trust": torch.tensor(values)}

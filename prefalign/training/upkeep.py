@@ -20,10 +20,11 @@ from transformers import Trainer, TrainerCallback
 from prefalign.families import tower
 from prefalign.manifest import write_atomically
 from prefalign.training.checkpoints import restore_weights
+from prefalign.training.plain_pass import unused_by_plain_pass
 from prefalign.training.runs import claim_run, finish_run, full_disk_explained
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     import torch
 
@@ -155,16 +156,27 @@ class _GradientAudit(TrainerCallback):
         if self.done or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             return
         if trainer.saw_pictures or not self.looked:
-            audit_gradients(trainer.model.named_parameters(), saw_pictures=trainer.saw_pictures)
+            audit_gradients(
+                trainer.model.named_parameters(),
+                saw_pictures=trainer.saw_pictures,
+                unused=lambda names: unused_by_plain_pass(trainer.model, trainer.processing_class, names),
+            )
         self.looked, self.done = True, trainer.saw_pictures
 
 
-def audit_gradients(parameters: Iterable[tuple[str, torch.nn.Parameter]], *, saw_pictures: bool = True) -> list[str]:
+def audit_gradients(
+    parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    *,
+    saw_pictures: bool = True,
+    unused: Callable[[Collection[str]], Collection[str]] | None = None,
+) -> list[str]:
     """Names of trainable tensors without a gradient, logged as a warning.
 
     Args:
         parameters: names and parameters after a backward pass.
         saw_pictures: whether the pass held a picture; without one tower and projector rightly get nothing, and are left out.
+        unused: of names without a gradient, which get none from the model's own forward pass either and are no surprise
+            (`plain_pass.unused_by_plain_pass`); None: all are named.
 
     Raises:
         ValueError: nothing in a whole tower that is meant to train got a gradient.
@@ -184,6 +196,9 @@ def audit_gradients(parameters: Iterable[tuple[str, torch.nn.Parameter]], *, saw
             f"({names[0]}, ...): they would never change. Freeze that tower, or turn off reentrant gradient "
             "checkpointing (trainer.gradient_checkpointing_kwargs: {use_reentrant: false})."
         )
+    if without and unused is not None:
+        expected = unused(without)
+        without = [name for name in without if name not in expected]
     if without:
         logger.warning(
             "%d of %d trainable tensors got no gradient in the first step and will not change: %s%s",

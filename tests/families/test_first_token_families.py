@@ -19,9 +19,9 @@ def test_first_words_agree_with_log_probs_in_any_batch_and_look_at_the_picture(f
     found = engine.first_token(requests, WORDS)
     for word in WORDS:
         scored = engine.logprobs(requests, [word] * 4)
-        assert [row[word] for row in found] == pytest.approx([float(one[0].exp()) for one in scored], rel=1e-3)
+        assert [row.probs[word] for row in found] == pytest.approx([float(one[0].exp()) for one in scored], rel=1e-3)
     for request, row in zip(requests, found, strict=True):
-        assert engine.first_token([request], WORDS)[0] == pytest.approx(row, rel=1e-3)
+        assert engine.first_token([request], WORDS)[0].probs == pytest.approx(row.probs, rel=1e-3)
     swapped = Request("s", requests[0].messages, [picture(77, (40, 48))])
     (other,) = engine.first_token([swapped], WORDS)
-    assert max(abs(other[word] / found[0][word] - 1) for word in WORDS) > 1e-4
+    assert max(abs(other.probs[word] / found[0].probs[word] - 1) for word in WORDS) > 1e-4

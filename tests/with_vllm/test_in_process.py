@@ -82,7 +82,7 @@ def test_swapped_and_blank_pictures_change_the_answer(fast, slow):
         assert (scores[0] - scores[1]).abs().max() > 0.01
         assert (scores[0] - scores[2]).abs().max() > 0.01
     else:
-        said = [one["Yes"] for one in fast.first_token(asked, ["Yes"])]
+        said = [one.probs["Yes"] for one in fast.first_token(asked, ["Yes"])]
         assert len({f"{value:.3g}" for value in said}) == 3
 
 
@@ -155,7 +155,7 @@ def test_logprobs_are_those_of_the_transformers_engine(fast, slow):
 def test_first_words_have_the_probabilities_of_the_transformers_engine(fast, slow):
     requests = some_requests(4)
     for mine, theirs in zip(*(engine.first_token(requests, ["Yes", "No"]) for engine in (fast, slow)), strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-3)
+        assert mine.probs == pytest.approx(theirs.probs, rel=1e-3)
     with pytest.raises(ValueError, match="goes on in the middle of a conversation"):
         fast.first_token(some_requests(1, given=[5]), ["Yes"])
 
@@ -172,6 +172,7 @@ def test_what_cannot_be_answered_fails_alone_with_the_same_words(fast, slow):
     expected = [answer.error for answer in slow.generate(bad, GREEDY)]
     assert [answer.error for answer in answers[1:3]] == expected[:2]
     assert answers[3].finish_reason == "error"
+    assert [one.error for one in fast.first_token(bad, ["Yes"])] == [answer.error for answer in answers[1:4]]
     assert "request long: the prompt" in answers[3].error
     assert f"the model has {fast.context} positions. Use fewer or smaller pictures, or less text." in answers[3].error
     many = Request("large", [user_message("Q", 500)], [picture(0)] * 500)

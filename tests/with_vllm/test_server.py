@@ -78,10 +78,10 @@ class TestAnswers:
         (slow,) = served[1].generate(requests[:1], GREEDY)
         words = [served[1].tokenizer.decode(slow.token_ids[:1]), "zebra"]
         found = self.engine(served).first_token(requests[:1], words)
-        assert found[0]["zebra"] == 0
+        assert found[0].probs["zebra"] == 0
         if words[0].isascii() and words[0].strip():
             expected = served[1].first_token(requests[:1], words[:1])[0]
-            assert found[0][words[0]] == pytest.approx(expected[words[0]], rel=1e-3)
+            assert found[0].probs[words[0]] == pytest.approx(expected.probs[words[0]], rel=1e-3)
 
 
 def rows_in(folder):
