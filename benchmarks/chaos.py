@@ -1,16 +1,19 @@
 """Kill data generation with SIGKILL at random moments, resume it, and compare with an uninterrupted run.
 
     python benchmarks/chaos.py [--executor local] [--stage all] [--kills 5] [--rows 32] [--json FILE]
+    python benchmarks/chaos.py --server .venv-vllm/bin/python [--executor all] [--stage all] [--rows 32] [--json FILE]
 
-Every `configs/datagen/*_scenes.yaml` is a case (`bdhs`, `stic`, `stic_sft`, ...). A trial starts it in an empty folder, kills it
-at a moment drawn uniformly over an uninterrupted run's duration, starts it again (which may be killed once more), lets it end,
-and compares every file of the folder, caches such as `pool/` included, except hidden temporary ones.
+Every `configs/datagen/*_scenes.yaml` is a case (`bdhs`, `stic`, `stic_sft`, ...), and `score_responses`. A trial starts it in an
+empty folder, kills it at a moment drawn uniformly over an uninterrupted run's duration, starts it again (which may be killed once
+more), lets it end, and compares every file of the folder, caches such as `pool/` included, except hidden temporary ones.
 
 `local`   one process, killed and started again.
 `shards`  three processes on one folder, started at once; one of them, drawn, is killed and started again.
 `ray`     a driver and two actors, of which in turn an actor and the driver is killed. A killed driver is started again; a killed
           actor is the executor's affair. Processes are found in `/proc`: needs Linux.
 What `shards` and `ray` make is compared with the uninterrupted run of one process.
+
+With `--server` the vLLM server that a stage asks is killed instead (`chaos_server.py`).
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ SHARDS = 3
 ACTORS = 2
 PRELOAD = ["torch", "transformers", "datasets", "pyarrow.parquet", "prefalign.engines.transformers"]
 BLOCK = 8
+SCORING = "score_responses"
 
 
 def cases() -> dict[str, str]:
@@ -48,15 +52,29 @@ def cases() -> dict[str, str]:
     names = [name.removeprefix("datagen/").removesuffix("_scenes") for name in bundled.configs()
              if name.startswith("datagen/") and name.endswith("_scenes")]  # fmt: skip
     known = sorted(bundled.stages(), key=len, reverse=True)
-    return {name: next(stage for stage in known if name == stage or name.startswith(f"{stage}_")) for name in names}
+    found = {name: next(stage for stage in known if name == stage or name.startswith(f"{stage}_")) for name in names}
+    return {**found, SCORING: SCORING}
+
+
+def config_name(case: str) -> str:
+    """The bundled config of a case."""
+    return f"{'reward_models' if case == SCORING else 'datagen'}/{case}_scenes"
 
 
 def generate(case: str, data: str, output: str, options: Options | None = None) -> None:
-    """One run of a case over exported rows (in a process of its own)."""
+    """One run of a case over exported rows."""
     import torch
 
     torch.set_num_threads(1)
-    run_config(f"datagen/{case}_scenes", cases()[case], data, output, options)
+    run_config(config_name(case), cases()[case], data, output, options)
+
+
+def generate_quietly(case: str, data: str, output: str, options: Options) -> None:
+    """One run in a process of its own, whose messages go to a file beside its folder."""
+    with open(f"{output}.log", "ab") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    generate(case, data, output, options)
 
 
 def run_config(name: str, stage: str, data: str, output: str, options: Options | None = None) -> None:
@@ -71,7 +89,7 @@ def prepare(case: str, root: Path, rows: int) -> Path:
     """The rows that a case reads: the scenes export that its config names, scored answers, or else POVID's pairs."""
     from prefalign.scenes.export import export
 
-    path = bundled.find(f"datagen/{case}_scenes")
+    path = bundled.find(config_name(case))
     named = re.search(r"scenes export --output (\S+) (.*?) --stop", path.read_text())
     if named and named[1] == config.read_yaml(path)["data"]["path"]:
         options = dict(re.findall(r"--(split|kind|regime) (\w+)", named[2]))
@@ -81,11 +99,11 @@ def prepare(case: str, root: Path, rows: int) -> Path:
         )
         return folder
     export(root / "prompts", split="train_biased", kind="caption", start=0, stop=rows)
-    if case == "select_responses":
-        for name, read, made in (("datagen/sample_responses", "prompts", "sampled"),
-                                 ("reward_models/score_responses", "sampled", "scored")):  # fmt: skip
-            run_config(f"{name}_scenes", name.split("/")[1], str(root / read), str(root / made))
-        return root / "scored"
+    if case in (SCORING, "select_responses"):
+        for name, read, made in (("sample_responses", "prompts", "sampled"), (SCORING, "sampled", "scored")):
+            if not (root / made).exists():
+                generate(name, str(root / read), str(root / made))
+        return root / ("sampled" if case == SCORING else "scored")
     if not (root / "pairs").exists():
         generate("povid", str(root / "prompts"), str(root / "pairs"))
     return root / "pairs"
@@ -102,12 +120,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def start(context: ForkServerContext, case: str, data: Path, output: Path, options: Options) -> BaseProcess:
     """Start a run of a case in a process of its own."""
-    process = context.Process(target=generate, args=(case, str(data), str(output), options))
+    process = context.Process(target=generate_quietly, args=(case, str(data), str(output), options))
     process.start()
     return process
 
 
-def end(case: str, process: BaseProcess, seconds: float | None = None) -> bool:
+def end(output: Path, process: BaseProcess, seconds: float | None = None) -> bool:
     """Wait for a run, or kill it after so many seconds. Returns whether it was killed."""
     process.join(seconds)
     if process.exitcode is None:
@@ -115,7 +133,8 @@ def end(case: str, process: BaseProcess, seconds: float | None = None) -> bool:
         process.join()
         return True
     if process.exitcode:
-        raise SystemExit(f"{case} itself failed with exit status {process.exitcode}")
+        said = Path(f"{output}.log").read_text(errors="replace")
+        raise SystemExit(f"the stage itself failed with exit status {process.exitcode}:\n{said[-3000:]}")
     return False
 
 
@@ -135,7 +154,7 @@ class Ground:
 
     def run(self, output: Path, options: Options | None = None, kill_after: float | None = None) -> bool:
         """A run to the end, or killed after so many seconds. Returns whether it was killed."""
-        return end(self.case, self.start(output, options), kill_after)
+        return end(output, self.start(output, options), kill_after)
 
     def moment(self, spent: float = 0.0) -> float:
         """Seconds until a kill."""
@@ -162,11 +181,11 @@ def try_shards(ground: Ground, output: Path) -> list[str]:
     options = [Options(Shard(number, SHARDS)) for number in range(SHARDS)]
     processes = [ground.start(output, each) for each in options]
     victim, moment = ground.rng.randrange(SHARDS), ground.moment()
-    killed = end(ground.case, processes.pop(victim), moment)
+    killed = end(output, processes.pop(victim), moment)
     if killed:
         ground.run(output, options[victim])
     for process in processes:
-        end(ground.case, process)
+        end(output, process)
     return [f"{moment:.2f} s (shard {victim})"] if killed else []
 
 
@@ -181,7 +200,7 @@ def try_ray(ground: Ground, output: Path, options: Options) -> list[str]:
     driver = ground.start(output, options)
     moment = ground.moment()
     if int(output.name.split("-")[-1]) % 2:
-        killed = end(ground.case, driver, moment)
+        killed = end(output, driver, moment)
         if killed:
             ground.run(output, options)
         return [f"{moment:.2f} s (driver)"] if killed else []
@@ -189,7 +208,7 @@ def try_ray(ground: Ground, output: Path, options: Options) -> list[str]:
     actors = actors_under(os.getpid()) if driver.exitcode is None else []
     for victim in actors[:1] and [ground.rng.choice(actors)]:
         os.kill(victim, signal.SIGKILL)
-    end(ground.case, driver)
+    end(output, driver)
     return [f"{moment:.2f} s (actor)"] if actors else []
 
 
@@ -218,6 +237,13 @@ def cluster() -> Iterator[str]:
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
+
+
+def command_options(executor: str, whole: Options) -> list[list[str]]:
+    """Options of each process that `prefalign run` is started in."""
+    if executor == "ray":
+        return [["--executor", "ray", "--actors", str(ACTORS), "--ray-address", str(whole.ray_address)]]
+    return [["--shard", f"{number}/{SHARDS}"] for number in range(SHARDS)] if executor == "shards" else [[]]
 
 
 def try_case(
@@ -262,16 +288,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--executor", default="local", help=f"all, or some of {','.join(EXECUTORS)}")
     parser.add_argument("--stage", default="all", help=f"all, or some of {','.join(cases())}")
+    parser.add_argument("--server", type=Path, help="Python of vLLM's environment: kill a server of it, not the stage")
     parser.add_argument("--kills", type=int, default=5, help="of each case")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
+    serving = bundled.load_stage(str(Path(__file__).with_name("chaos_server.py"))) if chosen.server else None
+    there = list(serving.RECORDS if serving else cases())
     executors = list(EXECUTORS) if chosen.executor == "all" else chosen.executor.split(",")
-    wanted = list(cases()) if chosen.stage == "all" else chosen.stage.split(",")
-    for kind, asked, known in (("executor", executors, EXECUTORS), ("case", wanted, cases())):
+    wanted = there if chosen.stage == "all" else chosen.stage.split(",")
+    for kind, asked, known in (("executor", executors, EXECUTORS), ("case", wanted, there)):
         if unknown := set(asked) - set(known):
             parser.error(f"no {kind} called {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if serving and (reason := serving.missing(chosen.server)):
+        print(f"SKIPPED: killing a vLLM server, since {reason}.")
+        return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     found = []
@@ -282,7 +314,10 @@ def main() -> None:
             address = stack.enter_context(cluster())
             whole["ray"] = Options(executor="ray", actors=ACTORS, ray_address=address)
             attempts["ray"] = lambda ground, output: try_ray(ground, output, whole["ray"])
-        for executor in executors:
+        if serving:
+            parts = {name: command_options(name, whole[name]) for name in EXECUTORS}
+            found = serving.kill_servers(chosen.server, executors, wanted, chosen.rows, Path(scratch), parts, contents)
+        for executor in executors if not serving else []:
             for case in wanted:
                 root = Path(scratch) / executor
                 rng = random.Random(f"{chosen.seed} {case}")

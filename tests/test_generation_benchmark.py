@@ -79,12 +79,19 @@ def test_memory_is_measured_on_rows_that_are_all_stored(generation, tmp_path):
 def test_chaos_has_a_case_for_every_stage(chaos):
     cases = chaos.cases()
     stages = {name for name, path in bundled.stages().items() if path.parent.name == "datagen"}
-    assert set(cases.values()) == stages
+    assert set(cases.values()) == stages | {"score_responses"}
     assert cases["stic"] == cases["stic_sft"] == "stic"
 
 
 @pytest.mark.parametrize(
-    ("case", "kind"), [("bdhs", "caption"), ("s_vco", "twin"), ("stic_sft", "vqa"), ("filter_pairs", "pairs")]
+    ("case", "kind"),
+    [
+        ("bdhs", "caption"),
+        ("s_vco", "twin"),
+        ("stic_sft", "vqa"),
+        ("filter_pairs", "pairs"),
+        ("score_responses", "sampled"),
+    ],
 )
 def test_chaos_gives_a_case_the_rows_it_reads(chaos, case, kind, tmp_path):
     assert kind in chaos.prepare(case, tmp_path, 4).name
