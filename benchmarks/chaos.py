@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -61,28 +62,25 @@ def config_name(case: str) -> str:
     return f"{'reward_models' if case == SCORING else 'datagen'}/{case}_scenes"
 
 
-def generate(case: str, data: str, output: str, options: Options | None = None) -> None:
-    """One run of a case over exported rows."""
+def generate(
+    case: str, data: str, output: str, options: Options | None = None, settings: dict[str, Any] | None = None
+) -> None:
+    """One run of a case over other rows than its config names, perhaps with other settings."""
     import torch
 
     torch.set_num_threads(1)
-    run_config(config_name(case), cases()[case], data, output, options)
+    changes = {"data": {"path": data}, "output": {"path": output, "block_size": BLOCK}, **(settings or {})}
+    module = bundled.load_stage(cases()[case])
+    values = config.merge(config.read_yaml(bundled.find(config_name(case))), changes)
+    running.run(cases()[case], module, config.build(module.Config, values), options or Options())
 
 
-def generate_quietly(case: str, data: str, output: str, options: Options) -> None:
+def generate_quietly(case: str, data: str, output: str, options: Options, settings: dict[str, Any] | None) -> None:
     """One run in a process of its own, whose messages go to a file beside its folder."""
     with open(f"{output}.log", "ab") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
-    generate(case, data, output, options)
-
-
-def run_config(name: str, stage: str, data: str, output: str, options: Options | None = None) -> None:
-    """Run a bundled config over other rows."""
-    module = bundled.load_stage(stage)
-    changes = {"data": {"path": data}, "output": {"path": output, "block_size": BLOCK}}
-    values = config.merge(config.read_yaml(bundled.find(name)), changes)
-    running.run(stage, module, config.build(module.Config, values), options or Options())
+    generate(case, data, output, options, settings)
 
 
 def prepare(case: str, root: Path, rows: int) -> Path:
@@ -118,9 +116,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def start(context: ForkServerContext, case: str, data: Path, output: Path, options: Options) -> BaseProcess:
+def start(
+    context: ForkServerContext, case: str, data: Path, output: Path, options: Options, settings: dict[str, Any] | None
+) -> BaseProcess:
     """Start a run of a case in a process of its own."""
-    process = context.Process(target=generate_quietly, args=(case, str(data), str(output), options))
+    process = context.Process(target=generate_quietly, args=(case, str(data), str(output), options, settings))
     process.start()
     return process
 
@@ -140,17 +140,18 @@ def end(output: Path, process: BaseProcess, seconds: float | None = None) -> boo
 
 @dataclass
 class Ground:
-    """Where a case is tried: its rows, and how long an uninterrupted run takes."""
+    """Where a case is tried: its rows, how long an uninterrupted run takes, settings beside its config's."""
 
     context: ForkServerContext
     case: str
     data: Path
     rng: random.Random
     duration: float = 0.0
+    settings: dict[str, Any] | None = None
 
     def start(self, output: Path, options: Options | None = None) -> BaseProcess:
         """Start a run."""
-        return start(self.context, self.case, self.data, output, options or Options())
+        return start(self.context, self.case, self.data, output, options or Options(), self.settings)
 
     def run(self, output: Path, options: Options | None = None, kill_after: float | None = None) -> bool:
         """A run to the end, or killed after so many seconds. Returns whether it was killed."""
@@ -239,13 +240,6 @@ def cluster() -> Iterator[str]:
         ray.shutdown()
 
 
-def command_options(executor: str, whole: Options) -> list[list[str]]:
-    """Options of each process that `prefalign run` is started in."""
-    if executor == "ray":
-        return [["--executor", "ray", "--actors", str(ACTORS), "--ray-address", str(whole.ray_address)]]
-    return [["--shard", f"{number}/{SHARDS}"] for number in range(SHARDS)] if executor == "shards" else [[]]
-
-
 def try_case(
     ground: Ground, root: Path, attempt: Callable[[Ground, Path], list[str]], executor: str, whole: Options, kills: int
 ) -> list[dict[str, Any]]:
@@ -304,6 +298,7 @@ def main() -> None:
     if serving and (reason := serving.missing(chosen.server)):
         print(f"SKIPPED: killing a vLLM server, since {reason}.")
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers and clusters end too
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     found = []
@@ -315,8 +310,18 @@ def main() -> None:
             whole["ray"] = Options(executor="ray", actors=ACTORS, ray_address=address)
             attempts["ray"] = lambda ground, output: try_ray(ground, output, whole["ray"])
         if serving:
-            parts = {name: command_options(name, whole[name]) for name in EXECUTORS}
-            found = serving.kill_servers(chosen.server, executors, wanted, chosen.rows, Path(scratch), parts, contents)
+            parts = {name: [whole[name]] for name in EXECUTORS}
+            parts["shards"] = [Options(Shard(number, SHARDS)) for number in range(SHARDS)]
+            found = serving.kill_servers(
+                chosen.server,
+                parts,
+                executors,
+                wanted,
+                chosen.rows,
+                Path(scratch),
+                functools.partial(start, context),
+                contents,
+            )
         for executor in executors if not serving else []:
             for case in wanted:
                 root = Path(scratch) / executor

@@ -15,17 +15,18 @@ import random
 import re
 import sqlite3
 import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from prefalign import bundled
 from prefalign.checkpoints import SCENES_BASE
+from prefalign.execution import Options
 from prefalign.models import ModelConfig, load_processor
 from prefalign.records import Candidates, Pair
 from prefalign.scenes.export import export
@@ -35,8 +36,10 @@ HERE = Path(__file__).parent
 MOMENTS = {"soon": 60, "late": 1}
 """When the server comes back, and how often a request is tried again."""
 RECORDS: dict[str, type[Any]] = {"sample_responses": Candidates, "rlaif_v": Pair}
-OPTIONS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--no-enable-chunked-prefill")
-TIMEOUT = 400.0
+OPTIONS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--no-enable-chunked-prefill",
+           "--skip-mm-profiling")  # fmt: skip
+TIMEOUT = 600.0
+MODEL = "tiny"
 
 
 def missing(python: Path) -> str | None:
@@ -53,62 +56,48 @@ def shim(python: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(HERE.parent / "tests" / "torchvision_shim")} if cuda.returncode else {}
 
 
+@dataclass
 class Stage:
-    """Runs of one case on one executor, as commands.
+    """Runs of one case on one executor.
 
-    Args:
+    Attributes:
+        start: of `chaos.py`, with its context.
         case: of `RECORDS`.
-        address: of the server.
-        name: what it calls the model.
         data: rows.
+        address: of the server.
         parts: options of each process that works on the same folder.
     """
 
-    def __init__(self, case: str, address: str, name: str, data: Path, parts: Sequence[Sequence[str]]) -> None:
-        self.parts = parts
-        self.command = [sys.executable, "-m", "prefalign.cli", "run", case, "--config", f"datagen/{case}_scenes",
-                        "--model.engine", "openai", "--model.model_name_or_path", name, "--model.server.base_url", address,
-                        "--model.server.concurrency", "4", "--data.path", str(data), "--output.block_size", "4",
-                        "--num_generations", "3"]  # fmt: skip
+    start: Callable[..., BaseProcess]
+    case: str
+    data: Path
+    address: str
+    parts: Sequence[Options]
 
-    def start(self, output: Path, cache: Path, retries: int, parts: Sequence[Sequence[str]] | None = None) -> Running:
-        """Start its processes, or others."""
-        given = [
-            "--output.path",
-            str(output),
-            "--model.server.cache",
-            str(cache),
-            "--model.server.max_retries",
-            str(retries),
-        ]
-        log = output.with_suffix(".log")
-        with log.open("ab") as said:
-            return Running(
-                [subprocess.Popen([*self.command, *given, *part], stdout=said, stderr=subprocess.STDOUT)
-                 for part in (self.parts if parts is None else parts)], log
-            )  # fmt: skip
+    def begin(self, output: Path, cache: Path, retries: int) -> list[BaseProcess]:
+        """Start its processes."""
+        server = {"base_url": self.address, "cache": str(cache), "max_retries": retries, "concurrency": 4}
+        model = {"model_name_or_path": MODEL, "engine": "openai", "server": server}
+        settings = {"model": model, "num_generations": 3, "output": {"path": str(output), "block_size": 4}}
+        return [self.start(self.case, self.data, output, part, settings) for part in self.parts]
 
 
-@dataclass
-class Running:
-    """Processes of a run, and the file that they write their messages to."""
+def failed(processes: Sequence[BaseProcess]) -> bool:
+    """Wait for the end of a run; whether one of its processes failed."""
+    for process in processes:
+        process.join(TIMEOUT)
+    return any(process.exitcode != 0 for process in processes)
 
-    processes: list[subprocess.Popen[bytes]]
-    log: Path
 
-    def ended(self) -> bool:
-        """Whether all have ended."""
-        return all(process.poll() is not None for process in self.processes)
+def finish(processes: Sequence[BaseProcess], output: Path) -> None:
+    """Wait for the end of a run, which has to be a good one."""
+    if failed(processes):
+        raise SystemExit(f"the stage itself failed:\n{said(output)}")
 
-    def failed(self) -> bool:
-        """Wait for the end; whether one of them failed."""
-        exits = [process.wait(TIMEOUT) for process in self.processes]
-        return any(exits)
 
-    def end(self) -> None:
-        """Wait for the end, which has to be a good one."""
-        if self.failed():
-            raise SystemExit(f"the stage itself failed:\n{self.log.read_text()[-3000:]}")
+def said(output: Path) -> str:
+    """The end of what a run told."""
+    return Path(f"{output}.log").read_text(errors="replace")[-3000:]
 
 
 def given(log: Path) -> int:
@@ -127,9 +116,9 @@ def ids(case: str, folder: Path) -> Counter[str]:
     return Counter(row.id for row in read_records(folder, RECORDS[case]))
 
 
-def kill_amid(server: Any, run: Running, answers: int) -> int:
+def kill_amid(server: Any, run: Sequence[BaseProcess], answers: int) -> int:
     """Kill a server that has given so many answers and works on others. Returns on how many; 0: the run was over before."""
-    while not run.ended():
+    while any(process.exitcode is None for process in run):
         if given(server.log) >= answers and (under_way := server.running()):
             server.kill()
             return int(under_way)
@@ -137,99 +126,102 @@ def kill_amid(server: Any, run: Running, answers: int) -> int:
     return 0
 
 
-def try_server(
-    server: Any, stage: Stage, root: Path, moment: str, share: float, whole: int
-) -> tuple[Path, Path, int, int]:
-    """One run whose server is killed. Returns its folder, its kept answers, the answers given, and what was under way."""
-    output, cache, before = root / "out", root / "kept.sqlite", given(server.log)
-    root.mkdir(parents=True)
-    run = stage.start(output, cache, MOMENTS[moment])
-    under_way = kill_amid(server, run, before + round(share * whole))
-    if under_way and moment == "soon":
+def try_server(server: Any, stage: Stage, folder: Path, moment: str, answers: int) -> int:
+    """One run whose server is killed after so many answers, and that ends well. Returns how many more were under way."""
+    output, cache = folder / "out", folder / "kept.sqlite"
+    folder.mkdir()
+    run = stage.begin(output, cache, MOMENTS[moment])
+    under_way = kill_amid(server, run, given(server.log) + answers)
+    if under_way and moment == "late":
+        if not failed(run):
+            raise SystemExit(f"a run whose server was gone ended well:\n{said(output)}")
         server.start()
-        run.end()
+        run = stage.begin(output, cache, MOMENTS[moment])
     elif under_way:
-        if not run.failed():
-            raise SystemExit(f"a run whose server was gone ended well:\n{run.log.read_text()[-3000:]}")
         server.start()
-        stage.start(output, cache, MOMENTS[moment]).end()
-    else:
-        run.end()
-    return output, cache, given(server.log) - before, under_way
+    finish(run, output)
+    return under_way
 
 
 def try_case(
-    server: Any, case: str, executor: str, stage: Stage, alone: Stage, root: Path, contents: Callable[[Path], Any]
+    server: Any, executor: str, stage: Stage, alone: Stage, root: Path, contents: Callable[[Path], dict[str, bytes]]
 ) -> list[dict[str, Any]]:
     """Both moments of a case on an executor; the lines of the result file.
 
     Args:
         server: it runs.
-        case: of `RECORDS`.
         executor: its name.
         stage: the case on the executor.
         alone: the case in one process.
         root: folder of all runs of the case.
-        contents: every file of a folder.
+        contents: of `chaos.py`.
     """
+    case, straight = stage.case, root / "straight"
     root.mkdir(exist_ok=True)
-    straight = root / "straight"
     if not straight.exists():
-        alone.start(straight, root / "straight.sqlite", 1).end()
+        finish(alone.begin(straight, root / "straight.sqlite", 1), straight)
     whole = kept(root / "straight.sqlite")
     lines = []
     for moment in MOMENTS:
         rng, under_way = random.Random(f"{case} {executor} {moment}"), 0
         while not under_way:
             share = rng.uniform(0.1, 0.8)
-            trial = root / f"{executor}-{moment}-{share:.3f}"
-            output, cache, paid, under_way = try_server(server, stage, trial, moment, share, whole)
-        before = given(server.log)
-        alone.start(trial / "again", cache, MOMENTS[moment]).end()
-        again = given(server.log) - before
-        found, expected = contents(output), contents(trial / "again")
+            folder = root / f"{executor}-{moment}-{share:.3f}"
+            before = given(server.log)
+            under_way = try_server(server, stage, folder, moment, round(share * whole))
+        paid = given(server.log) - before
+        output, cache, again = folder / "out", folder / "kept.sqlite", folder / "again"
+        finish(alone.begin(again, cache, MOMENTS[moment]), again)
+        more = given(server.log) - before - paid
+        found, expected = contents(output), contents(again)
         other = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
         same_ids = ids(case, output) == ids(case, straight)
         print(f"{case}, {executor}, {moment}: killed after {share:.0%} of the answers with {under_way} under way: "
               f"{f'DIFFERENT: {other[:5]}' if other else 'identical'}, {sum(ids(case, output).values())} rows, ids "
-              f"{'the same' if same_ids else 'DIFFERENT'}, {paid} answers given, {kept(cache)} kept, {again} asked for again",
+              f"{'the same' if same_ids else 'DIFFERENT'}, {paid} answers given, {kept(cache)} kept, {more} asked for again",
               flush=True)  # fmt: skip
         name = f"chaos/server/{executor}/{case}/{moment}"
         lines += [
             {"name": f"{name}/identical", "value": int(not other), "unit": "runs", "baseline": None, "goal": 1},
             {"name": f"{name}/same_ids", "value": int(same_ids), "unit": "runs", "baseline": None, "goal": 1},
-            {"name": f"{name}/kept", "value": kept(cache), "unit": "answers", "baseline": None, "goal": paid + again},
+            {"name": f"{name}/kept", "value": kept(cache), "unit": "answers", "baseline": None, "goal": paid + more},
         ]
     return lines
 
 
 def kill_servers(
-    python: Path, executors: Sequence[str], wanted: Sequence[str], rows: int, root: Path, parts: dict[str, Any],
-    contents: Callable[[Path], Any],
-) -> list[dict[str, Any]]:  # fmt: skip
+    python: Path,
+    parts: Mapping[str, Sequence[Options]],
+    executors: Sequence[str],
+    wanted: Sequence[str],
+    rows: int,
+    root: Path,
+    start: Callable[..., BaseProcess],
+    contents: Callable[[Path], dict[str, bytes]],
+) -> list[dict[str, Any]]:
     """All cases on all executors with one server; the lines of the result file.
 
     Args:
         python: of vLLM's environment.
+        parts: by executor the options of each of its processes.
         executors: which.
         wanted: cases, of `RECORDS`.
         rows: prompts.
         root: folder of all runs.
-        parts: by executor the options of each of its processes.
-        contents: every file of a folder.
+        start: of `chaos.py`, with its context.
+        contents: of `chaos.py`.
     """
     serving = bundled.load_stage(str(HERE / "serving.py"))
     export(root / "prompts", split="train_fair", kind="caption", start=0, stop=rows)
     load_processor(ModelConfig("scenes")).save_pretrained(root / "processor")
     options = [*OPTIONS, "--chat-template", str(root / "processor" / "chat_template.jinja")]
-    server = serving.VllmServer(SCENES_BASE, root / "server.log", options, python=python, variables=shim(python))
+    server = serving.VllmServer(
+        SCENES_BASE, root / "server.log", options, name=MODEL, python=python, variables=shim(python)
+    )
     found = []
     with server:
         for case in wanted:
-            stages = {
-                name: Stage(case, server.address, server.name, root / "prompts", parts[name])
-                for name in (*executors, "local")
-            }
+            on = {name: Stage(start, case, root / "prompts", server.address, each) for name, each in parts.items()}
             for executor in executors:
-                found += try_case(server, case, executor, stages[executor], stages["local"], root / case, contents)
+                found += try_case(server, executor, on[executor], on["local"], root / case, contents)
     return found
