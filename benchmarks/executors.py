@@ -28,8 +28,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 
@@ -44,8 +46,8 @@ BLOCK = 16
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def cpu_seconds() -> float:
-    """Processor time so far of this process and all under it, with those of them that have ended."""
+def cpu_seconds() -> dict[int, float]:
+    """Processor time so far of this process and each one under it, by process, with children that it has waited for."""
     parents, spent = {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -57,7 +59,30 @@ def cpu_seconds() -> float:
     def belongs(one: int) -> bool:
         return one == os.getpid() or (one in parents and belongs(parents[one]))
 
-    return sum(seconds for one, seconds in spent.items() if belongs(one))
+    return {one: seconds for one, seconds in spent.items() if belongs(one)}
+
+
+@contextlib.contextmanager
+def cpu_time() -> Iterator[list[float]]:
+    """Gives a list that holds, at the end, the processor time that all processes took.
+
+    Ray waits for no actor that it ends: what they took is read before they are dismissed.
+    """
+    from prefalign.ray_executor import _Crew
+
+    at_end: list[dict[int, float]] = []
+    dismiss = _Crew.dismiss
+
+    def look_and_dismiss(crew: _Crew) -> None:
+        at_end.append(cpu_seconds())
+        dismiss(crew)
+
+    found: list[float] = []
+    before = cpu_seconds()
+    with mock.patch.object(_Crew, "dismiss", look_and_dismiss):
+        yield found
+    after = at_end[0] if at_end else cpu_seconds()
+    found.append(sum(seconds - before.get(one, 0) for one, seconds in after.items()))
 
 
 def run(stage: str, data: Path, output: Path, way: Options | int) -> tuple[float, float, float]:
@@ -72,17 +97,24 @@ def run(stage: str, data: Path, output: Path, way: Options | int) -> tuple[float
     module = bundled.load_stage(stage)
     given = {"data": {"path": str(data)}, "output": {"path": str(output), "block_size": BLOCK}, **SETTINGS[stage]}
     values = config.merge(config.read_yaml(bundled.find(f"datagen/{stage}_scenes")), given)
-    started, everything, worked = time.perf_counter(), cpu_seconds(), time.process_time()
-    if isinstance(way, Options):
-        running.run(stage, module, config.build(module.Config, values), way)
-    else:
-        settings = output.with_suffix(".yaml")
-        settings.write_text(yaml.safe_dump(values))
-        command = [sys.executable, "-m", "prefalign.cli", "run", stage, "--config", str(settings), "--shard"]
-        parts = [subprocess.Popen([*command, f"{part}/{way}"], stdout=subprocess.DEVNULL) for part in range(way)]
-        if any([part.wait() for part in parts]):  # noqa: C419  all are waited for
-            raise SystemExit(f"a shard of {stage} failed")
-    return time.perf_counter() - started, cpu_seconds() - everything, time.process_time() - worked
+    started, worked = time.perf_counter(), time.process_time()
+    with cpu_time() as everything:
+        if isinstance(way, Options):
+            running.run(stage, module, config.build(module.Config, values), way)
+        else:
+            run_shards(stage, values, output.with_suffix(".yaml"), way)
+    return time.perf_counter() - started, everything[0], time.process_time() - worked
+
+
+def run_shards(stage: str, values: dict[str, Any], settings: Path, count: int) -> None:
+    """Start the shards of a stage as commands and wait for them."""
+    settings.write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "prefalign.cli", "run", stage, "--config", str(settings), "--shard"]
+    shards = [subprocess.Popen([*command, f"{part}/{count}"], stdout=subprocess.DEVNULL) for part in range(count)]
+    for shard in shards:
+        shard.wait()
+    if any(shard.returncode for shard in shards):
+        raise SystemExit(f"a shard of {stage} failed")
 
 
 def measure(
