@@ -2,7 +2,8 @@
 # make test    all tests but the slowest (make check: format, lint, types, import order, dependencies)
 # make test-slow   the tests that take longest by themselves, which `make test` leaves out
 # make prove   the shared path against the plain one and TRL's trainer in every case; benchmarks/results/prove.md
-# make chaos   kill every data stage at random moments, resume, compare: one process, shards, actors and driver of Ray
+# make chaos   kill every data stage at random moments, resume, compare: one process, shards, actors and driver of Ray, and, where
+#              make vllm-env has been, the vLLM server that a stage asks
 # make vllm-env   the environment in which vLLM generates, .venv-vllm (make test-vllm: its tests, which `make test` leaves out)
 # make bench   what generation and training steps cost and whether pairs are right, measured; figures in runs/bench/
 #
@@ -53,11 +54,15 @@ prove: $(VENV)/.dev $(FAMILIES)/.ready
 chaos: $(VENV)/.dev
 	$(OFFLINE) $(BIN)/python benchmarks/chaos.py --kills 5
 	$(OFFLINE) $(BIN)/python benchmarks/chaos.py --kills 2 --executor shards,ray
+	$(OFFLINE) $(BIN)/python benchmarks/chaos.py --server $(VLLM)/bin/python --executor all --rows 12
 
 bench: $(VENV)/.dev
 	mkdir -p runs/bench
 	$(OFFLINE) $(BIN)/python benchmarks/generation.py --json runs/bench/generation.json
 	$(OFFLINE) $(BIN)/python benchmarks/executors.py --json runs/bench/executors.json
+	@if test -x $(VLLM)/bin/python; then \
+	  $(OFFLINE) $(VLLM_SHIM) $(VLLM)/bin/python benchmarks/serving.py --json runs/bench/serving.json; \
+	else echo "SKIPPED: benchmarks/serving.py, which needs the environment of make vllm-env"; fi
 	$(OFFLINE) $(BIN)/python benchmarks/pair_truth.py --json runs/bench/pair_truth.json
 	$(OFFLINE) $(BIN)/python benchmarks/preference_step.py --json runs/bench/preference_step.json
 	$(OFFLINE) $(BIN)/python benchmarks/ppo_step.py --json runs/bench/ppo_step.json

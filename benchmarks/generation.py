@@ -12,7 +12,8 @@
             replaced by recorded completions, and no model is loaded: what is measured is reading, checking, storing, resuming
             (`VmHWM`: needs Linux).
 
-Times are wall time on one thread.
+Times are wall time on one thread. `serving.py` measures requests to a vLLM server by picture, `executors.py` what shards and
+Ray's actors cost.
 """
 
 from __future__ import annotations
@@ -314,7 +315,10 @@ def measure_memory(folder: Path) -> tuple[float, float, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None,
+        epilog="Requests to a vLLM server, by picture: serving.py. Ray's and shards' cost for each row: executors.py.",
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--rows", type=int, default=512, help="scenes rows of `bdhs`")

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -63,15 +63,27 @@ class VllmServer:
         log: file that its output goes to.
         options: more of its command-line options.
         name: what it calls the model.
+        python: of the environment that vLLM is in, if that is not this one.
+        variables: what it has in its environment beside what this process has.
     """
 
-    def __init__(self, model: Path, log: Path, options: Sequence[str] = (), *, name: str = "tiny") -> None:
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        options: Sequence[str] = (),
+        *,
+        name: str = "tiny",
+        python: str | Path = sys.executable,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
         self.log = log
+        self.variables = variables or {}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
+        self.command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
                         "--served-model-name", name, "--host", "127.0.0.1", "--port", str(self.port), *options]  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
         self.output: IO[bytes] | None = None
@@ -87,11 +99,11 @@ class VllmServer:
         Raises:
             RuntimeError: if it ends or does not answer in time, with the end of its log.
         """
-        variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
+        usual = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
         self.output = self.log.open("ab")
         started = time.perf_counter()
         self.process = subprocess.Popen(self.command, stdout=self.output, stderr=subprocess.STDOUT,
-                                        start_new_session=True, env={**variables, **os.environ})  # fmt: skip
+                                        start_new_session=True, env={**usual, **os.environ, **self.variables})  # fmt: skip
         while time.perf_counter() - started < timeout:
             if self.process.poll() is not None:
                 break

@@ -296,8 +296,9 @@ class _Crew:
             if not self.told and not any(member.ready for member in self.members):
                 self.told = True
                 print(
-                    f"waiting for an actor to load its model, or for a place for it (1 CPU, {self.gpus:g} GPU); the cluster "
-                    f"has {_sizes(self.ray.available_resources())} free of {_sizes(self.ray.cluster_resources())}",
+                    "waiting for an actor: each loads its model and makes the stage's passes over all rows first, or there is "
+                    f"no place for one (1 CPU, {self.gpus:g} GPU); the cluster has {_sizes(self.ray.available_resources())} "
+                    f"free of {_sizes(self.ray.cluster_resources())}",
                     file=sys.stderr,
                 )
         return found[0]

@@ -9,8 +9,11 @@ import functools
 import hashlib
 import json
 import math
+import os
+import threading
+import time
 from collections.abc import Callable, Container, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,9 @@ from prefalign.seen import Owners, SeenIds
 from prefalign.sources import DataConfig
 from prefalign.store import READERS, Input, OutputConfig
 
+PATIENCE = 120.0
+"""Seconds after which a mark that was not renewed is a dead process's. File systems that nodes share may show a change a minute
+late."""
 Work = Callable[[list[Any]], list[dict[str, Any]]]
 """Takes the readable inputs of a block, gives what was found of them as JSON-able mappings."""
 Rows = Callable[[], list[Any]]
@@ -56,8 +62,9 @@ class Survey:
 
         What decides the rows (data, settings, model) is in the `config.json` with which `run_stage` has claimed the folder.
         Of several processes at work on one folder (`execution`) each does its own blocks first, then those of the others that
-        nobody has done and nobody is at: whoever begins a block leaves a mark. Nobody waits for anybody: at the end each does
-        what is missing, marked or not, since who left the mark may be dead. All see the same: what came to disk first.
+        nobody has done and nobody is at: whoever begins a block leaves a mark and renews it while it works. At the end each
+        waits for blocks that others are at, since they may be asking a server for answers that are paid for, and does those
+        whose mark was not renewed for `PATIENCE` seconds. All see the same: what came to disk first.
 
         Args:
             kind: name of the pass.
@@ -70,13 +77,16 @@ class Survey:
         shard = SHARD.get()
         if not shard.alone:
             for number, block in self._blocks():
-                if shard.owns(number) and (self._begins(kind, number) or again is not None):
+                if shard.owns(number) and (self._begins(kind, number) or self.file(kind, number).is_file()):
                     self._found(kind, number, block, work, again)
             for number, block in self._blocks():
                 if not shard.owns(number) and self._begins(kind, number):
                     self._found(kind, number, block, work, None)
         with tqdm(total=self.total, desc=f"{self.stage}: {kind}", unit="row", disable=None) as bar:
+            seen: dict[Path, tuple[int, float]] = {}
             for number, block in self._blocks():
+                if not shard.alone and not self.file(kind, number).is_file():
+                    self._wait(kind, number, seen)
                 found = self._found(kind, number, block, work, again if shard.alone else None)
                 bar.update(min(self.output.block_size, self.total - number * self.output.block_size))
                 yield found
@@ -103,11 +113,54 @@ class Survey:
             return mark.read_text() == who
         return False
 
+    def _wait(self, kind: str, number: int, seen: dict[Path, tuple[int, float]]) -> None:
+        """Wait until a block is done, or is this shard's to do: nobody is at it, or whoever was seems to be dead.
+
+        Args:
+            kind: name of the pass.
+            number: of the block.
+            seen: by mark when it was last renewed, by the clock of its file system, and since when that is known here.
+        """
+        mark = self._mark(kind, number)
+        while self._kept(kind, number) is None and not self._begins(kind, number):
+            for other in mark.parent.glob(f".{kind}-*.begun"):
+                with suppress(FileNotFoundError):
+                    renewed = other.stat().st_mtime_ns
+                    if seen.get(other, (None,))[0] != renewed:
+                        seen[other] = renewed, time.monotonic()
+            if mark in seen and time.monotonic() - seen[mark][1] > PATIENCE:
+                del seen[mark]
+                mark.unlink(missing_ok=True)
+            else:
+                time.sleep(min(1.0, PATIENCE / 4))
+
+    @contextmanager
+    def _at_work(self, kind: str, number: int) -> Iterator[None]:
+        """Renew this shard's mark of a block from time to time; take it away if the work fails."""
+        mark, ended = self._mark(kind, number), threading.Event()
+
+        def renew() -> None:
+            while not ended.wait(PATIENCE / 12):
+                with suppress(FileNotFoundError):
+                    os.utime(mark)
+
+        thread = threading.Thread(target=renew, daemon=True)
+        if not SHARD.get().alone:
+            thread.start()
+        try:
+            yield
+        except BaseException:
+            mark.unlink(missing_ok=True)
+            raise
+        finally:
+            ended.set()
+
     def _found(self, kind: str, number: int, block: Rows, work: Work, again: Again | None) -> list[dict[str, Any]]:
         """What was found of a block, on disk or now."""
         found = self._kept(kind, number)
         if found is None:
-            made = {"of": self._config(), "rows": work(self._inputs(block))}
+            with self._at_work(kind, number):
+                made = {"of": self._config(), "rows": work(self._inputs(block))}
             folders.create(self.file(kind, number), json.dumps(made).encode())
             found = self._kept(kind, number)
         elif (

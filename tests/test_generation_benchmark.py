@@ -3,14 +3,17 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from prefalign import bundled
 from prefalign.engines import Request, Sampling
-from prefalign.records import Prompt, user_message
+from prefalign.records import Candidates, Prompt, user_message
+from prefalign.replies import Replies
 from prefalign.scenes.data import rows
+from prefalign.store import OutputConfig, write_records
 from prefalign.text import load_similarity
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -79,12 +82,19 @@ def test_memory_is_measured_on_rows_that_are_all_stored(generation, tmp_path):
 def test_chaos_has_a_case_for_every_stage(chaos):
     cases = chaos.cases()
     stages = {name for name, path in bundled.stages().items() if path.parent.name == "datagen"}
-    assert set(cases.values()) == stages
+    assert set(cases.values()) == stages | {"score_responses"}
     assert cases["stic"] == cases["stic_sft"] == "stic"
 
 
 @pytest.mark.parametrize(
-    ("case", "kind"), [("bdhs", "caption"), ("s_vco", "twin"), ("stic_sft", "vqa"), ("filter_pairs", "pairs")]
+    ("case", "kind"),
+    [
+        ("bdhs", "caption"),
+        ("s_vco", "twin"),
+        ("stic_sft", "vqa"),
+        ("filter_pairs", "pairs"),
+        ("score_responses", "sampled"),
+    ],
 )
 def test_chaos_gives_a_case_the_rows_it_reads(chaos, case, kind, tmp_path):
     assert kind in chaos.prepare(case, tmp_path, 4).name
@@ -95,3 +105,34 @@ def test_chaos_compares_every_file_but_temporary_ones(chaos, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     assert chaos.contents(tmp_path) == {"data/a.parquet": b"data/a.parquet", "pool/b.npy": b"pool/b.npy"}
+
+
+class TestServerChaos:
+    @pytest.fixture(scope="class")
+    def server_chaos(self):
+        return bundled.load_stage(str(BENCHMARKS / "chaos_server.py"))
+
+    def test_without_vllm_it_says_so_and_is_skipped(self, tmp_path):
+        command = [sys.executable, str(BENCHMARKS / "chaos.py"), "--server", str(tmp_path / "python")]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        assert (
+            done.stdout == f"SKIPPED: killing a vLLM server, since there is no {tmp_path}/python (`make vllm-env`).\n"
+        )
+
+    def test_a_python_without_vllm_cannot_serve(self, server_chaos):
+        if find_spec("vllm") is None:
+            assert server_chaos.missing(Path(sys.executable)) == f"{sys.executable} has no vLLM (`make vllm-env`)"
+
+    def test_answers_are_counted_where_they_were_given_and_where_they_were_kept(self, server_chaos, tmp_path):
+        line = '(APIServer) INFO: 127.0.0.1:4 - "POST /v1/chat/completions HTTP/1.1" {}\n'
+        (tmp_path / "log").write_text("".join(map(line.format, ("200 OK", "500 Internal Server Error", "200 OK"))))
+        assert server_chaos.given(tmp_path / "log") == 2
+        for key in "aba":
+            Replies(tmp_path / "kept").keep({key: "{}"}, "model")
+        assert server_chaos.kept(tmp_path / "kept") == 2
+
+    def test_ids_are_counted(self, server_chaos, tmp_path):
+        output = OutputConfig(tmp_path)
+        given = [Candidates(f"r{number}", [], [user_message("?", 0)], [{"text": "A."}]) for number in range(3)]
+        write_records("t", given, output=output, record=Candidates, settings={}, seed=0)
+        assert server_chaos.ids("sample_responses", tmp_path) == {"r0": 1, "r1": 1, "r2": 1}

@@ -178,8 +178,11 @@ def test_what_cannot_be_placed(file, rows, tmp_path, monkeypatch, capsys):
         run(file, rows, tmp_path / "out", options=Options(executor="ray", actor_gpus=2))
     monkeypatch.setattr(ray_executor, "_PATIENCE", 0.1)
     run(file, rows, tmp_path / "out", options=ONE)
-    assert re.search(r"waiting for an actor .* a place for it .1 CPU, 0 GPU.; the cluster has \d CPU and 0 GPU free of 4 CPU",
-                     capsys.readouterr().err)  # fmt: skip
+    said = (
+        r"waiting for an actor: .* passes over all rows first, or there is no place for one .1 CPU, 0 GPU.; "
+        r"the cluster has \d CPU and 0 GPU free of 4 CPU"
+    )
+    assert re.search(said, capsys.readouterr().err)
 
 
 def test_a_cluster_that_is_not_there():
@@ -250,9 +253,22 @@ def test_the_cluster_file_is_one_that_ray_takes():
 
 def test_the_benchmark_of_executors(tmp_path):
     benchmark = bundled.load_stage(str(ROOT / "benchmarks" / "executors.py"))
-    lines = benchmark.measure("povid", 32, [1], 1, tmp_path)
-    names = [line["name"].removeprefix("executors/povid/") for line in lines]
-    assert names == ["plain/ms_per_row", "plain/driver_cpu_ms", "plain/start_s", "ray_1/ms_per_row", "ray_1/driver_cpu_ms",
-                     "ray_1/start_s", "ray_1/overhead_ms"]  # fmt: skip
-    assert read_manifest(tmp_path / "povid-ray_1-32-0") == read_manifest(tmp_path / "povid-plain-32-0")
-    assert read_manifest(tmp_path / "povid-plain-32-0").rows_in == 32
+    lines = benchmark.measure("povid", 32, [1], [2], 1, tmp_path)
+    found = {line["name"].removeprefix("executors/povid/"): line["value"] for line in lines}
+    assert list(found) == ["plain/ms_per_row", "plain/cpu_ms", "plain/start_s",
+                           "ray_1/ms_per_row", "ray_1/cpu_ms", "ray_1/start_s", "ray_1/overhead_ms", "ray_1/overhead_cpu_ms",
+                           "ray_1/driver_cpu_ms",
+                           "shards_2/ms_per_row", "shards_2/cpu_ms", "shards_2/start_s", "shards_2/overhead_ms",
+                           "shards_2/overhead_cpu_ms"]  # fmt: skip
+    assert found["plain/cpu_ms"] > 0 < found["ray_1/cpu_ms"]
+    made = [read_manifest(tmp_path / f"povid-{way}-32-0") for way in ("plain", "ray_1", "shards_2")]
+    assert made[0] == made[1] == made[2]
+    assert made[0].rows_in == 32
+
+
+def test_the_benchmark_counts_the_time_of_processes_that_have_ended():
+    benchmark = bundled.load_stage(str(ROOT / "benchmarks" / "executors.py"))
+    busy = "import time\nwhile time.process_time() < 0.3: pass"
+    with benchmark.cpu_time() as spent:
+        subprocess.run([sys.executable, "-c", busy], check=True)
+    assert 0.29 < spent[0] < 3

@@ -1,0 +1,227 @@
+"""`chaos.py --server`: a vLLM server is killed with SIGKILL while it answers a stage, and started again.
+
+`soon`  at once: the stage waits for it in its retries, and ends by itself.
+`late`  after the stage has given up: the same command is started again.
+
+`sample_responses` asks a policy for answers, `rlaif_v` the same model as policy and as labeller of its own answers' claims; both
+keep answers in `model.server.cache`. A server draws anew when it is asked anew, so rows are compared with what one undisturbed
+process makes of the answers that were kept: the folder is the same, and it asks for nothing more. The ids are those of a run with
+answers of its own. What was paid for are the answers in the server's log: as many as were kept, so none twice.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sqlite3
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from prefalign import bundled
+from prefalign.checkpoints import SCENES_BASE
+from prefalign.execution import Options
+from prefalign.models import ModelConfig, load_processor
+from prefalign.records import Candidates, Pair
+from prefalign.scenes.export import export
+from prefalign.store import read_records
+
+HERE = Path(__file__).parent
+MOMENTS = {"soon": 60, "late": 1}
+"""When the server comes back, and how often a request is tried again."""
+RECORDS: dict[str, type[Any]] = {"sample_responses": Candidates, "rlaif_v": Pair}
+OPTIONS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--no-enable-chunked-prefill",
+           "--skip-mm-profiling")  # fmt: skip
+TIMEOUT = 600.0
+MODEL = "tiny"
+
+
+def missing(python: Path) -> str | None:
+    """Why a Python cannot serve, or None."""
+    if not python.is_file():
+        return f"there is no {python} (`make vllm-env`)"
+    has_vllm = subprocess.run([python, "-c", "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"])
+    return f"{python} has no vLLM (`make vllm-env`)" if has_vllm.returncode else None
+
+
+def shim(python: Path) -> dict[str, str]:
+    """What lets torchvision load beside a torch without CUDA, as in the Makefile."""
+    cuda = subprocess.run([python, "-c", "import sys, torch; sys.exit(torch.version.cuda is None)"])
+    return {"PYTHONPATH": str(HERE.parent / "tests" / "torchvision_shim")} if cuda.returncode else {}
+
+
+@dataclass
+class Stage:
+    """Runs of one case on one executor.
+
+    Attributes:
+        start: of `chaos.py`, with its context.
+        case: of `RECORDS`.
+        data: rows.
+        address: of the server.
+        parts: options of each process that works on the same folder.
+    """
+
+    start: Callable[..., BaseProcess]
+    case: str
+    data: Path
+    address: str
+    parts: Sequence[Options]
+
+    def begin(self, output: Path, cache: Path, retries: int) -> list[BaseProcess]:
+        """Start its processes."""
+        server = {"base_url": self.address, "cache": str(cache), "max_retries": retries, "concurrency": 4}
+        model = {"model_name_or_path": MODEL, "engine": "openai", "server": server}
+        settings = {"model": model, "num_generations": 3, "output": {"path": str(output), "block_size": 4}}
+        return [self.start(self.case, self.data, output, part, settings) for part in self.parts]
+
+
+def failed(processes: Sequence[BaseProcess]) -> bool:
+    """Wait for the end of a run; whether one of its processes failed."""
+    for process in processes:
+        process.join(TIMEOUT)
+    return any(process.exitcode != 0 for process in processes)
+
+
+def finish(processes: Sequence[BaseProcess], output: Path) -> None:
+    """Wait for the end of a run, which has to be a good one."""
+    if failed(processes):
+        raise SystemExit(f"the stage itself failed:\n{said(output)}")
+
+
+def said(output: Path) -> str:
+    """The end of what a run told."""
+    return Path(f"{output}.log").read_text(errors="replace")[-3000:]
+
+
+def given(log: Path) -> int:
+    """Answers that a server gave, by its log."""
+    return len(re.findall(r'"POST /v1/chat/completions HTTP/1.1" 200', log.read_text(errors="replace")))
+
+
+def kept(cache: Path) -> int:
+    """Answers in a file of kept ones."""
+    with closing(sqlite3.connect(cache)) as base:
+        return int(base.execute("SELECT count(*) FROM replies").fetchone()[0])
+
+
+def ids(case: str, folder: Path) -> Counter[str]:
+    """How often each id stands in a folder."""
+    return Counter(row.id for row in read_records(folder, RECORDS[case]))
+
+
+def kill_amid(server: Any, run: Sequence[BaseProcess], answers: int) -> int:
+    """Kill a server that has given so many answers and works on others. Returns on how many; 0: the run was over before."""
+    while any(process.exitcode is None for process in run):
+        if given(server.log) >= answers and (under_way := server.running()):
+            server.kill()
+            return int(under_way)
+        time.sleep(0.02)
+    return 0
+
+
+def try_server(server: Any, stage: Stage, folder: Path, moment: str, answers: int) -> int:
+    """One run whose server is killed after so many answers, and that ends well. Returns how many more were under way."""
+    output, cache = folder / "out", folder / "kept.sqlite"
+    folder.mkdir()
+    run = stage.begin(output, cache, MOMENTS[moment])
+    under_way = kill_amid(server, run, given(server.log) + answers)
+    if under_way and moment == "late":
+        if not failed(run):
+            raise SystemExit(f"a run whose server was gone ended well:\n{said(output)}")
+        server.start()
+        run = stage.begin(output, cache, MOMENTS[moment])
+    elif under_way:
+        server.start()
+    finish(run, output)
+    return under_way
+
+
+def try_case(
+    server: Any, executor: str, stage: Stage, alone: Stage, root: Path, contents: Callable[[Path], dict[str, bytes]]
+) -> list[dict[str, Any]]:
+    """Both moments of a case on an executor; the lines of the result file.
+
+    Args:
+        server: it runs.
+        executor: its name.
+        stage: the case on the executor.
+        alone: the case in one process.
+        root: folder of all runs of the case.
+        contents: of `chaos.py`.
+    """
+    case, straight = stage.case, root / "straight"
+    root.mkdir(exist_ok=True)
+    if not straight.exists():
+        finish(alone.begin(straight, root / "straight.sqlite", 1), straight)
+    whole = kept(root / "straight.sqlite")
+    lines = []
+    for moment in MOMENTS:
+        rng, under_way = random.Random(f"{case} {executor} {moment}"), 0
+        while not under_way:
+            share = rng.uniform(0.1, 0.8)
+            folder = root / f"{executor}-{moment}-{share:.3f}"
+            before = given(server.log)
+            under_way = try_server(server, stage, folder, moment, round(share * whole))
+        paid = given(server.log) - before
+        output, cache, again = folder / "out", folder / "kept.sqlite", folder / "again"
+        finish(alone.begin(again, cache, MOMENTS[moment]), again)
+        more = given(server.log) - before - paid
+        found, expected = contents(output), contents(again)
+        other = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        same_ids = ids(case, output) == ids(case, straight)
+        print(f"{case}, {executor}, {moment}: killed after {share:.0%} of the answers with {under_way} under way: "
+              f"{f'DIFFERENT: {other[:5]}' if other else 'identical'}, {sum(ids(case, output).values())} rows, ids "
+              f"{'the same' if same_ids else 'DIFFERENT'}, {paid} answers given, {kept(cache)} kept, {more} asked for again",
+              flush=True)  # fmt: skip
+        name = f"chaos/server/{executor}/{case}/{moment}"
+        lines += [
+            {"name": f"{name}/identical", "value": int(not other), "unit": "runs", "baseline": None, "goal": 1},
+            {"name": f"{name}/same_ids", "value": int(same_ids), "unit": "runs", "baseline": None, "goal": 1},
+            {"name": f"{name}/kept", "value": kept(cache), "unit": "answers", "baseline": None, "goal": paid + more},
+        ]
+    return lines
+
+
+def kill_servers(
+    python: Path,
+    parts: Mapping[str, Sequence[Options]],
+    executors: Sequence[str],
+    wanted: Sequence[str],
+    rows: int,
+    root: Path,
+    start: Callable[..., BaseProcess],
+    contents: Callable[[Path], dict[str, bytes]],
+) -> list[dict[str, Any]]:
+    """All cases on all executors with one server; the lines of the result file.
+
+    Args:
+        python: of vLLM's environment.
+        parts: by executor the options of each of its processes.
+        executors: which.
+        wanted: cases, of `RECORDS`.
+        rows: prompts.
+        root: folder of all runs.
+        start: of `chaos.py`, with its context.
+        contents: of `chaos.py`.
+    """
+    serving = bundled.load_stage(str(HERE / "serving.py"))
+    export(root / "prompts", split="train_fair", kind="caption", start=0, stop=rows)
+    load_processor(ModelConfig("scenes")).save_pretrained(root / "processor")
+    options = [*OPTIONS, "--chat-template", str(root / "processor" / "chat_template.jinja")]
+    server = serving.VllmServer(
+        SCENES_BASE, root / "server.log", options, name=MODEL, python=python, variables=shim(python)
+    )
+    found = []
+    with server:
+        for case in wanted:
+            on = {name: Stage(start, case, root / "prompts", server.address, each) for name, each in parts.items()}
+            for executor in executors:
+                found += try_case(server, executor, on[executor], on["local"], root / case, contents)
+    return found
