@@ -145,6 +145,7 @@ def test_uploads_come_back_equal_and_the_cards_examples_run(tmp_path, trained, a
     assert "| margin | mean 2.000, from 0.000 to 4.000 |" in dataset_card.content
 
 
+@pytest.mark.usefixtures("warm_executable")
 def test_dry_run_writes_a_complete_folder_and_uploads_nothing(
     tmp_path, capsys, trained, pairs, evaluations, tiny_llava
 ):

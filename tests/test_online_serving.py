@@ -70,6 +70,7 @@ def answers(folder):
     return {(row.id, number): one for row in rows for number, one in enumerate(row.responses)}
 
 
+@pytest.mark.usefixtures("warm_executable")
 def test_another_process_draws_what_this_one_would(config, prompts, tmp_path):
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
     rounds._draw_here(config, here, prompts, NOBODY, BASE)
