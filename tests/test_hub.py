@@ -339,6 +339,7 @@ def test_a_run_notes_where_its_base_was(tiny_llava):
     assert json.loads(text)["local"] is None
 
 
+@pytest.mark.usefixtures("warm_executable")
 def test_publishing_the_folder_one_stands_in(tmp_path, pairs, monkeypatch):
     monkeypatch.chdir(copy(pairs, tmp_path / "pairs"))
     assert hub.publish_dataset(Path("."), "me/pairs", dry_run=True) == tmp_path / "pairs-publish"
