@@ -20,7 +20,7 @@ import torch
 from tiny_vlms import save_tiny
 
 torch.set_num_threads(1)
-WARM = Path(__file__).parent / "warm_python.py"
+SERVER = Path(__file__).parent / "warm_python.py"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,16 +36,16 @@ def pytest_configure(config: pytest.Config) -> None:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(WARM.parent.parent),
+        "PYTHONPATH": str(SERVER.parent.parent),
     }
-    server = subprocess.Popen([sys.executable, WARM, "serve", str(listener.fileno())], stdin=subprocess.PIPE,
+    server = subprocess.Popen([sys.executable, SERVER, "serve", str(listener.fileno())], stdin=subprocess.PIPE,
                               pass_fds=[listener.fileno()], env=environment)  # fmt: skip
     listener.close()
     for name in ("python", "prefalign", "torchrun", "accelerate"):
         script = f'"{Path(sys.executable).with_name(name)}"' if name != "python" else ""
         command = folder / name
         command.write_text(
-            f'#!/bin/sh\nexec "{sys.executable}" -I -S "{WARM}" ask "{folder / "socket"}" {script} "$@"\n'
+            f'#!/bin/sh\nexec "{sys.executable}" -I -S "{SERVER}" ask "{folder / "socket"}" {script} "$@"\n'
         )
         command.chmod(0o755)
     os.environ["WARM_BIN"] = str(folder)

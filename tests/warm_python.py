@@ -11,6 +11,7 @@ What is set by the environment of an import (`HF_HOME`, `PYTHONHASHSEED`), or is
 so does what is killed from outside by its own id.
 """
 
+import contextlib
 import json
 import os
 import runpy
@@ -35,6 +36,7 @@ PRELOAD = [
 def serve(number: int) -> None:
     """Answer calls, each in a process of its own, until nobody holds the other end of standard input."""
     with socket.socket(fileno=number) as listener:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the callers' to pass on
         answering: list[int] = []
         while listener in select.select([listener, sys.stdin], [], [])[0]:
             connection, _ = listener.accept()
@@ -68,9 +70,11 @@ def answer(connection: socket.socket) -> None:
     with connection.makefile("r", encoding="utf-8") as lines:
         asked = json.loads(lines.readline())
     child = os.fork()
+    with contextlib.suppress(OSError):
+        os.setpgid(child, child)  # in both, since either may be first
     if child == 0:
         connection.close()
-        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
