@@ -139,7 +139,8 @@ def ask(path: str, words: list[str]) -> None:
         with connection.makefile("r", encoding="utf-8") as lines:
             code = int(lines.readline() or "1")
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # there is nothing to restore for SIGKILL
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     sys.exit(code)
 
