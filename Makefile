@@ -1,6 +1,5 @@
 # make demo    pictures -> pairs -> DPO -> measured hallucination -> report, on a laptop
-# make test    all tests but the slowest (make check: format, lint, types, import order, dependencies)
-# make test-slow   the tests that take longest by themselves, which `make test` leaves out
+# make test    all tests (make check: format, lint, types, import order, dependencies)
 # make prove   the shared path against the plain one and TRL's trainer in every case; benchmarks/results/prove.md
 # make chaos   kill every data stage at random moments, resume, compare: one process, shards, actors and driver of Ray, and, where
 #              make vllm-env has been, the vLLM server that a stage asks
@@ -25,17 +24,14 @@ FAMILIES := $(VENV)-families
 VLLM := $(VENV)-vllm
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=1
 
-.PHONY: demo test test-slow check prove chaos bench format clean vllm-env test-vllm
+.PHONY: demo test check prove chaos bench format clean vllm-env test-vllm
 
 demo: $(VENV)/.demo
 	$(BIN)/prefalign demo --output runs/demo
 
 test: $(VENV)/.dev $(FAMILIES)/.ready
-	$(OFFLINE) $(BIN)/pytest -n 2 --dist loadfile tests
-	$(OFFLINE) PYTHONPATH=tests/torchvision_shim $(FAMILIES)/bin/python -m pytest -m families tests/families
-
-test-slow: $(VENV)/.dev
-	$(OFFLINE) $(BIN)/pytest -m slow tests
+	$(OFFLINE) $(BIN)/pytest -n 2 --dist loadfile --ignore tests/families tests
+	$(OFFLINE) PYTHONPATH=tests/torchvision_shim $(FAMILIES)/bin/python -m pytest -n 2 --dist loadfile -m families tests/families
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -1,6 +1,12 @@
-"""Shared by all tests: no network, one thread, tiny checkpoints."""
+"""Shared by all tests: no network, one thread, tiny checkpoints, and a Python for processes of their own that starts fast."""
 
+import gc
 import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +20,55 @@ import torch
 from tiny_vlms import save_tiny
 
 torch.set_num_threads(1)
+SERVER = Path(__file__).parent / "warm_python.py"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the server of `tests/warm_python.py`, one for all workers, and write `python`, `prefalign`, `torchrun` and
+    `accelerate` that run by it. It imports nothing until it is first called."""
+    if hasattr(config, "workerinput"):
+        return
+    folder = Path(tempfile.mkdtemp(prefix="warm-"))  # the path of a socket is short
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(folder / "socket"))
+    listener.listen()
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(SERVER.parent.parent),
+    }
+    server = subprocess.Popen([sys.executable, SERVER, "serve", str(listener.fileno())], stdin=subprocess.PIPE,
+                              pass_fds=[listener.fileno()], env=environment)  # fmt: skip
+    listener.close()
+    for name in ("python", "prefalign", "torchrun", "accelerate"):
+        script = f'"{Path(sys.executable).with_name(name)}"' if name != "python" else ""
+        command = folder / name
+        command.write_text(
+            f'#!/bin/sh\nexec "{sys.executable}" -I -S "{SERVER}" ask "{folder / "socket"}" {script} "$@"\n'
+        )
+        command.chmod(0o755)
+    os.environ["WARM_BIN"] = str(folder)
+
+    def end() -> None:
+        server.communicate()
+        shutil.rmtree(folder)
+
+    config.add_cleanup(end)
+
+
+def pytest_collection_finish() -> None:
+    """Take what is imported out of garbage collection: trainers collect at every turn, half a second with all of it."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def warm_executable(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What this process starts as `sys.executable` has imported already."""
+    python = Path(os.environ["WARM_BIN"]) / "python"
+    monkeypatch.setattr(sys, "executable", str(python))
+    return python
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from safetensors.torch import load_file
 from tests.training_runs import largest_difference
 
 ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
+WARM = Path(os.environ["WARM_BIN"])  # `python`, `prefalign`, `torchrun`, `accelerate` of `tests/warm_python.py`
+TORCHRUN = [WARM / "torchrun", "--standalone", "--nproc_per_node", "2"]
 CLOCK = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
 CLOCK |= {f"eval_{name}" for name in ("runtime", "samples_per_second", "steps_per_second")}
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs prefalign[deepspeed]")
@@ -24,7 +24,8 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]]),
+    "PATH": os.pathsep.join([str(WARM), os.environ["PATH"]]),
+    "PYTHON_EXEC": str(WARM / "python"),  # what torchrun and accelerate start
 }
 
 

@@ -5,16 +5,14 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from prefalign import bundled
 from prefalign.manifest import read_manifest
+from tests.launching import ROOT, WARM
 
-ROOT = Path(__file__).parent.parent
-COMMAND = Path(sys.executable).parent / "prefalign"
+COMMAND = WARM / "prefalign"
 STAGES = sorted(name for name, path in bundled.stages().items() if path.parent.name == "datagen")
 READ_PAIRS = ("filter_pairs", "image_contrast")
 

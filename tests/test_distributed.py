@@ -21,7 +21,18 @@ from prefalign.training.pairs import load_pairs
 from prefalign.training.preference import PreferenceTrainer
 from prefalign.training.runs import RunError
 from tests.distributed_run import claimed
-from tests.launching import BIN, CLOCK, ROOT, assert_same_run, history, needs_deepspeed, saved, start, without
+from tests.launching import (
+    CLOCK,
+    ROOT,
+    TORCHRUN,
+    WARM,
+    assert_same_run,
+    history,
+    needs_deepspeed,
+    saved,
+    start,
+    without,
+)
 from tests.training_runs import largest_difference, make_pair, make_trainer, write_pairs
 
 RECIPE = bundled.load_stage("train_preference")
@@ -32,7 +43,7 @@ MODES = {
 }
 with_deepspeed = [
     pytest.param("zero2", marks=needs_deepspeed),
-    pytest.param("zero3", marks=[needs_deepspeed, pytest.mark.slow]),
+    pytest.param("zero3", marks=needs_deepspeed),
 ]
 modes = pytest.mark.parametrize("mode", ["ddp", *with_deepspeed])
 BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 3, "load_best_model_at_end": True,
@@ -92,7 +103,6 @@ def on_an_adapter(folder, mode):
     return values | {"model": model, "output": str(folder / mode / "merged")}
 
 
-TORCHRUN = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2"]
 SCRIPT = ROOT / "tests" / "distributed_run.py"
 
 
@@ -111,7 +121,7 @@ def launched(folder):
             (work / "runs.json").write_text(json.dumps(todo))
             launcher = TORCHRUN
             if mode == "zero3":
-                launcher = [BIN / "accelerate", "launch", "--config_file", bundled.find("accelerate/zero3"),
+                launcher = [WARM / "accelerate", "launch", "--config_file", bundled.find("accelerate/zero3"),
                             "--num_processes", "2", "--main_process_port", "0"]  # fmt: skip
             output = start([*launcher, SCRIPT, work], work)
             started[mode] = (output, json.loads((work / "seen.json").read_text()))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +13,7 @@ from prefalign import bundled, config
 from prefalign.engines import Completion
 from prefalign.evals import Item, Scored, asking, reliance, scoring, summary
 from prefalign.records import user_message
+from tests.launching import TORCHRUN, start
 
 DRAWS = ["--draws", "200"]
 
@@ -379,12 +377,8 @@ def test_two_processes_ask_a_share_each_and_find_what_one_finds(stage, tmp_path)
     words = ["--model.model_name_or_path", "scenes", "--model.device", "cpu", "--scenes.pictures", "6", *DRAWS,
              "--asking.block_size", "4", "--asking.pictures", "3"]  # fmt: skip
     stage.main(config.load(stage.Config, None, [*words, "--output", str(tmp_path / "one")]))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     file = bundled.root() / "recipes" / "evaluate_model.py"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(bundled.root()), os.environ.get("PYTHONPATH", "")]),
-                   "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    subprocess.run([*torchrun, str(file), *words, "--output", str(tmp_path / "two")], check=True, env=environment,
-                   capture_output=True, timeout=240)  # fmt: skip
+    start([*TORCHRUN, file, *words, "--output", tmp_path / "two"], tmp_path)
     one, two = tmp_path / "one", tmp_path / "two"
     left = sorted(path.relative_to(two).as_posix() for path in two.rglob("*"))
     assert left == sorted(path.relative_to(one).as_posix() for path in one.rglob("*"))

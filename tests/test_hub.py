@@ -145,6 +145,7 @@ def test_uploads_come_back_equal_and_the_cards_examples_run(tmp_path, trained, a
     assert "| margin | mean 2.000, from 0.000 to 4.000 |" in dataset_card.content
 
 
+@pytest.mark.usefixtures("warm_executable")
 def test_dry_run_writes_a_complete_folder_and_uploads_nothing(
     tmp_path, capsys, trained, pairs, evaluations, tiny_llava
 ):
@@ -338,6 +339,7 @@ def test_a_run_notes_where_its_base_was(tiny_llava):
     assert json.loads(text)["local"] is None
 
 
+@pytest.mark.usefixtures("warm_executable")
 def test_publishing_the_folder_one_stands_in(tmp_path, pairs, monkeypatch):
     monkeypatch.chdir(copy(pairs, tmp_path / "pairs"))
     assert hub.publish_dataset(Path("."), "me/pairs", dry_run=True) == tmp_path / "pairs-publish"

@@ -124,6 +124,7 @@ def test_a_preference_card_names_losses_pictures_reference_and_weights():
     assert "| trained weights | all but vision and projector |" in a_card(synced).content
 
 
+@pytest.mark.usefixtures("warm_executable")
 def test_an_sft_run_is_published_as_one(tmp_path, trained, pairs, tiny_llava):
     run = copy(trained, tmp_path / "sft")
     (run / "pairs_manifest.json").rename(run / "data_manifest.json")
@@ -152,6 +153,7 @@ def test_an_sft_run_is_published_as_one(tmp_path, trained, pairs, tiny_llava):
         hub.publish_model(run, "me/x", dry_run=True, pairs=other)
 
 
+@pytest.mark.usefixtures("warm_executable")
 def test_a_merged_adapter_of_a_run(tmp_path, tiny_llava, pairs):
     base = copy(tiny_llava, tmp_path / "base")
     (base / "LICENSE.txt").write_text("terms")
@@ -187,6 +189,7 @@ def test_a_merged_adapter_of_a_run(tmp_path, tiny_llava, pairs):
         assert line in card.content, line
 
 
+@pytest.mark.usefixtures("warm_executable")
 def test_merged_models(tmp_path, tiny_llava):
     tuned = perturbed(tiny_llava, tmp_path / "tuned", noise=0.05, seed=1)
     merged = merge_vlms([str(tuned)], tmp_path / "out", base=str(tiny_llava), alpha=0.4)

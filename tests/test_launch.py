@@ -22,7 +22,18 @@ from prefalign.config import ConfigError, build
 from prefalign.training.arguments import training_arguments
 from prefalign.training.distributed import Processes, prepare_processes, running_processes
 from prefalign.training.runs import RunError
-from tests.launching import CLOCK, ENVIRONMENT, ROOT, assert_same_run, history, needs_deepspeed, saved, start, without
+from tests.launching import (
+    CLOCK,
+    ENVIRONMENT,
+    ROOT,
+    WARM,
+    assert_same_run,
+    history,
+    needs_deepspeed,
+    saved,
+    start,
+    without,
+)
 from tests.training_runs import largest_difference, write_pairs
 
 RECIPE = bundled.load_stage("train_preference")
@@ -186,7 +197,8 @@ def test_killed_and_started_again_is_the_straight_run(pairs, tiny_llava, tmp_pat
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (run / "all_results.json").exists()
-    assert re.search(r"going on from checkpoint-[46]$", start(command, tmp_path), re.MULTILINE)
+    said = start([WARM / "python", *command[1:]], tmp_path)
+    assert re.search(r"going on from checkpoint-[46]$", said, re.MULTILINE)
     assert without(CLOCK, history(run)) == without(CLOCK, history(tmp_path / "straight"))
     assert largest_difference(saved(run), saved(tmp_path / "straight")) == 0.0
 
@@ -219,7 +231,6 @@ def slurm(tmp_path):
     return SLURM | {"PATH": path, "SLURM_JOB_ID": str(os.getpid())}
 
 
-@pytest.mark.slow
 def test_slurm_script_trains_on_two_nodes(slurm, pairs, tiny_llava, tmp_path):
     profile, kind = ("zero2", "DeepSpeed ZeRO-2") if find_spec("deepspeed") else ("ddp", "DDP (MULTI_CPU)")
     script = bundled.find("slurm/train_preference")

@@ -70,6 +70,7 @@ def answers(folder):
     return {(row.id, number): one for row in rows for number, one in enumerate(row.responses)}
 
 
+@pytest.mark.usefixtures("warm_executable")
 def test_another_process_draws_what_this_one_would(config, prompts, tmp_path):
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
     rounds._draw_here(config, here, prompts, NOBODY, BASE)
@@ -117,6 +118,7 @@ def test_a_round_without_answers_says_so_on_this_side(config, prompts, tmp_path,
         serving.draw_candidates(config, tmp_path / "round-1", prompts, Draw(ids, 1.0, 0, 1), BASE)
 
 
+@pytest.mark.usefixtures("warm_executable")
 def test_a_process_that_fails_is_quoted(config, prompts, tmp_path):
     config.engine = "vllm"
     with pytest.raises(RunError, match=r"ended with code 1: .*vLLM is not installed here.*check.txt. Mend the cause"):

@@ -81,6 +81,7 @@ def test_pairs_come_out_and_every_bad_row_is_counted(family, request, photograph
         assert pair.chosen[0]["content"][0]["text"] == ANSWERS[PHOTOGRAPHS.index(name)]
 
 
+@pytest.mark.usefixtures("warm_executable")
 def test_readme_commands_from_pairs_to_publish(tiny_llava, photographs, tmp_path, monkeypatch, capsys):
     generate_pairs(tiny_llava, photographs, tmp_path / "runs" / "pairs")
     questions = [{"question_id": n, "image": f"{name}.jpg", "text": f"Is there a {name} in the picture?", "label": "yes"}

@@ -11,6 +11,7 @@ from PIL import Image
 
 from prefalign.images import encode_png
 from prefalign.records import Pair, assistant_message, user_message
+from tests.launching import WARM
 
 FILE = Path(__file__).parent.parent / "benchmarks" / "pair_truth.py"
 spec = importlib.util.spec_from_file_location("pair_truth", FILE)
@@ -149,7 +150,7 @@ def test_what_was_removed_is_told_from_what_stayed():
 def test_the_benchmark_runs_and_names_its_figures(tmp_path):
     file = tmp_path / "out.json"
     command = [
-        sys.executable,
+        str(WARM / "python"),
         str(FILE),
         "--stages",
         "povid,s_vco",

@@ -11,8 +11,8 @@ from prefalign.images import encode_png
 from prefalign.online.sampler import RolloutBatches
 from prefalign.records import Prompt, user_message
 from prefalign.store import OutputConfig, write_records
-from tests.launching import ROOT, history, start
-from tests.test_ppo_runs import SCRIPT, TORCHRUN, saved
+from tests.launching import ROOT, TORCHRUN, history, start
+from tests.test_ppo_runs import SCRIPT, saved
 from tests.tiny_vlms import picture
 from tests.training_runs import largest_difference
 
@@ -35,7 +35,6 @@ def runs(folder: Path, mode: str, checkpoint: Path) -> list[dict]:
     ]
 
 
-@pytest.mark.slow
 def test_two_processes_of_which_one_sees_no_picture_are_one(tiny_llava, tmp_path):
     prompts = [
         Prompt(f"prompt-{number}", [encode_png(picture(number))] if number % 2 else [],

@@ -10,13 +10,12 @@ from safetensors.torch import load_file
 from prefalign import bundled
 from prefalign.config import ConfigError, build
 from prefalign.models import ModelConfig, load_model
-from tests.launching import BIN, CLOCK, ROOT, history, needs_deepspeed, start, without
+from tests.launching import CLOCK, ROOT, TORCHRUN, history, needs_deepspeed, start, without
 from tests.ppo_distributed_run import claimed
 from tests.ppo_runs import write_prompts
 from tests.training_runs import largest_difference
 
 RECIPE = bundled.load_stage("train_ppo")
-TORCHRUN = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2"]
 SCRIPT = ROOT / "tests" / "ppo_distributed_run.py"
 
 

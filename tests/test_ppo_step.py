@@ -34,7 +34,6 @@ def tiny(case, **batch):
     return replace(case, batch=replace(case.batch, **small), new_tokens=2, rank=4)
 
 
-@pytest.mark.slow
 def test_quick_run_writes_every_row_and_reaches_what_is_counted(benchmark, tmp_path, monkeypatch, capsys):
     """Four answers to one prompt: measured sides agree (else it stops); ratios by count only, time is not looked at."""
     monkeypatch.setitem(

@@ -21,7 +21,7 @@ from prefalign.training.lora import LoraSettings
 from prefalign.training.preference import PreferenceTrainer
 from prefalign.training.reference import StaleReference, cache_reference, row_key
 from prefalign.training.routes import find_route
-from tests.launching import ROOT, history, needs_deepspeed, start, without
+from tests.launching import ROOT, WARM, history, needs_deepspeed, start, without
 from tests.tiny_vlms import save_tiny
 from tests.training_runs import losses, make_trainer, write_pairs
 
@@ -213,7 +213,7 @@ def test_16_bits_round_no_reference_and_lose_no_state(tiny_llava, pairs, tmp_pat
     runs = [{**run, "output": str(tmp_path / "straight")},
             {**run, "output": str(tmp_path / "resumed"), "copy_from": str(tmp_path / "straight")}]  # fmt: skip
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    start(["torchrun", "--nproc_per_node", 1, ROOT / "tests/distributed_run.py", tmp_path], tmp_path)
+    start([WARM / "torchrun", "--nproc_per_node", 1, ROOT / "tests/distributed_run.py", tmp_path], tmp_path)
     straight, resumed = (history(tmp_path / name) for name in ("straight", "resumed"))
     assert abs(straight[0]["rewards/chosen"]) < 1e-3
     clock = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}

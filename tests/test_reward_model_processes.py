@@ -1,14 +1,13 @@
 """Reward training in two processes is the run in one; rows with and without pictures fall on them as they come."""
 
 import json
-import sys
 
 import pytest
 from safetensors.torch import load_file
 
 from prefalign import bundled
 from prefalign.rewards.vlm import RewardModel
-from tests.launching import start
+from tests.launching import TORCHRUN, start
 from tests.reward_runs import STAGE, make_reward_pair, stage_config, write_reward_pairs
 from tests.training_runs import largest_difference
 
@@ -24,12 +23,9 @@ def test_two_processes_are_one(tiny_llava, tmp_path):
         "prompt.opening": one.prompt.opening, "trainer.max_steps": 4, "trainer.save_steps": 2, "trainer.logging_steps": 1,
         "trainer.per_device_train_batch_size": 2, "trainer.learning_rate": "1e-3", "trainer.lr_scheduler_type": "constant",
     }  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += [
-        bundled.stages()["train_reward_model"],
-        *(part for name, value in settings.items() for part in (f"--{name}", value)),
-    ]
-    assert "2 processes, DDP (MULTI_CPU)" in start(command, tmp_path)
+    words = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    said = start([*TORCHRUN, bundled.stages()["train_reward_model"], *words], tmp_path)
+    assert "2 processes, DDP (MULTI_CPU)" in said
     logs = [json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("one", "two")]
     for measure in ("loss", "accuracy", "margin", "min_reward", "max_reward", "mean_reward"):
         first, second = ([entry[measure] for entry in log if measure in entry] for log in logs)

@@ -4,13 +4,12 @@ import json
 import os
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-COMMAND = Path(sys.executable).parent / "prefalign"
+from tests.launching import ROOT, WARM
+
+COMMAND = WARM / "prefalign"
 
 
 def make(where, *arguments, code=0):
@@ -71,7 +70,6 @@ def test_what_is_missing_is_asked_for_before_anything_starts(arguments, said, tm
     assert "' run " not in shown
 
 
-@pytest.mark.slow
 def test_all_on_scenes(tmp_path):
     """From nothing to a graded model, in a folder with a blank and a quote; pairs that are there are not made anew."""
     where = tmp_path / "it's here"

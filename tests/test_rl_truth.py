@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from prefalign.evals.statistics import Estimate
+from tests.launching import WARM
 
 FILE = Path(__file__).parent.parent / "benchmarks" / "rl_truth.py"
 spec = importlib.util.spec_from_file_location("rl_truth", FILE)
@@ -81,10 +82,9 @@ def distance(folder, variant, changed):
     return max(abs(margin["own"] - margin[changed]) for margin in margins if margin[changed] is not None)
 
 
-@pytest.mark.slow
 def test_the_benchmark_on_a_few_rows(tmp_path):
     file = tmp_path / "rows.json"
-    command = [sys.executable, str(FILE), "--quick", "--parts", "rm", "--seeds", "0", "--pictures", "12", "--held_out", "6",
+    command = [str(WARM / "python"), str(FILE), "--quick", "--parts", "rm", "--seeds", "0", "--pictures", "12", "--held_out", "6",
                "--keep", str(tmp_path / "kept"), "--json", str(file)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,9 +1,6 @@
 """SFT in several processes: the same run as in one, and rows that could not be trained on together."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from prefalign import bundled
 from prefalign.config import ConfigError, load
 from prefalign.training.examples import check_pictures
 from prefalign.training.runs import RunError
+from tests.launching import TORCHRUN, start
 from tests.sft_runs import RECIPE, make_example, recipe_config, write_examples
 from tests.training_runs import largest_difference
 
@@ -46,16 +44,9 @@ def test_two_processes_are_one(tiny_llava, tmp_path):
               "trainer.logging_steps": "1", "trainer.learning_rate": "1e-3", "trainer.lr_scheduler_type": "constant",
               "model.model_name_or_path": str(tiny_llava), "model.device": "cpu", "data": str(data),
               "output": str(tmp_path / "two")}  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += [
-        str(bundled.stages()["train_sft"]),
-        *(part for name, value in values.items() for part in (f"--{name}", value)),
-    ]
-    path = os.pathsep.join(filter(None, [str(bundled.root()), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "8 rows, all used; 2 processes, DDP (MULTI_CPU)" in done.stdout
+    words = [part for name, value in values.items() for part in (f"--{name}", value)]
+    said = start([*TORCHRUN, bundled.stages()["train_sft"], *words], tmp_path)
+    assert "8 rows, all used; 2 processes, DDP (MULTI_CPU)" in said
     logs = [json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("one", "two")]
     in_one, in_two = ([entry["loss"] for entry in log if "loss" in entry] for log in logs)
     assert in_two == pytest.approx(in_one, abs=2e-6)
@@ -64,11 +55,11 @@ def test_two_processes_are_one(tiny_llava, tmp_path):
     for model in models:
         del model["vision_tower.vision_model.encoder.layers.0.self_attn.k_proj.bias"]
     assert largest_difference(*models) < 1e-5
-    start = load_file(tiny_llava / "model.safetensors")
+    untrained = load_file(tiny_llava / "model.safetensors")
     (tmp_path / "two" / "all_results.json").unlink()
     again = load(RECIPE.Config, tmp_path / "two" / "prefalign_config.yaml")
     with pytest.raises(
         RunError, match="holds checkpoint-4 of a run on 2 processes, and this is 1 process: .* Start it as"
     ):
         RECIPE.main(again)
-    assert any((models[1][name] - start[name]).abs().max() > 1e-4 for name in models[1] if "vision" in name)
+    assert any((models[1][name] - untrained[name]).abs().max() > 1e-4 for name in models[1] if "vision" in name)

@@ -107,6 +107,7 @@ def test_evaluation_of_files(tmp_path):
     assert results["metrics"]["yesno_accuracy"]["n"] == 4
 
 
+@pytest.mark.usefixtures("warm_executable")
 def test_demo(tmp_path, capsys):
     steps = {"max_steps": 2, "per_device_train_batch_size": 4, "save_steps": 2}
     changes = {"output": tmp_path / "demo", "prompts": 12, "training": {"trainer": steps},
