@@ -36,7 +36,6 @@ _PROJECTOR = re.compile(
     r"projector|connector|merger|modality_projection|image_newline|mm_input_projection|mm_soft_emb|embed_vision|aligner"
 )
 _VISION = re.compile(r"vision_tower|vision_model|visual|vision_encoder|vision_embed|image_tower")
-_AFTER_FEATURES = re.compile(r"(?:vision_tower|vision_model)\.(?:vision_model\.)?(?:post_layernorm|head)\.")
 _VISUAL_TOKEN = re.compile(r"image|img|video|vision|visual|audio|_patch|row_\d+_col_\d+|soft_token", re.IGNORECASE)
 _VISUAL_CONFIG = re.compile(
     r"^(image|video|audio|vision|visual|boi|eoi|boa|eoa|bov|eov)\w*_token_(id|index)$|^(boi|eoi)_token_(id|index)$"
@@ -280,19 +279,6 @@ def tower(name: str) -> str:
     if _PROJECTOR.search(name):
         return "projector"
     return "vision" if _VISION.search(name) else "language_model"
-
-
-def is_after_features(name: str, config: Any) -> bool:
-    """Whether a parameter comes after the layer whose states are a picture's features, so that nothing reads what it makes.
-
-    LLaVA and its kind read the states of a layer (`vision_feature_layer`) of a CLIP or SigLIP tower, which norms and pools its
-    last states all the same.
-
-    Args:
-        name: full name of the parameter.
-        config: the model's config.
-    """
-    return getattr(config, "vision_feature_layer", None) is not None and bool(_AFTER_FEATURES.search(name))
 
 
 def vision_side() -> str:

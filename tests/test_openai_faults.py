@@ -54,6 +54,14 @@ def test_whatever_a_server_does_nothing_is_lost_and_nothing_comes_twice(server, 
     assert sum(0.75 <= pause <= 1.0 for pause in pauses) == 3 == len(pauses) - 9
 
 
+def test_who_waits_for_a_next_try_says_so_once(server, caplog):
+    server.faults = {"row0": [503], "row1": [503], "row2": [503]}
+    engine_on(server, concurrency=1).generate(some(3), GREEDY)
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(said) == 1
+    assert re.fullmatch(r"http://\S+: a request failed \(it answered 503\); try 2 of 5 follows in 0\.\d s", said[0])
+
+
 def test_retry_after_is_respected(server):
     server.faults, server.headers = {"row0": [429]}, {"Retry-After": "0.8"}
     engine_on(server).generate(some(1), GREEDY)

@@ -21,6 +21,7 @@ from prefalign.manifest import differences
 from prefalign.models import parameter_table
 from prefalign.training.documents import decode
 from prefalign.training.lora import check_trainable
+from prefalign.training.plain_pass import unused_by_plain_pass
 from prefalign.training.reference import SETTINGS_FILE, TOLERANCE, ReferenceCache, cache_settings, row_key
 from prefalign.training.upkeep import audit_gradients
 
@@ -70,17 +71,16 @@ def check_lora(case: Case) -> list[Finding]:
 def check_gradients(case: Case) -> list[Finding]:
     """Each trainable tensor gets a finite gradient that is not 0, and nothing else gets one.
 
-    Two kinds need none: what lies behind a factor that is 0 at the start, and what comes after the layer that the family reads.
+    Two kinds need none: what lies behind a factor that is 0 at the start, and what the model's own forward pass leaves out.
     """
     step, model = case.step, case.trainer.model
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     moving = {name for name, gradient in step.gradients.items() if gradient.any()}
     waiting = _behind_zeros(case, moving)
-    without = [
-        name
-        for name in trainable
-        if name not in moving | waiting and not families.is_after_features(name, case.model_config)
-    ]
+    without = [name for name in trainable if name not in moving | waiting]
+    if without:
+        unread = unused_by_plain_pass(model, case.trainer.processing_class, without)
+        without = [name for name in without if name not in unread]
     broken = [name for name, gradient in step.gradients.items() if not gradient.isfinite().all()]
     norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in step.gradients.values()))
     towers = Counter(families.tower(name) for name in trainable if name in moving)

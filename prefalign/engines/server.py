@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 OPENAI = "https://api.openai.com/v1"
 NO_KEY = "none"
 """What is sent where no key is set: servers that want none do not look at it."""
+QUIET = 30.0
+"""Seconds between two messages about tries that failed: many requests wait at once."""
 SETTINGS = ("temperature", "top_p", "top_k", "repetition_penalty", "seed", "logprobs", "top_logprobs")
 """Settings that a server refuses for every request or for none."""
 
@@ -46,15 +48,23 @@ class Stopped(Exception):
 
 
 class _Client(openai.OpenAI):
-    """OpenAI's client, whose pauses before a next try end when `stopping` is set."""
+    """OpenAI's client, which says that it waits for a next try, and whose pauses end when `stopping` is set."""
 
     stopping = threading.Event()
+    silent_until = 0.0
 
     def _sleep_for_retry(self, *, retries_taken: int, max_retries: int, options: Any, response: Any) -> None:
         pause = self._calculate_retry_timeout(
             max_retries - retries_taken, options, response.headers if response else None
         )
         logger.info("Retrying request in %f seconds (retry %i of %s)", pause, retries_taken + 1, max_retries)
+        if time.monotonic() >= self.silent_until:
+            self.silent_until = time.monotonic() + QUIET
+            what = "no whole answer came" if response is None else f"it answered {response.status_code}"
+            logger.warning(
+                "%s: a request failed (%s); try %d of %d follows in %.1f s", self.base_url, what, retries_taken + 2,
+                max_retries + 1, pause,
+            )  # fmt: skip
         if self.stopping.wait(pause):
             raise Stopped
 
