@@ -90,10 +90,16 @@ def test_a_tower_that_gets_no_gradient(doctor_case, tiny_llava, tmp_path):
 
 
 def test_tensors_without_a_gradient_are_named(doctor_case):
-    """LLaVA reads the second-last layer of its tower."""
-    found = only(model.check_gradients(doctor_case(freeze=[])))
-    assert found.verdict == "warn"
-    assert "These get none and will not change: model.vision_tower." in found.advice
+    """What LLaVA leaves out, which reads the second-last layer of its tower, is counted; what it reads is named."""
+    case = doctor_case(freeze=[])
+    last = [name for name, _ in case.trainer.model.named_parameters() if "vision_tower.encoder.layers.1." in name]
+    found = only(model.check_gradients(case))
+    assert found.verdict == "pass"
+    assert f", {len(last) + 2} the model's own forward pass does not read" in found.seen  # and the last norm's two
+    read = "model.vision_tower.encoder.layers.0.layer_norm1.bias"
+    case.step.gradients[read].zero_()
+    found = only(model.check_gradients(case))
+    assert (found.verdict, found.advice) == ("warn", f"These get none and will not change: {read}.")
 
 
 def test_gradients_that_are_not_finite(doctor_case, tiny_llava, tmp_path):

@@ -77,26 +77,26 @@ def check_gradients(case: Case) -> list[Finding]:
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     moving = {name for name, gradient in step.gradients.items() if gradient.any()}
     waiting = _behind_zeros(case, moving)
-    without = [name for name in trainable if name not in moving | waiting]
-    if without:
-        unread = unused_by_plain_pass(model, case.trainer.processing_class, without)
-        without = [name for name in without if name not in unread]
+    still = [name for name in trainable if name not in moving | waiting]
+    unread = unused_by_plain_pass(model, case.trainer.processing_class, still) if still else set()
+    without = [name for name in still if name not in unread]
     broken = [name for name, gradient in step.gradients.items() if not gradient.isfinite().all()]
     norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in step.gradients.values()))
     towers = Counter(families.tower(name) for name in trainable if name in moving)
     where = ", ".join(f"{count} {tower}" for tower, count in towers.items())
     seen = f"norm {norm:.3g}; {len(moving)} of {len(trainable)} trainable tensors have one ({where})"
     seen += f", {len(waiting)} lie behind a factor that starts at 0" if waiting else ""
+    seen += f", {len(unread)} the model's own forward pass does not read" if unread else ""
     fail = warn = ""
     if broken:
         fail = f"Not finite: {some(broken)}. Try trainer.bf16 in place of fp16, or float32 weights."
     elif norm == 0:
         fail = "All gradients are zero, so nothing would change. The losses compare things that are the same."
-    elif still := _still_policy(case, moving):
-        fail, warn = still
+    elif idle := _still_policy(case, moving):
+        fail, warn = idle
     if without and not warn:
         warn = f"These get none and will not change: {some(without)}."
-    if {families.tower(name) for name in without} - set(towers):
+    if {families.tower(name) for name in still} - set(towers):
         for name, parameter in model.named_parameters():
             parameter.grad = torch.zeros_like(parameter) if name in moving else None
         try:
