@@ -384,11 +384,16 @@ def test_a_floor_that_nothing_reaches_keeps_nothing(stage, tiny_llava, tmp_path)
 def test_the_data_is_read_as_often_as_the_page_says(stage, tiny_llava, tmp_path, monkeypatch, filters, passes):
     """Rows: measured, scored if a model is asked, written. Ids: by the store and by the stage. Hashed once."""
     rows = write_pairs(tmp_path / "rows")
-    reads, read, fingerprint = [], sources.read_rows, sources.fingerprint
+    reads, ids, block, fingerprint = [], sources.read_rows, sources.RowReader.read, sources.fingerprint
 
     def counted(data, columns=None):
         reads.append("rows" if columns is None else "ids")
-        return read(data, columns)
+        return ids(data, columns)
+
+    def from_the_start(reader, first, count):
+        if first == 0:
+            reads.append("rows")
+        return block(reader, first, count)
 
     def hashed(data):
         reads.append("hash")
@@ -396,6 +401,7 @@ def test_the_data_is_read_as_often_as_the_page_says(stage, tiny_llava, tmp_path,
 
     for module in (sources, files):  # a survey reads in the module where it stands
         monkeypatch.setattr(module, "read_rows", counted)
+    monkeypatch.setattr(sources.RowReader, "read", from_the_start)
     monkeypatch.setattr(sources, "fingerprint", hashed)
     scored(stage, tiny_llava, rows, tmp_path / "out", filters)
     assert {kind: reads.count(kind) for kind in reads} == {"rows": passes, "ids": 2, "hash": 1}

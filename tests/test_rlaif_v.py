@@ -167,7 +167,8 @@ def test_blocks_are_served_in_any_order(stage, finished, rows, tmp_path, order):
 
 def test_what_was_found_is_told_at_the_end(stage, finished, rows, capsys):
     stage.main(settings(stage, rows, finished[0]))
-    (told,) = re.findall("^rlaif_v: .*", capsys.readouterr().err, re.MULTILINE)
+    complete, told = re.findall("^rlaif_v: .*", capsys.readouterr().err, re.MULTILINE)
+    assert "already complete" in complete
     words = json.loads((finished[0] / "claims.json").read_text())["length_balance"]["after"]["chosen_words"]
     assert f"pairs_drawn {len(finished[2])}, " in told
     assert f"'chosen_words': {words}, " in told

@@ -14,6 +14,11 @@ from prefalign.store import read_records
 from tests.launching import ROOT
 
 LLAVA = "configs/datagen/rlaif_v.yaml"
+NAMES = """#!/bin/sh
+echo "$@" >> "$COMMANDS"
+if [ "$1 $3" = "path model.model_name_or_path" ]; then echo llava-hf/llava-1.5-7b-hf; else echo "$2"; fi
+"""
+"""Stands where `prefalign` is: notes what it is asked for and does nothing but name files and the model."""
 
 
 def test_rounds_end_to_end(tmp_path):
@@ -70,7 +75,7 @@ def test_rounds_end_to_end(tmp_path):
     ],
 )
 def test_rounds_that_could_not_end_are_refused_before_anything_runs(tmp_path, arguments, environment, message):
-    (tmp_path / "prefalign").write_text('#!/bin/sh\necho "$2"; echo "$@" >> "$COMMANDS"\n')
+    (tmp_path / "prefalign").write_text(NAMES)
     (tmp_path / "prefalign").chmod(0o755)
     known = {
         **os.environ,
@@ -81,25 +86,25 @@ def test_rounds_that_could_not_end_are_refused_before_anything_runs(tmp_path, ar
                           text=True, check=False)  # fmt: skip
     assert done.returncode == 2
     assert message in done.stderr
-    assert (tmp_path / "given").read_text() == f"path {LLAVA}\n"
+    assert (tmp_path / "given").read_text() == f"path {LLAVA}\npath {LLAVA} model.model_name_or_path\n"
 
 
 def test_a_real_base_is_trained_by_the_published_settings_and_measured_by_its_own_config(tmp_path):
     """The commands of one round, none carried out."""
-    (tmp_path / "prefalign").write_text('#!/bin/sh\necho "$2"; echo "$@" >> "$COMMANDS"\n')
+    (tmp_path / "prefalign").write_text(NAMES)
     (tmp_path / "prefalign").chmod(0o755)
     known = {"PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]), "COMMANDS": str(tmp_path / "given"), "ROUNDS": "1",
              "DATA": "prompts-ROUND.json", "EVALUATION": "mine.yaml"}  # fmt: skip
     subprocess.run(
         ["sh", "recipes/rlaif_v.sh", LLAVA], cwd=ROOT, env=os.environ | known, capture_output=True, check=True
     )
-    given = [line.split() for line in (tmp_path / "given").read_text().splitlines()]
+    given = [line.split() for line in (tmp_path / "given").read_text().splitlines() if not line.startswith("path ")]
     assert [words[:4] for words in given if words[0] == "run"] == [
         ["run", "rlaif_v", "--config", LLAVA],
         ["run", "train_preference", "--config", "configs/recipes/train_preference_rlaif_v.yaml"],
         *[["run", "evaluate_model", "--config", "mine.yaml"]] * 2,
     ]
-    assert given[2][4:8] == ["--model.model_name_or_path", "llava-hf/llava-1.5-7b-hf", "--data.path", "prompts-1.json"]
+    assert given[0][4:8] == ["--model.model_name_or_path", "llava-hf/llava-1.5-7b-hf", "--data.path", "prompts-1.json"]
 
 
 def test_the_published_settings_of_training():

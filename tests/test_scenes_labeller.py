@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from prefalign.claims import Answer, ClaimJudge, ConquerConfig, DivideConfig, Rules
+from prefalign.claims import ClaimJudge, ConquerConfig
+from prefalign.dividing import Answer, DivideConfig, Rules
 from prefalign.engines.transformers import load_engine
 from prefalign.models import ModelConfig
 from prefalign.records import user_message

@@ -228,7 +228,7 @@ def test_stems_of_one_width_run_together(tmp_path):
         Request(f"{n}/{draw}", [user_message("Q", 1)], [shown], seed=draw)
         for n in range(4) for shown in [picture(n, size=(56, 56) if n % 2 else (112, 28))] for draw in range(2)
     ]  # fmt: skip
-    lengths = [batch.lengths for batch in engine._batches(requests, [""] * 8, {}, share=True)]
+    lengths = [batch.lengths for batch in engine.batches(requests, [""] * 8, {}, share=True)]
     assert all(len(set(batch)) == 1 for batch in lengths)
     assert len({batch[0] for batch in lengths}) == 2
     assert lengths == sorted(lengths, reverse=True)
