@@ -67,7 +67,7 @@ class RuleSet:
             options = rules.get("options")
             if read is readings.option_taken:
                 texts = options.get(variable) if isinstance(options, Mapping) else None
-                if not isinstance(texts, Mapping) or not texts or any(not _is_letter(key) for key in texts):
+                if not isinstance(texts, Mapping) or not texts or not all(map(_is_option, texts)):
                     return f"options.{variable} (text by letter, such as A)"
             if read is readings.value_named and not (
                 isinstance(rules.get("values"), (list, tuple)) and rules["values"]
@@ -78,8 +78,8 @@ class RuleSet:
         return None
 
 
-def _is_letter(key: Any) -> bool:
-    return isinstance(key, str) and len(key) == 1 and key.isalpha()
+def _is_option(key: Any) -> bool:
+    return isinstance(key, str) and len(key) == 1 and key.isalnum()
 
 
 def read_as_released(rules: Sequence[tuple[str, Sequence[Sequence[str]], Sequence[str]]], text: str) -> str | None:
