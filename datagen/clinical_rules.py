@@ -274,7 +274,9 @@ def figures(folder: Path) -> dict[str, Any]:
         counts["hints"].update(
             _hinted(rules, name) for name in (rules["asked"][-1:] if "meta" in row else rules["asked"])
         )
-        counts["kinds"].update([known["kind"]] if "kind" in known else [])
+        counts["kinds"].update(
+            kind for kind in [row.get("meta", {}).get("kind")] if kind
+        )  # a fact may be called so, too
     return {"rows": number, **{name: dict(sorted(found.items())) for name, found in counts.items() if found}}
 
 

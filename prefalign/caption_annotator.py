@@ -7,6 +7,7 @@ reply that cannot be read is missing, not wrong; the rewrite is found by a line 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,8 @@ _QUESTION = re.compile(
     r"^[\s*\-]*(?:\d+[.):]\s*)?\**question(?:\s*\d+)?\**\s*:[\s*]*(?:\d+[.):]\s*)?(?P<text>\S.*)$", re.I
 )
 _INTEGER = re.compile(r"-?\d+(?:\.\d+)?")
-_LABEL = re.compile(r"^[\s*\-]*(?:\d+[.):]\s*)?\**(?P<label>entailed|contradicted|neutral)\b\**\s*:", re.I)
+_LABEL = re.compile(r"^[\s*\-]*(?:\d+[.):]\s*)?\**(?P<label>entailed|contradicted|neutral)\b\**\s*:\W*\w", re.I)
+_TOTAL = re.compile(r"^\W*(?:totals?\b.*\d|(?:entailed|contradicted|neutral)\W*\d+\W*$)", re.I)
 MARKER = "NEW CAPTION"
 
 _ASK = """\
@@ -114,7 +116,7 @@ class EngineAnnotator:
 
     Attributes:
         engine: the LLM.
-        fingerprint: of its model.
+        fingerprint: of its model and of what it is asked.
         judging: the judge of answers; `judging.counts` tells what was asked, kept and missing.
         checking: the judge of rewrites.
     """
@@ -127,7 +129,7 @@ class EngineAnnotator:
         seed: seed of the stage.
         """
         self.engine = engine
-        self.fingerprint = engine.fingerprint
+        self.fingerprint = f"{engine.fingerprint}/{wording()}"
         self.sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0)
         self.seed = seed
         short = Sampling(max_new_tokens=30, temperature=0.0)
@@ -170,14 +172,13 @@ class EngineAnnotator:
         return [_failed(self.checking, place, "the check of a rewrite") or one for place, one in enumerate(told)]
 
     def statements(self, items: Sequence[tuple[Captioned, str]]) -> list[list[str] | Reply]:
-        """Labels counted line by line; the model's own sums are not asked for."""
-        prompts = [
-            (
-                f"{item.id}/statements/{number}",
-                f"{_STATEMENTS}\n\nCaption: {item.caption}\n\nText: {text}\n\nStatements:",
-            )
-            for number, (item, text) in enumerate(items)
-        ]
+        """Labels counted line by line; the model's own sums are not asked for. Texts about one item are numbered."""
+        asked: Counter[str] = Counter()
+        prompts = []
+        for item, text in items:
+            name = f"{item.id}/statements/{asked[item.id]}"
+            asked[item.id] += 1
+            prompts.append((name, f"{_STATEMENTS}\n\nCaption: {item.caption}\n\nText: {text}\n\nStatements:"))
         found: list[list[str] | Reply] = []
         for completion in self._ask(prompts):
             labels = read_labels(completion.text)
@@ -240,8 +241,24 @@ def read_yes_no(reply: str) -> bool | None:
 
 
 def read_labels(reply: str) -> list[str]:
-    """The label of each statement of a reply, in lower case; lines without one are passed over."""
-    return [found["label"].lower() for line in reply.splitlines() if (found := _LABEL.match(line))]
+    """The label of each statement of a reply, in lower case.
+
+    A first line that ends in a colon may announce them, and totals do not count.
+
+    Returns:
+        One for each line; none if any other line has no label and statement, since shares would be of what could be read.
+
+    Example:
+        >>> read_labels("Here they are:\\n1. Entailed: a cat.\\nContradicted: a dog.\\nTotals: 1 and 1.")
+        ['entailed', 'contradicted']
+        >>> read_labels("Entailed: a cat.\\nContradicted - a dog.")
+        []
+    """
+    lines = [line for line in reply.splitlines() if re.search(r"\w", line) and not _TOTAL.match(line)]
+    labels = [_LABEL.match(line) for line in lines]
+    if lines and not labels[0] and re.search(r":[\s*]*$", lines[0]):
+        labels = labels[1:]
+    return [found["label"].lower() for found in labels if found] if all(labels) else []
 
 
 def marker_of(caption: str) -> str:
@@ -272,3 +289,8 @@ def read_rewrite(reply: str, marker: str) -> str | None:
     """What follows the marker to the end of a reply; None without exactly one line that begins with it."""
     found = list(re.finditer(rf"^[\s*#]*{re.escape(marker)}\**\s*:\**", reply, re.IGNORECASE | re.MULTILINE))
     return reply[found[0].end() :].strip() if len(found) == 1 else None
+
+
+def wording() -> str:
+    """Version of everything that the LLM is asked."""
+    return wording_version("knowada", question_prompt(""), _JUDGE, rewrite_prompt("", [""]), _ANSWERABLE, _STATEMENTS)

@@ -11,6 +11,12 @@ NUMBERS = (
 """Words for 0 to 20, by number."""
 TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 SCALES = {"hundred": 100, "thousand": 1_000, "million": 1_000_000, "billion": 1_000_000_000}
+ORDINALS = (
+    "first", "second", "third", "fifth", "eighth", "ninth", "twelfth",
+    *(f"{word}th" for word in (*NUMBERS[4:20], *SCALES)), *(f"{word[:-1]}ieth" for word in TENS),
+)  # fmt: skip
+AMOUNTS = ("half", "halves", "quarter", "quarters", "dozen", "dozens", "trillion", *(f"{word}s" for word in SCALES))
+"""Words for amounts that `read_number` does not read."""
 ARTICLES = frozenset(("a", "an", "the"))
 OPENERS = frozenset(("a", "an", "no", "some", "several", "many", "few", "both", "another"))
 """Words that begin a phrase and say how many things it is about, or that any one is meant."""
@@ -58,6 +64,46 @@ _ENDINGS = (
     (re.compile(r"[vf]e$"), "f"),  # knive and knife: knif
     (re.compile(r"ie$"), "y"),  # puppie: puppy
 )
+
+
+def spoken(number: int) -> str:
+    """A whole number from 0 on in words, without "and" and hyphens.
+
+    Example:
+        >>> spoken(1150), spoken(21)
+        ('one thousand one hundred fifty', 'twenty one')
+    """
+    for name, scale in reversed(SCALES.items()):
+        if number >= scale:
+            rest = f" {spoken(number % scale)}" if number % scale else ""
+            return f"{spoken(number // scale)} {name}{rest}"
+    if number < len(NUMBERS):
+        return NUMBERS[number]
+    return TENS[number // 10 - 2] + (f" {NUMBERS[number % 10]}" if number % 10 else "")
+
+
+def read_number(words: str) -> int | None:
+    """The whole number that words in lower case say; None unless they do it as `spoken` does.
+
+    "And", hyphens and "a" for one do not count. "Nineteen eighty" and "one fifty", which may
+    be a year, a time or a price, are no number.
+
+    Example:
+        >>> read_number("a hundred and twenty-one"), read_number("one fifty")
+        (121, None)
+    """
+    said = [word for word in re.sub("^a ", "one ", words.replace("-", " ")).split() if word != "and"]
+    total = part = 0
+    for word in said:
+        if word == "hundred":
+            part *= SCALES[word]
+        elif word in SCALES:
+            total, part = total + part * SCALES[word], 0
+        elif word in NUMBERS or word in TENS:
+            part += NUMBERS.index(word) if word in NUMBERS else 10 * TENS.index(word) + 20
+        else:
+            return None
+    return total + part if spoken(total + part) == " ".join(said) else None
 
 
 def article(words: str) -> str:

@@ -1,8 +1,9 @@
 """Do two short answers say the same, and what a pseudo annotator wrote: the string work of MPA (arXiv 2509.16633).
 
 Answers are compared token by token. Letters of any script with their vowel signs make words (scripts without blanks: a token a
-letter); a number keeps its sign, decimal point and unit (percent or a currency, as sign or word); number words are numbers.
-Articles, accents of Latin letters, apostrophes, and British or American spelling do not count.
+letter); a number is one token, however many words say it, with its sign, decimal point and unit (percent or a currency, as sign
+or word); one that cannot be read surely ("1/2", "10:30", "ten thirty", "two dozen") is the same as itself alone. Articles,
+accents of Latin letters, apostrophes, and British or American spelling do not count.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prefalign.english import ARTICLES, NUMBERS, SCALES, TENS
+from prefalign.english import AMOUNTS, ARTICLES, NUMBERS, ORDINALS, SCALES, TENS, read_number
 
 TASK_PROMPTS = {
     "text": (
@@ -45,14 +46,18 @@ _UNITS = {
     "%": r"percent|per cent|pct", "$": "dollars?|usd", "\u00a3": "pounds?|gbp", "\u00a5": "yen|jpy", "\u20ac": "euros?|eur",
 }  # fmt: skip
 _UNIT = re.compile("|".join(rf"(?P<u{ord(sign):x}>{words})\b" for sign, words in _UNITS.items()))
-_SMALL = NUMBERS[:20]
+_SCALE = "|".join(SCALES)
+_WORD = rf"(?:{'|'.join((*NUMBERS, *TENS, *SCALES, *AMOUNTS))}|(?:{'|'.join(ORDINALS)})s?)(?![\w'])"
+_AFTER_SCALE = "|".join(f"(?<={scale})" for scale in SCALES)
+_JOIN = rf"(?:[ -]|(?:{_AFTER_SCALE})(?:,| and|, and) | and (?=an? (?:half|quarter)\b))(?:an? )?"
+_FIGURES = r"(?:\d+(?:[.,/:-]\d+)*|\.\d+)(?: \d{3}(?!\d)(?:[.,]\d+)?)*(?: \d+/\d+)?(?:(?:st|nd|rd|th|k)\b)?"
 _NUMBER = re.compile(
-    rf"(?P<sign>-?)(?P<before>[{_SIGNS[1:]}]?)(?P<digits>\d+(?:[.,]\d+)*|\.\d+)|"
-    rf"(?:(?P<tens>{'|'.join(TENS)})(?:[- ](?P<ones>{'|'.join(_SMALL[1:10])}))?|(?P<small>{'|'.join(_SMALL)})|a(?= hundred\b))"
-    r"(?![\w'])"
+    rf"(?P<sign>-|(?:minus|negative) )?(?P<before>[{_SIGNS[1:]}]?)"
+    rf"(?P<said>(?:{_FIGURES}|(?:a (?={_SCALE}))?{_WORD})(?:(?:{_JOIN}|(?<=\d)){_WORD})*)"
 )
-_SCALE = re.compile(rf"[ \t-]?(?P<scale>{'|'.join(SCALES)})\b")
-_GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_DIGITS = re.compile(
+    rf"(?P<digits>(?P<grouped>\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?)|\d*[.,]?\d+)(?:[ -]?(?P<scale>{_SCALE}))?"
+)
 _YES_NO = frozenset(("yes", "no"))
 _NOT = frozenset(
     ("not", "never", "neither", "nor", "none", "without", "hardly", "cannot", "cant", "dont", "doesnt", "didnt", "isnt", "arent",
@@ -63,6 +68,7 @@ _SPELLINGS = {
     "jewellery": "jewelry", "pyjamas": "pajamas", "aluminium": "aluminum",
 }  # fmt: skip
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+_FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 _REFUSAL = re.compile(
     r"\bi(?:'m| am) (?:sorry|not sure|unable)|\bas an ai\b|\bi (?:can't|cannot|can not|do not know|don't know)|"
     r"\b(?:cannot|can't|can not) be (?:answered|determined|seen|read)|\bunanswerable\b|\bno answer\b|\bunknown\b|"
@@ -73,9 +79,15 @@ _REFUSAL = re.compile(
 
 @dataclass(frozen=True)
 class Number:
-    """A number in an answer: its value, and its unit sign (`%` or a currency, "" for none); `exact`: a year, say."""
+    """A number in an answer.
 
-    value: float
+    Attributes:
+        value: its value; what is written, if that cannot be read surely.
+        unit: `%` or the sign of a currency, "" for none.
+        exact: without tolerance: a year.
+    """
+
+    value: float | str
     unit: str = ""
     exact: bool = False
 
@@ -89,16 +101,17 @@ def tokens(text: str) -> list[Token]:
     Example:
         >>> tokens("The red car, 1.5 m")
         ['red', 'car', Number(value=1.5, unit='', exact=False), 'm']
-        >>> tokens("twenty-one percent") == tokens("21%"), tokens("$5 million") == tokens("5 million dollars")
+        >>> tokens("a hundred and twenty-one percent") == tokens("121%"), tokens("$5 million") == tokens("5 million dollars")
         (True, True)
     """
-    text = unicodedata.normalize("NFKC", text.replace("\u2212", "-")).casefold().replace("\u2019", "'")
-    text = "".join(map(_without_accent, text))
+    text = _FRACTION.sub(r" \g<0>", re.sub("[\u2212\u2013]", "-", text))  # else 2 and a half would become 21/2
+    text = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'").replace("\u2044", "/")
+    text = "".join(map(_without_accent, " ".join(text.split())))
     found: list[Token] = []
     position = 0
     while position < len(text):
         number = _NUMBER.match(text, position)
-        if number and number["sign"] and position and text[position - 1].isalnum():
+        if number and number["sign"] == "-" and position and text[position - 1].isalnum():
             number = None  # the hyphen of "7-11"
         if number:
             value, position = _number(number, text)
@@ -138,25 +151,26 @@ def _continues(text: str, start: int, end: int) -> bool:
 
 
 def _number(found: re.Match[str], text: str) -> tuple[Number, int]:
-    """A number with the scale and the unit after it, and where it ends."""
-    named, unit, end = False, found["before"] or "", found.end()
-    if found["digits"]:
-        digits = found["digits"]
-        parts = re.split("[.,]", digits.replace(",", "") if _GROUPED.fullmatch(digits) else digits)
-        value = float(".".join(parts) if len(parts) == 2 else "".join(parts))
-        named = len(parts) > 2 or re.fullmatch(r"[12]\d{3}", digits) is not None  # a date, a version, a year
-    elif found["tens"]:
-        value = float(20 + 10 * TENS.index(found["tens"]) + (_SMALL.index(found["ones"]) if found["ones"] else 0))
-    else:
-        value = float(_SMALL.index(found["small"])) if found["small"] else 1.0
-    if scale := _SCALE.match(text, end):
-        value, named, end = value * SCALES[scale["scale"]], False, scale.end()
-    after = end + (text[end : end + 1] in (" ", "\t", "-"))
+    """A number with the unit after it, and where it ends."""
+    said, unit, end = found["said"], found["before"] or "", found.end()
+    after = end + (text[end : end + 1] in (" ", "-"))
     if after < len(text) and text[after] in _SIGNS and not re.match(r"\d", text[after + 1 :]):
         unit, end = unit or text[after], after + 1
     elif word := _UNIT.match(text, after):
         unit, end = unit or chr(int(str(word.lastgroup)[1:], 16)), word.end()
-    return Number(-value if found["sign"] else value, unit, named), end
+    value = _value(said)
+    if found["sign"]:
+        value = f"-{value}" if isinstance(value, str) else -value
+    return Number(value, unit, re.fullmatch(r"[12]\d{3}", said) is not None), end  # a year
+
+
+def _value(said: str) -> float | str:
+    """The value of a number; itself if it may be more than one number or none."""
+    if found := _DIGITS.fullmatch(said):
+        digits = found["digits"].replace(",", "" if found["grouped"] else ".")
+        return float(digits) * (SCALES[found["scale"]] if found["scale"] else 1)
+    read = read_number(said)
+    return said if read is None else float(read)
 
 
 def matches(
@@ -167,7 +181,8 @@ def matches(
     Args:
         wanted: the short answer.
         said: the answer that is looked at. If "yes" or "no" is wanted it has to begin with that and hold no other one. One that
-            offers a choice ("red or blue") or denies it ("not really red") does not give it; a denial ends with "but".
+            offers a choice ("red or blue") or denies it ("not really red") does not give it; a denial ends with "but". One
+            that is `undecided` does not, either.
         tolerance: relative difference up to which two numbers are the same (years, dates and versions: none).
         most_words: an answer of more tokens gives none; None: of any length.
         whole: the answer must hold nothing else.
@@ -180,7 +195,7 @@ def matches(
         (False, False, False, True)
     """
     inner, outer = tokens(wanted), tokens(said)
-    if not inner or (most_words is not None and len(outer) > most_words):
+    if not inner or (most_words is not None and len(outer) > most_words) or undecided(wanted, said):
         return False
     if whole:
         return len(inner) == len(outer) and all(map(_same, inner, outer, [tolerance] * len(inner)))
@@ -205,10 +220,22 @@ def _denied(before: Sequence[Token]) -> bool:
 def _same(wanted: Token, said: Token, tolerance: float) -> bool:
     if not isinstance(wanted, Number) or not isinstance(said, Number):
         return wanted == said
-    if wanted.unit != said.unit:
-        return False
+    if isinstance(wanted.value, str) or isinstance(said.value, str) or wanted.unit != said.unit:
+        return wanted == said
     allowed = 0.0 if wanted.exact or said.exact else tolerance * abs(wanted.value)
     return abs(wanted.value - said.value) <= allowed + 1e-9 * abs(wanted.value)
+
+
+def undecided(one: str, other: str) -> bool:
+    """Whether rules cannot tell if two answers differ: both hold numbers, not the same, and one of these cannot be read surely.
+
+    Example:
+        >>> undecided("1:30", "half past one"), undecided("24", "two dozen"), undecided("24", "25"), undecided("half", "red")
+        (True, True, False, False)
+    """
+    numbers = [[token for token in tokens(text) if isinstance(token, Number)] for text in (one, other)]
+    unread = any(isinstance(number.value, str) for found in numbers for number in found)
+    return unread and all(numbers) and numbers[0] != numbers[1]
 
 
 def released_match(wanted: str, said: str) -> bool:

@@ -220,6 +220,33 @@ def test_counts_and_exclusions_of_scenes_are_true(stage, scenes, tmp_path):
         assert placeholder_count(row.messages) == 1
 
 
+def test_names_of_things_are_the_same_in_any_case(stage, tmp_path):
+    """Else the rows would say that what is there is not."""
+    row = Prompt(
+        "row", [encode_png(picture(0), "0.png")], [user_message("-", 1)], facts={"objects": ["Dog", " traffic  Light"]}
+    )
+    for number in range(12):
+        known = presence(stage, folder=tmp_path, things={"names": ["dog", "Traffic light"], "absent": 0.5}, seed=number)
+        case = stage.case_of(row, RULE_SETS["presence"], known)
+        assert (case.label, case.words("some")["so_many"]) in (
+            ("yes", "is one dog"), ("yes", "is one Traffic light"))  # fmt: skip
+    own = presence(stage, folder=tmp_path, things={"names": []})
+    many = dataclasses.replace(row, facts={"objects": ["Dog", "dog", {"name": "DOG"}]})
+    assert stage.case_of(many, RULE_SETS["presence"], own).words("some")["so_many"].startswith("are three ")
+
+
+@pytest.mark.parametrize("fact", ["biopsy", ["a", "b"]])
+def test_a_fact_called_kind_is_no_kind_of_wrong_answer(stage, patches, tmp_path, fact):
+    rows = [{**json.loads(line), "kind": fact} for line in (patches / "labels.jsonl").read_text().splitlines()]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for produce, kinds in (("prompts", {}), ("pairs", {"hint": 7})):
+        changes = {"data": {"path": tmp_path / "labels.jsonl", "fact_columns": ["label", "kind", "myeloblast_share",
+                                                                               "plasma_cell_share"]}}  # fmt: skip
+        stage.main(marrow(stage, patches, tmp_path / produce, produce=produce, kinds=["hint"], **changes))
+        found = json.loads((tmp_path / produce / "conversations.json").read_text())
+        assert found.get("kinds", {}) == kinds
+
+
 def test_prompts_are_what_trainers_of_conversations_read(stage, patches, tmp_path):
     known = marrow(stage, patches, tmp_path / "out", produce="prompts", split="test", hints={"share": 0.5})
     stage.main(known)

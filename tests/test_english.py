@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefalign.english import NUMBERS, SCALES, TENS, article, bases, plural, plural_spellings, stem
+from prefalign.english import NUMBERS, SCALES, TENS, article, bases, plural, plural_spellings, read_number, spoken, stem
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,23 @@ from prefalign.english import NUMBERS, SCALES, TENS, article, bases, plural, plu
 )  # fmt: skip
 def test_articles_go_by_sound(words, wanted):
     assert article(words) == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [("zero", 0), ("nineteen", 19), ("twenty", 20), ("forty-two", 42), ("a hundred", 100), ("one hundred and fifty", 150),
+     ("two thousand three hundred one", 2301), ("a million", 10**6), ("ninety-nine thousand nine hundred ninety-nine", 99_999),
+     ("one billion two million three", 1_002_000_003), ("one fifty", None), ("ten thirty", None), ("nineteen eighty", None),
+     ("twelve hundred", None), ("hundred", None), ("fifty two three", None), ("one hundred, two", None), ("twenty dogs", None),
+     ("", None)],
+)  # fmt: skip
+def test_numbers_in_words_by_hand(words, number):
+    assert read_number(words) == number
+
+
+def test_every_number_is_read_as_it_is_said():
+    for number in (*range(2001), 45_678, 10**5, 999_999, 10**6 + 7, 10**9, 123_456_789_012):
+        assert read_number(spoken(number)) == number
 
 
 @pytest.mark.parametrize(

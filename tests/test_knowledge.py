@@ -77,9 +77,22 @@ def test_a_rewrite_is_found_though_the_caption_holds_the_marker():
 
 
 def test_labels_and_answers_are_read_by_line():
-    reply = "1. Entailed: a cat.\n**Contradicted**: a dog.\n- neutral: it is calm.\nTotals: 5 Entailed"
+    reply = "1. Entailed: a cat.\n**Contradicted**: a dog.\n\n- **neutral:** it is calm.\n---\nTotals: 5 Entailed"
     assert read_labels(reply) == ["entailed", "contradicted", "neutral"]
+    assert read_labels(f"**Statements:**\n{reply}\nEntailed: 5\nContradicted: 1.") == read_labels(reply)
     assert [read_yes_no(text) for text in ("Yes.", "no, it is not", "Perhaps yes", "")] == [True, False, None, None]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["Wrong: a dog", "Contradicted - a pot", "[Contradicted]: a cup", "Contradicted (adds): x", "Contradicted:", "a dog",
+     "And more:"],
+)  # fmt: skip
+def test_a_line_without_a_label_makes_a_reply_unreadable(line):
+    """Else a statement that could not be read would be left out, and the shares of the others would be better."""
+    assert read_labels(f"Entailed: a cat.\n{line}") == []
+    assert read_labels(f"Here they are:\n{line}\nEntailed: a cat.") == []
+    assert read_labels("Here they are:\nEntailed: a cat.") == ["entailed"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefalign.parity import Number, matches, read_annotation, released_match, tokens
+from prefalign.parity import Number, matches, read_annotation, released_match, tokens, undecided
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,81 @@ from prefalign.parity import Number, matches, read_annotation, released_match, t
 def test_matching_by_hand(wanted, said, same, released):
     assert matches(wanted, said) is same
     assert released_match(wanted, said) is released
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("150", "one hundred fifty"),
+        ("150", "a hundred and fifty"),
+        ("2,301", "two thousand three hundred and one"),
+        ("1,000,007", "one million seven"),
+        ("-5", "minus 5"),
+        ("-21", "negative twenty-one"),
+        ("one thousand dollars", "$1000"),
+        ("1/2", "1/2"),
+        ("2\u00bd", "2 1/2"),
+        ("10:30", "10:30"),
+        ("5\u201310 m", "5-10 m"),
+    ],
+)
+def test_a_number_is_one_token_however_it_is_said(one, other):
+    assert matches(one, other)
+    assert matches(other, one, whole=True)
+    assert not undecided(one, other)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("100", "one hundred fifty"),
+        ("50", "one hundred and fifty"),
+        ("5", "minus 5"),
+        ("5", "10 minus 5"),
+        ("1000", "two thousand"),
+    ],
+)
+def test_parts_of_a_number_say_nothing_of_it(wanted, said):
+    assert not matches(wanted, said)
+    assert not undecided(wanted, said)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("2", "1/2"),
+        ("0.5", "1/2"),
+        ("30", "10:30"),
+        ("10:30", "ten thirty"),
+        ("10:30 pm", "22:30"),
+        ("1", "half past one"),
+        ("1980", "nineteen eighty"),
+        ("150", "one fifty"),
+        ("2", "two and a half"),
+        ("2", "two dozen"),
+        ("24", "two dozen"),
+        ("2300", "two thousand, three hundred"),
+        ("1200", "twelve hundred"),
+        ("1", "1 000"),
+        ("12345.6", "12 345.6"),
+        ("21/2", "2\u00bd"),
+        ("5", "5-10"),
+        ("5", "5k"),
+        ("3rd", "third"),
+        ("3", "3rd"),
+        ("123", "1.2.3"),
+        ("5%", "half percent"),
+    ],
+)
+def test_a_number_that_cannot_be_read_surely_neither_confirms_nor_rejects(wanted, said):
+    for one, other in ((wanted, said), (said, wanted)):
+        assert not matches(one, other)
+        assert undecided(one, other)
+
+
+@pytest.mark.parametrize(("one", "other"), [("24", "25"), ("half", "red"), ("1/2", "1/2"), ("two dozen", "Two dozen.")])
+def test_numbers_that_can_be_read_or_are_the_same_are_decided(one, other):
+    assert not undecided(one, other)
 
 
 def test_numbers_have_a_tolerance_and_years_none():

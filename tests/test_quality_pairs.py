@@ -338,16 +338,16 @@ def test_settings_that_make_no_sense_are_refused(stage, changes, message):
 def test_names_and_second_grades_that_no_reward_gives_are_refused(stage, rows, tmp_path):
     with pytest.raises(ValueError, match="regrade asks for second grades, and judge would say the same again"):
         stage.main(settings(stage, rows, tmp_path, regrade=0.1))
-    with pytest.raises(ValueError, match="quality names the score 'judges/total', and the rewards are judge: "):
+    with pytest.raises(ValueError, match="quality names the score 'judges/total', which the rewards do not give"):
         stage.main(settings(stage, rows, tmp_path, quality={"judges/total": 1.0}))
     grader = Grader(list(read_records(rows, Prompt)))
     with pytest.raises(
         ValueError,
-        match="quality names the score 'judge/helpfullness', and judge does not grade.*did you mean 'judge/helpfulness'",
+        match="quality names the score 'judge/helpfullness', which the rewards do not give.*did you mean 'judge/helpfulness'",
     ):
         stage.main(settings(stage, rows, tmp_path, grader, quality={"judge/helpfullness": 1.0}))
     with pytest.raises(
-        ValueError, match="steerlm.attributes names the score 'judge/tone', and judge does not grade 'tone'"
+        ValueError, match="steerlm.attributes names the score 'judge/tone', which the rewards do not give: all answers"
     ):
         stage.main(settings(stage, rows, tmp_path, grader, steerlm={"attributes": ["judge/tone"]}))
     assert grader.requests == []
@@ -357,6 +357,21 @@ def test_names_and_second_grades_that_no_reward_gives_are_refused(stage, rows, t
         ValueError, match="the judge grades correctness alone, so it would be asked the same question again"
     ):
         second_grades.asked_again(one)
+
+
+@pytest.mark.parametrize(("reward", "term"), [({"name": "objects"}, "invented"), ({"name": "symbolic"}, "correct")])
+def test_rules_grade_as_well_and_their_names_are_looked_at_before_anything_is_drawn(
+    stage, rows, tmp_path, reward, term
+):
+    known = {"rewards": [reward], "regrade": 0.0, "exports": ["pairs"], "data": {"limit": 1}}
+    label = reward["name"]
+    right = settings(stage, rows, tmp_path / "out", **known)
+    right = dataclasses.replace(right, quality={f"{label}/{term}": 1.0, "total": 1.0})
+    wrong = dataclasses.replace(right, quality={f"{label}/{term[:-1]}": 1.0})
+    with pytest.raises(ValueError, match=rf"do not give: all answers would .*did you mean '{label}/{term}'"):
+        stage.main(wrong)
+    assert not (tmp_path / "out").exists()
+    assert stage.main(right).rows_out == 1
 
 
 @pytest.mark.parametrize(

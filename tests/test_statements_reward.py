@@ -1,17 +1,18 @@
 """KnowAda's DNLI as a reward: worked shares, who is asked what, and what has no score."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 
-from prefalign import bundled, config
+from prefalign import bundled, caption_annotator, config
 from prefalign.caption_annotator import EngineAnnotator
 from prefalign.contradictions import dnli
 from prefalign.engines import Completion
 from prefalign.engines.config import EngineConfig
 from prefalign.records import Candidates, user_message
-from prefalign.rewards import Response, read_rewards
+from prefalign.rewards import FactsError, Response, read_rewards
 from prefalign.rewards.statements import Statements
 from prefalign.scenes import language
 from prefalign.scenes.world import scene
@@ -84,6 +85,7 @@ def test_a_response_is_held_against_its_reference_which_is_asked_about_once(rewa
         [-0.25, -0.0],
     ]
     assert len(engine.asked) == 3
+    assert engine.asked[0].id == "row/statements/0"
     assert all(f"Caption: {REFERENCE}\n" in request.messages[0]["content"][0]["text"] for request in engine.asked)
     assert not any(request.images for request in engine.asked)
 
@@ -96,6 +98,34 @@ def test_what_cannot_be_told_has_no_score_and_a_failure_is_told_apart(reward):
     assert reward.failures == {3: "the server is down"}
     reward.score([])
     assert reward.failures == {}
+
+
+def test_what_is_drawn_for_a_response_does_not_depend_on_its_neighbours(reward, engine):
+    """Requests are named by row and reference, and a name and a seed decide a draw."""
+    said = [
+        ("A cat and a dog, cosy.", REFERENCE),
+        ("It cannot be read.", REFERENCE),
+        ("A cat and a dog, cosy.", "It fails."),
+    ]
+    rows = [dataclasses.replace(response(*one), id=f"row{number}") for number, one in enumerate(said)]
+
+    def names(asked):
+        engine.asked = []
+        reward.score(asked)
+        return {request.messages[0]["content"][0]["text"]: request.id for request in engine.asked}
+
+    together = names(rows)
+    assert len(set(together.values())) == len(engine.asked) == 5
+    alone = [names([row]) for row in rows]
+    assert all(one.items() <= together.items() for one in alone)
+    assert names(rows[::-1]) == together
+
+
+def test_rules_cannot_label_what_is_said_of_a_picture_without_its_facts():
+    (entry,) = read_rewards([{"name": "statements", "annotator": "rules"}]).entries
+    for facts in ({}, {"world": "scenes"}, {"objects": ["cat"]}):
+        with pytest.raises(FactsError, match="row: its facts have no counts and objects of a scene.*annotator: engine"):
+            entry.reward.score([response("A cat.", **facts)])
 
 
 def test_a_reference_that_nobody_replied_about_fails_its_responses(reward):
@@ -114,6 +144,16 @@ def test_on_the_embedded_world_the_picture_decides():
     assert precision[0] == 1 > precision[1]
     assert contradiction[0] == 0 > contradiction[1]
     assert entry.reward.version == "scenes-rules-1"
+
+
+@pytest.mark.parametrize("prompt", ["_ASK", "_JUDGE", "_REWRITE", "_ANSWERABLE", "_STATEMENTS"])
+def test_another_wording_is_another_version(reward, engine, monkeypatch, prompt):
+    """So that a folder is not finished with other prompts than it was begun with."""
+    monkeypatch.setattr(caption_annotator, prompt, getattr(caption_annotator, prompt) + " Be strict.")
+    changed = EngineAnnotator(engine).fingerprint
+    assert reward.version.startswith("script/knowada-")
+    assert changed.startswith("script/knowada-")
+    assert changed != reward.version
 
 
 def test_an_llm_has_to_be_named():

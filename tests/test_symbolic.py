@@ -349,8 +349,16 @@ def test_references_that_no_answer_could_meet(rules, reference, message):
 @pytest.mark.parametrize(
     ("rules", "facts", "message"),
     [
-        ("choice", {}, r"response row: facts.rules has no options.first \(text by letter\), without which 'choice'"),
+        (
+            "choice",
+            {},
+            r"response row: facts.rules has no options.first \(text by letter, such as A\), without which 'choice'",
+        ),
         ("choice", {"options": {"first": {"A": "dog"}}}, r"has no options.second"),
+        ("choice", {"options": {"first": {}, "second": {}}}, r"has no options.first \(text by letter, such as A\)"),
+        ("choice", {"options": {"first": {"(a)": "dog", "(b)": "cat"}}}, r"has no options.first \(text by letter"),
+        ("choice", {"options": {"first": {"AB": "dog"}}}, r"has no options.first \(text by letter"),
+        ("attribute", {"value": "red", "values": []}, r"has no values \(what could be named\)"),
         ("attribute", {"value": "red"}, r"response row: facts.rules has no values \(what could be named\)"),
         ("attribute", {"values": ["red"]}, r"has no value \(the one asked for\)"),
     ],

@@ -79,7 +79,8 @@ class ThingConfig:
     """Which things `presence` asks for.
 
     Attributes:
-        names: names that may be asked for; empty: those in the picture, so none that is absent.
+        names: names that may be asked for, in whatever case the facts have them; empty: those in the picture, so none that is
+            absent.
         absent: share of the rows about a thing that is not there.
         plurals: of names whose plural `english.plural` does not know.
     """
@@ -173,7 +174,7 @@ def presence_case(prompt: Prompt, known: RuleSet, things: ThingConfig, *, seed: 
 
 def thing_case(names: Iterable[str], asked: Sequence[str], rng: random.Random, *, absent: float = 0.5,
                plurals: Mapping[str, str] | None = None) -> Case | None:  # fmt: skip
-    """A case of `presence`: one of the things in the picture, or one that is not.
+    """A case of `presence`: one of the things in the picture, or one that is not. Case and blanks of names do not count.
 
     Args:
         names: of the things in the picture, one for each.
@@ -185,21 +186,26 @@ def thing_case(names: Iterable[str], asked: Sequence[str], rng: random.Random, *
     Returns:
         The case; None if there is nothing to ask for.
     """
-    counts = Counter(names)
-    there, gone = [name for name in asked if counts[name]], [name for name in asked if not counts[name]]
+    counts = Counter(map(_plain, names))
+    spelled = {_plain(name): name for name in asked}
+    there, gone = [name for name in spelled if counts[name]], [name for name in spelled if not counts[name]]
     pool = gone if (gone and rng.random() < absent) or not there else there
     if not pool:
         return None
-    thing = rng.choice(pool)
-    number = counts[thing] or rng.randint(1, 3)
-    present = "yes" if counts[thing] else "no"
+    name = rng.choice(pool)
+    thing, number = spelled[name], counts[name] or rng.randint(1, 3)
+    present = "yes" if counts[name] else "no"
     reference = {
         "exists": present,
-        "absent": "no" if counts[thing] else "yes",
-        "count": "some" if counts[thing] else "none",
+        "absent": "no" if counts[name] else "yes",
+        "count": "some" if counts[name] else "none",
     }
     many, none = thing_slots(thing, number, plurals or {}), thing_slots(thing, 0, plurals or {})
     return Case(present, reference, {"": many, "some": many, "none": none})
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.lower().split())
 
 
 def thing_slots(thing: str, number: int, plurals: Mapping[str, str]) -> Slots:

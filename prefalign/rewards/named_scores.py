@@ -14,23 +14,18 @@ Named = Sequence[tuple[str, str]]
 
 
 def check_names(rewards: Combined, named: Named) -> None:
-    """Raise `ValueError` if a score is named that none of the rewards can give, before anything is drawn. What terms there are is
-    known of a judge; of other rewards `check_scores` looks at what they gave."""
-    entries = {entry.name: entry.reward for entry in rewards.entries}
+    """Raise `ValueError` if a score is named that none of the rewards gives, before anything is drawn.
+
+    A reward whose settings do not say what it gives (`Reward.terms`) is left to `check_scores`.
+    """
+    given = {entry.name: getattr(entry.reward, "terms", None) for entry in rewards.entries}
+    scores = ["total", *(f"{label}/{term}" for label, terms in given.items() for term in terms or ("...",))]
+    open_labels = [label for label, terms in given.items() if not terms]
     for where, name in named:
-        label, _, term = name.partition("/")
-        if name == "total":
-            continue
-        if label not in entries:
+        if name not in scores and name.partition("/")[0] not in open_labels:
             raise ValueError(
-                f"{where} names the score {name!r}, and the rewards are {', '.join(entries)}: all answers would count as "
-                f"ungraded. Scores are called REWARD/TERM, such as {next(iter(entries))}/..., or total."
-            )
-        terms: list[str] | None = getattr(entries[label], "attributes", None)
-        if terms is not None and term not in terms:
-            raise ValueError(
-                f"{where} names the score {name!r}, and {label} does not grade {term!r}: all answers would count as ungraded. "
-                f"{nearest(name, [f'{label}/{known}' for known in terms])}"
+                f"{where} names the score {name!r}, which the rewards do not give: all answers would count as ungraded. "
+                f"{nearest(name, scores)}"
             )
 
 

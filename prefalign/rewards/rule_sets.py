@@ -65,15 +65,21 @@ class RuleSet:
         for variable in (*(rules.get("asked") or ()), *(rules.get("reference") or ())):
             read = self.variables[variable].read
             options = rules.get("options")
-            if read is readings.option_taken and not (
-                isinstance(options, Mapping) and isinstance(options.get(variable), Mapping)
+            if read is readings.option_taken:
+                texts = options.get(variable) if isinstance(options, Mapping) else None
+                if not isinstance(texts, Mapping) or not texts or not all(map(_is_option, texts)):
+                    return f"options.{variable} (text by letter, such as A)"
+            if read is readings.value_named and not (
+                isinstance(rules.get("values"), (list, tuple)) and rules["values"]
             ):
-                return f"options.{variable} (text by letter)"
-            if read is readings.value_named and not isinstance(rules.get("values"), (list, tuple)):
                 return "values (what could be named)"
             if read is readings.value_named and "value" not in rules:
                 return "value (the one asked for)"
         return None
+
+
+def _is_option(key: Any) -> bool:
+    return isinstance(key, str) and len(key) == 1 and key.isalnum()
 
 
 def read_as_released(rules: Sequence[tuple[str, Sequence[Sequence[str]], Sequence[str]]], text: str) -> str | None:

@@ -8,6 +8,8 @@ Legend of shapes: `N` responses.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import importlib
 import math
 from collections.abc import Sequence
@@ -85,6 +87,9 @@ class Statements:
 
         A response without a text or a reference caption has none (NaN), and so has one whose statements, or whose reference's,
         could not be read. Where nobody replied `failures` says why, by place of the response. A reference is asked about once.
+
+        Raises:
+            FactsError: `annotator` is `rules`, and a response's facts are not those of a scene.
         """
         import torch
 
@@ -93,14 +98,14 @@ class Statements:
         captioned = {
             row: Captioned(responses[row].id, str(responses[row].answer), responses[row].facts) for row in asked
         }
-        keys = {row: canonical_json([one.caption, one.facts]) for row, one in captioned.items()}
-        references = {key: captioned[row] for row, key in keys.items()}
-        items = [(one, one.caption) for one in references.values()]
-        items += [(captioned[row], responses[row].text) for row in asked]
+        keys = {row: _identity(one) for row, one in captioned.items()}
+        references = {key: dataclasses.replace(captioned[row], id=key) for row, key in keys.items()}
+        items = [(captioned[row], responses[row].text) for row in asked]
+        items += [(one, one.caption) for one in references.values()]
         found = self.labeller.statements(items) if items else []
-        of_references = dict(zip(references, found[: len(references)], strict=True))
+        of_references = dict(zip(references, found[len(asked) :], strict=True))
         values = {term: [math.nan] * len(responses) for term in self.terms}
-        for row, labels in zip(asked, found[len(references) :], strict=True):
+        for row, labels in zip(asked, found[: len(asked)], strict=True):
             reference = of_references[keys[row]]
             for one in (reference, labels):
                 if isinstance(one, Reply) and one.refused == "generation_failed":
@@ -110,3 +115,8 @@ class Statements:
             for term, value in dnli(labels, len(reference)).items():
                 values[term][row] = -value if term.startswith("contradiction") else value
         return {term: torch.tensor(one) for term, one in values.items()}
+
+
+def _identity(reference: Captioned) -> str:
+    """The id of a reference, the same for each row that has it: what is drawn for a row does not depend on the rows beside it."""
+    return hashlib.sha256(canonical_json([reference.caption, reference.facts]).encode()).hexdigest()[:24]

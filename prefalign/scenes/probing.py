@@ -13,6 +13,7 @@ from typing import Any
 
 from prefalign.evals import attributes, yesno
 from prefalign.knowledge import Captioned, Reply
+from prefalign.rewards import FactsError
 from prefalign.scenes import language
 from prefalign.scenes.language import NOUN, SHAPE_OF, Mention, Question, at, singular, with_article
 from prefalign.scenes.twins import true_of
@@ -53,7 +54,17 @@ class SceneAnnotator:
         return [bool(_told(text, question)) for text, question in items]
 
     def statements(self, items: Sequence[tuple[Captioned, str]]) -> list[list[str] | Reply]:
-        """For each text about a captioned picture, a label by the facts for each sentence: `entailed` or `contradicted`."""
+        """For each text about a captioned picture, a label by the facts for each sentence: `entailed` or `contradicted`.
+
+        Raises:
+            FactsError: the facts are not those of a scene.
+        """
+        for item, _ in items:
+            if not isinstance(item.facts.get("counts"), Mapping) or not isinstance(item.facts.get("objects"), list):
+                raise FactsError(
+                    f"{item.id}: its facts have no counts and objects of a scene, so no rule can tell what is true of it. "
+                    "Take rows of the embedded world, or have an LLM label statements (annotator: engine)."
+                )
         return [
             ["entailed" if true_of(part, item.facts) else "contradicted" for part in language.sentences(text)]
             for item, text in items
