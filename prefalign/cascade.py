@@ -1,8 +1,8 @@
 """A cascade over conversations: each stage scores what the one before kept, and keeps a share of it (arXiv 2409.18541).
 
 Scores come from rewards, or from what the picture adds to the answers (information gain). A stage that rates answers can let the
-model write several to each question and keep the best. All passes are `Survey`s, so a killed run goes on where it was, and rows
-that a judge or the model failed are asked about again.
+model write several to each question and keep the best. All passes are `Survey`s, so a killed run goes on where it was, rows that
+a judge or the model failed are asked about again until their stage is decided, and all processes follow one decision.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from prefalign.curation import Aggregate, Baseline, Compare, Judged, Turn, aggregated, baseline, keep_best, turns_of
 from prefalign.engines import Engine, Request, Sampling
 from prefalign.evidence import Without, information_gain
-from prefalign.execution import SHARD
 from prefalign.records import Prompt, user_message
 from prefalign.stages import opened
 from prefalign.store import Failed, StoreError
@@ -141,8 +140,7 @@ def run_cascade(
         Every readable row by id, in input order; those with neither `dropped` nor `failed` are kept.
 
     Raises:
-        StoreError: after a stage, if more rows than `output.max_quarantine` have failed; in one shard of several if a judge or
-            the model failed any, since another shard may hear an answer where this one did not, and keep other rows.
+        StoreError: after a stage, before it is decided, if more rows than `output.max_quarantine` have failed.
     """
     table: dict[str, Rated] = {}
     for block in survey("rows", lambda prompts: [_measured(prompt, stratify_by) for prompt in prompts]):
@@ -167,7 +165,8 @@ def run_cascade(
             passed = "passed" in found or (found["failed"] is not None and found["failed"][0] in UNANSWERED)
             return passed and found["id"] in waiting
 
-        for block in survey(f"stage-{stage.name}", work, again):
+        kind = f"stage-{stage.name}"
+        for block in survey(kind, work, again):
             for found in block:
                 if "passed" in found or found["id"] not in waiting:
                     continue
@@ -176,12 +175,25 @@ def run_cascade(
                 row.failed = tuple(found["failed"]) if found["failed"] else None
                 row.scores[stage.name] = found["score"]
                 row.answers.update({int(place): text for place, text in found["answers"].items()})
-        _check_failures(table, survey, stage)
-        scores = {name: value for name in alive if (value := table[name].scores.get(stage.name)) is not None}
-        kept = keep_best(scores, {name: table[name].type for name in scores}, stage.keep, stage.compare)
-        for name in alive - kept:
-            table[name].dropped = f"below_{stage.name}" if name in scores else f"unscored_{stage.name}"
+        stands = survey.decision(kind)
+        if stands is None:
+            _check_failures(table, survey, stage)
+            stands = survey.decide(kind, _decision(table, alive, stage))
+        for name, failed in stands["failed"].items():  # whatever was answered since
+            table[name].failed, table[name].scores[stage.name] = tuple(failed), None
+        for name in alive.difference(stands["kept"], stands["failed"]):
+            scored = table[name].scores.get(stage.name) is not None
+            table[name].dropped = f"below_{stage.name}" if scored else f"unscored_{stage.name}"
     return table
+
+
+def _decision(table: Mapping[str, Rated], alive: set[str], stage: CascadeStage) -> dict[str, Any]:
+    """Of the rows that came to a stage those that are kept, and why those that have failed did."""
+    came = [name for name in table if name in alive]
+    scores = {name: value for name in came if (value := table[name].scores.get(stage.name)) is not None}
+    kept = keep_best(scores, {name: table[name].type for name in scores}, stage.keep, stage.compare)
+    failed = {name: reason for name in came if (reason := table[name].failed) is not None}
+    return {"kept": [name for name in came if name in kept], "failed": failed}
 
 
 def _check_failures(table: Mapping[str, Rated], survey: Survey, stage: CascadeStage) -> None:
@@ -189,14 +201,11 @@ def _check_failures(table: Mapping[str, Rated], survey: Survey, stage: CascadeSt
     failed = [row.failed for row in table.values() if row.failed is not None]
     unanswered = [one for one in failed if one[0] in UNANSWERED]
     limit = survey.output.max_quarantine
-    if len(failed) > limit or (unanswered and not SHARD.get().alone):
+    if len(failed) > limit:
         reason, message = (unanswered or failed)[-1]
-        why = (
-            f"above --output.max_quarantine {limit}" if len(failed) > limit else "and other shards may keep other rows"
-        )
         raise StoreError(
-            f"{survey.stage} stopped after stage {stage.name}: {len(failed)} rows failed, {why} (last: {reason}: "
-            f"{message[:400]}). No row was kept yet. Mend the cause or raise the limit, and start again: what is scored stays, "
+            f"{survey.stage} stopped after stage {stage.name}: {len(failed)} rows failed, above --output.max_quarantine {limit} "
+            f"(last: {reason}: {message[:400]}). No row was kept yet. Mend the cause or raise the limit, and start again: what is scored stays, "
             "rows that got no answer are asked about again."
         )
 
@@ -344,7 +353,7 @@ def _compete(asked: Sequence[_Asked], count: int, judges: Judges) -> None:
 
 
 def _score(asked: Sequence[_Asked], stage: CascadeStage, judges: Judges) -> None:
-    """Give a score to each text of each turn, or `failed` to a turn about which a judge did not reply."""
+    """Give a score to each text of each turn, or `failed` where a judge did not reply or a reward cannot read the row's facts."""
     waiting = [one for one in asked if one.failed is None]
     if not waiting:
         return
@@ -360,6 +369,24 @@ def _score(asked: Sequence[_Asked], stage: CascadeStage, judges: Judges) -> None
         for one in waiting:
             one.scores = [next(gains) for _ in one.texts]
         return
+    from prefalign.rewards import FactsError
+
+    try:
+        _reward(waiting, stage, judges)
+    except FactsError as error:  # of one row: each by itself
+        rows: dict[str, list[_Asked]] = {}
+        for one in waiting:
+            rows.setdefault(one.prompt.id, []).append(one)
+        for own in rows.values():
+            if len(rows) > 1:
+                _score(own, stage, judges)
+                continue
+            for one in own:
+                one.failed = Failed("bad_facts", str(error))
+
+
+def _reward(waiting: Sequence[_Asked], stage: CascadeStage, judges: Judges) -> None:
+    """Have a stage's rewards score each text of each turn, all in one call."""
     from prefalign.rewards import Response, stored
 
     responses: list[Response] = []
