@@ -6,8 +6,8 @@ prefers them to a caption of the model's own that says something false, or for a
 
 Paper: Yanuka, Ben-Kish, Bitton, Szpektor, Giryes, "Bridging the Visual Gap: Fine-Tuning Multimodal Models with Knowledge-Adapted
 Captions", NAACL 2025, arXiv 2411.09018. Code: moranyanuka/KnowAda.
-Differs from the released code: a grade that cannot be read is missing, not wrong; a request that fails fails its own row; rewrites
-are checked and refused rather than replaced by another picture's; no generic question stands in for none.
+Differs from the released code: a grade that cannot be read is missing, not wrong; a request that fails fails its own row;
+rewrites are checked and refused rather than replaced by another picture's; no generic question stands in for none.
 
 Needs: rows with pictures and dense captions as their answers; the model to be trained, which samples; `annotator: engine` needs
 an LLM, `annotator: rules` (embedded world) none.

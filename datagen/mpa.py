@@ -53,7 +53,8 @@ class VoteConfig:
 
     Attributes:
         num_generations: its answers; 1: one, drawn as `sampling` says.
-        agreement: share of them that has to match the annotation. A row fails if answers that could not be generated might decide.
+        agreement: share of them that has to match the annotation; where those that could not be generated might decide, the row
+            fails.
         temperature: how several are drawn.
     """
 

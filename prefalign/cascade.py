@@ -147,8 +147,8 @@ def run_cascade(
         for found in block:
             table.setdefault(found["id"], Rated(found["type"], found["words"], dropped=found["dropped"]))
     for stage in stages:
-        alive = {name for name, row in table.items() if row.dropped is None and row.failed is None}
-        waiting = set(alive)
+        came: dict[str, Any] = {n: None for n, row in table.items() if row.dropped is None and row.failed is None}
+        waiting = set(came)
 
         def work(
             prompts: list[Prompt], stage: CascadeStage = stage, waiting: set[str] = waiting
@@ -165,49 +165,42 @@ def run_cascade(
             passed = "passed" in found or (found["failed"] is not None and found["failed"][0] in UNANSWERED)
             return passed and found["id"] in waiting
 
-        kind = f"stage-{stage.name}"
-        for block in survey(kind, work, again):
+        for block in survey(f"stage-{stage.name}", work, again):
             for found in block:
                 if "passed" in found or found["id"] not in waiting:
                     continue
                 waiting.discard(found["id"])
-                row = table[found["id"]]
-                row.failed = tuple(found["failed"]) if found["failed"] else None
+                came[found["id"]], row = found["failed"], table[found["id"]]
                 row.scores[stage.name] = found["score"]
                 row.answers.update({int(place): text for place, text in found["answers"].items()})
-        stands = survey.decision(kind)
-        if stands is None:
-            _check_failures(table, survey, stage)
-            stands = survey.decide(kind, _decision(table, alive, stage))
-        for name, failed in stands["failed"].items():  # whatever was answered since
-            table[name].failed, table[name].scores[stage.name] = tuple(failed), None
-        for name in alive.difference(stands["kept"], stands["failed"]):
+        stands = _decided(survey, stage, table, came)
+        for name, (reason, message) in stands["failed"].items():  # whatever was answered since
+            table[name].failed, table[name].scores[stage.name] = (reason, message), None
+        for name in set(came).difference(stands["kept"], stands["failed"]):
             scored = table[name].scores.get(stage.name) is not None
             table[name].dropped = f"below_{stage.name}" if scored else f"unscored_{stage.name}"
     return table
 
 
-def _decision(table: Mapping[str, Rated], alive: set[str], stage: CascadeStage) -> dict[str, Any]:
-    """Of the rows that came to a stage those that are kept, and why those that have failed did."""
-    came = [name for name in table if name in alive]
+def _decided(
+    survey: Survey, stage: CascadeStage, table: Mapping[str, Rated], came: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The decision about a stage, made now if there is none: of the rows that `came` to it which are kept, and why others failed."""
+    kind, limit = f"stage-{stage.name}", survey.output.max_quarantine
+    if (stands := survey.decision(kind)) is not None:
+        return stands
+    failed = {name: why for name, why in came.items() if why is not None}
+    known = [*failed.values(), *(row.failed for row in table.values() if row.failed is not None)]
+    if len(known) > limit:
+        reason, message = next((why for why in known if why[0] in UNANSWERED), known[0])
+        raise StoreError(
+            f"{survey.stage} stopped after stage {stage.name}: {len(known)} rows failed, above --output.max_quarantine {limit} "
+            f"(one of them: {reason}: {message[:400]}). No row was kept yet. Mend the cause or raise the limit, and start again: "
+            "what is scored stays, rows that got no answer are asked about again."
+        )
     scores = {name: value for name in came if (value := table[name].scores.get(stage.name)) is not None}
     kept = keep_best(scores, {name: table[name].type for name in scores}, stage.keep, stage.compare)
-    failed = {name: reason for name in came if (reason := table[name].failed) is not None}
-    return {"kept": [name for name in came if name in kept], "failed": failed}
-
-
-def _check_failures(table: Mapping[str, Rated], survey: Survey, stage: CascadeStage) -> None:
-    """Raise `StoreError` if what failed would decide too much of what is kept."""
-    failed = [row.failed for row in table.values() if row.failed is not None]
-    unanswered = [one for one in failed if one[0] in UNANSWERED]
-    limit = survey.output.max_quarantine
-    if len(failed) > limit:
-        reason, message = (unanswered or failed)[-1]
-        raise StoreError(
-            f"{survey.stage} stopped after stage {stage.name}: {len(failed)} rows failed, above --output.max_quarantine {limit} "
-            f"(last: {reason}: {message[:400]}). No row was kept yet. Mend the cause or raise the limit, and start again: what is scored stays, "
-            "rows that got no answer are asked about again."
-        )
+    return survey.decide(kind, {"kept": sorted(kept), "failed": failed})
 
 
 def summary(table: Mapping[str, Rated], stages: Sequence[CascadeStage]) -> dict[str, Any]:
@@ -353,7 +346,7 @@ def _compete(asked: Sequence[_Asked], count: int, judges: Judges) -> None:
 
 
 def _score(asked: Sequence[_Asked], stage: CascadeStage, judges: Judges) -> None:
-    """Give a score to each text of each turn, or `failed` where a judge did not reply or a reward cannot read the row's facts."""
+    """Give a score to each text of each turn, or `failed` where a judge did not reply or facts cannot be read."""
     waiting = [one for one in asked if one.failed is None]
     if not waiting:
         return
@@ -374,15 +367,11 @@ def _score(asked: Sequence[_Asked], stage: CascadeStage, judges: Judges) -> None
     try:
         _reward(waiting, stage, judges)
     except FactsError as error:  # of one row: each by itself
-        rows: dict[str, list[_Asked]] = {}
-        for one in waiting:
-            rows.setdefault(one.prompt.id, []).append(one)
-        for own in rows.values():
-            if len(rows) > 1:
-                _score(own, stage, judges)
-                continue
-            for one in own:
-                one.failed = Failed("bad_facts", str(error))
+        rows = dict.fromkeys(one.prompt.id for one in waiting)
+        for name in rows if len(rows) > 1 else ():
+            _score([one for one in waiting if one.prompt.id == name], stage, judges)
+        for one in waiting if len(rows) == 1 else ():
+            one.failed = Failed("bad_facts", str(error))
 
 
 def _reward(waiting: Sequence[_Asked], stage: CascadeStage, judges: Judges) -> None:

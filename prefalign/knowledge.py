@@ -1,8 +1,8 @@
 """What a model knows of a picture, told from its answers, and whether a caption says no more than that: KnowAda.
 
 Source: Yanuka et al., "Bridging the Visual Gap: Fine-Tuning Multimodal Models with Knowledge-Adapted Captions", arXiv 2411.09018;
-code moranyanuka/KnowAda. Differs from the released code: a grade that cannot be read is missing, not wrong; a request that fails fails
-its own row; rewrites are checked.
+code moranyanuka/KnowAda. Differs from the released code: a grade that cannot be read is missing, not wrong; a request that fails
+fails its own row; rewrites are checked.
 """
 
 from __future__ import annotations

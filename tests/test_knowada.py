@@ -257,8 +257,7 @@ def test_an_llm_asks_judges_and_rewrites_each_row_by_itself(stage, engine, promp
             {"grade": lambda text: "-1"},
             Failed(
                 "unjudged",
-                "no question has 2 answers with a grade: of 8 answers 0 could not be generated, and 8 others have no readable "
-                "grade. Is the LLM reachable, and does it reply with 1, 2 or 3?",
+                "no question has 2 answers with a grade: of 8 answers 8 have no readable one. Does the LLM reply with 1, 2 or 3?",
             ),
         ),
         ({"rewrite": "NEW CAPTION: A grey cat sleeps on a red towel."}, Dropped("new_words")),

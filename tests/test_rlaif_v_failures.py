@@ -110,7 +110,7 @@ def test_rows_that_had_failed_when_all_was_decided_are_not_asked_about_again(sta
     assert asked == ["row0", "row1"] * 2
 
 
-WORDS = "a b c d e f g h i j k l m n o p q r".split()
+WORDS = [chr(97 + number) for number in range(18)]
 SENTENCES = {"by": "rules", "rules": {"patterns": ["(?P<claim>[^.]+[.])"], "claim": "{Claim}", "question": "{Claim}"}}
 
 
