@@ -185,7 +185,7 @@ def run_cascade(
 def _decided(
     survey: Survey, stage: CascadeStage, table: Mapping[str, Rated], came: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The decision about a stage, made now if there is none: of the rows that `came` to it which are kept, and why others failed."""
+    """The decision about a stage, made now if there is none: of what `came` to it the rows that are kept, and why others failed."""
     kind, limit = f"stage-{stage.name}", survey.output.max_quarantine
     if (stands := survey.decision(kind)) is not None:
         return stands
@@ -196,7 +196,7 @@ def _decided(
         raise StoreError(
             f"{survey.stage} stopped after stage {stage.name}: {len(known)} rows failed, above --output.max_quarantine {limit} "
             f"(one of them: {reason}: {message[:400]}). No row was kept yet. Mend the cause or raise the limit, and start again: "
-            "what is scored stays, rows that got no answer are asked about again."
+            "what is scored stays, rows that got no answer in this stage are asked about again."
         )
     scores = {name: value for name in came if (value := table[name].scores.get(stage.name)) is not None}
     kept = keep_best(scores, {name: table[name].type for name in scores}, stage.keep, stage.compare)

@@ -98,8 +98,8 @@ class Counts:
         if len(self.failed) > limit:
             raise StoreError(
                 f"{stage} stopped: {len(self.failed)} rows failed before a pair was written, above --output.max_quarantine "
-                f"{limit} (last: {': '.join(found['failed'])[:400]}). Mend the cause or raise the limit, and start again: what is "
-                "judged stays, rows whose models did not answer are asked again."
+                f"{limit} (last: {': '.join(found['failed'])[:400]}). Mend the cause or raise the limit, and start again: what "
+                "is judged stays, rows whose models did not answer are asked again."
             )
         self.answers.update(judged["reason"] or "judged" for judged in found["judged"])
         for judged in found["judged"]:

@@ -75,8 +75,8 @@ def test_a_rerun_asks_again_for_what_a_judge_did_not_answer(stage, words, tmp_pa
     assert parents(whole[1]) == [2, 3]
     strict = {"path": tmp_path / "strict", "block_size": 3, "max_quarantine": 0}
     judge.about = ["\nword word word word\n"]
-    with pytest.raises(StoreError, match=r"stopped after stage good: 1 rows failed, above .* 0 \(one of them: judge_failed: judge: "
-                                         "HTTP 503.*asked about again"):  # fmt: skip
+    with pytest.raises(StoreError, match=r"stopped after stage good: 1 rows failed, above .* 0 \(one of them: judge_failed: "
+                                         "judge: HTTP 503.*asked about again"):  # fmt: skip
         run(stage, data, tmp_path / "strict", stages=stages, output=strict)
     assert not (tmp_path / "strict" / "survey" / "stage-long-00000.json").exists()
     tolerant = run(stage, data, tmp_path / "tolerant", stages=stages)
