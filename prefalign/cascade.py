@@ -185,7 +185,7 @@ def run_cascade(
 def _decided(
     survey: Survey, stage: CascadeStage, table: Mapping[str, Rated], came: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The decision about a stage, made now if there is none: of what `came` to it the rows that are kept, and why others failed."""
+    """The decision about a stage, made now if there is none: rows kept of those that `came` to it, and why others failed."""
     kind, limit = f"stage-{stage.name}", survey.output.max_quarantine
     if (stands := survey.decision(kind)) is not None:
         return stands
