@@ -6,8 +6,8 @@ prefers them to a caption of the model's own that says something false, or for a
 
 Paper: Yanuka, Ben-Kish, Bitton, Szpektor, Giryes, "Bridging the Visual Gap: Fine-Tuning Multimodal Models with Knowledge-Adapted
 Captions", NAACL 2025, arXiv 2411.09018. Code: moranyanuka/KnowAda.
-Differs from the released code: what cannot be read or generated is missing, not wrong, and stays with its own question and
-picture; rewrites are checked and refused rather than replaced by another picture's; no generic question stands in for none.
+Differs from the released code: a grade that cannot be read is missing, not wrong; a request that fails fails its own row;
+rewrites are checked and refused rather than replaced by another picture's; no generic question stands in for none.
 
 Needs: rows with pictures and dense captions as their answers; the model to be trained, which samples; `annotator: engine` needs
 an LLM, `annotator: rules` (embedded world) none.
@@ -225,11 +225,10 @@ def probe(rows: Sequence[Adapted], engine: Engine, annotator: Annotator, config:
 
 def _too_few(probes: Sequence[Probe], least: int) -> str:
     answers = [answer for one in probes for answer in one.answers]
-    scores = [score for one in probes for score in one.scores]
-    failed = answers.count(None)
+    missing = sum(score is None for one in probes for score in one.scores)
     return (
-        f"no question has {least} answers with a grade: of {len(answers)} answers {failed} could not be generated, and "
-        f"{scores.count(None) - failed} others have no readable grade. Is the LLM reachable, and does it reply with 1, 2 or 3?"
+        f"no question has {least} answers with a grade: of {len(answers)} answers {missing} have no readable one. Does the LLM "
+        "reply with 1, 2 or 3?"
     )
 
 

@@ -53,7 +53,8 @@ class VoteConfig:
 
     Attributes:
         num_generations: its answers; 1: one, drawn as `sampling` says.
-        agreement: share of them that has to match the annotation; one that could not be generated does not.
+        agreement: share of them that has to match the annotation; where those that could not be generated might decide, the row
+            fails.
         temperature: how several are drawn.
     """
 
@@ -253,10 +254,13 @@ def ask_large(rows: Sequence[Asked], large: Engine, config: Config) -> None:
     for row in open_rows:
         answers: list[Completion] = [next(said) for _ in range(count)]
         row.large = [answer.text.strip() for answer in answers if answer.finish_reason != "error"]
-        if not row.large:
-            row.outcome = Failed("generation_failed", str(answers[0].error))
-        elif sum(_same(row.answer, text, config) for text in row.large) < round(config.vote.agreement * count, 9):
+        lost = [str(answer.error) for answer in answers if answer.finish_reason == "error"]
+        agreeing = sum(_same(row.answer, text, config) for text in row.large)
+        needed = round(config.vote.agreement * count, 9)
+        if agreeing + len(lost) < needed:
             row.outcome = Dropped("large_disagrees")
+        elif agreeing < needed:
+            row.outcome = Failed("generation_failed", lost[0])
 
 
 def ask_small(rows: Sequence[Asked], small: Engine, config: Config) -> None:

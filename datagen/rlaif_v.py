@@ -12,7 +12,7 @@ pipeline. Equations, and where they differ from the release, are in `prefalign.c
 besides: pairs are drawn by the row's seed, equal answers are judged once and make no pair.
 
 How: steps 1 to 4 are one pass over all prompts, kept block by block in `survey/` of the output; then the balance is decided
-from counts, and pairs are written block by block. A killed run goes on where it was.
+from counts, once for all processes, and pairs are written block by block. A killed run goes on where it was.
 
 Needs: prompts with pictures and `model`, or candidates of one model (`datagen/sample_responses.py`); a labeller that gives
 probabilities (`first_token`).

@@ -1,8 +1,8 @@
 """A cascade over conversations: each stage scores what the one before kept, and keeps a share of it (arXiv 2409.18541).
 
 Scores come from rewards, or from what the picture adds to the answers (information gain). A stage that rates answers can let the
-model write several to each question and keep the best. All passes are `Survey`s, so a killed run goes on where it was, and rows
-that a judge or the model failed are asked about again.
+model write several to each question and keep the best. All passes are `Survey`s, so a killed run goes on where it was, rows that
+a judge or the model failed are asked about again until their stage is decided, and all processes follow one decision.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from prefalign.curation import Aggregate, Baseline, Compare, Judged, Turn, aggregated, baseline, keep_best, turns_of
 from prefalign.engines import Engine, Request, Sampling
 from prefalign.evidence import Without, information_gain
-from prefalign.execution import SHARD
 from prefalign.records import Prompt, user_message
 from prefalign.stages import opened
 from prefalign.store import Failed, StoreError
@@ -141,16 +140,15 @@ def run_cascade(
         Every readable row by id, in input order; those with neither `dropped` nor `failed` are kept.
 
     Raises:
-        StoreError: after a stage, if more rows than `output.max_quarantine` have failed; in one shard of several if a judge or
-            the model failed any, since another shard may hear an answer where this one did not, and keep other rows.
+        StoreError: after a stage, before it is decided, if more rows than `output.max_quarantine` have failed.
     """
     table: dict[str, Rated] = {}
     for block in survey("rows", lambda prompts: [_measured(prompt, stratify_by) for prompt in prompts]):
         for found in block:
             table.setdefault(found["id"], Rated(found["type"], found["words"], dropped=found["dropped"]))
     for stage in stages:
-        alive = {name for name, row in table.items() if row.dropped is None and row.failed is None}
-        waiting = set(alive)
+        came: dict[str, Any] = {n: None for n, row in table.items() if row.dropped is None and row.failed is None}
+        waiting = set(came)
 
         def work(
             prompts: list[Prompt], stage: CascadeStage = stage, waiting: set[str] = waiting
@@ -172,33 +170,37 @@ def run_cascade(
                 if "passed" in found or found["id"] not in waiting:
                     continue
                 waiting.discard(found["id"])
-                row = table[found["id"]]
-                row.failed = tuple(found["failed"]) if found["failed"] else None
+                came[found["id"]], row = found["failed"], table[found["id"]]
                 row.scores[stage.name] = found["score"]
                 row.answers.update({int(place): text for place, text in found["answers"].items()})
-        _check_failures(table, survey, stage)
-        scores = {name: value for name in alive if (value := table[name].scores.get(stage.name)) is not None}
-        kept = keep_best(scores, {name: table[name].type for name in scores}, stage.keep, stage.compare)
-        for name in alive - kept:
-            table[name].dropped = f"below_{stage.name}" if name in scores else f"unscored_{stage.name}"
+        stands = _decided(survey, stage, table, came)
+        for name, (reason, message) in stands["failed"].items():  # whatever was answered since
+            table[name].failed, table[name].scores[stage.name] = (reason, message), None
+        for name in set(came).difference(stands["kept"], stands["failed"]):
+            scored = table[name].scores.get(stage.name) is not None
+            table[name].dropped = f"below_{stage.name}" if scored else f"unscored_{stage.name}"
     return table
 
 
-def _check_failures(table: Mapping[str, Rated], survey: Survey, stage: CascadeStage) -> None:
-    """Raise `StoreError` if what failed would decide too much of what is kept."""
-    failed = [row.failed for row in table.values() if row.failed is not None]
-    unanswered = [one for one in failed if one[0] in UNANSWERED]
-    limit = survey.output.max_quarantine
-    if len(failed) > limit or (unanswered and not SHARD.get().alone):
-        reason, message = (unanswered or failed)[-1]
-        why = (
-            f"above --output.max_quarantine {limit}" if len(failed) > limit else "and other shards may keep other rows"
-        )
+def _decided(
+    survey: Survey, stage: CascadeStage, table: Mapping[str, Rated], came: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The decision about a stage, made now if there is none: rows kept of those that `came` to it, and why others failed."""
+    kind, limit = f"stage-{stage.name}", survey.output.max_quarantine
+    if (stands := survey.decision(kind)) is not None:
+        return stands
+    failed = {name: why for name, why in came.items() if why is not None}
+    known = [*failed.values(), *(row.failed for row in table.values() if row.failed is not None)]
+    if len(known) > limit:
+        reason, message = next((why for why in known if why[0] in UNANSWERED), known[0])
         raise StoreError(
-            f"{survey.stage} stopped after stage {stage.name}: {len(failed)} rows failed, {why} (last: {reason}: "
-            f"{message[:400]}). No row was kept yet. Mend the cause or raise the limit, and start again: what is scored stays, "
-            "rows that got no answer are asked about again."
+            f"{survey.stage} stopped after stage {stage.name}: {len(known)} rows failed, above --output.max_quarantine {limit} "
+            f"(one of them: {reason}: {message[:400]}). No row was kept yet. Mend the cause or raise the limit, and start again: "
+            "what is scored stays, rows that got no answer in this stage are asked about again."
         )
+    scores = {name: value for name in came if (value := table[name].scores.get(stage.name)) is not None}
+    kept = keep_best(scores, {name: table[name].type for name in scores}, stage.keep, stage.compare)
+    return survey.decide(kind, {"kept": sorted(kept), "failed": failed})
 
 
 def summary(table: Mapping[str, Rated], stages: Sequence[CascadeStage]) -> dict[str, Any]:
@@ -344,7 +346,7 @@ def _compete(asked: Sequence[_Asked], count: int, judges: Judges) -> None:
 
 
 def _score(asked: Sequence[_Asked], stage: CascadeStage, judges: Judges) -> None:
-    """Give a score to each text of each turn, or `failed` to a turn about which a judge did not reply."""
+    """Give a score to each text of each turn, or `failed` where a judge did not reply or facts cannot be read."""
     waiting = [one for one in asked if one.failed is None]
     if not waiting:
         return
@@ -360,6 +362,20 @@ def _score(asked: Sequence[_Asked], stage: CascadeStage, judges: Judges) -> None
         for one in waiting:
             one.scores = [next(gains) for _ in one.texts]
         return
+    from prefalign.rewards import FactsError
+
+    try:
+        _reward(waiting, stage, judges)
+    except FactsError as error:  # of one row: each by itself
+        rows = dict.fromkeys(one.prompt.id for one in waiting)
+        for name in rows if len(rows) > 1 else ():
+            _score([one for one in waiting if one.prompt.id == name], stage, judges)
+        for one in waiting if len(rows) == 1 else ():
+            one.failed = Failed("bad_facts", str(error))
+
+
+def _reward(waiting: Sequence[_Asked], stage: CascadeStage, judges: Judges) -> None:
+    """Have a stage's rewards score each text of each turn, all in one call."""
     from prefalign.rewards import Response, stored
 
     responses: list[Response] = []

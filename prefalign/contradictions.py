@@ -95,8 +95,9 @@ def rejected_captions(
         seed: seed of the stage; with a row's id it decides every draw.
 
     Returns:
-        One for each row: the rejected caption; the failed request (`generation_failed`) that left the row without one; or None,
-        if no caption of the model's own has the chosen one's length and a contradicted statement.
+        One for each row: the rejected caption; a request that failed (`generation_failed`): the caption or the labels that it
+        would have brought might have been the most contradicted; or None, if no caption of the model's own has the chosen one's
+        length and a contradicted statement.
     """
     found: dict[str, Rejected] = {}
     failed: dict[str, Reply] = {}
@@ -117,10 +118,11 @@ def rejected_captions(
     candidates = []
     for row in others:
         own = [next(said) for _ in range(config.num_generations)]
-        candidates += [(row.captioned, text) for text in _finished(row, own, config)]
-        for completion in own:
-            if completion.finish_reason == "error":
-                failed[row.captioned.id] = _failed(f"a caption of its own: {completion.error}")
+        lost = [completion.error for completion in own if completion.finish_reason == "error"]
+        if lost:
+            failed[row.captioned.id] = _failed(f"a caption of its own: {lost[-1]}")
+        else:
+            candidates += [(row.captioned, text) for text in _finished(row, own, config)]
     labelled = annotator.statements(candidates) if candidates else []
     for (captioned, text), labels in zip(candidates, labelled, strict=True):
         if isinstance(labels, Reply):
@@ -130,7 +132,7 @@ def rejected_captions(
         one = Rejected(text, "own", labels.count("contradicted"), len(labels))
         if one.contradicted > (found[captioned.id].contradicted if captioned.id in found else 0):
             found[captioned.id] = one
-    return [found.get(row.captioned.id, failed.get(row.captioned.id)) for row in rows]
+    return [failed.get(row.captioned.id, found.get(row.captioned.id)) for row in rows]
 
 
 def _finished(row: Chosen, said: Sequence[Completion], config: RejectedConfig) -> list[str]:

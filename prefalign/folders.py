@@ -127,9 +127,10 @@ def create(file: Path, content: bytes) -> None:
 
 
 def start_afresh(folder: Path) -> None:
-    """Forget the blocks of a run that made no row. Its quarantine stays to be read until the next start."""
-    for ledger in folder.glob("progress/*.json"):
-        ledger.unlink()
+    """Forget the blocks of a run that made no row, and what it decided. Its quarantine stays to be read until the next start."""
+    for kind in ("progress/*.json", "survey/decided-*.json"):
+        for file in folder.glob(kind):
+            file.unlink()
 
 
 def sweep(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """What a model knows of a picture, told from its answers, and whether a caption says no more than that: KnowAda.
 
 Source: Yanuka et al., "Bridging the Visual Gap: Fine-Tuning Multimodal Models with Knowledge-Adapted Captions", arXiv 2411.09018;
-code moranyanuka/KnowAda. Differs from the released code: an answer without a readable grade is missing, not wrong; what fails
-stays with its own question and picture; rewrites are checked.
+code moranyanuka/KnowAda. Differs from the released code: a grade that cannot be read is missing, not wrong; a request that fails
+fails its own row; rewrites are checked.
 """
 
 from __future__ import annotations
@@ -82,13 +82,13 @@ class Probe:
 
     Attributes:
         question: what it was asked.
-        answers: its answers; None: that generation failed.
+        answers: its answers.
         scores: grade of each answer (1 wrong, 2 nearly right, 3 right), None: missing.
         unknown: whether it does not know; None: too few answers were judged.
     """
 
     question: str
-    answers: list[str | None] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
     scores: list[int | None] = field(default_factory=list)
     unknown: bool | None = None
 
@@ -113,8 +113,8 @@ def probe(
 ) -> list[list[Probe] | Reply]:
     """Put questions about captioned pictures to a model, have its answers judged, and tell what is unknown to it.
 
-    Answers are found by row, question and number, so one that fails moves no other. It has no grade; one that is empty is wrong,
-    and nobody is asked about it. Equal answers to a question are judged once.
+    Answers are found by row, question and number, so one that fails moves no other. One that is empty is wrong, and nobody is
+    asked about it. Equal answers to a question are judged once.
 
     Args:
         engine: the model; it sees pictures and question, not the caption.
@@ -124,8 +124,8 @@ def probe(
         seed: seed of the stage; with row, question and number it decides a draw.
 
     Returns:
-        For each row a probe of each question, in order, or why a grade could not be asked for: another time it may be had, so
-        the row should not be decided without it.
+        For each row a probe of each question, in order, or which answer or grade nobody replied to (`generation_failed`): another
+        time it may be had, so the row should not be decided without it.
     """
     count = how.num_generations
     found = [[Probe(question) for question in questions] for *_, questions in rows]
@@ -136,20 +136,25 @@ def probe(
         for place in range(count)
     ]
     said = {each.id: each for each in (engine.generate(requests, how.sampling) if requests else [])}
-    asked = [
-        (item, number, one) for (item, *_), probes in zip(rows, found, strict=True) for number, one in enumerate(probes)
-    ]
-    for item, number, one in asked:
-        answers = [said[f"{item.id}/question {number}/{place}"] for place in range(count)]
-        one.answers = [None if answer.finish_reason == "error" else answer.text.strip() for answer in answers]
-    items = list(
-        dict.fromkeys((item.caption, one.question, text) for item, _, one in asked for text in one.answers if text)
-    )
-    grades = dict(zip(items, annotator.judge(items) if items else [], strict=True))
     lost: dict[int, Reply] = {}
     for row, ((item, *_), probes) in enumerate(zip(rows, found, strict=True)):
-        for one in probes:
-            given = [1 if text == "" else grades.get((item.caption, one.question, text or "")) for text in one.answers]
+        for number, one in enumerate(probes):
+            answers = [said[f"{item.id}/question {number}/{place}"] for place in range(count)]
+            one.answers = [answer.text.strip() for answer in answers]
+            for answer in answers:
+                if answer.finish_reason == "error":
+                    lost[row] = Reply(refused="generation_failed", message=f"an answer to a question: {answer.error}")
+    whole = [(row, item) for row, (item, *_) in enumerate(rows) if row not in lost]
+    items = list(
+        dict.fromkeys(
+            (item.caption, one.question, text)
+            for row, item in whole for one in found[row] for text in one.answers if text
+        )
+    )  # fmt: skip
+    grades = dict(zip(items, annotator.judge(items) if items else [], strict=True))
+    for row, item in whole:
+        for one in found[row]:
+            given = [grades[item.caption, one.question, text] if text else 1 for text in one.answers]
             lost.update((row, grade) for grade in given if isinstance(grade, Reply))
             one.scores = [None if isinstance(grade, Reply) else grade for grade in given]
             one.unknown = is_unknown(one.scores, threshold=how.threshold, least_judged=how.least_judged)

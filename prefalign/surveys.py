@@ -1,6 +1,7 @@
 """Passes over all inputs of a stage before any of them is decided on.
 
-What a `Survey` finds is kept on disk, so that a killed run goes on where it was.
+What a `Survey` finds is kept on disk, so that a killed run goes on where it was, and so is what is decided on all of it, so that
+all rows of a folder follow one decision.
 """
 
 from __future__ import annotations
@@ -64,17 +65,20 @@ class Survey:
         Of several processes at work on one folder (`execution`) each does its own blocks first, then those of the others that
         nobody has done and nobody is at: whoever begins a block leaves a mark and renews it while it works. At the end each
         waits for blocks that others are at, since they may be asking a server for answers that are paid for, and does those
-        whose mark was not renewed for `PATIENCE` seconds. All see the same: what came to disk first.
+        whose mark was not renewed for `PATIENCE` seconds. What came to disk first counts. Only rows that are found anew (`again`)
+        may look different to two processes: what they decide, and of which rows, belongs into `decide`.
 
         Args:
             kind: name of the pass.
             work: what it does with the inputs of a block.
-            again: rows of an earlier run that are worked on once more, each by the process that owns its block, until the block
-                is committed. `work` then gives one mapping for each input. None: none is.
+            again: rows of an earlier run that are worked on once more, each by the process that owns its block, until there is
+                a `decision` about the pass. `work` then gives one mapping for each input. None: none is.
         """
         from tqdm import tqdm
 
         shard = SHARD.get()
+        if self.decision(kind) is not None:
+            again = None
         if not shard.alone:
             for number, block in self._blocks():
                 if shard.owns(number) and (self._begins(kind, number) or self.file(kind, number).is_file()):
@@ -90,6 +94,28 @@ class Survey:
                 found = self._found(kind, number, block, work, again if shard.alone else None)
                 bar.update(min(self.output.block_size, self.total - number * self.output.block_size))
                 yield found
+
+    def decide(self, kind: str, decision: dict[str, Any]) -> dict[str, Any]:
+        """Put down what follows from all that a pass has found, unless that has been done.
+
+        Args:
+            kind: name of the pass, which is finished.
+            decision: all that has to be the same in every process and after every restart, JSON-able.
+
+        Returns:
+            The decision that stands: the first one.
+        """
+        if (stands := self.decision(kind)) is None:
+            content = json.dumps({"of": self._config(), "decision": decision})
+            folders.create(self.output.path / "survey" / f"decided-{kind}.json", content.encode())
+            stands = self.decision(kind)
+        assert stands is not None, "nobody deletes what belongs to this config"
+        return stands
+
+    def decision(self, kind: str) -> dict[str, Any] | None:
+        """The decision that stands about a pass; None: there is none yet."""
+        stands = self._read(self.output.path / "survey" / f"decided-{kind}.json")
+        return None if stands is None else stands["decision"]
 
     def file(self, kind: str, number: int) -> Path:
         """Where what a pass has found of a block is kept, under `rows`."""
@@ -163,11 +189,7 @@ class Survey:
                 made = {"of": self._config(), "rows": work(self._inputs(block))}
             folders.create(self.file(kind, number), json.dumps(made).encode())
             found = self._kept(kind, number)
-        elif (
-            again is not None
-            and any(map(again, found))
-            and not folders.Ledgers(self.output.path).file(number).is_file()
-        ):
+        elif again is not None and any(map(again, found)):
             inputs = self._inputs(block)
             places = [place for place, row in enumerate(found) if again(row)]
             for place, row in zip(places, work([inputs[place] for place in places]), strict=True):
@@ -188,15 +210,19 @@ class Survey:
         return inputs
 
     def _kept(self, kind: str, number: int) -> list[dict[str, Any]] | None:
-        """What is on disk of a block. What an earlier config has left there is deleted."""
+        """What is on disk of a block."""
+        found = self._read(self.file(kind, number))
+        return None if found is None else found["rows"]
+
+    def _read(self, file: Path) -> dict[str, Any] | None:
+        """What is on disk. What an earlier config has left there is deleted."""
         try:
-            found = json.loads(self.file(kind, number).read_bytes())
+            found: dict[str, Any] = json.loads(file.read_bytes())
         except FileNotFoundError:
             return None
         if found["of"] == self._config():
-            rows: list[dict[str, Any]] = found["rows"]
-            return rows
-        self.file(kind, number).unlink(missing_ok=True)
+            return found
+        file.unlink(missing_ok=True)
         return None
 
     def _config(self) -> str:

@@ -68,19 +68,20 @@ def probing(**changes):
     return dataclasses.replace(Probing(4, Sampling(max_new_tokens=24, temperature=0.4), 3, 2), **changes)
 
 
-def test_a_failed_generation_leaves_the_others_where_they_are(engine, prompts):
-    """The engine refuses the second question; the answers to the third are those it gets beside any other second one."""
-    item = Captioned(prompts[0].id, prompts[0].answer, prompts[0].facts)
-    (questions,) = RULES.questions([item])
-    images = opened(prompts[0].images)
-    bad = [questions[0], "What is <image>?", *questions[2:]]
-    failed, whole = (
-        knowledge.probe(engine, RULES, [(item, images, asked)], probing(), seed=0)[0] for asked in (bad, questions)
-    )
-    assert failed[1].answers == [None] * 4 == failed[1].scores
-    assert failed[1].unknown is None
-    assert [failed[0], *failed[2:]] == [whole[0], *whole[2:]]
-    assert all(len(one.scores) == 4 and None not in one.scores for one in whole)
+def test_a_failed_generation_fails_its_row_and_leaves_the_others_where_they_are(engine, prompts):
+    """The engine refuses the second question about the first picture: its other answers alone might decide otherwise."""
+    items = [Captioned(prompt.id, prompt.answer, prompt.facts) for prompt in prompts[:2]]
+    first, second = RULES.questions(items)
+    images = [opened(prompt.images) for prompt in prompts[:2]]
+
+    def probed(*asked):
+        return knowledge.probe(engine, RULES, list(zip(items, images, asked, strict=True)), probing(), seed=0)
+
+    failed, other = probed([first[0], "What is <image>?", *first[2:]], second)
+    assert failed.refused == "generation_failed"
+    assert "an answer to a question: request " in failed.message
+    assert other == probed(first, second)[1]
+    assert all(len(one.scores) == 4 and None not in one.scores for one in other)
 
 
 def test_an_empty_answer_is_wrong_and_equal_ones_are_judged_once(engine, prompts):
@@ -256,8 +257,7 @@ def test_an_llm_asks_judges_and_rewrites_each_row_by_itself(stage, engine, promp
             {"grade": lambda text: "-1"},
             Failed(
                 "unjudged",
-                "no question has 2 answers with a grade: of 8 answers 0 could not be generated, and 8 others have no readable "
-                "grade. Is the LLM reachable, and does it reply with 1, 2 or 3?",
+                "no question has 2 answers with a grade: of 8 answers 8 have no readable one. Does the LLM reply with 1, 2 or 3?",
             ),
         ),
         ({"rewrite": "NEW CAPTION: A grey cat sleeps on a red towel."}, Dropped("new_words")),
@@ -325,8 +325,9 @@ FALSE = "A black dog runs over a green lawn. Two cups stand on it."
     ("captions", "statements", "outcome"),
     [
         ([None], "", Failed("generation_failed", "a caption of its own: it is down")),
-        ([None, FALSE], "Contradicted: a dog.", None),
-        ([None, FALSE], "Entailed: a dog.", Failed("generation_failed", "a caption of its own: it is down")),
+        ([FALSE], "Contradicted: a dog.", None),
+        ([None, FALSE], "Contradicted: a dog.", Failed("generation_failed", "a caption of its own: it is down")),
+        ([FALSE, None], "Entailed: a dog.", Failed("generation_failed", "a caption of its own: it is down")),
         ([FALSE], None, Failed("generation_failed", "the statements of a caption: the server is down")),
         ([FALSE], "Entailed: a dog.", Dropped("no_rejected")),
         ([FALSE], "Nothing to read", Dropped("no_rejected")),
@@ -335,7 +336,7 @@ FALSE = "A black dog runs over a green lawn. Two cups stand on it."
 def test_a_rejected_answer_that_could_not_be_generated_is_a_failure(
     stage, prompts, rows, tmp_path, captions, statements, outcome
 ):
-    """Whether a row has a rejected answer is unknown then, so it is not dropped for good."""
+    """Which caption of a row is the most contradicted is unknown then, so it is neither dropped for good nor taken."""
 
     class Judging(EngineAnnotator):
         def statements(self, items):

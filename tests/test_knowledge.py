@@ -11,7 +11,10 @@ from prefalign.caption_annotator import (
     read_yes_no,
     rewrite_prompt,
 )
-from prefalign.knowledge import Captioned, is_unknown, rewrite_problem
+from prefalign.contradictions import Chosen, Rejected, RejectedConfig, rejected_captions
+from prefalign.engines import Completion
+from prefalign.knowledge import Captioned, Reply, is_unknown, rewrite_problem
+from prefalign.records import user_message
 from prefalign.scenes import language, world
 from prefalign.scenes.probing import SceneAnnotator
 from prefalign.scenes.twins import true_of
@@ -210,3 +213,29 @@ def test_whatever_is_unknown_the_rest_stays_true_and_can_be_asked():
             assert not any(RULES.answerable([(reply.text, question) for question in unknown])), (caption, unknown)
             assert true_of(reply.text, item.facts)
             assert rewrite_problem(caption, reply.text, least_words=0) in (None, "empty_rewrite")
+
+
+@pytest.mark.parametrize("lost", [None, 0, 1])
+def test_a_caption_is_only_rejected_where_all_of_them_have_labels(lost):
+    """The second one contradicts more; without its labels the first would be taken, and without the first's it may be wrong."""
+    said = ["A dog sleeps on a red towel.", "A dog runs over a red lawn."]
+
+    class Model:
+        capabilities, fingerprint = frozenset({"sample"}), "model"
+
+        def generate(self, requests, sampling):
+            return [Completion(request.id, text) for request, text in zip(requests, said, strict=True)]
+
+    class Labeller(SceneAnnotator):
+        def statements(self, items):
+            labels = [["contradicted", "entailed"], ["contradicted"] * 2]
+            down = Reply(refused="generation_failed", message="HTTP 503")
+            return [down if place == lost else labels[place] for place, _ in enumerate(items)]
+
+    row = Chosen(Captioned("row", CAT), "A cat sleeps on a towel.", [user_message("Describe it.")], [])
+    wanted = RejectedConfig(original_share=0, num_generations=2)
+    (found,) = rejected_captions([row], Model(), Labeller(), wanted, seed=0)
+    if lost is None:
+        assert found == Rejected(said[1], "own", 2, 2)
+    else:
+        assert found == Reply(refused="generation_failed", message="the statements of a caption: HTTP 503")

@@ -178,6 +178,9 @@ def llm(stage, rows, folder, **changes):
 NOTE = "Question: What is written on the sign?\nAnswer: Red Car 2"
 
 
+THREE = {"num_generations": 3, "agreement": 0.6}  # two of three have to agree
+
+
 def one(stage, prompts, known, large, small):
     row = dataclasses.replace(prompts[0], id="row")
     return stage.process([row], Script("small", **small), Script("large", **{"annotation": NOTE, **large}), known)[0]
@@ -208,6 +211,12 @@ def one(stage, prompts, known, large, small):
         ({}, {"annotation": None}, {}, Failed("generation_failed", "down")),
         ({}, {"large": None}, {"small": "x"}, Failed("generation_failed", "down")),
         ({}, {"large": "red car 2"}, {"small": None}, Failed("generation_failed", "down")),
+        ({"vote": THREE}, {"large": "red car 2", "row_large_1": None, "row_large_2": None}, {},
+         Failed("generation_failed", "down")),
+        ({"vote": THREE}, {"large": "red car 2", "row_large_0": "blue", "row_large_2": None}, {},
+         Failed("generation_failed", "down")),
+        ({"vote": THREE}, {"large": "red car 2", "row_large_1": None}, {"small": "blue car"}, None),
+        ({"vote": THREE}, {"large": "blue", "row_large_1": None}, {}, Dropped("large_disagrees")),
         ({"produce": "pairs"}, {"large": "red car 2"}, {"small": "blue car"}, None),
         ({"produce": "pairs"}, {"large": "red car 2"}, {"small": " . "}, Dropped("small_empty")),
         ({"produce": "pairs"}, {"large": "red car 2"}, {"small": "I cannot tell."}, Dropped("small_refuses")),
@@ -266,8 +275,6 @@ def test_several_answers_of_the_large_model_vote(stage, prompts, rows, tmp_path)
     assert not isinstance(one(stage, prompts, known, two_of_three, {"small": "blue"}), Dropped)
     one_of_three = {**two_of_three, "row_large_2": "green"}
     assert one(stage, prompts, known, one_of_three, {"small": "blue"}) == Dropped("large_disagrees")
-    missing = {"large": "red car 2", "row_large_1": None, "row_large_2": None}  # one vote of three
-    assert one(stage, prompts, known, missing, {"small": "blue"}) == Dropped("large_disagrees")
 
 
 def test_a_failed_row_moves_no_other(stage, prompts, rows, tmp_path):

@@ -164,7 +164,7 @@ class TestJudges:
         assert len(server.asked) == 5  # the one that failed
 
     def test_rows_whose_grades_failed_are_no_quality_pairs(self, server, tmp_path):
-        """The first grades of one row fail, and the second ones of another."""
+        """The first grades of one row fail; a second one of another row is missing, and its first one counts."""
         stage = bundled.load_stage("quality_pairs")
         export(tmp_path / "rows", split="train_fair", kind="caption", start=0, stop=3)
         server.words = {"Grade": self.GRADES}
@@ -174,10 +174,13 @@ class TestJudges:
                   "num_generations": 2, "sampling": {"max_new_tokens": 8}, "pairs": {"group_size": None}}  # fmt: skip
         known = config.merge(config.read_yaml(bundled.find("datagen/quality_pairs_scenes")), values)
         manifest = stage.main(config.build(stage.Config, known))
-        assert (manifest.rows_out, manifest.dropped) == (1, {"judge_failed": 2})
-        [row] = read_records(tmp_path / "out" / "answers", Candidates)
-        for response in row.responses:
-            assert None not in [*response["scores"].values(), *response["regraded"].values()]
+        assert (manifest.rows_out, manifest.dropped) == (2, {"judge_failed": 1})
+        answers = [
+            response for row in read_records(tmp_path / "out" / "answers", Candidates) for response in row.responses
+        ]
+        assert not any(None in response["scores"].values() for response in answers)
+        missing = [set(response["regraded"].values()) == {None} for response in answers]
+        assert missing == [False, False, True, False]
 
     def test_a_pairwise_judge_that_fails_is_no_verdict_but_an_error(self, server):
         server.words = {"Compare": '{"better": "A"}'}

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 
 from prefalign import bundled, config, running, selecting
+from prefalign.engines import Completion
 from prefalign.engines.transformers import load_engine
 from prefalign.execution import Options, Shard
 from prefalign.images import encode_png, open_image
@@ -276,6 +277,22 @@ def test_what_the_judge_does_not_say_is_missing_and_never_a_default(stage, engin
     asked = [message_text(request.messages) for request in mute.requests]
     assert sum(f"Answer to grade:\n{row.responses[1]['text']}\n" in text for text in asked) == 6  # three times, twice
     assert selecting.outcome(again, stage.rules_of(known, "pairs")) == Dropped("group_size")
+
+
+def test_second_grades_that_no_judge_gave_are_missing_and_the_first_ones_count(stage, engine, rows, tmp_path):
+    prompt = next(iter(read_records(rows, Prompt)))
+
+    class Tired(Grader):
+        def generate(self, requests, sampling):
+            if not self.requests:
+                return super().generate(requests, sampling)
+            return [Completion(request.id, "", finish_reason="error", error="HTTP 503") for request in requests]
+
+    known = settings(stage, rows, tmp_path, Tired([prompt]), regrade=1.0)
+    rewards = read_rewards(known.rewards)
+    [[row]] = stage.process([prompt], engine, rewards, second_grades.asked_again(rewards), known)
+    assert all(None not in response["scores"].values() for response in row.responses)
+    assert [response["regraded"] for response in row.responses] == [dict.fromkeys(FIVE)] * len(row.responses)
 
 
 def test_the_second_question_asks_in_another_order(stage, engine, rows, tmp_path):

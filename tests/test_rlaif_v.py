@@ -123,7 +123,7 @@ def test_a_killed_run_ends_with_the_rows_of_one_that_was_not(stage, finished, ro
     monkeypatch.setattr(stage, where, killed)
     with pytest.raises(KeyboardInterrupt):
         stage.main(settings(stage, rows, folder))
-    assert len(list(folder.glob("survey/*.json"))) == (1 if where == "measure" else 3)
+    assert len(list(folder.glob("survey/claims-*.json"))) == (1 if where == "measure" else 3)
     manifest = stage.main(settings(stage, rows, folder))
     expected, made = finished[1], list(read_records(folder, Pair))
     assert made == finished[2]

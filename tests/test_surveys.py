@@ -1,10 +1,10 @@
-"""Rows that a pass finds anew: those named, by the process that owns their block, until it is committed."""
+"""Rows that a pass finds anew, those named, by the process that owns their block, until it is decided on; and the decision."""
 
 import json
 
 import pytest
 
-from prefalign import sources
+from prefalign import folders, sources
 from prefalign.execution import Shard, sharded
 from prefalign.records import Prompt
 from prefalign.sources import DataConfig
@@ -40,6 +40,7 @@ def passed(tmp_path, asked):
         with sharded(shard or Shard()):
             return [row["failed"] for block in survey("k", work, again=again) for row in block]
 
+    run.survey = survey
     return run
 
 
@@ -56,18 +57,34 @@ def test_only_rows_that_failed_are_found_anew(passed, asked):
     assert asked == []
 
 
-def test_what_is_committed_stays(passed, asked, tmp_path):
+def test_nothing_is_found_anew_once_it_is_decided_on(passed, asked):
     passed({"r1", "r2"})
-    (tmp_path / "out" / "progress").mkdir()
-    (tmp_path / "out" / "progress" / "00000.json").write_text("{}")
-    assert passed() == [False, True, False, False]
-    assert asked == [["r2"]]
+    assert passed.survey.decision("k") is None
+    assert passed.survey.decide("k", {"kept": ["r0"]}) == {"kept": ["r0"]}
+    assert passed() == [False, True, True, False]
+    assert asked == []
+    with sharded(Shard(0, 2)):
+        assert passed.survey.decide("k", {"kept": ["r0", "r1"]}) == {"kept": ["r0"]}, "the first one stands"
+    assert passed.survey.decision("other") is None
+
+
+def test_a_decision_is_forgotten_with_the_config_that_it_was_made_of_and_with_a_run_without_rows(
+    passed, asked, tmp_path
+):
+    passed({"r1"})
+    passed.survey.decide("k", {"kept": []})
+    folders.start_afresh(tmp_path / "out")
+    assert passed() == [False] * 4
+    assert asked == [["r1"]]
+    passed.survey.decide("k", {"kept": ["r1"]})
+    (tmp_path / "out" / "config.json").write_text('{"seed": 1}')
+    assert passed.survey.decide("k", {"kept": ["r2"]}) == {"kept": ["r2"]}
 
 
 def test_of_several_processes_each_asks_again_for_its_own_blocks(passed, asked):
     passed({"r1", "r2"}, shard=Shard(0, 2))
     assert asked == [["r0", "r1"], ["r2", "r3"]]
     assert passed({"r2"}, shard=Shard(1, 2)) == [False, True, True, False]
-    assert asked == [["r2"]]
+    assert asked == [["r2"]]  # that r1 has an answer by now they can only agree on by a decision
     assert passed(shard=Shard(0, 2)) == [False, False, True, False]
     assert asked == [["r1"]]

@@ -54,7 +54,7 @@ def grade_again(
         seed: with a row's id it decides which.
 
     Returns:
-        The rows in order; one whose judge did not reply is `Failed`.
+        The rows in order. A second grade to which the judge did not reply is None, as one that cannot be read: the first counts.
     """
     drawn = [
         (place, number)
@@ -70,12 +70,9 @@ def grade_again(
         assert isinstance(row, Candidates)
         asked[place] = stored.as_responses(row, images)
     scores = stored.score([asked[place][number] for place, number in drawn], again) if drawn else []
-    for at, ((place, number), given) in enumerate(zip(drawn, scores, strict=True)):
-        if (failed := stored.judge_failure(again, [at])) is not None:
-            made[place] = failed
+    for (place, number), given in zip(drawn, scores, strict=True):
         row = made[place]
-        if isinstance(row, Failed):
-            continue
+        assert isinstance(row, Candidates)
         answers = list(row.responses)
         answers[number] = {**answers[number], "regraded": {name: v for name, v in given.items() if name != "total"}}
         made[place] = dataclasses.replace(row, responses=answers)
