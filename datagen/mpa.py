@@ -274,6 +274,8 @@ def ask_small(rows: Sequence[Asked], small: Engine, config: Config) -> None:
             row.outcome = Failed("generation_failed", str(answer.error))
         elif _knows(row, config):
             row.outcome = Dropped("small_knows")
+        elif parity.undecided(row.answer, row.small) and not _as_published(config):
+            row.outcome = Dropped("unreadable_number")
         elif config.produce == "pairs":
             row.outcome = _unfit_rejected(row, config)
 

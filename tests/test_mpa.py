@@ -269,6 +269,27 @@ def test_a_right_answer_in_other_words_is_never_rejected(stage, prompts, rows, t
     assert found in (Dropped("small_knows"), Dropped("small_equal"), Dropped("small_part"))
 
 
+@pytest.mark.parametrize("produce", ["examples", "pairs"])
+@pytest.mark.parametrize(
+    ("answer", "large", "small", "outcome"),
+    [
+        ("150", "150", "one hundred and fifty", "small_knows"),
+        ("-5", "-5", "minus 5", "small_knows"),
+        ("100", "one hundred fifty", "7", "large_disagrees"),
+        ("5", "minus 5", "7", "large_disagrees"),
+        ("2", "1/2", "7", "large_disagrees"),
+        ("0.5", "0.5", "1/2", "unreadable_number"),
+        ("24", "24", "two dozen", "unreadable_number"),
+        ("24", "24", "25", None),
+    ],
+)
+def test_numbers_confirm_and_reject_whole(stage, prompts, rows, tmp_path, answer, large, small, outcome, produce):
+    known = llm(stage, rows, tmp_path, produce=produce)
+    said = {"annotation": f"Question: How many?\nAnswer: {answer}", "large": large}
+    found = one(stage, prompts, known, said, {"small": small})
+    assert found == Dropped(outcome) if outcome else isinstance(found, list)
+
+
 def test_several_answers_of_the_large_model_vote(stage, prompts, rows, tmp_path):
     known = llm(stage, rows, tmp_path, vote={"num_generations": 3, "agreement": 0.6})
     two_of_three = {"large": "red car 2", "row_large_1": "blue"}
