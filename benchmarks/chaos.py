@@ -107,6 +107,19 @@ def prepare(case: str, root: Path, rows: int) -> Path:
     return root / "pairs"
 
 
+def settings_of(case: str, scratch: Path) -> dict[str, Any] | None:
+    """Settings of a case beside its config's: the labeller that `rlaif_v` asks, trained here once."""
+    if case != "rlaif_v":
+        return None
+    from prefalign.scenes import labeller
+
+    folder = scratch / "labeller"
+    if not folder.exists():
+        print("training a labeller", flush=True)
+        labeller.build(folder)
+    return {"labeller": {"model_name_or_path": str(folder)}}
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of an output folder."""
     return {
@@ -333,7 +346,8 @@ def main() -> None:
             for case in wanted:
                 root = Path(scratch) / executor
                 rng = random.Random(f"{chosen.seed} {case}")
-                ground = Ground(context, case, prepare(case, root, chosen.rows), rng)
+                data, settings = prepare(case, root, chosen.rows), settings_of(case, Path(scratch))
+                ground = Ground(context, case, data, rng, settings=settings)
                 found += try_case(ground, root, attempts[executor], executor, whole[executor], chosen.kills)
     for line in found:
         print(f"{line['name']:<40} {line['value']} of {line['goal']} {line['unit']}")
