@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor
@@ -51,9 +52,40 @@ def test_claims_in_one_sequence_count_as_each_by_itself(words, model):
     claims = draw_claims(picture, random.Random(0), 4)
     seen = torch.randn(1, labeller.IMAGE_TOKENS, labeller.WIDTH, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        together = labeller.loss_of(model, [labeller.ask(words, claims)], seen, words.pad_token_id)
-        alone = [labeller.loss_of(model, [labeller.ask(words, [claim])], seen, words.pad_token_id) for claim in claims]
+        together = labeller.loss_of(model, [labeller.ask(words, claims)], seen, words)
+        alone = [labeller.loss_of(model, [labeller.ask(words, [claim])], seen, words) for claim in claims]
     assert together.item() == pytest.approx(sum(one.item() for one in alone) / 4, abs=1e-4)
+
+
+def test_false_claims_count_by_their_weight(words, model):
+    picture = scene("val_fair", 1)
+    claims = draw_claims(picture, random.Random(0), 6)
+    one = {claim.true: claim for claim in claims}
+    assert set(one) == {True, False}
+    seen = torch.randn(1, labeller.IMAGE_TOKENS, labeller.WIDTH, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        true, false = (
+            labeller.loss_of(model, [labeller.ask(words, [one[kind]])], seen, words) for kind in (True, False)
+        )
+        both = labeller.loss_of(model, [labeller.ask(words, [one[True], one[False]])], seen, words, 4.0)
+    assert both.item() == pytest.approx((true.item() + 4 * false.item()) / 5, abs=1e-4)
+
+
+def test_seeing_changes_the_upper_half_of_the_tower_and_the_projector(words):
+    model = labeller.untrained(words)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    scenes = [scene("val_fair", index) for index in range(4)]
+    pixels = np.stack([np.asarray(draw(one)) for one in scenes])
+    given = labeller.lower_half(model, pixels)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    with torch.no_grad():
+        whole = model.model.vision_tower(images).last_hidden_state[:, 1:]
+        assert torch.allclose(labeller.upper_half(model, given), whole, atol=1e-4)
+    labeller.learn_to_see(model, given, torch.stack([labeller.seen_truth(one) for one in scenes]), 2)
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    upper = {name for name in before if "vision_tower.encoder.layers.2." in name or "encoder.layers.3." in name}
+    assert upper
+    assert changed == upper | {name for name in before if "multi_modal_projector" in name}
 
 
 def test_attention_starts_out_with_gathering_the_claim_and_finding_it(words, model):
