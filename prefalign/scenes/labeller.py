@@ -347,8 +347,9 @@ def build(
         "# A labeller for the claims of prefalign's embedded world\n\n"
         f'Answers "{draw_claims(scene("val_fair", 0), random.Random(0), 1)[0].question}" with yes or no as its first token, '
         f"and nothing else. Right on {found['accuracy']:.3f} of {4 * sample} claims about pictures of val_fair, half of which "
-        f"are true; on {found['swapped']:.3f} when the picture is another one. Vision tower of the base; projector and language "
-        f"model trained on {pictures:,} pictures of {SPLIT} from {START:,} on, seed {seed}.\n\n"
+        f"are true; on {found['swapped']:.3f} when the picture is another one. In doubt it says no: false claims counted "
+        f"{FALSE_WEIGHT:g} times as much. Lower half of the base's vision tower; the rest "
+        f"was trained on {pictures:,} pictures of {SPLIT} from {START:,} on, seed {seed}.\n\n"
         f"Rebuild: `prefalign scenes labeller --output DIR --seed {seed}`.\n"
     )
     return found
