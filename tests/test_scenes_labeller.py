@@ -1,5 +1,6 @@
 """The labeller of the embedded world: claims and their truth, prompts as the chat template has them, a picture that matters."""
 
+import math
 import random
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from prefalign.claims import Answer, ClaimJudge, ConquerConfig, DivideConfig, Rules
+from prefalign.claims import ClaimJudge, ConquerConfig
+from prefalign.dividing import Answer, DivideConfig, Rules
 from prefalign.engines.transformers import load_engine
 from prefalign.models import ModelConfig
 from prefalign.records import user_message
@@ -118,7 +120,7 @@ def test_attention_starts_out_with_gathering_the_claim_and_finding_it(words, mod
 
 
 def test_a_short_training_leaves_a_checkpoint_whose_answer_the_picture_changes(tmp_path):
-    found = labeller.build(tmp_path, steps=4, seeing=60, pictures=64, sample=4)
+    found = labeller.build(tmp_path, steps=4, seeing=20, pictures=64, sample=4)
     assert set(found) == {"accuracy", "swapped"}
     assert f"{found['accuracy']:.3f} of 16 claims" in (tmp_path / "README.md").read_text()
     engine = load_engine(ModelConfig(str(tmp_path), device="cpu"), batch_size=8)
@@ -135,7 +137,8 @@ def test_a_short_training_leaves_a_checkpoint_whose_answer_the_picture_changes(t
     ]
     one, other = judge.judge(answers)
     assert one.questions[0] == "Is there a large red circle at the top left?"
-    assert max(abs(a - b) for a, b in zip(one.p_yes, other.p_yes, strict=True)) > 1e-3
+    odds = [[math.log(yes / no) for yes, no in zip(told.p_yes, told.p_no, strict=True)] for told in (one, other)]
+    assert max(abs(a - b) for a, b in zip(*odds, strict=True)) > 0.05
     assert all(yes + no > 0 for yes, no in zip(one.p_yes, one.p_no, strict=True))
 
 
