@@ -14,6 +14,10 @@ from prefalign.store import read_records
 from tests.launching import ROOT
 
 LLAVA = "configs/datagen/rlaif_v.yaml"
+STAND_IN = """#!/bin/sh
+echo "$@" >> "$COMMANDS"
+case "$3" in model.*) echo llava-hf/llava-1.5-7b-hf ;; *) echo "$2" ;; esac
+"""
 
 
 def test_rounds_end_to_end(tmp_path):
@@ -70,7 +74,7 @@ def test_rounds_end_to_end(tmp_path):
     ],
 )
 def test_rounds_that_could_not_end_are_refused_before_anything_runs(tmp_path, arguments, environment, message):
-    (tmp_path / "prefalign").write_text('#!/bin/sh\necho "$2"; echo "$@" >> "$COMMANDS"\n')
+    (tmp_path / "prefalign").write_text(STAND_IN)
     (tmp_path / "prefalign").chmod(0o755)
     known = {
         **os.environ,
@@ -81,12 +85,12 @@ def test_rounds_that_could_not_end_are_refused_before_anything_runs(tmp_path, ar
                           text=True, check=False)  # fmt: skip
     assert done.returncode == 2
     assert message in done.stderr
-    assert (tmp_path / "given").read_text() == f"path {LLAVA}\n"
+    assert (tmp_path / "given").read_text() == f"path {LLAVA}\npath {LLAVA} model.model_name_or_path\n"
 
 
 def test_a_real_base_is_trained_by_the_published_settings_and_measured_by_its_own_config(tmp_path):
     """The commands of one round, none carried out."""
-    (tmp_path / "prefalign").write_text('#!/bin/sh\necho "$2"; echo "$@" >> "$COMMANDS"\n')
+    (tmp_path / "prefalign").write_text(STAND_IN)
     (tmp_path / "prefalign").chmod(0o755)
     known = {"PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]), "COMMANDS": str(tmp_path / "given"), "ROUNDS": "1",
              "DATA": "prompts-ROUND.json", "EVALUATION": "mine.yaml"}  # fmt: skip
@@ -94,12 +98,13 @@ def test_a_real_base_is_trained_by_the_published_settings_and_measured_by_its_ow
         ["sh", "recipes/rlaif_v.sh", LLAVA], cwd=ROOT, env=os.environ | known, capture_output=True, check=True
     )
     given = [line.split() for line in (tmp_path / "given").read_text().splitlines()]
-    assert [words[:4] for words in given if words[0] == "run"] == [
+    steps = [words for words in given if words[0] == "run"]
+    assert [words[:4] for words in steps] == [
         ["run", "rlaif_v", "--config", LLAVA],
         ["run", "train_preference", "--config", "configs/recipes/train_preference_rlaif_v.yaml"],
         *[["run", "evaluate_model", "--config", "mine.yaml"]] * 2,
     ]
-    assert given[2][4:8] == ["--model.model_name_or_path", "llava-hf/llava-1.5-7b-hf", "--data.path", "prompts-1.json"]
+    assert steps[0][4:8] == ["--model.model_name_or_path", "llava-hf/llava-1.5-7b-hf", "--data.path", "prompts-1.json"]
 
 
 def test_the_published_settings_of_training():
