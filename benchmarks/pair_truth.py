@@ -6,10 +6,10 @@ For stages whose negative is a text on the same picture (`TEXT_STAGES`) the scen
 mentions is worse; with equally many, the one that names fewer of the objects is; a tie is not worse. A mention is false if no
 object has the shape, colour, size and place that it says; `objects_worse_share` counts as CHAIR does, by shapes alone.
 `verified_` figures are of the pairs that `datagen/filter_pairs.py` keeps with its scenes config: it sees pictures and texts, and
-never the facts; it reads captions, so it is not asked about `BY_RULES`. For `image_contrast` and `s_vco` what defines them is
-checked. Rows begin at 1024: the verifier's thresholds were chosen on pictures below. For `knowada` the model is also asked again,
-with other draws: what was removed it should still not know, and of what the captions still say it should know more than before.
-For `mpa` a rejected answer must not be the true one.
+never the facts; it is not asked about `UNVERIFIED`. For `image_contrast` and `s_vco` what defines them is checked. Rows begin
+at 1024: the verifier's thresholds were chosen on pictures below. For `knowada` the model is also asked again, with other draws:
+what was removed it should still not know, and of what the captions still say it should know more than before. For `mpa` a
+rejected answer must not be the true one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ TEXT_STAGES = {"bdhs": "train_biased", "povid": "train_biased", "m3id": "train_f
                "re_align": "train_biased", "mia_dpo": "train_biased", "quality_pairs": "train_fair",
                "clinical_rules": "train_biased", "rlaif_v": "train_fair"}  # fmt: skip
 IN_A_FOLDER = {"quality_pairs": "pairs"}  # of the stage's output
-BY_RULES = ("clinical_rules",)  # answers to questions, true and false by construction; the verifier reads captions
+UNVERIFIED = ("clinical_rules", "rlaif_v")
+"""The verifier reads captions, and the first are answers to questions; the second were told apart by a model that sees more than
+the verifier, to which both sides, its own samples, are equally likely: of 111 pairs it kept none."""
 MAKE_PAIRS = {"knowada": {"produce": "pairs"}, "mpa": {"produce": "pairs"}}
 STAGES = (*TEXT_STAGES, "image_contrast", "s_vco", *MAKE_PAIRS)
 GOAL = 0.95
@@ -268,7 +270,7 @@ class Workshop:
             return (score_knowledge if stage == "knowada" else score_short)(stage, pairs, self.rows)
         if stage not in TEXT_STAGES:
             return score_pictures(stage, pairs)
-        if stage in BY_RULES:
+        if stage in UNVERIFIED:
             return score_texts(stage, pairs, None)
         from prefalign.store import StoreError
 

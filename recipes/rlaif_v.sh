@@ -7,7 +7,8 @@
 #
 # The model is the one that the first config names as `model`; the second is one of train_preference.
 # ROUNDS: 4, as published. DATA: prompts, ROUND in it stands for the number of the round (published: about 4,000 new ones each).
-# LABELLER: on the embedded world, the folder of the labeller; one that is not there is trained first (a minute of one core).
+# LABELLER: on the embedded world, the folder of the labeller. One that is not there is trained first, with
+# `prefalign scenes labeller` (a minute and a half of one core).
 # PROMPTS: prompts of a round on the embedded world. EVALUATION: a config of evaluate_model, such as a copy of
 # configs/recipes/evaluate_files.yaml that names your files. PAIR_SETTINGS, TRAINING_SETTINGS, EVALUATION_SETTINGS: more settings of
 # each step, such as "--trainer.max_steps 20".

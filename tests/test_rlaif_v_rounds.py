@@ -23,7 +23,7 @@ if [ "$1 $3" = "path model.model_name_or_path" ]; then echo llava-hf/llava-1.5-7
 
 def test_rounds_end_to_end(tmp_path):
     """Two rounds, each with an adapter: the second answers with the first one's merged policy and is trained from it."""
-    labeller.build(tmp_path / "labeller", steps=8, seeing=60, pictures=64, sample=2)
+    labeller.build(tmp_path / "labeller", steps=8, seeing=20, pictures=64, sample=2)
     settings = {
         "LABELLER": str(tmp_path / "labeller"),
         "ROUNDS": "2",

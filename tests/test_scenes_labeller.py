@@ -1,7 +1,9 @@
 """The labeller of the embedded world: claims and their truth, prompts as the chat template has them, a picture that matters."""
 
+import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor
@@ -52,9 +54,40 @@ def test_claims_in_one_sequence_count_as_each_by_itself(words, model):
     claims = draw_claims(picture, random.Random(0), 4)
     seen = torch.randn(1, labeller.IMAGE_TOKENS, labeller.WIDTH, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        together = labeller.loss_of(model, [labeller.ask(words, claims)], seen, words.pad_token_id)
-        alone = [labeller.loss_of(model, [labeller.ask(words, [claim])], seen, words.pad_token_id) for claim in claims]
+        together = labeller.loss_of(model, [labeller.ask(words, claims)], seen, words)
+        alone = [labeller.loss_of(model, [labeller.ask(words, [claim])], seen, words) for claim in claims]
     assert together.item() == pytest.approx(sum(one.item() for one in alone) / 4, abs=1e-4)
+
+
+def test_false_claims_count_by_their_weight(words, model):
+    picture = scene("val_fair", 1)
+    claims = draw_claims(picture, random.Random(0), 6)
+    one = {claim.true: claim for claim in claims}
+    assert set(one) == {True, False}
+    seen = torch.randn(1, labeller.IMAGE_TOKENS, labeller.WIDTH, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        true, false = (
+            labeller.loss_of(model, [labeller.ask(words, [one[kind]])], seen, words) for kind in (True, False)
+        )
+        both = labeller.loss_of(model, [labeller.ask(words, [one[True], one[False]])], seen, words, 4.0)
+    assert both.item() == pytest.approx((true.item() + 4 * false.item()) / 5, abs=1e-4)
+
+
+def test_seeing_changes_the_upper_half_of_the_tower_and_the_projector(words):
+    model = labeller.untrained(words)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    scenes = [scene("val_fair", index) for index in range(4)]
+    pixels = np.stack([np.asarray(draw(one)) for one in scenes])
+    given = labeller.lower_half(model, pixels)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    with torch.no_grad():
+        whole = model.model.vision_tower(images).last_hidden_state[:, 1:]
+        assert torch.allclose(labeller.upper_half(model, given), whole, atol=1e-4)
+    labeller.learn_to_see(model, given, torch.stack([labeller.seen_truth(one) for one in scenes]), 2)
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    upper = {name for name in before if "vision_tower.encoder.layers.2." in name or "encoder.layers.3." in name}
+    assert upper
+    assert changed == upper | {name for name in before if "multi_modal_projector" in name}
 
 
 def test_attention_starts_out_with_gathering_the_claim_and_finding_it(words, model):
@@ -87,7 +120,7 @@ def test_attention_starts_out_with_gathering_the_claim_and_finding_it(words, mod
 
 
 def test_a_short_training_leaves_a_checkpoint_whose_answer_the_picture_changes(tmp_path):
-    found = labeller.build(tmp_path, steps=4, seeing=60, pictures=64, sample=4)
+    found = labeller.build(tmp_path, steps=4, seeing=20, pictures=64, sample=4)
     assert set(found) == {"accuracy", "swapped"}
     assert f"{found['accuracy']:.3f} of 16 claims" in (tmp_path / "README.md").read_text()
     engine = load_engine(ModelConfig(str(tmp_path), device="cpu"), batch_size=8)
@@ -104,7 +137,8 @@ def test_a_short_training_leaves_a_checkpoint_whose_answer_the_picture_changes(t
     ]
     one, other = judge.judge(answers)
     assert one.questions[0] == "Is there a large red circle at the top left?"
-    assert max(abs(a - b) for a, b in zip(one.p_yes, other.p_yes, strict=True)) > 1e-3
+    odds = [[math.log(yes / no) for yes, no in zip(told.p_yes, told.p_no, strict=True)] for told in (one, other)]
+    assert max(abs(a - b) for a, b in zip(*odds, strict=True)) > 0.05
     assert all(yes + no > 0 for yes, no in zip(one.p_yes, one.p_no, strict=True))
 
 

@@ -7,6 +7,7 @@ import pytest
 from prefalign import bundled, config
 from prefalign.checkpoints import SCENES_BASE
 from prefalign.records import Candidates, Prompt
+from prefalign.scenes import labeller
 from prefalign.scenes.export import export
 from prefalign.store import OutputConfig, read_records, write_records
 from tests.merging_cases import perturbed, save_adapter, save_text_llm
@@ -410,6 +411,9 @@ def test_online_config(name, folder, prompts, tmp_path):
     if values.get("annotator"):
         rule = {"name": "objects", "weight": {"invented": 1.0, "recall": 1.0}}
         values["annotator"] = {"name": "rewards", "rewards": [rule]}
+    if "rlaif_v" in name:
+        labeller.build(tmp_path / "labeller", steps=8, seeing=20, pictures=64, sample=2)
+        values["rewards"][0]["labeller"]["model_name_or_path"] = str(tmp_path / "labeller")
     module = bundled.load_stage("train_online")
     results = module.main(config.build(module.Config, config.merge(values, changes), source=name))
     if algorithm == "online_dpo":

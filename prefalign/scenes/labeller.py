@@ -1,16 +1,21 @@
 """A labeller for the embedded world: a small VLM that answers whether a claim about a picture is true, and nothing else.
 
-The base VLM describes pictures and cannot tell a true claim from a false one; RLAIF-V's labeller is another, stronger model. This
-one has the base's vision tower and a language model of two layers:
+RLAIF-V's labeller is a stronger model than the one whose claims it judges. The base says yes to nearly every claim, so this is
+another model, made in a minute and a half on one CPU core from pictures of `train_fair` from 40,000 on, which nothing else uses:
 
-- The projector learns, from the truth of pictures, what the tower's features say of the place that each image token lies in:
-  shape, colour, size, or nothing. Each of these has a number of its own in the embeddings, the same one that words for it have.
-- The language model starts out with the two steps that such a question needs, written into its attention: the last token
-  gathers the words of the claim, then looks for an image token that is like them; if none is like them enough, it looks at the
-  first token of the sequence instead. From random weights this was not found in some hundred steps.
-- Then projector and language model learn together to say yes or no of claims (`claims.draw_claims`).
+1. `learn_to_see`: the upper half of the base's vision tower and a projector learn to write into each image token what stands at
+   its place. Each shape, colour, size and place has a number of its own in the embeddings (`kinds`), the same one for words and
+   for image tokens, so that the words "large red circle" are like the image token of one.
+2. `untrained`: a language model of two layers, one for each of the two looks that answer a question:
 
-All on pictures of `train_fair` from 40,000 on, which nothing else here uses. A minute on one CPU core.
+       Is there a large red circle at the top left? ASSISTANT:
+       `_gather_words`      ":" looks at the words of the claim, and adds them up;
+       `_find_in_picture`   ":" looks for an image token like that sum, and finds it (yes), or else looks at "<s>" (no).
+
+   These two looks are written into its attention. Random weights have to find both at once, since neither is of use alone:
+   after 100 steps they still said yes to every claim.
+3. `learn_to_answer`: projector and language model learn to say yes or no of claims (`claims.draw_claims`); so they learn how
+   much alike is enough, and what to make of a picture that leaves doubt.
 """
 
 from __future__ import annotations
@@ -32,10 +37,12 @@ from prefalign.scenes.language import SYNONYMS
 from prefalign.scenes.model import HEADS, IMAGE, IMAGE_TOKENS, WIDTH, config, save
 from prefalign.scenes.world import COLOURS, PLACES, SHAPES, SIZES, Scene, draw, scene, split_named
 
-SPLIT, START, PICTURES = "train_fair", 40_000, 3_000
-SEEING, STEPS = 400, 300  # steps of the projector alone, then of projector and language model
+SPLIT, START, PICTURES = "train_fair", 40_000, 5_000
+SEEING, STEPS = 320, 250  # steps of seeing, then of answering
 ROWS, CLAIMS = 16, 8  # pictures a step, claims about each
+FALSE_WEIGHT = 4.0  # a drawn claim is false half of the time, one of the base's own four times in five
 LAYERS = 2
+UPPER = 2  # layers of the vision tower that learn, of four
 ROPE_THETA = 1e12  # the turns that are used are slow: where a token stands hardly matters
 FAST = 8  # of the 32 turns of a head, those that are too fast to be used
 
@@ -53,7 +60,7 @@ def kinds() -> list[tuple[int, tuple[str, ...]]]:
 
 
 def untrained(words: Any, seed: int = 0) -> LlavaForConditionalGeneration:
-    """The model with the base's vision tower and the start described above, in float32.
+    """The model with the base's vision tower and the two looks in its attention, in float32. The tower's lower half is fixed.
 
     Args:
         words: the base's tokenizer.
@@ -71,6 +78,7 @@ def untrained(words: Any, seed: int = 0) -> LlavaForConditionalGeneration:
     base = AutoModelForImageTextToText.from_pretrained(base_checkpoint(), dtype=torch.float32)
     model.model.vision_tower.load_state_dict(base.model.vision_tower.state_dict())
     model.model.vision_tower.requires_grad_(False)
+    _upper(model).requires_grad_(True)
     with torch.no_grad():
         _name_words(language_model.embed_tokens.weight, words)
         gather, find = (layer.self_attn for layer in language_model.layers)
@@ -134,34 +142,48 @@ def seen_truth(picture: Scene) -> torch.Tensor:
     return there[vision.token_places()]
 
 
+def _upper(model: LlavaForConditionalGeneration) -> torch.nn.ModuleList:
+    """The tower's layers that learn."""
+    return model.model.vision_tower.encoder.layers[-UPPER:]
+
+
 @torch.no_grad()
-def features(model: LlavaForConditionalGeneration, pixels: np.ndarray) -> torch.Tensor:
-    """What the vision tower gives for pictures (B, 60, 60, 3): (B, IMAGE_TOKENS, WIDTH)."""
+def lower_half(model: LlavaForConditionalGeneration, pixels: np.ndarray) -> torch.Tensor:
+    """What the tower's lower half gives for pictures (B, 60, 60, 3): (B, 1 + IMAGE_TOKENS, WIDTH)."""
     parts = []
     for start in range(0, len(pixels), 128):
         images = torch.from_numpy(pixels[start : start + 128]).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        parts.append(model.model.vision_tower(images).last_hidden_state[:, 1:])
+        parts.append(model.model.vision_tower(images, output_hidden_states=True).hidden_states[-1 - UPPER])
     return torch.cat(parts)
 
 
-def learn_to_see(model: LlavaForConditionalGeneration, seen: torch.Tensor, truth: torch.Tensor, steps: int) -> None:
-    """Train the projector to say what is at the place of each image token.
+def upper_half(model: LlavaForConditionalGeneration, given: torch.Tensor) -> torch.Tensor:
+    """What the whole tower gives, (B, IMAGE_TOKENS, WIDTH), of `lower_half` (B, 1 + IMAGE_TOKENS, WIDTH)."""
+    for layer in _upper(model):
+        given = layer(given, attention_mask=None)
+    return given[:, 1:]
+
+
+def learn_to_see(model: LlavaForConditionalGeneration, given: torch.Tensor, truth: torch.Tensor, steps: int) -> None:
+    """Train the tower's upper half and the projector to say what is at the place of each image token.
 
     Args:
-        model: its projector is changed.
-        seen: the tower's features, (pictures, IMAGE_TOKENS, WIDTH).
+        model: both are changed.
+        given: `lower_half` of the pictures, (pictures, 1 + IMAGE_TOKENS, WIDTH).
         truth: `seen_truth` of the pictures, (pictures, IMAGE_TOKENS, 4).
         steps: updates of 64 pictures.
     """
     projector = model.model.multi_modal_projector
-    optimizer = torch.optim.AdamW(projector.parameters(), lr=4e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps + 1, pct_start=0.1)
+    rates = {_upper(model): 1e-3, projector: 4e-3}
+    groups = [{"params": list(part.parameters())} for part in rates]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [*rates.values()], total_steps=steps + 1, pct_start=0.1)
     ends = [*(begin for begin, _ in kinds()[1:]), SEEN.stop]
     rest = torch.zeros(WIDTH - SEEN.stop)
     rest[PICTURE - SEEN.stop] = 1.0
-    for _ in tqdm(range(steps), desc="projector"):
-        chosen = torch.randint(0, len(seen), (64,))
-        said = projector(seen[chosen])
+    for _ in tqdm(range(steps), desc="seeing"):
+        chosen = torch.randint(0, len(given), (64,))
+        said = projector(upper_half(model, given[chosen]))
         parts = [
             cross_entropy(
                 SHARPNESS * said[..., begin:end].flatten(0, 1), truth[chosen, :, at].flatten(), ignore_index=IGNORE
@@ -201,21 +223,24 @@ def ask(words: Any, claims: list[Claim]) -> Asked:
     return Asked(ids, labels, positions, block)
 
 
-def loss_of(model: LlavaForConditionalGeneration, rows: list[Asked], seen: torch.Tensor, pad: int) -> torch.Tensor:
+def loss_of(
+    model: LlavaForConditionalGeneration, rows: list[Asked], seen: torch.Tensor, words: Any, false_weight: float = 1.0
+) -> torch.Tensor:
     """Mean cross-entropy of yes and no over all claims.
 
     Args:
         model: the labeller.
         rows: claims about B pictures.
-        seen: the tower's features of these, (B, IMAGE_TOKENS, WIDTH).
-        pad: id of the padding token.
+        seen: what the tower gives for these, (B, IMAGE_TOKENS, WIDTH).
+        words: the tokenizer.
+        false_weight: how many times a false claim counts.
     """
     length = max(len(row.ids) for row in rows)
 
     def padded(name: str, value: int) -> torch.Tensor:
         return torch.tensor([getattr(row, name) + [value] * (length - len(row.ids)) for row in rows])
 
-    ids, labels, block = padded("ids", pad), padded("labels", IGNORE), padded("block", -1)
+    ids, labels, block = padded("ids", words.pad_token_id), padded("labels", IGNORE), padded("block", -1)
     visible = ((block[:, None] == 0) | (block[:, :, None] == block[:, None])) & torch.ones(length, length).tril().bool()
     mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[:, None]
     table = model.get_input_embeddings()(ids)
@@ -225,14 +250,17 @@ def loss_of(model: LlavaForConditionalGeneration, rows: list[Asked], seen: torch
         inputs_embeds=table, attention_mask=mask, position_ids=padded("positions", 0), use_cache=False
     ).last_hidden_state
     asked = labels != IGNORE
-    return cross_entropy(model.lm_head(hidden[asked]), labels[asked])
+    weight = torch.ones(model.config.text_config.vocab_size)
+    weight[answer_ids(words)[1]] = false_weight
+    return cross_entropy(model.lm_head(hidden[asked]), labels[asked], weight)
 
 
 def learn_to_answer(
     model: LlavaForConditionalGeneration, words: Any, scenes: list[Scene], seen: torch.Tensor, *, steps: int, seed: int
 ) -> None:
-    """Train projector and language model on claims about pictures whose features are `seen`."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    """Train projector and language model on claims about pictures for which the tower gives `seen`."""
+    parts = (model.model.multi_modal_projector, model.model.language_model, model.lm_head)
+    weights = [weight for part in parts for weight in part.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps + 1, pct_start=0.1)
     rng = random.Random(f"scenes labeller {seed}")
@@ -240,7 +268,7 @@ def learn_to_answer(
     for step in bar:
         chosen = [rng.randrange(len(scenes)) for _ in range(ROWS)]
         rows = [ask(words, draw_claims(scenes[at], rng, CLAIMS)) for at in chosen]
-        loss = loss_of(model, rows, seen[chosen], words.pad_token_id)
+        loss = loss_of(model, rows, seen[chosen], words, FALSE_WEIGHT)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -257,8 +285,10 @@ def train(
     maker = AutoProcessor.from_pretrained(base_checkpoint(), backend="pil")
     model = untrained(maker.tokenizer, seed)
     scenes = [scene(SPLIT, START + at) for at in range(pictures)]
-    seen = features(model, np.stack([np.asarray(draw(one)) for one in tqdm(scenes, desc="pictures")]))
-    learn_to_see(model, seen, torch.stack([seen_truth(one) for one in scenes]), seeing)
+    given = lower_half(model, np.stack([np.asarray(draw(one)) for one in tqdm(scenes, desc="pictures")]))
+    learn_to_see(model, given, torch.stack([seen_truth(one) for one in scenes]), seeing)
+    with torch.no_grad():
+        seen = torch.cat([upper_half(model, some) for some in given.split(128)])
     learn_to_answer(model, maker.tokenizer, scenes, seen, steps=steps, seed=seed)
     return model.eval(), maker
 
@@ -317,8 +347,9 @@ def build(
         "# A labeller for the claims of prefalign's embedded world\n\n"
         f'Answers "{draw_claims(scene("val_fair", 0), random.Random(0), 1)[0].question}" with yes or no as its first token, '
         f"and nothing else. Right on {found['accuracy']:.3f} of {4 * sample} claims about pictures of val_fair, half of which "
-        f"are true; on {found['swapped']:.3f} when the picture is another one. Vision tower of the base; projector and language "
-        f"model trained on {pictures:,} pictures of {SPLIT} from {START:,} on, seed {seed}.\n\n"
+        f"are true; on {found['swapped']:.3f} when the picture is another one. In doubt it says no: false claims counted "
+        f"{FALSE_WEIGHT:g} times as much. Lower half of the base's vision tower; the rest "
+        f"was trained on {pictures:,} pictures of {SPLIT} from {START:,} on, seed {seed}.\n\n"
         f"Rebuild: `prefalign scenes labeller --output DIR --seed {seed}`.\n"
     )
     return found
