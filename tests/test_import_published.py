@@ -152,13 +152,14 @@ def test_answers_to_imitate_become_examples(folder):
         "conversations": talk(f"<image>\n{QUESTION}", GOOD, "Which colour?", "Red."),
         "model": "x",
     }
+    disliked = {"conversations": talk(QUESTION, BAD), "kto_tag": False}
     manifest, found = run(
         folder,
-        [llava, *ROWS["kto"], *ROWS["povid"], {**ROWS["verl"][0], "id": "10"}],
+        [llava, *ROWS["kto"], *ROWS["povid"], {**ROWS["verl"][0], "id": "10"}, disliked],
         produce="examples",
         record=Example,
     )
-    assert manifest.dropped == {"no_reference": 1}  # the answer with a thumb down
+    assert manifest.dropped == {"no_reference": 2}  # the answers with a thumb down
     assert [turn["role"] for turn in found[0].messages] == ["user", "assistant", "user", "assistant"]
     assert message_text(found[0].messages).endswith("Which colour?\nRed.")
     assert found[0].meta["columns"] == {"model": "x"}

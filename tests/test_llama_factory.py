@@ -99,6 +99,9 @@ def test_instructions_are_put_together_as_they_are_there(folder):
     assert [message_text(prompt.messages) for prompt in prompts] == [f"{QUESTION} 0", f"{QUESTION} 1"]  # num_samples
     assert {prompt.answer for prompt in prompts} == {GOOD}
     assert all(not prompt.images for prompt in prompts)  # no column of pictures is declared
+    (folder / "answers.json").write_text(json.dumps([{**ANSWERS[0], "kto_tag": False}]))
+    [prompt] = read(folder, "answers", to_prompt)  # nor one of thumbs
+    assert (prompt.answer, prompt.facts["columns"]["undeclared"]["kto_tag"]) == (GOOD, False)
     assert len(read(folder, "answers", to_prompt, limit=1)) == 1
 
 

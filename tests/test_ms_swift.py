@@ -1,10 +1,10 @@
-"""ms-swift's rows whose rejected answer has pictures of its own, and its rows with a thumb."""
+"""ms-swift's rows whose rejected answer has pictures of its own; rows with a thumb, its and LLaMA-Factory's."""
 
 import pytest
 
-from prefalign.records import RecordError
+from prefalign.records import RecordError, message_text
 from prefalign.sources import DataConfig, to_candidates, to_pair, to_prompt
-from tests.published_sets import GOOD, QUESTION, ROWS, pictures, said
+from tests.published_sets import GOOD, QUESTION, ROWS, pictures, said, talk
 
 
 @pytest.fixture
@@ -31,16 +31,37 @@ def test_the_rejected_answer_of_another_picture_is_no_answer_to_this_one(folder)
 
 
 @pytest.mark.parametrize("label", [True, False])
-def test_a_thumb_of_ms_swift_is_a_score(folder, label):
-    row = {
-        "messages": [said("user", f"<image>{QUESTION}"), said("assistant", GOOD)],
-        "images": ["a.png"],
-        "label": label,
-    }
+@pytest.mark.parametrize(
+    ("layout", "column"),
+    [("ms_swift", "label"), ("sharegpt", "kto_tag"), ("sharegpt", "label"), ("ms_swift", "kto_tag")],
+)
+def test_a_thumb_is_a_score(folder, layout, column, label):
+    """ms-swift's `label`, LLaMA-Factory's `kto_tag`: a disliked answer is nothing to imitate."""
+    turns = {"messages": [said("user", f"<image>{QUESTION}"), said("assistant", GOOD)]}
+    if layout == "sharegpt":
+        turns = {"conversations": talk(f"<image>{QUESTION}", GOOD)}
+    row = {**turns, "images": ["a.png"], column: label}
     found = to_candidates(row, data(folder))
-    assert (found.responses, found.answer) == (
+    assert (found.responses, found.answer, found.facts) == (
         [{"text": GOOD, "scores": {"label": float(label)}}],
         GOOD if label else None,
+        {},
     )
-    with pytest.raises(RecordError, match=r"ms_swift holds 1 answer\(s\)"):
+    assert to_prompt(row, data(folder)).answer == found.answer
+    with pytest.raises(RecordError, match=rf"{layout} holds 1 answer\(s\)"):
         to_pair(row, data(folder))
+
+
+def test_what_is_no_thumb(folder):
+    """A `label` of another kind is a column like any other; a `kto_tag` can only be a thumb, and without an answer says nothing."""
+    row = {"conversations": talk(QUESTION, GOOD)}
+    for label in ("cup", 0):
+        prompt = to_prompt({**row, "label": label}, data(folder))
+        assert (prompt.answer, prompt.facts) == (GOOD, {"columns": {"label": label}})
+    with pytest.raises(RecordError, match="`kto_tag` of an unpaired row is true or false, got 'up'") as error:
+        to_prompt({**row, "kto_tag": "up"}, data(folder))
+    assert error.value.reason == "bad_label"
+    unanswered = to_prompt({"conversations": talk(QUESTION), "kto_tag": False}, data(folder))
+    assert unanswered.facts == {"columns": {"kto_tag": False}}
+    pair = {**ROWS["sharegpt"][0], "kto_tag": False}
+    assert message_text(to_pair(pair, data(folder)).chosen) == GOOD

@@ -38,7 +38,7 @@ _ELSEWHERE = {
 }
 _MEANT = {*PICTURES, *CHOSEN, *REJECTED, "conversations", "messages", "prompt", "instruction_prompt", "question", "problem",
           "rejected_images", "chosen_images", "responses", "answer", "system", "system_prompt", "completion", "completions",
-          "label", "output_1", "output_2", "preference", "reward_model", "gt", "text"}  # fmt: skip
+          "label", "kto_tag", "output_1", "output_2", "preference", "reward_model", "gt", "text"}  # fmt: skip
 
 
 @dataclass(frozen=True)
