@@ -53,7 +53,7 @@ def test_a_thumb_is_a_score(folder, layout, column, label):
 
 
 def test_what_is_no_thumb(folder):
-    """A `label` of another kind is a column like any other; a `kto_tag` can only be a thumb, and without an answer says nothing."""
+    """A `label` of another kind is a column like any other; a `kto_tag` can only be a thumb, without an answer it is none."""
     row = {"conversations": talk(QUESTION, GOOD)}
     for label in ("cup", 0):
         prompt = to_prompt({**row, "label": label}, data(folder))

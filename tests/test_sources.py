@@ -9,7 +9,17 @@ from PIL import Image
 
 from prefalign.images import ImageError, read_image
 from prefalign.records import Prompt, RecordError, assistant_message, placeholder_count, user_message
-from prefalign.sources import BadRow, DataConfig, content_digest, files_of, fingerprint, read_rows, survey, to_prompt
+from prefalign.sources import (
+    BadRow,
+    DataConfig,
+    RowReader,
+    content_digest,
+    files_of,
+    fingerprint,
+    read_rows,
+    survey,
+    to_prompt,
+)
 
 
 @pytest.fixture
@@ -161,10 +171,42 @@ def test_json_list_and_limit(folder):
     assert survey(DataConfig(path=file, limit=3))[0] == len(list(read_rows(DataConfig(path=file, limit=3)))) == 3
 
 
-def test_truncated_json_list(folder):
-    (folder / "rows.json").write_text('[{"id": 1},')
-    with pytest.raises(ValueError, match="is not complete JSON .*Was the download cut off"):
-        list(read_rows(DataConfig(path=folder / "rows.json")))
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_mark_of_byte_order_is_no_part_of_the_rows(folder, name):
+    rows = [FORMATS["llava"], FORMATS["rlaif_v"]]
+    text = json.dumps(rows) if name == "rows.json" else "\n".join(map(json.dumps, rows))
+    (folder / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert list(read_rows(DataConfig(folder / name))) == rows
+    assert len(RowReader(DataConfig(folder / name)).read(0, 2)) == 2
+
+
+def test_a_line_that_is_not_utf_8_is_not_read_with_other_words(folder):
+    lines = [json.dumps({"id": "1", "question": "caf\xe9?", "answer": "A"}, ensure_ascii=False) for _ in range(3)]
+    data = DataConfig(folder / "rows.jsonl")
+    data.path.write_bytes("\n".join(lines[:2]).encode() + b"\n" + lines[2].encode("latin-1"))
+    *good, bad = read_rows(data)
+    assert [to_prompt(row, data).messages for row in good] == [[user_message("caf\xe9?")]] * 2
+    with pytest.raises(
+        RecordError, match=r"rows\.jsonl line 3 is not UTF-8 \(byte 0xe9\).*other words.*Convert the file"
+    ) as error:
+        to_prompt(bad, data)
+    assert error.value.reason == "bad_encoding"
+    assert survey(data)[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"question": "caf\xe9"}]'.encode("latin-1"), r"rows\.json is not UTF-8 \(byte 0xe9\).*Convert the file"),
+        (b"[" * 100_000, r"rows\.json is not complete JSON \(maximum recursion depth"),
+        (b'[{"id": 1},', r"rows\.json is not complete JSON .*Was the download cut off"),
+    ],
+    ids=["latin-1", "deep", "cut off"],
+)
+def test_a_list_that_cannot_be_read_is_named(folder, content, message):
+    (folder / "rows.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_rows(DataConfig(folder / "rows.json")))
 
 
 def test_empty_file(folder):

@@ -193,7 +193,7 @@ def _of_file(file: Path, columns: Sequence[str] | None) -> Iterator[DeferredRow]
     elif file.suffix == ".json":
         yield from _of_list(file)
     else:
-        with file.open(encoding="utf-8", errors="replace") as stream:
+        with file.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
             for number, line in enumerate(stream, 1):
                 if line.strip():
                     yield functools.partial(_of_line, line, f"{file.name} line {number}")
@@ -224,8 +224,10 @@ def _whole(file: Path) -> Iterator[None]:
 
 def _of_list(file: Path) -> Iterator[DeferredRow]:
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        rows = json.loads(file.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file.name} {_not_utf_8(error.object[error.start])}") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file.name} is not complete JSON ({error}). Was the download cut off?") from error
     if not isinstance(rows, list):
         raise ValueError(f"{file.name} must be a list of rows, got a {type(rows).__name__}.")
@@ -235,10 +237,21 @@ def _of_list(file: Path) -> Iterator[DeferredRow]:
 
 def _of_line(line: str, where: str) -> RawRow:
     try:
+        line.encode()
+    except UnicodeEncodeError as error:  # the low byte of a surrogate is the byte that was there
+        return BadRow("bad_encoding", f"{where} {_not_utf_8(ord(line[error.start]) & 0xFF)}")
+    try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         return BadRow("bad_json", f"{where} is not complete JSON ({error}): {line[:60]!r}")
     return _object(row, where)
+
+
+def _not_utf_8(byte: int) -> str:
+    return (
+        f"is not UTF-8 (byte {byte:#04x}), so it would be read with other words than were written. Convert the file, as with "
+        "`iconv -f WINDOWS-1252 -t UTF-8`."
+    )
 
 
 def _object(row: Any, where: str) -> RawRow:
