@@ -325,3 +325,71 @@ def test_a_fault_of_the_machine_is_not_put_down_to_the_row(folder):
         pytest.skip("needs /proc")
     with pytest.raises(OSError, match="Input/output error"):
         first_prompt(folder, {**FORMATS["llava"], "image": str(mem)})
+
+
+def cloned(folder, *names):
+    """A folder as `hf download` leaves it; each file has one row, called after the file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name in names:
+        file = folder / "clone" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".parquet":
+            pq.write_table(pa.table({"id": [name], "question": ["What?"]}), file)
+        else:
+            file.write_text(json.dumps({"id": name, "question": "What?"}) + "\n")
+    return folder / "clone"
+
+
+SHARDS = ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002-6ef3991c06080e14.parquet")
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (("data/test-00000-of-00001.parquet", *SHARDS), "test, train"),
+        (("test.jsonl", "train.jsonl"), "test, train"),
+        (("dev.v2-00000-of-00001.parquet", "train.parquet"), "dev.v2, train"),
+    ],
+)
+def test_splits_of_a_downloaded_set_are_not_mixed(folder, names, splits):
+    clone = cloned(folder, *names)
+    with pytest.raises(
+        ValueError, match=rf"has the splits {splits}, and no more than one .* Give one .* `data\.split`"
+    ):
+        files_of(DataConfig(clone))
+    data = [DataConfig(clone, split=split) for split in splits.split(", ")]
+    of = {each.split: [row["id"] for row in read_rows(each)] for each in data}
+    assert of == {each.split: [name for name in names if each.split in name] for each in data}
+    assert fingerprint(data[0]) != fingerprint(data[1])
+    with pytest.raises(ValueError, match=rf"has no split 'validation', only {splits}\."):
+        files_of(DataConfig(clone, split="validation"))
+    with pytest.raises(ValueError, match="is on this disk, and data.revision is for data sets of the Hub"):
+        files_of(DataConfig(clone, split="train", revision="v1"))
+
+
+def test_a_downloaded_set_of_one_split_needs_no_name_of_it(folder):
+    clone = cloned(folder, *SHARDS)
+    both = [clone / name for name in SHARDS]
+    assert files_of(DataConfig(clone)) == files_of(DataConfig(clone, split="train")) == both
+    for name in ("rows.jsonl", "data/rows.jsonl"):
+        cloned(folder, name)
+        with pytest.raises(
+            ValueError, match=rf"clone holds .*train-00000-of-00002\.parquet and {name}, .* Give .* `data"
+        ):
+            files_of(DataConfig(clone))
+        (clone / name).unlink()
+    (clone / "manifest.json").write_text("{}")
+    cloned(folder, "notes.jsonl")
+    assert files_of(DataConfig(clone)) == both  # a stage's output says itself what its rows are
+
+
+def test_files_that_are_no_splits_are_read_together(folder):
+    names = ("a.parquet", "b-00000-of.parquet", "train.parquet")
+    assert [row["id"] for row in read_rows(DataConfig(cloned(folder, *names)))] == list(names)
+    with pytest.raises(ValueError, match=r"is on this disk, and data\.split is for .*or name the file of that split"):
+        files_of(DataConfig(cloned(folder / "other", "a.parquet", "b.parquet"), split="train"))
+    cloned(folder, "c.jsonl")
+    with pytest.raises(ValueError, match=r"clone holds a\.parquet and c\.jsonl, which are not read together"):
+        files_of(DataConfig(folder / "clone"))
