@@ -161,8 +161,18 @@ def _own_prompt(row: Mapping[str, Any]) -> Prompt:
     return Prompt.from_row({**row, "facts": _facts(row)})
 
 
-def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Container[str]) -> Pair:
+def _said(row: Mapping[str, Any], config: DataConfig) -> tuple[Row, dict[str, Any]]:
+    """What a row of another's layout says, asked `config.question` if it asks nothing; and its columns that are facts."""
+    if config.question is not None and not layouts.asks(row):
+        row = {**row, "question": config.question}
     said = layouts.read(row, config.layout)
+    known = {name: row[name] for name in config.fact_columns if row.get(name) is not None}
+    said.columns = {name: value for name, value in said.columns.items() if name not in known}
+    return said, known
+
+
+def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Container[str]) -> Pair:
+    said, known = _said(row, config)
     given = {"chosen": said.last if said.chosen is None else said.chosen, "rejected": said.rejected}
     if said.responses is not None and (said.chosen is None or said.rejected is None):
         raise RecordError(
@@ -189,23 +199,20 @@ def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Containe
     pair = Pair(id="", images=images, prompt=_with_placeholders(turns, len(images)),
                 chosen=[assistant_message(answers["chosen"])], rejected=[assistant_message(answers["rejected"])],
                 method=str(row.get("method") or "imported"), rejected_images=others,
-                answer=said.last if said.answer is None else said.answer, facts=_category(row) | _facts(row),
+                answer=said.last if said.answer is None else said.answer, facts=known | _category(row) | _facts(row),
                 margin=_margin(row), meta={"layout": said.layout, **columns})  # fmt: skip
     pair.id = _identity(row, pair, repeated)
     return pair
 
 
 def _foreign_prompt(row: Mapping[str, Any], config: DataConfig, repeated: Container[str]) -> tuple[Prompt, Row]:
-    if config.question is not None and not layouts.asks(row):
-        row = {**row, "question": config.question}
-    said = layouts.read(row, config.layout)
+    said, known = _said(row, config)
     images = [_read_picture(picture, config) for picture in said.images]
     turns, answer = said.turns, said.last if said.answer is None else said.answer
     if said.chosen is not None:
         turns, answers = settle(turns, {"chosen": said.chosen})
         answer = answers["chosen"]
-    known = {name: row[name] for name in config.fact_columns if row.get(name) is not None}
-    said.columns = {name: value for name, value in said.columns.items() if name not in known and name != "responses"}
+    said.columns.pop("responses", None)
     columns = {"columns": _columns(said)} if said.columns else {}
     prompt = Prompt("", images, _with_placeholders(turns, len(images)), answer, {**known, **_facts(row), **columns})
     prompt.id = _identity(row, prompt, repeated)
