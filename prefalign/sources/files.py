@@ -138,15 +138,24 @@ def provenance(config: DataConfig) -> dict[str, str]:
     return hub.provenance(llama_factory.source_of(config))
 
 
-def recall(config: DataConfig, source: Mapping[str, str] | None) -> None:
+def revision_name(config: DataConfig) -> str | None:
+    """The branch or tag of a data set of the Hub that is asked for; None: `main`, a commit, or files."""
+    named = llama_factory.source_of(config)
+    if named.revision in (None, "main") or named.revision == provenance(config).get("commit"):
+        return None
+    return named.revision
+
+
+def recall(config: DataConfig, source: Mapping[str, str] | None, revision: str | None = None) -> None:
     """Take the word of a finished folder for the commit that it was made from, where the Hub does not tell the present one.
 
     Args:
         config: names the data set.
         source: `provenance` of the folder's rows; None: there is no such folder.
+        revision: `revision_name` of that time.
     """
     if hub.is_named(named := llama_factory.source_of(config)):
-        hub.recall(named, source)
+        hub.recall(named, source, revision or "main")
 
 
 def read_rows(config: DataConfig, columns: Sequence[str] | None = None) -> Iterator[RawRow]:
