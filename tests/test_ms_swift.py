@@ -4,7 +4,7 @@ import pytest
 
 from prefalign.records import RecordError, message_text
 from prefalign.sources import DataConfig, to_candidates, to_pair, to_prompt
-from tests.published_sets import GOOD, QUESTION, ROWS, pictures, said, talk
+from tests.published_sets import BAD, GOOD, QUESTION, ROWS, pictures, said, talk
 
 
 @pytest.fixture
@@ -28,6 +28,34 @@ def test_the_rejected_answer_of_another_picture_is_no_answer_to_this_one(folder)
     ):  # one answer, and nothing to choose between
         to_candidates(ROWS["ms_swift"][2], data(folder))
     assert to_pair({**row, "rejected_images": ["a.png"]}, data(folder)).rejected_images == []
+
+
+def encoded(folder, name, path):
+    return {"bytes": (folder / name).read_bytes(), "path": path}
+
+
+def test_the_same_pictures_again_are_told_by_their_content(folder):
+    """However they are named: with the rejected answer they are left out, without it there is nothing to prefer."""
+    _, _, alone, both = ROWS["ms_swift"]
+    spellings = (["a.png"], ["./a.png"], [{"path": "a.png"}], [encoded(folder, "a.png", "2.png")])
+    for again in spellings:
+        pair = to_pair({**both, "rejected_images": again}, data(folder))
+        assert (pair.rejected_images, message_text(pair.rejected)) == ([], BAD)
+        candidates = to_candidates({**both, "rejected_images": again}, data(folder))
+        assert [answer["text"] for answer in candidates.responses] == [GOOD, BAD]
+        for read in (to_pair, to_candidates):
+            with pytest.raises(RecordError, match="this row has ") as error:
+                read({**alone, "rejected_images": again}, data(folder))
+            assert error.value.reason == "missing_column"
+    # other content under the same name
+    row = {
+        **alone,
+        "images": [encoded(folder, "a.png", "x.png")],
+        "rejected_images": [encoded(folder, "b.png", "x.png")],
+    }
+    pair = to_pair(row, data(folder))
+    assert (pair.images[0]["bytes"], message_text(pair.rejected)) == ((folder / "a.png").read_bytes(), GOOD)
+    assert [picture["bytes"] for picture in pair.rejected_images] == [(folder / "b.png").read_bytes()]
 
 
 @pytest.mark.parametrize("label", [True, False])

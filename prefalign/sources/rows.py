@@ -181,6 +181,10 @@ def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Containe
             "which rejected. Read it as candidates (import_published with `produce: candidates`); select_responses makes "
             "pairs of them.",
         )
+    images = [_read_picture(picture, config) for picture in said.images]
+    others = _other_pictures(said, images, config)
+    if given["rejected"] is None and others and said.rejected_on_rejected_images:
+        given["rejected"] = given["chosen"]
     for side, value in given.items():
         if value is None:
             raise RecordError(
@@ -189,12 +193,10 @@ def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Containe
                 "answer are prompts: bdhs and others make pairs of them, image_contrast with `--reads answers`.",
             )
     turns, answers = settle(said.turns, given)
-    if said.rejected_on_rejected_images and not same_answer(answers["chosen"], answers["rejected"]):
+    if others and said.rejected_on_rejected_images and not same_answer(answers["chosen"], answers["rejected"]):
         raise _two_pictures(said)
     used = {"margin"} | ({"method"} if row.get("method") else set()) | _category(row).keys()
     said.columns = {name: value for name, value in said.columns.items() if name not in used}
-    images = [_read_picture(picture, config) for picture in said.images]
-    others = [_read_picture(picture, config) for picture in said.rejected_images]
     columns = {"columns": _columns(said)} if said.columns else {}
     pair = Pair(id="", images=images, prompt=_with_placeholders(turns, len(images)),
                 chosen=[assistant_message(answers["chosen"])], rejected=[assistant_message(answers["rejected"])],
@@ -228,11 +230,12 @@ def _candidates(row: Mapping[str, Any], config: DataConfig, repeated: Container[
         prompt, said = _foreign_prompt(asked, config, repeated)
         given = said.responses if given is None else given
         chosen = said.last if said.chosen is None else said.chosen
-        if given is None and chosen is not None and said.rejected is not None:
-            if said.rejected_on_rejected_images:
+        if given is None and chosen is not None:
+            if said.rejected_on_rejected_images and _other_pictures(said, prompt.images, config):
                 raise _two_pictures(said)
-            _, texts = settle(said.turns, {"chosen": chosen, "rejected": said.rejected})
-            given = [{"text": texts[side], "scores": {"preference": float(side == "chosen")}} for side in texts]
+            if said.rejected is not None:
+                _, texts = settle(said.turns, {"chosen": chosen, "rejected": said.rejected})
+                given = [{"text": texts[side], "scores": {"preference": float(side == "chosen")}} for side in texts]
     if given is None:
         raise RecordError(
             "missing_column", f"candidates need `responses`; this row has only {', '.join(sorted(row))}. "
@@ -243,6 +246,13 @@ def _candidates(row: Mapping[str, Any], config: DataConfig, repeated: Container[
     found = Candidates(prompt.id, prompt.images, prompt.messages, responses, prompt.answer, prompt.facts)
     found.check()
     return found
+
+
+def _other_pictures(said: Row, images: list[EncodedImage], config: DataConfig) -> list[EncodedImage]:
+    """The other pictures of a row; none where a layout that repeats `images` there has done so, under whatever names."""
+    others = [_read_picture(picture, config) for picture in said.rejected_images]
+    again = said.rejected_on_rejected_images and [*map(sha256, others)] == [*map(sha256, images)]
+    return [] if again else others
 
 
 def _two_pictures(said: Row) -> RecordError:

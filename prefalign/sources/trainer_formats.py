@@ -53,11 +53,7 @@ def ms_swift(row: Mapping[str, Any]) -> Row:
     `rejected_images` alone prefer the answer on its own picture.
     """
     found = _with_thumb(paired(row, normalise_messages(row["messages"])), row)
-    if found.rejected_images == found.images:
-        found.rejected_images = []
     found.rejected_on_rejected_images = bool(found.rejected_images)
-    if found.rejected_images and found.rejected is None:
-        found.rejected = found.last if found.chosen is None else found.chosen
     return found
 
 
