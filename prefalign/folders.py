@@ -42,13 +42,15 @@ def identity_of(
         block_size: inputs per block.
         models: model names to fingerprints.
         data: where the rows come from; None: from nowhere (an export). The picture folder's name counts, as a digest: a manifest
-            is published, machine paths are not.
+            is published, machine paths are not. A branch or tag is noted as `revision`, and decides nothing beside its commit.
     """
     images = "" if data is None or data.images is None else hashlib.sha256(data.images.as_posix().encode()).hexdigest()
-    read = (
+    read: dict[str, Any] = (
         {} if data is None else {name: value for name in ("fact_columns", "question") if (value := getattr(data, name))}
     )
     source = {} if data is None else sources.provenance(data)
+    if data is not None and source and (name := sources.revision_name(data)):
+        read["revision"] = name
     return {"stage": stage, "schema_version": SCHEMA_VERSION, "settings": json.loads(canonical_json(settings)),
             "seed": seed, "models": dict(models or {}), "data_sha256": sources.fingerprint(data) if data else "",
             "images_folder_sha256": images, "limit": data.limit if data else 0,
@@ -61,17 +63,44 @@ def finished(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
     Raises:
         StoreError: it is finished with another config.
     """
-    manifest = read_manifest(folder)
-    if manifest is None:
+    if not (folder / "manifest.json").is_file():
         return None
     claim(folder, identity)
-    return manifest
+    return read_manifest(folder)
 
 
 def recall_source(folder: Path, data: DataConfig) -> None:
     """Let a finished folder say which commit of the Hub it was made from: a rerun then needs no network to find it complete."""
-    manifest = read_manifest(folder)
-    sources.recall(data, None if manifest is None else manifest.config.get("source"))
+    made = _claimed_for(folder) if (folder / "manifest.json").is_file() else None
+    sources.recall(data, *((made.get("source"), made.get("revision")) if made is not None else (None, None)))
+
+
+def _claimed_for(folder: Path) -> dict[str, Any] | None:
+    """What a stage's `config.json` says; None: there is none, or it is somebody else's."""
+    try:
+        found = json.loads((folder / "config.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "stage" in found else None
+
+
+def _rows_of(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `config.json` decides the rows: the commit, and not under which name it was asked for."""
+    return {name: value for name, value in identity.items() if name != "revision"}
+
+
+def _refusal(folder: Path, before: Mapping[str, Any], identity: Mapping[str, Any]) -> StoreError:
+    changed = "; ".join(differences(before, identity))
+    was, now = (each.get("source") or {} for each in (before, identity))
+    how = "give another `output.path`, or delete the folder."
+    if was.get("repository") == now.get("repository") and was.get("commit") != now.get("commit"):
+        how = (
+            f"{now['repository']} on the Hub has changed since: give `data.revision: {was['commit']}` to go on with the rows of "
+            "then, or another `output.path` for those of now."
+        )
+    return StoreError(
+        f"{folder} holds rows made with another config ({changed}). Mixing them would make the manifest a lie: {how}"
+    )
 
 
 def claim(folder: Path, identity: Mapping[str, Any], *, alone: bool = True) -> None:
@@ -88,17 +117,12 @@ def claim(folder: Path, identity: Mapping[str, Any], *, alone: bool = True) -> N
     """
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     file = folder / "config.json"
-    if file.is_file():
-        before = json.loads(file.read_text())
+    if (before := _claimed_for(folder)) is not None:
         unused = not any(
             next(folder.glob(kind), None) for kind in ("progress/*.json", "data/*.parquet", "manifest.json")
         )
-        if before != identity and not (alone and unused and "data_sha256" in before):
-            changed = "; ".join(differences(before, identity))
-            raise StoreError(
-                f"{folder} holds rows made with another config ({changed}). Mixing them would make the manifest a lie: "
-                "give another `output.path`, or delete the folder."
-            )
+        if _rows_of(before) != _rows_of(identity) and not (alone and unused and "data_sha256" in before):
+            raise _refusal(folder, before, identity)
         if not unused or not alone:
             return
         for failures in folder.glob("quarantine/*.jsonl"):

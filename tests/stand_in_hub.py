@@ -25,11 +25,12 @@ LFS_SUFFIXES = (".safetensors", ".parquet", ".png")
 
 @dataclass
 class Repository:
-    """One repository: its files, and how many commits it had."""
+    """One repository: its files, how many commits it had, and the tags of the last."""
 
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
     commits: int = 0
+    tags: tuple[str, ...] = ()
 
     @property
     def sha(self) -> str:
@@ -189,10 +190,13 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.hub.repositories.get((kind, name))
         if repository is None:
             return self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
-        if revision not in (None, "main", repository.sha):
+        sha = repository.sha
+        if revision is not None and revision.isdigit() and int(revision) <= repository.commits:
+            sha = revision  # an earlier commit; the files are those of now
+        elif revision not in (None, "main", *repository.tags):
             return self.answer(404, {"error": "Revision not found"}, {"X-Error-Code": "RevisionNotFound"})
         siblings = [{"rfilename": path} for path in repository.files]
-        about = {"id": name, "sha": repository.sha, "private": repository.private, "tags": [], "siblings": siblings}
+        about = {"id": name, "sha": sha, "private": repository.private, "tags": [], "siblings": siblings}
         return self.answer(200, about)
 
     def tree(self, body: bytes, kind: str, name: str, folder: str | None) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,7 +134,7 @@ def hub():
         server.repositories["dataset", "tester/lines"] = Repository(False, {
             "train.jsonl": "".join(json.dumps(line) + "\n" for line in many).encode(),
             "pictures/a.png": encode_png(picture(3))["bytes"],
-        }, 1)  # fmt: skip
+        }, 1, ("v1",))  # fmt: skip
         yield server
 
 
@@ -178,6 +179,8 @@ def ran(hub, tmp_path_factory):
         "split": ("check", "tester/rlhf_v", {"split": "validation"}),
         "revision": ("check", "tester/rlhf_v", {"revision": "v9"}),
         "config": ("check", "tester/rlhf_v", {"config": "french"}),
+        "configurations": ("check", "tester/configurations", {}),
+        "tagged": ("import", "tester/lines", {"data": {"revision": "v1"}, "output": "tagged"}),
         "broken": ("check", "tester/broken", {}),
         "on disk": ("check", "tester/here", {}),
         "split on disk": ("check", "tester/here", {"split": "train"}),
@@ -192,6 +195,10 @@ def ran(hub, tmp_path_factory):
         wanted[name] = ("same", f"tester/list_{name}", {"file": str(listed / f"{name}.json"), "how": how})
     files = dict(hub.repositories["dataset", "tester/rlhf_v"].files)
     hub.repositories["dataset", "tester/moving"] = Repository(False, files, 1)
+    several = "---\nconfigs:\n- config_name: easy\n  data_files: easy.jsonl\n- config_name: hard\n  data_files: hard.jsonl\n---\n"
+    hub.repositories["dataset", "tester/configurations"] = Repository(
+        False, {"README.md": several.encode(), **{f"{name}.jsonl": b'{"id": 1}' for name in ("easy", "hard")}}, 1
+    )
     hub.repositories["dataset", "tester/broken"] = Repository(False, {"train.parquet": b"PAR1 and no more"}, 1)
     done = dict(zip(wanted, steps(hub, where, *wanted.values()), strict=True))
     assert [name for name, step in wanted.items() if step[0] == "import" and done[name] != "finished"] == []
@@ -262,14 +269,20 @@ def test_a_stopped_import_goes_on_at_the_same_commit_only(hub, ran, tmp_path):
     assert (stopped / "data/train-00000.parquet").stat().st_mtime_ns == done["stopped"]
     assert (stopped / "data/train-00002.parquet").stat().st_mtime_ns > done["stopped"]
     hub.repositories["dataset", "tester/moving"].commits += 1
-    refused, pinned = steps(
+    before = everything(stopped)
+    refused, gone_on, pinned = steps(
         hub, where,
         ("import", "tester/moving", {"data": {}, "output": "stopped"}),
+        ("import", "tester/moving", {"data": {"revision": f"{1:040d}"}, "output": "stopped"}),
         ("import", "tester/moving", {"data": {"revision": f"{2:040d}"}, "output": str(tmp_path / "pinned")}),
     )  # fmt: skip
     assert "holds rows made with another config" in refused
     assert f"settings.source.commit: {1:040d} -> {2:040d}" in refused
-    assert pinned == "finished"
+    assert (
+        f"tester/moving on the Hub has changed since: give `data.revision: {1:040d}` to go on with the rows" in refused
+    )
+    assert "delete" not in refused
+    assert (gone_on, pinned, everything(stopped)) == ("finished", "finished", before)
 
 
 def test_a_stopped_import_fetches_only_what_is_not_done(hub, ran):
@@ -294,11 +307,17 @@ def test_a_finished_import_is_complete_without_the_hub(ran, tmp_path):
     before = everything(where / "out")
     with StandInHub() as gone:
         environment = gone.environment(tmp_path)
+    lines = ["--data.path", "tester/lines", "--output.path"]
     runs = [
         ["--output.path", "out"],
         ["--output.path", "out", "--min_block", "2"],
         ["--output.path", "out", "--data.revision", "v1"],
         ["--output.path", "fresh"],
+        ["--output.path", "out", "--data.revision", f"'{1:040d}'"],
+        [*lines, "lines"],
+        [*lines, "tagged", "--data.revision", "v1"],
+        [*lines, "tagged"],
+        ["--output.path", "out", "--data.split", "test"],
     ]
     code = "import json, sys\nfrom prefalign import cli\nfor more in json.loads(sys.argv[2]):\n"
     code += "    print('---', cli.main([*json.loads(sys.argv[1]), *more]), file=sys.stderr)"
@@ -309,9 +328,9 @@ def test_a_finished_import_is_complete_without_the_hub(ran, tmp_path):
     said = done.stderr.split("---")
     assert "import_published: out is already complete (10 rows)" in said[0]
     assert "holds rows made with another config (settings.min_block: 3 -> 2)" in said[1]
-    for number in (2, 3):
-        assert "no data at tester/rlhf_v on this disk, and the Hub at http://127.0.0.1" in said[number]
-    assert [part.split()[0] for part in said[1:]] == ["0", "1", "1", "1"]
+    for number in (2, 3, 7, 8):
+        assert re.search(r"no data at tester/\w+ on this disk, and the Hub at http://127.0.0.1", said[number])
+    assert [part.split()[0] for part in said[1:]] == ["0", "1", "1", "1", "0", "0", "0", "1", "1"]
     assert everything(where / "out") == before
 
 
@@ -326,6 +345,10 @@ def test_what_cannot_be_streamed_is_said_before_any_work(ran):
     assert "the data set tester/rlhf_v has no split 'validation', only train, test. Give one of them" in done["split"]
     assert "the data set tester/rlhf_v has no revision 'v9'. Give a branch, tag or commit" in done["revision"]
     assert "the data set tester/rlhf_v has no configuration 'french'" in done["config"]
+    several = (
+        "the data set tester/configurations has several configurations, ['easy', 'hard'], and none is the default one"
+    )
+    assert f"{several}. Give one of them as `data.config`." in done["configurations"]
     assert "the data set tester/broken cannot be streamed" in done["broken"]
     assert "give its file as `data.path`" in done["broken"]
     assert len(done["on disk"]) == 64  # a folder of that name on disk is read instead

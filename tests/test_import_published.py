@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 
-from prefalign import bundled, config
+from prefalign import bundled, config, running
 from prefalign.checkpoints import SCENES_BASE
+from prefalign.execution import Options
 from prefalign.images import encode_png
 from prefalign.losses.changed import changed_spans
 from prefalign.manifest import read_manifest
@@ -152,13 +153,14 @@ def test_answers_to_imitate_become_examples(folder):
         "conversations": talk(f"<image>\n{QUESTION}", GOOD, "Which colour?", "Red."),
         "model": "x",
     }
+    disliked = {"conversations": talk(QUESTION, BAD), "kto_tag": False}
     manifest, found = run(
         folder,
-        [llava, *ROWS["kto"], *ROWS["povid"], {**ROWS["verl"][0], "id": "10"}],
+        [llava, *ROWS["kto"], *ROWS["povid"], {**ROWS["verl"][0], "id": "10"}, disliked],
         produce="examples",
         record=Example,
     )
-    assert manifest.dropped == {"no_reference": 1}  # the answer with a thumb down
+    assert manifest.dropped == {"no_reference": 2}  # the answers with a thumb down
     assert [turn["role"] for turn in found[0].messages] == ["user", "assistant", "user", "assistant"]
     assert message_text(found[0].messages).endswith("Which colour?\nRed.")
     assert found[0].meta["columns"] == {"model": "x"}
@@ -199,6 +201,17 @@ def test_rows_of_another_kind_alone_stop_with_advice(folder):
         run(folder, ROWS["vlfeedback"])
     with pytest.raises(ValueError, match="min_block is 0; a stretch of equal words has at least 1 word"):
         run(folder, ROWS["trl"], min_block=0)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "config.json"])
+@pytest.mark.parametrize("content", ['{"name": "an app", "complete": true}', "[]", "{"])
+def test_a_folder_of_somebody_else_is_left_alone(folder, name, content):
+    (folder / "out").mkdir()
+    (folder / "out" / name).write_text(content)
+    made = stage.Config(DataConfig(write(folder, ROWS["trl"])), OutputConfig(folder / "out"))
+    with pytest.raises(StoreError, match="out is not empty and holds no stage's output. Give another `output.path`"):
+        running.run("import_published", stage, made, Options())
+    assert [(file.name, file.read_text()) for file in (folder / "out").iterdir()] == [(name, content)]
 
 
 def test_a_stopped_import_goes_on_and_another_reading_is_refused(folder):

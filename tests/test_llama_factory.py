@@ -99,6 +99,9 @@ def test_instructions_are_put_together_as_they_are_there(folder):
     assert [message_text(prompt.messages) for prompt in prompts] == [f"{QUESTION} 0", f"{QUESTION} 1"]  # num_samples
     assert {prompt.answer for prompt in prompts} == {GOOD}
     assert all(not prompt.images for prompt in prompts)  # no column of pictures is declared
+    (folder / "answers.json").write_text(json.dumps([{**ANSWERS[0], "kto_tag": False}]))
+    [prompt] = read(folder, "answers", to_prompt)  # nor one of thumbs
+    assert (prompt.answer, prompt.facts["columns"]["undeclared"]["kto_tag"]) == (GOOD, False)
     assert len(read(folder, "answers", to_prompt, limit=1)) == 1
 
 
@@ -151,6 +154,16 @@ def test_described_sets_are_imported(folder):
         ({"file_name": "x.json", "columns": "images"}, "columns is a str, not an object"),
         ({"file_name": "x.json", "formatting": "share"}, "formatting is 'share'; there are alpaca, sharegpt and openai"),
         ({"file_name": "x.json", "columns": {"videos": "clip"}}, "columns.videos is 'clip', and only pictures are read here"),
+        ({"file_name": "x.json", "hf_hub_url": None}, None),
+        ({"file_name": "x.json", "hf_hub_url": "", "num_samples": None}, None),
+        ({"file_name": 7}, "file_name is 7, not a text"),
+        ({"hf_hub_url": ["a/b"]}, r"hf_hub_url is \['a/b'\], not a text"),
+        ({"hf_hub_url": "a/b", "split": 1}, "split is 1, not a text"),
+        ({"file_name": "x.json", "columns": {"prompt": ["a"]}}, r"columns: prompt is \['a'\], not a text"),
+        ({"file_name": "x.json", "tags": {"role_tag": 1}}, "tags: role_tag is 1, not a text"),
+        ({"file_name": "x.json", "num_samples": "10"}, "num_samples is '10', and it is how many of the first rows are used"),
+        ({"file_name": "x.json", "num_samples": -3}, "num_samples is -3, and it is how many"),
+        ({"file_name": "x.json", "ranking": "false"}, "ranking is 'false', not true or false"),
         ({"hf_hub_url": "a/b", "folder": "c"}, "folder is 'c', and folders of a repository on the Hub are not told apart"),
     ],
 )  # fmt: skip
@@ -164,6 +177,14 @@ def test_descriptions_that_cannot_be_followed(folder, entry, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")) as error:
         files_of(data)
     assert f"{folder / 'dataset_info.json'}, mine" in str(error.value)
+
+
+def test_a_folder_may_have_an_at_in_its_name(folder):
+    home = folder / "user@host"
+    home.mkdir()
+    for name in ("dataset_info.json", "plain.json", "a.png"):
+        (folder / name).rename(home / name)
+    assert len(read(home, "plain", to_pair)) == 1
 
 
 def test_a_name_that_is_not_there(folder):
@@ -184,6 +205,9 @@ def test_a_name_that_is_not_there(folder):
     ):
         files_of(DataConfig(folder / "dataset_info.json@plain", layout="trl"))
     (folder / "dataset_info.json").write_text("{")
+    with pytest.raises(ValueError, match="dataset_info.json is not complete JSON"):
+        files_of(DataConfig(folder / "dataset_info.json@plain"))
+    (folder / "dataset_info.json").write_bytes(b"[" * 100_000)
     with pytest.raises(ValueError, match="dataset_info.json is not complete JSON"):
         files_of(DataConfig(folder / "dataset_info.json@plain"))
     (folder / "dataset_info.json").write_text("[]")

@@ -1,10 +1,10 @@
-"""ms-swift's rows whose rejected answer has pictures of its own, and its rows with a thumb."""
+"""ms-swift's rows whose rejected answer has pictures of its own; rows with a thumb, its and LLaMA-Factory's."""
 
 import pytest
 
-from prefalign.records import RecordError
+from prefalign.records import RecordError, message_text
 from prefalign.sources import DataConfig, to_candidates, to_pair, to_prompt
-from tests.published_sets import GOOD, QUESTION, ROWS, pictures, said
+from tests.published_sets import BAD, GOOD, QUESTION, ROWS, pictures, said, talk
 
 
 @pytest.fixture
@@ -30,17 +30,66 @@ def test_the_rejected_answer_of_another_picture_is_no_answer_to_this_one(folder)
     assert to_pair({**row, "rejected_images": ["a.png"]}, data(folder)).rejected_images == []
 
 
-@pytest.mark.parametrize("label", [True, False])
-def test_a_thumb_of_ms_swift_is_a_score(folder, label):
+def encoded(folder, name, path):
+    return {"bytes": (folder / name).read_bytes(), "path": path}
+
+
+def test_the_same_pictures_again_are_told_by_their_content(folder):
+    """However they are named: with the rejected answer they are left out, without it there is nothing to prefer."""
+    _, _, alone, both = ROWS["ms_swift"]
+    spellings = (["a.png"], ["./a.png"], [{"path": "a.png"}], [encoded(folder, "a.png", "2.png")])
+    for again in spellings:
+        pair = to_pair({**both, "rejected_images": again}, data(folder))
+        assert (pair.rejected_images, message_text(pair.rejected)) == ([], BAD)
+        candidates = to_candidates({**both, "rejected_images": again}, data(folder))
+        assert [answer["text"] for answer in candidates.responses] == [GOOD, BAD]
+        for read in (to_pair, to_candidates):
+            with pytest.raises(RecordError, match="this row has ") as error:
+                read({**alone, "rejected_images": again}, data(folder))
+            assert error.value.reason == "missing_column"
+    # other content under the same name
     row = {
-        "messages": [said("user", f"<image>{QUESTION}"), said("assistant", GOOD)],
-        "images": ["a.png"],
-        "label": label,
+        **alone,
+        "images": [encoded(folder, "a.png", "x.png")],
+        "rejected_images": [encoded(folder, "b.png", "x.png")],
     }
+    pair = to_pair(row, data(folder))
+    assert (pair.images[0]["bytes"], message_text(pair.rejected)) == ((folder / "a.png").read_bytes(), GOOD)
+    assert [picture["bytes"] for picture in pair.rejected_images] == [(folder / "b.png").read_bytes()]
+
+
+@pytest.mark.parametrize("label", [True, False])
+@pytest.mark.parametrize(
+    ("layout", "column"),
+    [("ms_swift", "label"), ("sharegpt", "kto_tag"), ("sharegpt", "label"), ("ms_swift", "kto_tag")],
+)
+def test_a_thumb_is_a_score(folder, layout, column, label):
+    """ms-swift's `label`, LLaMA-Factory's `kto_tag`: a disliked answer is nothing to imitate."""
+    turns = {"messages": [said("user", f"<image>{QUESTION}"), said("assistant", GOOD)]}
+    if layout == "sharegpt":
+        turns = {"conversations": talk(f"<image>{QUESTION}", GOOD)}
+    row = {**turns, "images": ["a.png"], column: label}
     found = to_candidates(row, data(folder))
-    assert (found.responses, found.answer) == (
+    assert (found.responses, found.answer, found.facts) == (
         [{"text": GOOD, "scores": {"label": float(label)}}],
         GOOD if label else None,
+        {},
     )
-    with pytest.raises(RecordError, match=r"ms_swift holds 1 answer\(s\)"):
+    assert to_prompt(row, data(folder)).answer == found.answer
+    with pytest.raises(RecordError, match=rf"{layout} holds 1 answer\(s\)"):
         to_pair(row, data(folder))
+
+
+def test_what_is_no_thumb(folder):
+    """A `label` of another kind is a column like any other; a `kto_tag` can only be a thumb, without an answer it is none."""
+    row = {"conversations": talk(QUESTION, GOOD)}
+    for label in ("cup", 0):
+        prompt = to_prompt({**row, "label": label}, data(folder))
+        assert (prompt.answer, prompt.facts) == (GOOD, {"columns": {"label": label}})
+    with pytest.raises(RecordError, match="`kto_tag` of an unpaired row is true or false, got 'up'") as error:
+        to_prompt({**row, "kto_tag": "up"}, data(folder))
+    assert error.value.reason == "bad_label"
+    unanswered = to_prompt({"conversations": talk(QUESTION), "kto_tag": False}, data(folder))
+    assert unanswered.facts == {"columns": {"kto_tag": False}}
+    pair = {**ROWS["sharegpt"][0], "kto_tag": False}
+    assert message_text(to_pair(pair, data(folder)).chosen) == GOOD

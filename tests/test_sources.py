@@ -9,7 +9,17 @@ from PIL import Image
 
 from prefalign.images import ImageError, read_image
 from prefalign.records import Prompt, RecordError, assistant_message, placeholder_count, user_message
-from prefalign.sources import BadRow, DataConfig, content_digest, files_of, fingerprint, read_rows, survey, to_prompt
+from prefalign.sources import (
+    BadRow,
+    DataConfig,
+    RowReader,
+    content_digest,
+    files_of,
+    fingerprint,
+    read_rows,
+    survey,
+    to_prompt,
+)
 
 
 @pytest.fixture
@@ -161,10 +171,42 @@ def test_json_list_and_limit(folder):
     assert survey(DataConfig(path=file, limit=3))[0] == len(list(read_rows(DataConfig(path=file, limit=3)))) == 3
 
 
-def test_truncated_json_list(folder):
-    (folder / "rows.json").write_text('[{"id": 1},')
-    with pytest.raises(ValueError, match="is not complete JSON .*Was the download cut off"):
-        list(read_rows(DataConfig(path=folder / "rows.json")))
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_mark_of_byte_order_is_no_part_of_the_rows(folder, name):
+    rows = [FORMATS["llava"], FORMATS["rlaif_v"]]
+    text = json.dumps(rows) if name == "rows.json" else "\n".join(map(json.dumps, rows))
+    (folder / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert list(read_rows(DataConfig(folder / name))) == rows
+    assert len(RowReader(DataConfig(folder / name)).read(0, 2)) == 2
+
+
+def test_a_line_that_is_not_utf_8_is_not_read_with_other_words(folder):
+    lines = [json.dumps({"id": "1", "question": "caf\xe9?", "answer": "A"}, ensure_ascii=False) for _ in range(3)]
+    data = DataConfig(folder / "rows.jsonl")
+    data.path.write_bytes("\n".join(lines[:2]).encode() + b"\n" + lines[2].encode("latin-1"))
+    *good, bad = read_rows(data)
+    assert [to_prompt(row, data).messages for row in good] == [[user_message("caf\xe9?")]] * 2
+    with pytest.raises(
+        RecordError, match=r"rows\.jsonl line 3 is not UTF-8 \(byte 0xe9\).*other words.*Convert the file"
+    ) as error:
+        to_prompt(bad, data)
+    assert error.value.reason == "bad_encoding"
+    assert survey(data)[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"question": "caf\xe9"}]'.encode("latin-1"), r"rows\.json is not UTF-8 \(byte 0xe9\).*Convert the file"),
+        (b"[" * 100_000, r"rows\.json is not complete JSON \(maximum recursion depth"),
+        (b'[{"id": 1},', r"rows\.json is not complete JSON .*Was the download cut off"),
+    ],
+    ids=["latin-1", "deep", "cut off"],
+)
+def test_a_list_that_cannot_be_read_is_named(folder, content, message):
+    (folder / "rows.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_rows(DataConfig(folder / "rows.json")))
 
 
 def test_empty_file(folder):
@@ -283,3 +325,71 @@ def test_a_fault_of_the_machine_is_not_put_down_to_the_row(folder):
         pytest.skip("needs /proc")
     with pytest.raises(OSError, match="Input/output error"):
         first_prompt(folder, {**FORMATS["llava"], "image": str(mem)})
+
+
+def cloned(folder, *names):
+    """A folder as `hf download` leaves it; each file has one row, called after the file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name in names:
+        file = folder / "clone" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".parquet":
+            pq.write_table(pa.table({"id": [name], "question": ["What?"]}), file)
+        else:
+            file.write_text(json.dumps({"id": name, "question": "What?"}) + "\n")
+    return folder / "clone"
+
+
+SHARDS = ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002-6ef3991c06080e14.parquet")
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (("data/test-00000-of-00001.parquet", *SHARDS), "test, train"),
+        (("test.jsonl", "train.jsonl"), "test, train"),
+        (("dev.v2-00000-of-00001.parquet", "train.parquet"), "dev.v2, train"),
+    ],
+)
+def test_splits_of_a_downloaded_set_are_not_mixed(folder, names, splits):
+    clone = cloned(folder, *names)
+    with pytest.raises(
+        ValueError, match=rf"has the splits {splits}, and no more than one .* Give one .* `data\.split`"
+    ):
+        files_of(DataConfig(clone))
+    data = [DataConfig(clone, split=split) for split in splits.split(", ")]
+    of = {each.split: [row["id"] for row in read_rows(each)] for each in data}
+    assert of == {each.split: [name for name in names if each.split in name] for each in data}
+    assert fingerprint(data[0]) != fingerprint(data[1])
+    with pytest.raises(ValueError, match=rf"has no split 'validation', only {splits}\."):
+        files_of(DataConfig(clone, split="validation"))
+    with pytest.raises(ValueError, match="is on this disk, and data.revision is for data sets of the Hub"):
+        files_of(DataConfig(clone, split="train", revision="v1"))
+
+
+def test_a_downloaded_set_of_one_split_needs_no_name_of_it(folder):
+    clone = cloned(folder, *SHARDS)
+    both = [clone / name for name in SHARDS]
+    assert files_of(DataConfig(clone)) == files_of(DataConfig(clone, split="train")) == both
+    for name in ("rows.jsonl", "data/rows.jsonl"):
+        cloned(folder, name)
+        with pytest.raises(
+            ValueError, match=rf"clone holds .*train-00000-of-00002\.parquet and {name}, .* Give .* `data"
+        ):
+            files_of(DataConfig(clone))
+        (clone / name).unlink()
+    (clone / "manifest.json").write_text("{}")
+    cloned(folder, "notes.jsonl")
+    assert files_of(DataConfig(clone)) == both  # a stage's output says itself what its rows are
+
+
+def test_files_that_are_no_splits_are_read_together(folder):
+    names = ("a.parquet", "b-00000-of.parquet", "train.parquet")
+    assert [row["id"] for row in read_rows(DataConfig(cloned(folder, *names)))] == list(names)
+    with pytest.raises(ValueError, match=r"is on this disk, and data\.split is for .*or name the file of that split"):
+        files_of(DataConfig(cloned(folder / "other", "a.parquet", "b.parquet"), split="train"))
+    cloned(folder, "c.jsonl")
+    with pytest.raises(ValueError, match=r"clone holds a\.parquet and c\.jsonl, which are not read together"):
+        files_of(DataConfig(folder / "clone"))

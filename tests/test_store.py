@@ -283,7 +283,7 @@ def test_a_folder_without_a_row_starts_afresh_once_the_cause_is_mended(data, tmp
 def test_a_folder_of_another_program_with_a_config_is_left_alone(data, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text('{"model_type": "llava"}')
-    with pytest.raises(StoreError, match="another config"):
+    with pytest.raises(StoreError, match="is not empty and holds no stage's output"):
         start(data, tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_text() == '{"model_type": "llava"}'
 

@@ -14,6 +14,7 @@ from prefalign.sources.files import (
     provenance,
     read_rows,
     recall,
+    revision_name,
     survey,
 )
 from prefalign.sources.layouts import LAYOUTS
@@ -33,6 +34,7 @@ __all__ = [
     "provenance",
     "read_rows",
     "recall",
+    "revision_name",
     "survey",
     "to_candidates",
     "to_pair",

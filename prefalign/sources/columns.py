@@ -29,7 +29,8 @@ class Row:
         answer: reference answer.
         images: paths or encoded pictures that both answers are about.
         rejected_images: the same of the other picture(s).
-        rejected_on_rejected_images: the rejected answer is about the other pictures, not about `images`.
+        rejected_on_rejected_images: the rejected answer, or the chosen one where there is no other, is about the other pictures;
+            those may be `images` again.
         responses: several answers, scored or not.
         columns: what has no field here.
         used: columns whose content is in one of these fields.

@@ -23,7 +23,8 @@ class DataConfig:
         images: folder that relative picture paths start from; the data file's own folder if empty, the repository for data
             sets of the Hub.
         limit: use only the first rows (0: all).
-        split: of a data set of the Hub; `train` if empty.
+        split: of a data set of the Hub, `train` if empty; or of a folder whose files are named after their splits, as those of a
+            data set that was downloaded (`train-00000-of-00002.parquet`, `test.jsonl`).
         config: configuration (subset) of a data set of the Hub; its default one if empty.
         revision: branch, tag or commit of a data set of the Hub; `main` if empty.
         layout: `auto` tells each row's layout from its columns; a name of `layouts.LAYOUTS` reads all rows as that one.

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from prefalign.sources.config import DESCRIPTIONS, BadRow, DataConfig
 from prefalign.sources.layouts import AUTO
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+_SHARD = re.compile(r"(\w[\w.]*)-\d+-of-\d+")
+_SPLITS = ("train", "validation", "valid", "val", "dev", "eval", "test")
 RawRow = Mapping[str, Any] | BadRow
 DeferredRow = Callable[[], RawRow]
 
@@ -28,8 +31,9 @@ def files_of(config: DataConfig) -> list[Path]:
     before they load a model, so that a typo costs no time.
 
     Raises:
-        ValueError: if there is none, one is of a kind that is not read, a stage's output is not finished, or the folder of
-            the pictures does not exist; or the Hub cannot be asked, or has no such data set, revision or split.
+        ValueError: if there is none, one is of a kind that is not read, a stage's output is not finished, a folder has files of
+            two kinds or of several splits, or the folder of the pictures does not exist; or the Hub cannot be asked, or has no
+            such data set, revision or split.
     """
     config = llama_factory.source_of(config)
     path = config.path
@@ -40,7 +44,10 @@ def files_of(config: DataConfig) -> list[Path]:
     if hub.is_named(config):
         hub.check(config)
         return []
-    given = [name for name in ("split", "config", "revision") if getattr(config, name) is not None]
+    files = _rows_of_folder(path, embedded) if path.is_dir() else []
+    splits = [] if embedded else sorted({split for split in map(_split_of, files) if split is not None})
+    known = ("config", "revision") if splits else ("split", "config", "revision")
+    given = [name for name in known if getattr(config, name) is not None]
     if given and path.exists():
         raise ValueError(
             f"{path} is on this disk, and data.{given[0]} is for data sets of the Hub: it would change nothing. Leave it out, or "
@@ -50,7 +57,6 @@ def files_of(config: DataConfig) -> list[Path]:
         if (path / "progress").is_dir() and not embedded:
             raise ValueError(f"folder {path} is the output of a stage that is not finished: rows would be missing. Start that "
                              "stage again (it goes on where it stopped), then this one.")  # fmt: skip
-        files = sorted(path.glob("data/*.parquet")) or sorted(path.glob("*.parquet")) or sorted(path.glob("*.jsonl"))
         if not files:
             lists = [file.name for file in sorted(path.glob("*.json"))]
             hint = f" It has {', '.join(lists[:4])}." if lists else ""
@@ -59,7 +65,7 @@ def files_of(config: DataConfig) -> list[Path]:
             raise ValueError(
                 f"folder {path} holds no .parquet or .jsonl rows. Give the data file itself as `data.path`.{hint}"
             )
-        return files
+        return _of_split(config, files, splits)
     if not path.is_file():
         raise ValueError(
             f"no data at {path}. Set `data.path` to a JSONL, JSON or Parquet file, to a stage's output, or to a data set of the "
@@ -70,6 +76,41 @@ def files_of(config: DataConfig) -> list[Path]:
     if path.stat().st_size == 0:
         raise ValueError(f"{path.name} is empty: there is nothing to do. Check how it was written.")
     return [path]
+
+
+def _rows_of_folder(path: Path, embedded: bool) -> list[Path]:
+    kinds = ("data/*.parquet", "*.parquet", "*.jsonl", "data/*.jsonl")
+    found = [files for kind in kinds if (files := sorted(path.glob(kind)))]
+    if len(found) > 1 and not embedded:
+        one, other = (files[0].relative_to(path) for files in found[:2])
+        raise ValueError(
+            f"folder {path} holds {one} and {other}, which are not read together, so rows would be left out. Give a file, or a "
+            "folder with nothing but the files that you mean, as `data.path`."
+        )
+    return found[0] if found else []
+
+
+def _split_of(file: Path) -> str | None:
+    """The split that a file's name says, as `datasets` and the Hub name them; None: it says none."""
+    if named := _SHARD.match(file.name):
+        return named[1]
+    return file.stem if file.stem in _SPLITS else None
+
+
+def _of_split(config: DataConfig, files: list[Path], splits: Sequence[str]) -> list[Path]:
+    """The files of a folder that are read, if their names tell several splits those of one."""
+    if config.split is None and len(splits) > 1:
+        raise ValueError(
+            f"folder {config.path} has the splits {', '.join(splits)}, and no more than one can be meant: what is kept for "
+            "testing would be trained on. Give one of them as `data.split`."
+        )
+    if config.split is None:
+        return files
+    if config.split not in splits:
+        raise ValueError(
+            f"folder {config.path} has no split {config.split!r}, only {', '.join(splits)}. Give one of them as `data.split`."
+        )
+    return [file for file in files if _split_of(file) == config.split]
 
 
 def fingerprint(config: DataConfig) -> str:
@@ -97,15 +138,24 @@ def provenance(config: DataConfig) -> dict[str, str]:
     return hub.provenance(llama_factory.source_of(config))
 
 
-def recall(config: DataConfig, source: Mapping[str, str] | None) -> None:
+def revision_name(config: DataConfig) -> str | None:
+    """The branch or tag of a data set of the Hub that is asked for; None: `main`, a commit, or files."""
+    named = llama_factory.source_of(config)
+    if named.revision in (None, "main") or named.revision == provenance(config).get("commit"):
+        return None
+    return named.revision
+
+
+def recall(config: DataConfig, source: Mapping[str, str] | None, revision: str | None = None) -> None:
     """Take the word of a finished folder for the commit that it was made from, where the Hub does not tell the present one.
 
     Args:
         config: names the data set.
         source: `provenance` of the folder's rows; None: there is no such folder.
+        revision: `revision_name` of that time.
     """
     if hub.is_named(named := llama_factory.source_of(config)):
-        hub.recall(named, source)
+        hub.recall(named, source, revision or "main")
 
 
 def read_rows(config: DataConfig, columns: Sequence[str] | None = None) -> Iterator[RawRow]:
@@ -193,7 +243,7 @@ def _of_file(file: Path, columns: Sequence[str] | None) -> Iterator[DeferredRow]
     elif file.suffix == ".json":
         yield from _of_list(file)
     else:
-        with file.open(encoding="utf-8", errors="replace") as stream:
+        with file.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
             for number, line in enumerate(stream, 1):
                 if line.strip():
                     yield functools.partial(_of_line, line, f"{file.name} line {number}")
@@ -224,8 +274,10 @@ def _whole(file: Path) -> Iterator[None]:
 
 def _of_list(file: Path) -> Iterator[DeferredRow]:
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        rows = json.loads(file.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file.name} {_not_utf_8(error.object[error.start])}") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file.name} is not complete JSON ({error}). Was the download cut off?") from error
     if not isinstance(rows, list):
         raise ValueError(f"{file.name} must be a list of rows, got a {type(rows).__name__}.")
@@ -235,10 +287,21 @@ def _of_list(file: Path) -> Iterator[DeferredRow]:
 
 def _of_line(line: str, where: str) -> RawRow:
     try:
+        line.encode()
+    except UnicodeEncodeError as error:  # the low byte of a surrogate is the byte that was there
+        return BadRow("bad_encoding", f"{where} {_not_utf_8(ord(line[error.start]) & 0xFF)}")
+    try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         return BadRow("bad_json", f"{where} is not complete JSON ({error}): {line[:60]!r}")
     return _object(row, where)
+
+
+def _not_utf_8(byte: int) -> str:
+    return (
+        f"is not UTF-8 (byte {byte:#04x}), so it would be read with other words than were written. Convert the file, as with "
+        "`iconv -f WINDOWS-1252 -t UTF-8`."
+    )
 
 
 def _object(row: Any, where: str) -> RawRow:

@@ -17,7 +17,7 @@ from prefalign.sources.config import DataConfig
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PIECE = 2**16
 FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".zip", ".gz")
-_RECALLED: dict[str, str] = {}
+_RECALLED: dict[tuple[str, str, str], tuple[str, str]] = {}
 
 
 class HubError(ValueError):
@@ -46,30 +46,36 @@ def check(config: DataConfig) -> None:
     _opened(config)
 
 
-def recall(config: DataConfig, source: Mapping[str, str] | None) -> None:
-    """Note the commit that a finished folder was made from, should the Hub not tell the present one; None: forget it."""
-    repository = config.path.as_posix()
-    _RECALLED.pop(repository, None)
-    if source is not None and source["repository"] == repository:
-        _RECALLED[repository] = source["commit"]
+def recall(config: DataConfig, source: Mapping[str, str] | None, revision: str) -> None:
+    """Note the commit that a finished folder was made from, should the Hub not tell the present one; None: forget it.
+
+    Args:
+        config: names the data set.
+        source: `provenance` of the folder's rows.
+        revision: branch or tag that was at that commit then.
+    """
+    rows = _rows(config)
+    _RECALLED.pop(rows, None)
+    if source is not None and (source["repository"], source["config"], source["split"]) == rows:
+        _RECALLED[rows] = source["commit"], revision
 
 
 def _recalled(config: DataConfig) -> str | None:
-    """The commit of `recall`; None if another one is asked for, or a branch or tag that may have been at any."""
-    commit = _RECALLED.get(config.path.as_posix())
-    return commit if config.revision in (None, "main", commit) else None
+    """The commit of `recall`; None if other rows are asked for, or a branch or tag that may have been at any."""
+    commit, revision = _RECALLED.get(_rows(config), (None, None))
+    return commit if (config.revision or "main") in (revision, commit) else None
+
+
+def _rows(config: DataConfig) -> tuple[str, str, str]:
+    return config.path.as_posix(), config.config or "default", config.split or "train"
 
 
 def provenance(config: DataConfig) -> dict[str, str]:
     """Which rows these are: `repository`, `commit`, `config` and `split` of a data set of the Hub; empty for files."""
     if not is_named(config):
         return {}
-    return {
-        "repository": config.path.as_posix(),
-        "commit": commit_of(config),
-        "config": config.config or "default",
-        "split": config.split or "train",
-    }
+    repository, name, split = _rows(config)
+    return {"repository": repository, "commit": commit_of(config), "config": name, "split": split}
 
 
 def commit_of(config: DataConfig) -> str:
@@ -265,6 +271,9 @@ def _explained(error: Exception, config: DataConfig) -> HubError:
     if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith("http"):
         return HubError(f"{nothing}, and the Hub at {constants.ENDPOINT} cannot be reached ({type(error).__name__}). Check the "
                           "network and HF_ENDPOINT and start the same command again: finished blocks are kept.")  # fmt: skip
+    if listed := re.search(r"Config name is missing\..*?available configs: (\[.*?\])", str(error), re.DOTALL):
+        return HubError(f"the data set {name} has several configurations, {listed[1]}, and none is the default one. Give one of "
+                        "them as `data.config`.")  # fmt: skip
     if config.config is not None and "BuilderConfig" in str(error):
         return HubError(f"the data set {name} has no configuration {config.config!r}: {str(error).splitlines()[0][:300]} Give "
                         "another `data.config`, or leave it out.")  # fmt: skip

@@ -68,8 +68,11 @@ def read(row: Mapping[str, Any], layout: str = AUTO) -> Row:
 
 
 def asks(row: Mapping[str, Any]) -> bool:
-    """Whether a row holds a question or a conversation, in any layout."""
-    return any(row.get(name) for name in _QUESTIONS)
+    """Whether a row holds a question or a conversation, in any layout; an empty one is none."""
+    name = recognised({column: value for column, value in row.items() if value or column not in _QUESTIONS})
+    if name is None or LAYOUTS[name].read is not trainer_formats.trl_implicit:
+        return name is not None
+    return isinstance(row["chosen"], list) and len(row["chosen"]) > 1  # the last turn is the answer
 
 
 def recognised(row: Mapping[str, Any]) -> str | None:

@@ -25,6 +25,7 @@ from prefalign.sources.turns import ROLES
 
 _KEYS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name", "formatting", "ranking",
          "subset", "split", "folder", "revision", "num_samples", "columns", "tags")  # fmt: skip
+_TEXTS = ("hf_hub_url", "file_name", "subset", "split", "folder", "revision", "formatting")
 _COLUMNS = ("prompt", "query", "response", "history", "messages", "system", "tools", "images", "videos", "audios", "chosen",
             "rejected", "kto_tag")  # fmt: skip
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
@@ -38,7 +39,7 @@ _ELSEWHERE = {
 }
 _MEANT = {*PICTURES, *CHOSEN, *REJECTED, "conversations", "messages", "prompt", "instruction_prompt", "question", "problem",
           "rejected_images", "chosen_images", "responses", "answer", "system", "system_prompt", "completion", "completions",
-          "label", "output_1", "output_2", "preference", "reward_model", "gt", "text"}  # fmt: skip
+          "label", "kto_tag", "output_1", "output_2", "preference", "reward_model", "gt", "text"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,10 @@ class Description:
     def source(self, config: DataConfig) -> DataConfig:
         """Where the rows are, with what else `config` says."""
         limits = [limit for limit in (config.limit, self.given.get("num_samples")) if limit]
-        found = replace(config, path=self.file.parent / self.given.get("file_name", ""), limit=min(limits, default=0))
-        if "hf_hub_url" not in self.given:
+        found = replace(
+            config, path=self.file.parent / (self.given.get("file_name") or ""), limit=min(limits, default=0)
+        )
+        if not self.given.get("hf_hub_url"):
             return replace(found, images=config.images or self.file.parent)
         return replace(
             found,
@@ -167,14 +170,15 @@ def described(config: DataConfig) -> Description | None:
     """
     if not config.path.name.startswith(DESCRIPTIONS):
         return None
-    file, _, name = config.path.as_posix().partition("@")
-    if not Path(file).is_file():
+    name = config.path.name.partition("@")[2]
+    file = config.path.with_name(config.path.name.partition("@")[0])
+    if not file.is_file():
         raise ValueError(f"no {DESCRIPTIONS} at {file}. Give `data.path` as folder/{DESCRIPTIONS}@NAME.")
     if config.layout != AUTO:
         raise ValueError(
             f"data.layout is {config.layout!r}, and {DESCRIPTIONS} says itself what the columns mean. Leave it out."
         )
-    return _description(file, name, Path(file).stat().st_mtime_ns)
+    return _description(file, name, file.stat().st_mtime_ns)
 
 
 def source_of(config: DataConfig) -> DataConfig:
@@ -184,10 +188,10 @@ def source_of(config: DataConfig) -> DataConfig:
 
 
 @functools.lru_cache(maxsize=64)
-def _description(file: str, name: str, changed: int) -> Description:
+def _description(file: Path, name: str, changed: int) -> Description:
     try:
-        known = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
+        known = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not complete JSON ({error}).") from error
     if not isinstance(known, dict):
         raise ValueError(f"{file} must map names to data sets, got a {type(known).__name__}.")
@@ -205,6 +209,9 @@ def _description(file: str, name: str, changed: int) -> Description:
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
     _check_keys(f"{where}: columns", columns, _COLUMNS)
     _check_keys(f"{where}: tags", tags, tuple(_TAGS))
+    _check_texts(where, {key: entry.get(key) for key in _TEXTS})
+    _check_texts(f"{where}: columns", columns)
+    _check_texts(f"{where}: tags", tags)
     _check_source(where, entry)
     formatting = entry.get("formatting", "alpaca")
     if formatting not in ("alpaca", "sharegpt", "openai"):
@@ -212,7 +219,14 @@ def _description(file: str, name: str, changed: int) -> Description:
     for medium in ("videos", "audios"):
         if columns.get(medium):
             raise ValueError(f"{where}: columns.{medium} is {columns[medium]!r}, and only pictures are read here.")
-    if entry.get("ranking") and (lacking := [side for side in ("chosen", "rejected") if not columns.get(side)]):
+    ranking, rows = entry.get("ranking"), entry.get("num_samples")
+    if not isinstance(ranking, (bool, type(None))):
+        raise ValueError(f"{where}: ranking is {ranking!r}, not true or false. Write it without quotes.")
+    if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 0):
+        raise ValueError(
+            f"{where}: num_samples is {rows!r}, and it is how many of the first rows are used. Give a whole number."
+        )
+    if ranking and (lacking := [side for side in ("chosen", "rejected") if not columns.get(side)]):
         raise ValueError(
             f"{where}: ranking is true, and `columns` does not say which one is {' and which '.join(lacking)}, so that there "
             'would be no pair. Add "chosen" and "rejected" to its columns.'
@@ -225,7 +239,7 @@ def _description(file: str, name: str, changed: int) -> Description:
         **{key: value for key, value in tags.items() if value},
     }
     named = {**usual, **{key: value for key, value in columns.items() if value}}
-    return Description(Path(file), name, entry, named, roles)
+    return Description(file, name, entry, named, roles)
 
 
 def _check_keys(where: str, given: Any, known: Sequence[str]) -> None:
@@ -236,6 +250,14 @@ def _check_keys(where: str, given: Any, known: Sequence[str]) -> None:
             near = difflib.get_close_matches(key, known, n=1)
             raise ValueError(
                 f"{where}: unknown key {key!r}{f'; did you mean {near[0]!r}?' if near else ''} Known are {', '.join(known)}."
+            )
+
+
+def _check_texts(where: str, given: Mapping[str, Any]) -> None:
+    for key, value in given.items():
+        if value is not None and not isinstance(value, str):
+            raise ValueError(
+                f"{where}: {key} is {value!r}, not a text, so nothing has that name. Give one name in quotes."
             )
 
 

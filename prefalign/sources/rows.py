@@ -161,8 +161,18 @@ def _own_prompt(row: Mapping[str, Any]) -> Prompt:
     return Prompt.from_row({**row, "facts": _facts(row)})
 
 
-def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Container[str]) -> Pair:
+def _said(row: Mapping[str, Any], config: DataConfig) -> tuple[Row, dict[str, Any]]:
+    """What a row of another's layout says, asked `config.question` if it asks nothing; and its columns that are facts."""
+    if config.question is not None and not layouts.asks(row):
+        row = {**row, "question": config.question}
     said = layouts.read(row, config.layout)
+    known = {name: row[name] for name in config.fact_columns if row.get(name) is not None}
+    said.columns = {name: value for name, value in said.columns.items() if name not in known}
+    return said, known
+
+
+def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Container[str]) -> Pair:
+    said, known = _said(row, config)
     given = {"chosen": said.last if said.chosen is None else said.chosen, "rejected": said.rejected}
     if said.responses is not None and (said.chosen is None or said.rejected is None):
         raise RecordError(
@@ -171,6 +181,10 @@ def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Containe
             "which rejected. Read it as candidates (import_published with `produce: candidates`); select_responses makes "
             "pairs of them.",
         )
+    images = [_read_picture(picture, config) for picture in said.images]
+    others = _other_pictures(said, images, config)
+    if given["rejected"] is None and others and said.rejected_on_rejected_images:
+        given["rejected"] = given["chosen"]
     for side, value in given.items():
         if value is None:
             raise RecordError(
@@ -179,33 +193,28 @@ def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Containe
                 "answer are prompts: bdhs and others make pairs of them, image_contrast with `--reads answers`.",
             )
     turns, answers = settle(said.turns, given)
-    if said.rejected_on_rejected_images and not same_answer(answers["chosen"], answers["rejected"]):
+    if others and said.rejected_on_rejected_images and not same_answer(answers["chosen"], answers["rejected"]):
         raise _two_pictures(said)
     used = {"margin"} | ({"method"} if row.get("method") else set()) | _category(row).keys()
     said.columns = {name: value for name, value in said.columns.items() if name not in used}
-    images = [_read_picture(picture, config) for picture in said.images]
-    others = [_read_picture(picture, config) for picture in said.rejected_images]
     columns = {"columns": _columns(said)} if said.columns else {}
     pair = Pair(id="", images=images, prompt=_with_placeholders(turns, len(images)),
                 chosen=[assistant_message(answers["chosen"])], rejected=[assistant_message(answers["rejected"])],
                 method=str(row.get("method") or "imported"), rejected_images=others,
-                answer=said.last if said.answer is None else said.answer, facts=_category(row) | _facts(row),
+                answer=said.last if said.answer is None else said.answer, facts=known | _category(row) | _facts(row),
                 margin=_margin(row), meta={"layout": said.layout, **columns})  # fmt: skip
     pair.id = _identity(row, pair, repeated)
     return pair
 
 
 def _foreign_prompt(row: Mapping[str, Any], config: DataConfig, repeated: Container[str]) -> tuple[Prompt, Row]:
-    if config.question is not None and not layouts.asks(row):
-        row = {**row, "question": config.question}
-    said = layouts.read(row, config.layout)
+    said, known = _said(row, config)
     images = [_read_picture(picture, config) for picture in said.images]
     turns, answer = said.turns, said.last if said.answer is None else said.answer
     if said.chosen is not None:
         turns, answers = settle(turns, {"chosen": said.chosen})
         answer = answers["chosen"]
-    known = {name: row[name] for name in config.fact_columns if row.get(name) is not None}
-    said.columns = {name: value for name, value in said.columns.items() if name not in known and name != "responses"}
+    said.columns.pop("responses", None)
     columns = {"columns": _columns(said)} if said.columns else {}
     prompt = Prompt("", images, _with_placeholders(turns, len(images)), answer, {**known, **_facts(row), **columns})
     prompt.id = _identity(row, prompt, repeated)
@@ -221,11 +230,12 @@ def _candidates(row: Mapping[str, Any], config: DataConfig, repeated: Container[
         prompt, said = _foreign_prompt(asked, config, repeated)
         given = said.responses if given is None else given
         chosen = said.last if said.chosen is None else said.chosen
-        if given is None and chosen is not None and said.rejected is not None:
-            if said.rejected_on_rejected_images:
+        if given is None and chosen is not None:
+            if said.rejected_on_rejected_images and _other_pictures(said, prompt.images, config):
                 raise _two_pictures(said)
-            _, texts = settle(said.turns, {"chosen": chosen, "rejected": said.rejected})
-            given = [{"text": texts[side], "scores": {"preference": float(side == "chosen")}} for side in texts]
+            if said.rejected is not None:
+                _, texts = settle(said.turns, {"chosen": chosen, "rejected": said.rejected})
+                given = [{"text": texts[side], "scores": {"preference": float(side == "chosen")}} for side in texts]
     if given is None:
         raise RecordError(
             "missing_column", f"candidates need `responses`; this row has only {', '.join(sorted(row))}. "
@@ -236,6 +246,13 @@ def _candidates(row: Mapping[str, Any], config: DataConfig, repeated: Container[
     found = Candidates(prompt.id, prompt.images, prompt.messages, responses, prompt.answer, prompt.facts)
     found.check()
     return found
+
+
+def _other_pictures(said: Row, images: list[EncodedImage], config: DataConfig) -> list[EncodedImage]:
+    """The other pictures of a row; none where a layout that repeats `images` there has done so, under whatever names."""
+    others = [_read_picture(picture, config) for picture in said.rejected_images]
+    again = said.rejected_on_rejected_images and [*map(sha256, others)] == [*map(sha256, images)]
+    return [] if again else others
 
 
 def _two_pictures(said: Row) -> RecordError:

@@ -31,8 +31,7 @@ def trl_implicit(row: Mapping[str, Any]) -> Row:
 def kto(row: Mapping[str, Any]) -> Row:
     """TRL's unpaired rows: one answer and a thumb."""
     found = trl(row)
-    if not isinstance(row["label"], (bool, int)) or row["label"] not in (0, 1):
-        raise RecordError("bad_label", f"`label` of an unpaired row is true or false, got {str(row['label'])[:80]!r}.")
+    _check_thumb(row, "label")
     found.turns, answers = settle(found.turns, {"completion": row["completion"]})
     said = answers["completion"]
     found.responses = [{"text": said, "scores": {"label": float(row["label"])}}]
@@ -41,8 +40,10 @@ def kto(row: Mapping[str, Any]) -> Row:
 
 
 def sharegpt(row: Mapping[str, Any]) -> Row:
-    """`conversations` of `from` and `value`: LLaVA's, LLaMA-Factory's (`chosen`, `rejected`, `system`) and POVID's."""
-    return paired(row, turns_of(row["conversations"]), ("system_prompt", "system"))
+    """`conversations` of `from` and `value`: LLaVA's, LLaMA-Factory's (`chosen`, `rejected`, `system`, or a thumb as `kto_tag`)
+    and POVID's.
+    """
+    return _with_thumb(paired(row, turns_of(row["conversations"]), ("system_prompt", "system")), row)
 
 
 def ms_swift(row: Mapping[str, Any]) -> Row:
@@ -51,17 +52,29 @@ def ms_swift(row: Mapping[str, Any]) -> Row:
     The rejected answer is given on `rejected_images`, which repeat `images` where the pictures are the same. Rows with
     `rejected_images` alone prefer the answer on its own picture.
     """
-    found = paired(row, normalise_messages(row["messages"]))
-    if isinstance(row.get("label"), bool) and found.last is not None and found.rejected is None:
-        found.responses = [{"text": found.last, "scores": {"label": float(row["label"])}}]
-        found.answer, found.last = found.last if row["label"] else None, None
-        found.used.add("label")
-    if found.rejected_images == found.images:
-        found.rejected_images = []
+    found = _with_thumb(paired(row, normalise_messages(row["messages"])), row)
     found.rejected_on_rejected_images = bool(found.rejected_images)
-    if found.rejected_images and found.rejected is None:
-        found.rejected = found.last if found.chosen is None else found.chosen
     return found
+
+
+def _with_thumb(found: Row, row: Mapping[str, Any]) -> Row:
+    """The last answer as the only response where `kto_tag`, or a true or false `label`, is a thumb; down, it is no reference."""
+    column = "kto_tag" if row.get("kto_tag") is not None else "label"
+    is_thumb = column == "kto_tag" or isinstance(row.get("label"), bool)
+    if not is_thumb or found.last is None or found.rejected is not None:
+        return found
+    _check_thumb(row, column)
+    found.responses = [{"text": found.last, "scores": {"label": float(row[column])}}]
+    found.answer, found.last = found.last if row[column] else None, None
+    found.used.add(column)
+    return found
+
+
+def _check_thumb(row: Mapping[str, Any], column: str) -> None:
+    if not isinstance(row[column], (bool, int)) or row[column] not in (0, 1):
+        raise RecordError(
+            "bad_label", f"`{column}` of an unpaired row is true or false, got {str(row[column])[:80]!r}."
+        )
 
 
 def verl(row: Mapping[str, Any]) -> Row:
