@@ -13,6 +13,7 @@ from typing import Any
 
 from prefalign.records import canonical_json
 from prefalign.seen import RepeatedIds
+from prefalign.shards import check_shards
 from prefalign.sources import hub, llama_factory, parquet
 from prefalign.sources.columns import ID_COLUMNS, source_id
 from prefalign.sources.config import DESCRIPTIONS, BadRow, DataConfig
@@ -28,8 +29,8 @@ def files_of(config: DataConfig) -> list[Path]:
     before they load a model, so that a typo costs no time.
 
     Raises:
-        ValueError: if there is none, one is of a kind that is not read, a stage's output is not finished, or the folder of
-            the pictures does not exist; or the Hub cannot be asked, or has no such data set, revision or split.
+        ValueError: if there is none, one is of a kind that is not read, a stage's output is not finished or lost shards, or
+            the folder of the pictures does not exist; or the Hub cannot be asked, or has no such data set, revision or split.
     """
     config = llama_factory.source_of(config)
     path = config.path
@@ -50,6 +51,7 @@ def files_of(config: DataConfig) -> list[Path]:
         if (path / "progress").is_dir() and not embedded:
             raise ValueError(f"folder {path} is the output of a stage that is not finished: rows would be missing. Start that "
                              "stage again (it goes on where it stopped), then this one.")  # fmt: skip
+        check_shards(path)
         files = sorted(path.glob("data/*.parquet")) or sorted(path.glob("*.parquet")) or sorted(path.glob("*.jsonl"))
         if not files:
             lists = [file.name for file in sorted(path.glob("*.json"))]
