@@ -48,10 +48,10 @@ def files_of(config: DataConfig) -> list[Path]:
             "name the file of that split."
         )
     if path.is_dir():
+        check_shards(path)
         if (path / "progress").is_dir() and not embedded:
             raise ValueError(f"folder {path} is the output of a stage that is not finished: rows would be missing. Start that "
                              "stage again (it goes on where it stopped), then this one.")  # fmt: skip
-        check_shards(path)
         files = sorted(path.glob("data/*.parquet")) or sorted(path.glob("*.parquet")) or sorted(path.glob("*.jsonl"))
         if not files:
             lists = [file.name for file in sorted(path.glob("*.json"))]
