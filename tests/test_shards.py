@@ -75,7 +75,9 @@ def test_no_shards_at_all(pairs, reader):
     assert kind_of(pairs) == "dataset"
 
 
-@pytest.mark.parametrize("content", ['{"version": 2}', "[]", '{"audio_filepath": "a.wav"}\n{"audio_filepath": "b.wav"}\n'])
+@pytest.mark.parametrize(
+    "content", ['{"version": 2}', "[]", '{"audio_filepath": "a.wav"}\n{"audio_filepath": "b.wav"}\n']
+)
 def test_a_manifest_of_another_program_says_nothing_of_the_rows(pairs, content):
     max(pairs.glob("data/*.parquet")).unlink()
     (pairs / "manifest.json").write_text(content)
