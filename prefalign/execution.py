@@ -223,7 +223,7 @@ class StageWorker:
         while not isinstance(asked := self._asked.get(), _Finish):
             try:
                 self._answers.put(list(process(asked)))
-            except Exception as error:
+            except BaseException as error:  # else the driver waits for ever; a panic in Rust is no Exception
                 self._answers.put(ended(error))
                 raise
         return asked.manifest

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from prefalign import bundled, folders
+from prefalign import bundled, folders, sources
 from prefalign.execution import WHOLE, Ended, Options, Shard, StageWorker, ended
 from prefalign.manifest import differences
 from prefalign.store import Block, Job, Outcome, run_job
@@ -52,8 +52,10 @@ def run(name: str, config: Any, options: Options) -> Any:
     Raises:
         ExecutorError: Ray is missing, the stage fails in an actor, actors differ in what they loaded, or keep dying.
         StoreError: as `store.run_stage` does.
+        ValueError: the Hub does not tell which commit of the data set is meant.
     """
     ray = _import_ray()
+    config = _at_one_commit(config)
     with _cluster(ray, options) as (actors, gpus):
         crew = _Crew(ray, name, config, actors, gpus)
         try:
@@ -63,6 +65,15 @@ def run(name: str, config: Any, options: Options) -> Any:
             crew.dismiss()
     sys.stderr.write(step.said)
     return step.result
+
+
+def _at_one_commit(config: Any) -> Any:
+    """The config with the commit that its data set of the Hub is at now: actors ask for the rows themselves, some of them later,
+    when a branch may have moved."""
+    commit = sources.provenance(config.data).get("commit")
+    if commit is None:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, revision=commit))
 
 
 def connect(address: str, **settings: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefalign.manifest import Manifest
+from prefalign.manifest import Manifest, read_manifest
 
 _AGAIN = (
     "Copy it again from where it was made, or delete the folder and run the stage again (started on what is there, it finds its "
@@ -76,3 +76,17 @@ def whole_shards(folder: Path, manifest: Manifest) -> Shards:
             f"added, so the manifest does not describe these rows. {_AGAIN}"
         )
     return shards
+
+
+def check_shards(folder: Path) -> None:
+    """See that the shards of a folder are whole if a stage has finished it; of other folders nothing is known.
+
+    Raises:
+        ValueError: as `whole_shards` does.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except (TypeError, ValueError):  # a manifest.json of another program
+        return
+    if manifest is not None:
+        whole_shards(folder, manifest)

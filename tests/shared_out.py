@@ -42,6 +42,8 @@ def main(config):
         raise ValueError("there is no such model. Name another.")
     if config.mishap == "die_at_start":
         os.kill(os.getpid(), signal.SIGKILL)
+    if config.mishap == "moved":
+        raise ValueError(f"{config.data.path} is read at {config.data.revision}.")
     settings = {"pid": os.getpid()} if config.mishap == "differ" else {}
     def process(block):
         if any(prompt.id.startswith(config.at) for prompt in block):

@@ -199,3 +199,26 @@ def test_several_processes_are_refused(prompts, tmp_path, monkeypatch):
     monkeypatch.setattr(step_run, "training_arguments", lambda *args, **kwargs: Two())
     with pytest.raises(ConfigError, match=r"2 processes run.*Start one process, or take rounds"):
         step_run.make_trainer(config, {}, step_run.read_settings(config))
+
+
+class CountedId(str):
+    """An id that counts how often it is compared."""
+
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        CountedId.compared += 1
+        return str.__eq__(self, other)
+
+
+def test_the_rows_of_a_run_cost_as_many_steps_as_there_are(monkeypatch):
+    """Each id is looked up a few times, not compared with all before."""
+    prompts = [Prompt(CountedId(f"p{number}"), [], []) for number in range(300)]
+    pairs = [Pair(f"pair{n}", [], [], [], [], "test", meta={"parent": CountedId(f"p{n}")}) for n in range(0, 300, 2)]
+    monkeypatch.setattr(step_run, "read_records", lambda folder, record: prompts if record is Prompt else pairs)
+    monkeypatch.setattr(CountedId, "compared", 0)
+    rows = list(step_run.step_rows("prompts", "offline"))
+    assert CountedId.compared < 10 * len(prompts)
+    assert [row.id for row in rows] == [f"p{n}" for n in [*range(0, 300, 2), *range(1, 300, 2)]]
+    assert [row.method for row in rows] == ["test"] * 150 + ["online_step"] * 150

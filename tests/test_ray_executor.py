@@ -6,18 +6,23 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import ray
+from huggingface_hub import constants
 
-from prefalign import bundled, config, ray_executor, running
+from prefalign import bundled, config, ray_executor, running, sources
 from prefalign.execution import Options, take_options
 from prefalign.manifest import read_manifest
 from prefalign.ray_executor import ExecutorError
 from prefalign.records import Candidates
+from prefalign.sources import DataConfig
 from prefalign.store import OutputConfig, StoreError, write_records
 from tests.launching import ROOT
 from tests.shared_out import files, prompts_with_a_duplicate, scenes_config, write_rows, write_stage
+from tests.stand_in_hub import TOKEN, Repository, StandInHub
 from tests.test_select_responses import row as scored_row
 
 RAY = Options(executor="ray", actors=2)
@@ -145,6 +150,20 @@ def test_a_stage_that_writes_two_folders(file, rows, straight, tmp_path):
 def test_what_goes_wrong_in_an_actor_is_told_once(file, rows, tmp_path, mishap, message):
     with pytest.raises(ExecutorError, match=message):
         run(file, rows, tmp_path / "out", mishap=mishap, options=RAY if mishap == "differ" else ONE)
+
+
+def test_all_actors_read_the_commit_that_the_driver_found(file, tmp_path, monkeypatch):
+    """A branch may move before an actor comes to ask for itself. `config.json` has the commit, however it was asked for."""
+    data = DataConfig(Path("tester/rows"))
+    with StandInHub() as hub:
+        hub.repositories["dataset", "tester/rows"] = Repository(False, commits=7)
+        commit = hub.repositories["dataset", "tester/rows"].sha
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        with pytest.raises(ExecutorError, match=f"^tester/rows is read at {commit}. .in an actor on node "):
+            run(file, data.path, tmp_path / "out", mishap="moved", options=ONE)
+        assert sources.provenance(replace(data, revision=commit)) == sources.provenance(data)
 
 
 def test_the_store_stops_a_run_on_actors_too(file, rows, tmp_path):

@@ -5,12 +5,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from prefalign import cli
+from prefalign import bundled, cli
 from prefalign.hub import publish_dataset
 from prefalign.hub.publish import _check_columns
 from prefalign.hub.staging import PublishError, kind_of
 from prefalign.manifest import read_manifest
 from prefalign.report.pairs import write_pair_report
+from prefalign.sources import DataConfig, files_of
+from prefalign.store import OutputConfig
 from prefalign.training.examples import load_examples
 from prefalign.training.pairs import load_pairs
 from tests.sft_runs import make_example, write_examples
@@ -31,12 +33,23 @@ def inspect(folder):
     return write_pair_report(folder, folder / "report.html")
 
 
+def run_stage(folder):
+    """The stage that reads every kind of rows."""
+    stage = bundled.load_stage("import_published")
+    output = OutputConfig(folder.with_name("imported"))
+    try:
+        return stage.main(stage.Config(DataConfig(folder), output))
+    except ValueError:
+        assert not output.path.exists(), "nothing was begun"
+        raise
+
+
 def drop(folder, column):
     for shard in folder.glob("data/*.parquet"):
         pq.write_table(pq.read_table(shard).drop_columns([column]), shard)
 
 
-@pytest.mark.parametrize("reader", [load_pairs, load_examples, publish, inspect])
+@pytest.mark.parametrize("reader", [load_pairs, load_examples, publish, inspect, run_stage])
 def test_a_damaged_shard_is_named(pairs, reader):
     shard = max(pairs.glob("data/*.parquet"))
     shard.write_bytes(shard.read_bytes()[:3000])
@@ -46,20 +59,29 @@ def test_a_damaged_shard_is_named(pairs, reader):
         reader(pairs)
 
 
-@pytest.mark.parametrize("reader", [load_pairs, load_examples, publish])
+@pytest.mark.parametrize("reader", [load_pairs, load_examples, publish, run_stage])
 def test_a_lost_shard_is_no_smaller_data_set(pairs, reader):
     max(pairs.glob("data/*.parquet")).unlink()
     with pytest.raises(ValueError, match=r"pairs hold 5 rows, but manifest.json says 8: a shard was lost or added"):
         reader(pairs)
 
 
-@pytest.mark.parametrize("reader", [load_pairs, load_examples, publish])
+@pytest.mark.parametrize("reader", [load_pairs, load_examples, publish, run_stage])
 def test_no_shards_at_all(pairs, reader):
     for shard in pairs.glob("data/*.parquet"):
         shard.unlink()
     with pytest.raises(ValueError, match=r"holds no shards .*manifest.json says 8 rows: .*delete the folder and run"):
         reader(pairs)
     assert kind_of(pairs) == "dataset"
+
+
+@pytest.mark.parametrize(
+    "content", ['{"version": 2}', "[]", '{"audio_filepath": "a.wav"}\n{"audio_filepath": "b.wav"}\n']
+)
+def test_a_manifest_of_another_program_says_nothing_of_the_rows(pairs, content):
+    max(pairs.glob("data/*.parquet")).unlink()
+    (pairs / "manifest.json").write_text(content)
+    assert [file.name for file in files_of(DataConfig(pairs))] == ["train-00000.parquet"]
 
 
 def test_a_stage_that_finds_its_manifest_looks_at_its_shards(tmp_path, capsys):

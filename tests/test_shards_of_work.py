@@ -6,12 +6,13 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 
 import pytest
 
 from prefalign import bundled, config, folders, running, store, surveys
-from prefalign.execution import LeftToOthers, Options, Shard, sharded
+from prefalign.execution import WHOLE, WORKER, LeftToOthers, Options, Shard, StageWorker, sharded
 from prefalign.manifest import read_manifest, write_atomically
 from prefalign.records import Prompt
 from prefalign.sources import DataConfig, survey
@@ -339,3 +340,25 @@ def test_stages_with_a_model(name, tmp_path, capsys):
     manifest = read_manifest(tmp_path / "out")
     assert manifest.dropped["duplicate"] == 1
     assert manifest.rows_out > 3
+
+
+class Panic(BaseException):
+    """Such is `pyo3_runtime.PanicException`, which libraries written in Rust (tokenizers, safetensors) raise."""
+
+
+@pytest.mark.parametrize("error", [KeyError("unforeseen"), Panic("index out of bounds"), SystemExit("gone")])
+def test_whatever_a_block_raises_in_a_worker_is_answered(error):
+    """A driver that waits for the block's rows hears of it; nobody else would."""
+
+    def process(inputs):
+        raise error
+
+    worker = StageWorker(lambda config: WORKER.get().serve("job", process), None, WHOLE)
+    assert worker.next_step() == "job"
+    answers = []
+    waiting = threading.Thread(target=lambda: answers.append(worker.work(["row"])), daemon=True)
+    waiting.start()
+    waiting.join(timeout=5)
+    assert [(answer.error, answer.expected) for answer in answers] == [(str(error), False)]
+    assert f"{type(error).__name__}: {error}" in answers[0].trace
+    assert worker.next_step().error == str(error)

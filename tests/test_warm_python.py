@@ -10,7 +10,7 @@ import pytest
 from tests.launching import ROOT, TIMEOUT, WARM
 
 SCRIPT = """
-import json, os, signal, sys, time
+import json, os, signal, sys, threading, time
 from pathlib import Path
 how = sys.argv[1]
 if how == "tell":
@@ -19,6 +19,14 @@ if how == "tell":
 elif how == "leave":
     sys.exit("left")
 elif how == "raise":
+    raise KeyError("raised")
+elif how in ("leave threads", "raise over threads"):
+    def finish():
+        time.sleep(0.3)
+        Path("finished").touch()
+    threading.Thread(target=finish).start()
+    if how == "leave threads":
+        sys.exit(3)
     raise KeyError("raised")
 elif how == "die":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -72,6 +80,14 @@ def test_it_ends_as_the_process_does(script, tmp_path, how, code, said):
     process = start(script, tmp_path, how)
     assert said in process.communicate(timeout=TIMEOUT)[1]
     assert process.returncode == code
+
+
+@pytest.mark.parametrize(("how", "code"), [("leave threads", 3), ("raise over threads", 1)])
+def test_its_threads_finish_first(script, tmp_path, how, code):
+    process = start(script, tmp_path, how)
+    process.communicate(timeout=TIMEOUT)
+    assert process.returncode == code
+    assert (tmp_path / "finished").exists()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 7), (signal.SIGKILL, -9)])

@@ -113,7 +113,6 @@ def run(words: list[str], folder: str, environment: dict[str, str]) -> None:
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(words[0], run_name="__main__")
-        threading._shutdown()
     except SystemExit as end:
         code = end.code
     except BaseException:  # as Python itself: what nobody caught is printed
@@ -121,6 +120,10 @@ def run(words: list[str], folder: str, environment: dict[str, str]) -> None:
         code = 1
     if isinstance(code, str):
         print(code, file=sys.stderr)
+    try:
+        threading._shutdown()  # waits for threads, however the main one ended
+    except BaseException:
+        traceback.print_exc()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

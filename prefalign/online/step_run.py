@@ -38,7 +38,7 @@ def step_rows(prompts: Path, offline: Path | None) -> Iterator[Pair]:
     known = {prompt.id for prompt in read_records(prompts, Prompt)}
     seen: set[str] = set()
     for pair in read_records(offline, Pair) if offline is not None else ():
-        parents = [name for name in (pair.meta.get("parent"), pair.id) if name in known - seen]
+        parents = [name for name in (pair.meta.get("parent"), pair.id) if name in known and name not in seen]
         if parents:
             seen.add(parents[0])
             yield replace(pair, id=parents[0], rejected_images=[])

@@ -14,6 +14,7 @@ from typing import Any
 
 from prefalign.records import canonical_json
 from prefalign.seen import RepeatedIds
+from prefalign.shards import check_shards
 from prefalign.sources import hub, llama_factory, parquet
 from prefalign.sources.columns import ID_COLUMNS, source_id
 from prefalign.sources.config import DESCRIPTIONS, BadRow, DataConfig
@@ -31,9 +32,9 @@ def files_of(config: DataConfig) -> list[Path]:
     before they load a model, so that a typo costs no time.
 
     Raises:
-        ValueError: if there is none, one is of a kind that is not read, a stage's output is not finished, a folder has files of
-            two kinds or of several splits, or the folder of the pictures does not exist; or the Hub cannot be asked, or has no
-            such data set, revision or split.
+        ValueError: if there is none, one is of a kind that is not read, a stage's output is not finished or lost shards, a
+            folder has files of two kinds or of several splits, or the folder of the pictures does not exist; or the Hub cannot be
+            asked, or has no such data set, revision or split.
     """
     config = llama_factory.source_of(config)
     path = config.path
@@ -54,6 +55,7 @@ def files_of(config: DataConfig) -> list[Path]:
             "name the file of that split."
         )
     if path.is_dir():
+        check_shards(path)
         if (path / "progress").is_dir() and not embedded:
             raise ValueError(f"folder {path} is the output of a stage that is not finished: rows would be missing. Start that "
                              "stage again (it goes on where it stopped), then this one.")  # fmt: skip
