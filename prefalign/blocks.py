@@ -20,6 +20,19 @@ Input = Prompt | Pair | Candidates
 Record = Pair | Candidates | Example | Prompt
 Row = Mapping[str, Any] | BadRow
 AnyRecord = TypeVar("AnyRecord", Pair, Candidates, Example, Prompt)
+CAUSES = {
+    "cut_off": "Answers reached their limit on tokens (`max_new_tokens`) before they ended.",
+    "few_judged": "Fewer than two answers of a row could be judged; `answers` in claims.json counts why (`unreadable_list`: the "
+    "splitter wrote no list of claims).",
+    "no_facts": "`annotator: rules` reads the facts of the embedded world, which other rows lack: set annotator to `engine`, and "
+    "name `large`.",
+    "no_picture": "The rows name no picture (`image` or `images`).",
+    "no_reference": "The rows have no `answer`, nor a last turn of the assistant, and this stage starts from one.",
+    "small_gap": "No two answers of a row differ enough in score: draw more answers, or lower `pairs.min_gap`.",
+    "unreadable_annotation": "The large model wrote no question and answer in the form that it was asked for.",
+}
+"""What lies behind a reason for which all rows of a run may be dropped."""
+OF_EVERY_STAGE = ("config.json", "manifest.json")
 MAX_BLOCK_BYTES = 2**31 - 2**20  # Arrow's limit on the bytes of one list column, less what frames them
 
 
@@ -201,6 +214,19 @@ def first_message(folder: Path) -> str:
     with file.open(encoding="utf-8") as stream:
         message = json.loads(next(stream))["message"]
     return f" First message: {message} All messages are in {file.parent}."
+
+
+def likely_cause(folder: Path, dropped: Mapping[str, int]) -> str:
+    """Sentences with what lies behind the commonest reason, if that is known, and which files of figures a stage has written.
+
+    Args:
+        folder: the stage's output.
+        dropped: counts by reason.
+    """
+    commonest = max(dropped, key=lambda reason: dropped[reason], default="")
+    figures = [str(file) for file in sorted(folder.glob("*.json")) if file.name not in OF_EVERY_STAGE]
+    told = [CAUSES.get(commonest, ""), f"Figures are in {', '.join(figures)}." if figures else ""]
+    return "".join(f" {sentence}" for sentence in told if sentence)
 
 
 def _to_parquet(records: Sequence[Record], record: type[Record]) -> bytes:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from prefalign.config import ConfigError, nearest
+from prefalign.config import Config, ConfigError, load, nearest, parse_overrides, stated
 
 STAGE_FOLDERS = ("datagen", "reward_models", "recipes")
 PROFILES = {
@@ -68,6 +69,30 @@ def load_stage(name: str) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def resolve(cls: type[Config], chosen: str | None, overrides: Sequence[str]) -> Config:
+    """The config of a stage, from a file and the command line.
+
+    A bundled config names rows and, where theirs are files, the folder of their pictures. Rows given in their place (`data.path`
+    without `data.images`) do not have their pictures there, so that folder is left out. A file of one's own means what it says.
+
+    Args:
+        cls: the stage's `Config`.
+        chosen: a bundled config by name, or a file; None: the command line says all.
+        overrides: `--section.field VALUE`; they win.
+
+    Raises:
+        ConfigError: as `config.load` does.
+    """
+    if chosen is None:
+        return load(cls, None, overrides)
+    file = find(chosen)
+    data = parse_overrides(overrides).get("data")
+    other_rows = isinstance(data, dict) and "path" in data and "images" not in data
+    if other_rows and file.resolve().is_relative_to(root().resolve() / "configs") and stated(file, "data.images"):
+        overrides = [*overrides, "--data.images", "null"]
+    return load(cls, file, overrides)
 
 
 def rows_folder(stage: ModuleType, config: Any) -> Path:

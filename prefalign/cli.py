@@ -113,7 +113,7 @@ def run_stage(name: str, arguments: Sequence[str], *, default_config: str | None
     options, rest = execution.take_options(arguments)
     named, rest = config.take_file(rest)
     chosen = named or default_config
-    resolved = config.load(stage.Config, bundled.find(chosen) if chosen else None, rest)
+    resolved = bundled.resolve(stage.Config, chosen, rest)
     made = running.run(name, stage, resolved, options)
     if isinstance(made, Manifest):
         print(f"{made.stage}: {made.rows_in} rows in, {made.rows_out} rows out")

@@ -54,7 +54,7 @@ def plan_stages(arguments: Sequence[str]) -> None:
             said = "--shard and --executor are left out: the plan is of all rows, in one process."
             print(f"{Path(name).stem}: {said}", file=sys.stderr)
         chosen, overrides = config.take_file(options)
-        resolved = config.load(module.Config, bundled.find(chosen) if chosen else None, overrides)
+        resolved = bundled.resolve(module.Config, chosen, overrides)
         stages.append(planner.Stage(Path(name).stem, module, resolved))
     plans = planner.plan(stages, rows=rows)
     if "--json" in arguments:
@@ -123,7 +123,7 @@ def examine_stage(arguments: Sequence[str]) -> int:
         raise config.ConfigError(f"--rows {rows}: give the number of rows to read, as in `--rows 64`.")
     stage = bundled.load_stage(name)
     chosen, overrides = config.take_file(rest)
-    resolved = config.load(stage.Config, bundled.find(chosen) if chosen else None, overrides)
+    resolved = bundled.resolve(stage.Config, chosen, overrides)
     findings = doctor.examine(stage, resolved, rows=int(rows) if rows else doctor.SAMPLE)
     print(doctor.table(findings))
     if target:

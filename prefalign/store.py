@@ -220,7 +220,8 @@ def run_job(job: Job, spread: Spread, shard: Shard) -> Manifest:
         manifest = ledgers.manifest(job.stage, identity)
         if manifest.rows_out == 0:
             raise blocks.NoRows(
-                f"{job.stage} made no row out of {manifest.rows_in}: {_reasons(manifest.dropped)}.{blocks.first_message(folder)}",
+                f"{job.stage} made no row out of {manifest.rows_in}: {_reasons(manifest.dropped)}."
+                f"{blocks.likely_cause(folder, manifest.dropped)}{blocks.first_message(folder)}",
                 f"Mend the cause{_anew(folder, shard, ', with any config')}.",
             )
         folders.sweep(folder)

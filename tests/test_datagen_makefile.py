@@ -96,6 +96,8 @@ def test_all_on_own_data_leaves_out_what_needs_twins(tmp_path):
             "import_published",
             "knowada",
             "mpa",
+            "quality_pairs",
+            "rlaif_v",
             "s_vco",
             "select_responses",
         )
@@ -108,6 +110,8 @@ def test_all_on_own_data_leaves_out_what_needs_twins(tmp_path):
         "select_responses (needs SCORED=",
         "curate_instructions (needs labels or models of its own",
         "clinical_rules (needs labels or models of its own",
+        "rlaif_v (needs labels or models of its own",
+        "quality_pairs (needs labels or models of its own",
         "import_published (needs a published set",
     ):
         assert left_out in shown[shown.index("left out: ") :]
@@ -115,6 +119,16 @@ def test_all_on_own_data_leaves_out_what_needs_twins(tmp_path):
     assert "--data.path 'twins'" in order["s_vco"]
     assert "--data.path 'scored'" in order["select_responses"]
     assert "score_responses" not in order
+    planned = make(tmp_path, "-n", "plan", *given[1:])
+    assert "--then m3id" in planned
+    assert "rlaif_v" not in planned
+    assert "quality_pairs" not in planned
+
+
+def test_readers_of_pairs_wait_for_no_stage_that_all_leaves_out(tmp_path):
+    order = commands(tmp_path, "all", "MODEL=m", "DATA=rows.jsonl", "STAGES=rlaif_v stic filter_pairs")
+    assert [command.split()[0] for command in order] == ["stic", "filter_pairs"]
+    assert "--data.path 'runs/datagen/stic'" in order[1]
 
 
 @pytest.fixture(scope="module")

@@ -144,6 +144,14 @@ def test_a_missing_answer_is_named(folder, side):
         read(folder, {**row, side: None})
 
 
+@pytest.mark.parametrize("nothing", [None, "", []])
+def test_a_column_that_holds_nothing_is_not_told_as_one_that_the_row_has(folder, nothing):
+    """A table gives every row every column."""
+    row = {**LAYOUTS["trl text"], "rejected": None, "note": nothing}
+    with pytest.raises(RecordError, match=r"no `rejected`, only chosen, id, image, prompt\. Rows"):
+        read(folder, row)
+
+
 def test_a_row_that_asks_nothing_is_named(folder):
     row = {"id": "1", "image": "a.png", "chosen": "A dog.", "rejected": "A cat."}
     with pytest.raises(RecordError, match="a row needs `conversations`, `messages`, `prompt` or `question`"):

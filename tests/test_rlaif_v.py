@@ -227,7 +227,9 @@ def test_the_bundled_configs_run_on_the_tiny_model(stage, rows, tmp_path, name):
         assert manifest.rows_in == 3 == manifest.rows_used + sum(manifest.dropped.values())
         return
     changes["conquer"] = {"yes": ["Yes"], "no": ["No"]}  # its "yes" and "no" begin with one token
-    with pytest.raises(StoreError, match="made no row out of 3: 3 few_judged"):
+    with pytest.raises(
+        StoreError, match=r"3: 3 few_judged\. .*`unreadable_list`.* Figures are in \S+/out/claims\.json"
+    ):
         stage.main(config.build(stage.Config, config.merge(values, changes)))
     answers = json.loads((tmp_path / "out" / "claims.json").read_text())["answers"]
     assert answers.pop("unreadable_list") >= 9

@@ -159,6 +159,16 @@ def test_nothing_left_is_an_error(data, tmp_path):
     assert not (tmp_path / "out" / "quarantine").exists()
 
 
+def test_what_lies_behind_the_commonest_reason_is_told_with_the_figures(data, tmp_path):
+    def process(prompts):
+        (tmp_path / "out" / "claims.json").write_text("{}")
+        return [Dropped("no_reference" if int(prompt.id) % 4 == 0 else "small_gap") for prompt in prompts]
+
+    told = r"5 no_reference, 15 small_gap\. No two answers of a row differ enough .*`pairs\.min_gap`\. Figures are in "
+    with pytest.raises(StoreError, match=rf"{told}\S+/out/claims\.json\. Mend the cause"):
+        start(data, tmp_path / "out", process)
+
+
 def test_the_first_message_is_shown_with_the_folder_of_the_others(data, tmp_path):
     failed = [Failed("too_long", "9000 tokens. Raise max_length.")] * 4
     with pytest.raises(

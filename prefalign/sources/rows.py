@@ -189,7 +189,7 @@ def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Containe
         if value is None:
             raise RecordError(
                 "missing_column",
-                f"a pair needs `chosen` and `rejected`; this row has no `{side}`, only {', '.join(sorted(row))}. Rows with one "
+                f"a pair needs `chosen` and `rejected`; this row has no `{side}`, only {_filled(row)}. Rows with one "
                 "answer are prompts: bdhs and others make pairs of them, image_contrast with `--reads answers`.",
             )
     turns, answers = settle(said.turns, given)
@@ -238,7 +238,7 @@ def _candidates(row: Mapping[str, Any], config: DataConfig, repeated: Container[
                 given = [{"text": texts[side], "scores": {"preference": float(side == "chosen")}} for side in texts]
     if given is None:
         raise RecordError(
-            "missing_column", f"candidates need `responses`; this row has only {', '.join(sorted(row))}. "
+            "missing_column", f"candidates need `responses`; this row has only {_filled(row)}. "
             "sample_responses makes them of prompts."
         )  # fmt: skip
     given = json.loads(given) if isinstance(given, str) else given
@@ -304,6 +304,11 @@ def _facts(row: Mapping[str, Any], column: str = "facts") -> dict[str, Any]:
     except (ValueError, TypeError, RecursionError):
         known = facts
     raise RecordError(f"bad_{column}", f"`{column}` is a JSON object or absent, got {str(known)[:80]!r}.")
+
+
+def _filled(row: Mapping[str, Any]) -> str:
+    """Names of the columns that hold something: in a table, every row has every column."""
+    return ", ".join(sorted(name for name, value in row.items() if value is not None and value != "" and value != []))
 
 
 def _category(row: Mapping[str, Any]) -> dict[str, Any]:
