@@ -260,5 +260,5 @@ def test_what_a_stage_made_is_said_and_how_to_look_at_it(tmp_path, capsys):
         ]
         assert cli.main(["run", stage, *arguments]) == 0
         said = capsys.readouterr().out
-        assert f"{stage}: 2 rows in, 2 rows out" in said
+        assert f"{stage}: 2 rows in, 2 rows out\n" in said
         assert (f"look at them with: prefalign inspect {tmp_path / name}" in said) is hint
