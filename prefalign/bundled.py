@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -37,6 +38,18 @@ def configs() -> dict[str, Path]:
     base = root() / "configs"
     files = {file.relative_to(base).with_suffix("").as_posix(): file for file in sorted(base.rglob("*.yaml"))}
     return {name: file for name, file in files.items() if name.split("/")[0] not in PROFILES}
+
+
+def stage_of(file: Path) -> str | None:
+    """The stage whose command in a config's head names the file; None where no command does (a config of one's own)."""
+    head = file.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    named = re.search(rf"prefalign run (\w+) .*--config (?:\S*/)?{re.escape(file.stem)}(?:\.yaml)?(?!\S)", head)
+    return named[1] if named else None
+
+
+def configs_of(stage: str) -> list[str]:
+    """Names of the configs for a stage."""
+    return [name for name, file in configs().items() if file.stem == stage or stage_of(file) == stage]
 
 
 def profiles() -> dict[str, Path]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import prefalign
-from prefalign import bundled, config, execution, previews, running
+from prefalign import bundled, config, execution, previews, running, stage_help
 from prefalign.manifest import Manifest
 from prefalign.shards import whole_shards
 
@@ -108,7 +108,7 @@ def run_stage(name: str, arguments: Sequence[str], *, default_config: str | None
     """Load a stage, resolve its config strictly, run it; `default_config` is read where no `--config` is given."""
     stage = bundled.load_stage(name)
     if "--help" in arguments or "-h" in arguments:
-        print(running.describe(stage))
+        print(stage_help.describe(name, stage))
         return
     options, rest = execution.take_options(arguments)
     named, rest = config.take_file(rest)
