@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import re
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from prefalign.config import ConfigError, nearest
+from prefalign.config import ConfigError, load, take_file
 
 STAGE_FOLDERS = ("datagen", "reward_models", "recipes")
 PROFILES = {
@@ -59,13 +61,36 @@ def profiles() -> dict[str, Path]:
 
 def find(name: str) -> Path:
     """A stage, config or profile by name, or an existing file by path."""
+    known = {**configs(), **profiles()}
+    if not name.endswith(".yaml"):
+        known = {**stages(), **known}
+    return _found(name, known, "stage, config or file")
+
+
+def find_config(name: str) -> Path:
+    """A config by name, or an existing file by path: what `--config` takes."""
+    return _found(name, configs(), "config or file")
+
+
+def _found(name: str, known: Mapping[str, Path], kind: str) -> Path:
     if Path(name).is_file():
         return Path(name)
-    known = {**stages(), **configs(), **profiles()}
     bare = name.removeprefix("configs/").removesuffix(".yaml").removesuffix(".json")
     if bare in known:
         return known[bare]
-    raise ConfigError(f"no stage, config or file called {name!r}; {nearest(bare, list(known))}")
+    raise ConfigError(_missing(name, known, kind))
+
+
+def _missing(name: str, known: Iterable[str], kind: str) -> str:
+    """That there is nothing of a name, whether it is a file's or not, and what is near: a known name, or the last part of one."""
+    names = {entry.rpartition("/")[2]: entry for entry in known} | {entry: entry for entry in known}
+    bare = name.removeprefix("configs/").removesuffix(Path(name).suffix)
+    close = [near for word in (bare, Path(bare).name) for near in difflib.get_close_matches(word, names, n=1)]
+    hint = f"did you mean {names[close[0]]!r}? " if close else ""
+    if Path(name).suffix in (".yaml", ".yml", ".py"):
+        where = "" if Path(name).is_absolute() else " in the current folder"
+        return f"no file {name!r}{where}, nor among the bundled ones; {hint}`prefalign list` names those."
+    return f"no {kind} called {name!r}; {hint}`prefalign list` names the bundled ones."
 
 
 def load_stage(name: str) -> ModuleType:
@@ -73,7 +98,7 @@ def load_stage(name: str) -> ModuleType:
     known = stages()
     path = known.get(name, Path(name))
     if path.suffix != ".py" or not path.is_file():
-        raise ConfigError(f"no stage called {name!r}; {nearest(name, list(known))}")
+        raise ConfigError(_missing(name, known, "stage"))
     spec = importlib.util.spec_from_file_location(f"prefalign_stage_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -81,6 +106,33 @@ def load_stage(name: str) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def resolve(name: str, stage: ModuleType, arguments: Sequence[str], *, default_config: str | None = None) -> Any:
+    """The config that the arguments of `prefalign run` ask for.
+
+    Args:
+        name: the stage's name or file.
+        stage: its module.
+        arguments: `--config FILE` and settings.
+        default_config: read where no `--config` is given.
+
+    Raises:
+        ConfigError: it cannot be used; if it is another stage's, that is said too.
+    """
+    named, overrides = take_file(arguments)
+    chosen = named or default_config
+    file = find_config(chosen) if chosen else None
+    try:
+        return load(stage.Config, file, overrides)
+    except ConfigError as error:
+        other, asked = stage_of(file) if file else None, Path(name).stem
+        if other == asked or other not in stages():
+            raise
+        lines = [f"{chosen} is a config of {other}, as its head says: `prefalign run {other} --config {chosen}`."]
+        if own := configs_of(asked):
+            lines.append(f"Configs of {asked}: {', '.join(own)}.")
+        raise ConfigError("\n".join([str(error), *lines])) from None
 
 
 def rows_folder(stage: ModuleType, config: Any) -> Path:

@@ -110,10 +110,10 @@ def run_stage(name: str, arguments: Sequence[str], *, default_config: str | None
     if "--help" in arguments or "-h" in arguments:
         print(stage_help.describe(name, stage))
         return
+    if any(word.partition("=")[0] == "--dry-run" for word in arguments):
+        raise config.ConfigError(previews.instead_of_a_dry_run(name, stage))
     options, rest = execution.take_options(arguments)
-    named, rest = config.take_file(rest)
-    chosen = named or default_config
-    resolved = config.load(stage.Config, bundled.find(chosen) if chosen else None, rest)
+    resolved = bundled.resolve(name, stage, rest, default_config=default_config)
     made = running.run(name, stage, resolved, options)
     if isinstance(made, Manifest):
         folder = bundled.rows_folder(stage, resolved)
