@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import prefalign
-from prefalign import bundled, config, execution, previews, running
+from prefalign import bundled, config, execution, previews, running, stage_help
 from prefalign.manifest import Manifest
 from prefalign.shards import whole_shards
 
@@ -108,18 +108,29 @@ def run_stage(name: str, arguments: Sequence[str], *, default_config: str | None
     """Load a stage, resolve its config strictly, run it; `default_config` is read where no `--config` is given."""
     stage = bundled.load_stage(name)
     if "--help" in arguments or "-h" in arguments:
-        print(running.describe(stage))
+        print(stage_help.describe(name, stage))
         return
+    if any(word.partition("=")[0] == "--dry-run" for word in arguments):
+        raise config.ConfigError(previews.instead_of_a_dry_run(name, stage))
     options, rest = execution.take_options(arguments)
-    named, rest = config.take_file(rest)
-    chosen = named or default_config
-    resolved = bundled.resolve(stage.Config, chosen, rest)
+    resolved = bundled.resolve(name, stage, rest, default_config=default_config)
     made = running.run(name, stage, resolved, options)
     if isinstance(made, Manifest):
-        print(f"{made.stage}: {made.rows_in} rows in, {made.rows_out} rows out")
         folder = bundled.rows_folder(stage, resolved)
+        print(_became(made, folder))
         if "rejected" in whole_shards(folder, made).columns:  # STIC's second stage writes conversations
             print(f"look at them with: prefalign inspect {shlex.quote(str(folder))}")
+
+
+def _became(made: Manifest, folder: Path) -> str:
+    """What became of a stage's rows, as in `povid: 6 rows in, 3 rows out; dropped: 2 bad_json, 1 no_picture (2 failed: ...)`."""
+    line = f"{made.stage}: {made.rows_in} rows in, {made.rows_out} rows out"
+    if made.dropped:
+        often = sorted(made.dropped.items(), key=lambda reason: (-reason[1], reason[0]))
+        line += f"; dropped: {', '.join(f'{count} {reason}' for reason, count in often)}"
+    if made.quarantined:
+        line += f" ({made.quarantined} failed: {folder / 'quarantine'} says why)"
+    return line
 
 
 def _dispatch(arguments: list[str]) -> int | None:

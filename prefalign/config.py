@@ -140,7 +140,8 @@ def build(cls: type[Config], values: Mapping[str, Any], *, source: str = "config
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        lines = [_explain(cls, problem) for problem in error.errors()]
+        listed: set[type | None] = set()
+        lines = [_explain(cls, problem, listed) for problem in error.errors()]
         raise ConfigError(f"{source}: " + "\n  ".join(["", *lines] if len(lines) > 1 else lines)) from None
 
 
@@ -189,7 +190,8 @@ def _forbid_extra(cls: type, pydantic_config: Any) -> None:
                 _forbid_extra(inner, pydantic_config)
 
 
-def _explain(cls: type, problem: Any) -> str:
+def _explain(cls: type, problem: Any, listed: set[type | None]) -> str:
+    """A line on a problem; the known keys of a section once, for the first unknown key that is near none of them."""
     location = [str(part) for part in problem["loc"]]
     dotted = ".".join(location)
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -198,7 +200,12 @@ def _explain(cls: type, problem: Any) -> str:
             inner = dataclasses_in(typing.get_type_hints(owner).get(part)) if owner else []
             owner = inner[0] if inner else None
         known = [field.name for field in dataclasses.fields(owner)] if owner else []
-        return f"{dotted}: unknown key (value {problem['input']!r}); {nearest(location[-1], known)}"
+        hint = nearest(location[-1], known)
+        if hint.startswith("known: "):
+            if owner in listed:
+                return f"{dotted}: unknown key (value {problem['input']!r})."
+            listed.add(owner)
+        return f"{dotted}: unknown key (value {problem['input']!r}); {hint}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"{dotted}: required, and not given."
     if (

@@ -53,8 +53,7 @@ def plan_stages(arguments: Sequence[str]) -> None:
         if not shared_out.plain:
             said = "--shard and --executor are left out: the plan is of all rows, in one process."
             print(f"{Path(name).stem}: {said}", file=sys.stderr)
-        chosen, overrides = config.take_file(options)
-        resolved = bundled.resolve(module.Config, chosen, overrides)
+        resolved = bundled.resolve(name, module, options)
         stages.append(planner.Stage(Path(name).stem, module, resolved))
     plans = planner.plan(stages, rows=rows)
     if "--json" in arguments:
@@ -85,6 +84,24 @@ def _check_planned(name: str, stage: ModuleType) -> None:
         )
 
 
+def instead_of_a_dry_run(name: str, stage: ModuleType) -> str:
+    """What to say of `--dry-run`, which `run` does not have: the verb that tries this stage's first rows."""
+    from prefalign import doctor
+    from prefalign.sources import DataConfig
+
+    if Path(name).stem in doctor.STAGES:
+        tried = (
+            f"`prefalign doctor {name} ...` takes one batch of the first rows through every check and trains nothing"
+        )
+    elif typing.get_type_hints(stage.Config).get("data") is DataConfig:
+        tried = (
+            f"`prefalign plan {name} ...` runs the first rows in a scratch folder and tells what all of them will need"
+        )
+    else:
+        return f"run has no --dry-run, and no other verb tries {name}. Its settings: `prefalign run {name} --help`."
+    return f"run has no --dry-run. With the same arguments {tried}."
+
+
 def _plan_training(name: str, arguments: Sequence[str]) -> None:
     from prefalign import training_plan
 
@@ -92,7 +109,7 @@ def _plan_training(name: str, arguments: Sequence[str]) -> None:
         print(training_plan.describe())
         return
     chosen, rest = config.take_file(_of_a_training(name, arguments))
-    training_plan.main(bundled.load_stage(name), config.read_yaml(bundled.find(chosen)) if chosen else {}, rest)
+    training_plan.main(bundled.load_stage(name), config.read_yaml(bundled.find_config(chosen)) if chosen else {}, rest)
 
 
 def examine_stage(arguments: Sequence[str]) -> int:
@@ -122,8 +139,7 @@ def examine_stage(arguments: Sequence[str]) -> int:
     if rows is not None and (not rows.isdigit() or int(rows) == 0):
         raise config.ConfigError(f"--rows {rows}: give the number of rows to read, as in `--rows 64`.")
     stage = bundled.load_stage(name)
-    chosen, overrides = config.take_file(rest)
-    resolved = bundled.resolve(stage.Config, chosen, overrides)
+    resolved = bundled.resolve(name, stage, rest)
     findings = doctor.examine(stage, resolved, rows=int(rows) if rows else doctor.SAMPLE)
     print(doctor.table(findings))
     if target:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import typing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from prefalign import config as configs
 from prefalign import folders
 from prefalign.config import ConfigError
-from prefalign.execution import HELP, LeftToOthers, Options, sharded
+from prefalign.execution import LeftToOthers, Options, sharded
 from prefalign.sources import DataConfig
 from prefalign.store import OutputConfig
 
@@ -56,31 +53,3 @@ def run(name: str, stage: ModuleType, config: Any, options: Options) -> Any:
     except LeftToOthers as left:
         print(left)
         return None
-
-
-def describe(stage: ModuleType) -> str:
-    """What `prefalign run STAGE --help` prints: the stage's docstring, its settings, and who may work on its blocks."""
-    lines = [inspect.getdoc(stage) or "", "", "settings (--config FILE sets them, --name VALUE overrides):"]
-    lines += _settings(stage.Config, "")
-    if is_shared_out(stage):
-        lines += ["", HELP]
-    return "\n".join(lines)
-
-
-def _settings(cls: type, prefix: str) -> list[str]:
-    lines: list[str] = []
-    for entry in dataclasses.fields(cls):
-        annotation = typing.get_type_hints(cls)[entry.name]
-        sections = [] if typing.get_origin(annotation) in (list, tuple, dict) else configs.dataclasses_in(annotation)
-        inner = [line for section in sections for line in _settings(section, f"{prefix}{entry.name}.")]
-        if sections == [annotation]:
-            lines += inner
-            continue
-        if entry.default is not dataclasses.MISSING:
-            default = f"= {entry.default}"
-        elif entry.default_factory is not dataclasses.MISSING:
-            default = f"= {entry.default_factory()}"
-        else:
-            default = "(required)"
-        lines += [f"  --{prefix}{entry.name} {default}", *inner]
-    return lines

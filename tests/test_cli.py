@@ -170,6 +170,74 @@ def test_find_says_what_is_near():
         bundled.find("datagen/bdsh")
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            "aquarelle.yaml",
+            "no file 'aquarelle.yaml' in the current folder, nor among the bundled ones; `prefalign list`",
+        ),
+        (
+            "my/povid_scene.yml",
+            "no file 'my/povid_scene.yml' in the current folder, nor among the bundled ones; did you mean 'datagen/povid_s",
+        ),
+        (
+            "/nowhere/povid.yaml",
+            "no file '/nowhere/povid.yaml', nor among the bundled ones; did you mean 'datagen/povid'?",
+        ),
+        ("mpa", "no config or file called 'mpa'; did you mean 'datagen/mpa'? `prefalign list` names the bundled ones."),
+    ],
+)
+def test_a_config_that_is_not_there(given, said, tmp_path, capsys, monkeypatch):
+    """In words, not by the catalogue; a stage's file is no config, though one is called as it."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "mpa", "--config", given]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {said}")
+    assert shown.count("\n") == 1
+    assert len(shown) < 250
+
+
+def test_a_stage_file_that_is_not_there(capsys):
+    assert cli.main(["run", "mine/mpaa.py"]) == 1
+    said = "no file 'mine/mpaa.py' in the current folder, nor among the bundled ones; did you mean 'mpa'?"
+    assert said in capsys.readouterr().err
+
+
+def test_a_config_of_another_stage(tmp_path, capsys, monkeypatch):
+    """A copy of a bundled config says by its head whose it is; the keys that there are come once."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["copy", "datagen/knowada_scenes"]) == 0
+    verdict = (
+        "knowada_scenes.yaml is a config of knowada, as its head says: "
+        "`prefalign run knowada --config knowada_scenes.yaml`.\nConfigs of mpa: datagen/mpa, datagen/mpa_scenes.\n"
+    )
+    for verb in ("run", "plan"):
+        assert cli.main([verb, "mpa", "--config", "knowada_scenes.yaml"]) == 1
+        said = capsys.readouterr().err
+        assert said.count("unknown key") > 2
+        assert said.count("known: annotator, ") == 1
+        assert verdict in said
+    assert cli.main(["run", "knowada", "--config", "knowada_scenes.yaml", "--sed", "1"]) == 1
+    assert "is a config of" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("povid", "With the same arguments `prefalign plan povid ...` runs the first rows in a scratch folder"),
+        ("train_preference", "With the same arguments `prefalign doctor train_preference ...` takes one batch"),
+        ("merge_adapter", "no other verb tries merge_adapter. Its settings: `prefalign run merge_adapter --help`."),
+    ],
+)
+def test_a_dry_run_is_another_verb(name, said, capsys):
+    for flag in ("--dry-run", "--dry-run=1"):
+        assert cli.main(["run", name, flag, "--seed", "3"]) == 1
+        shown = capsys.readouterr().err
+        assert shown.startswith("error: run has no --dry-run")
+        assert said in shown
+
+
 @pytest.mark.parametrize("words", [["--config"], ["--config="], ["--config", "--name", "x"]])
 def test_config_without_file(stage, words, capsys):
     assert cli.main(["run", str(stage), *words]) == 1
@@ -260,5 +328,5 @@ def test_what_a_stage_made_is_said_and_how_to_look_at_it(tmp_path, capsys):
         ]
         assert cli.main(["run", stage, *arguments]) == 0
         said = capsys.readouterr().out
-        assert f"{stage}: 2 rows in, 2 rows out" in said
+        assert f"{stage}: 2 rows in, 2 rows out\n" in said
         assert (f"look at them with: prefalign inspect {tmp_path / name}" in said) is hint

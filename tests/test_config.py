@@ -88,6 +88,19 @@ def test_unknown_override_names_the_nearest():
         config.load(Config, None, ["--output", "x", "--sed", "1"])
 
 
+def test_known_keys_are_listed_once_for_each_section():
+    with pytest.raises(config.ConfigError) as error:
+        config.load(Config, None, ["--output", "x", "--qqq", "1", "--zzz", "2", "--trainer.www", "3", "--sed", "4"])
+    lines = [line.strip() for line in str(error.value).splitlines()]
+    known = "known: corruption, note, output, seed, trainer."
+    assert sorted(lines[1:]) == [
+        f"qqq: unknown key (value 1); {known}",
+        "sed: unknown key (value 4); did you mean 'seed'?",
+        "trainer.www: unknown key (value 3); known: beta, loss_type.",
+        "zzz: unknown key (value 2).",
+    ]
+
+
 def test_bad_type_and_missing_are_listed_together():
     with pytest.raises(config.ConfigError) as error:
         config.load(Config, None, ["--trainer.beta", "high"])

@@ -43,21 +43,21 @@ def rows(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(FOLDERS))
 def test_other_rows_leave_the_folder_of_a_bundled_config(name):
-    cls = stage_of(name).Config
+    def images(*given, chosen=name):
+        return bundled.resolve(name, stage_of(name), ["--config", chosen, *given]).data.images
+
     folder = Path(config.stated(bundled.find(name), "data.images"))
-    assert bundled.resolve(cls, name, []).data.images == folder
-    assert bundled.resolve(cls, name, ["--data.limit", "3"]).data.images == folder
+    assert images() == folder
+    assert images("--data.limit", "3") == folder
     for given in (ROWS, ["--data", "{path: rows.jsonl}"], ["--data.path=openbmb/RLAIF-V-Dataset"]):
-        assert bundled.resolve(cls, name, given).data.images is None
-    assert bundled.resolve(cls, f"configs/{name}.yaml", [*ROWS, "--data.images", "photos"]).data.images == Path(
-        "photos"
-    )
+        assert images(*given) is None
+    assert images(*ROWS, "--data.images", "photos", chosen=f"configs/{name}.yaml") == Path("photos")
 
 
 def test_a_config_of_ones_own_keeps_its_folder(tmp_path):
     own = tmp_path / "bdhs.yaml"
     own.write_text(bundled.find("datagen/bdhs").read_text())
-    resolved = bundled.resolve(stage_of("datagen/bdhs").Config, str(own), ROWS)
+    resolved = bundled.resolve("bdhs", stage_of("datagen/bdhs"), ["--config", str(own), *ROWS])
     assert resolved.data.images == Path("data/coco/train2014")
     with pytest.raises(ValueError, match="data.images is 'data/coco/train2014', and there is no such folder"):
         sources.files_of(resolved.data)
@@ -68,8 +68,7 @@ def test_the_readmes_commands_find_the_rows(rows):
     assert len(given) == 3
     for _, stage, *rest in given:
         _, rest = execution.take_options(rest)
-        chosen, rest = config.take_file(rest)
-        resolved = bundled.resolve(bundled.load_stage(stage).Config, chosen, rest)
+        resolved = bundled.resolve(stage, bundled.load_stage(stage), rest)
         assert sources.files_of(resolved.data) == [Path("rows.jsonl")]
 
 

@@ -72,7 +72,9 @@ def test_the_command_tells_of_shards_and_says_which_stages_have_none(rows, tmp_p
     assert cli.main([*command, "--shard", "1/2"]) == 0
     assert "shard 1/2 of capitals has done its blocks; 2 of 3" in capsys.readouterr().out
     assert cli.main([*command, "--shard", "0/2"]) == 0
-    assert "capitals: 22 rows in, 18 rows out" in capsys.readouterr().out
+    dropped = "2 duplicate, 1 bad_json, 1 missing_image"
+    failed = f"(2 failed: {tmp_path / 'out' / 'quarantine'} says why)"
+    assert f"capitals: 22 rows in, 18 rows out; dropped: {dropped} {failed}\n" in capsys.readouterr().out
     assert "shard" not in (tmp_path / "out" / "config.json").read_text()
     assert cli.main(["run", "merge_adapter", "--help"]) == 0
     assert "--shard" not in capsys.readouterr().out

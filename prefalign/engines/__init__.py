@@ -82,10 +82,17 @@ class Contrast:
 
 @dataclass
 class Sampling:
-    """How answers are drawn. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 cut nothing; `contrast` None decodes plainly.
+    """How answers are drawn.
 
-    `attention_layer` (needs capability `attention`) measures meanwhile how much of an answer's attention goes to each image token
-    in that decoder layer: 0-based, negative from the end, or `middle`; None: not measured.
+    Attributes:
+        max_new_tokens: longest answer.
+        temperature: 0 is greedy.
+        top_p: draw from the likeliest tokens that together have this probability; 1 cuts nothing.
+        top_k: draw from so many of the likeliest tokens; 0 cuts nothing.
+        repetition_penalty: what the logits of tokens that occurred are divided by (multiplied, if negative); 1: none.
+        contrast: decode against the model's own answer without the picture (M3ID); None: plainly.
+        attention_layer: measure meanwhile how much of an answer's attention goes to each image token in that decoder layer
+            (needs capability `attention`): 0-based, negative from the end, or `middle`; None: not measured.
     """
 
     max_new_tokens: int = 256

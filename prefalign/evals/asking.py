@@ -33,6 +33,9 @@ class Asking:
     Attributes:
         max_new_tokens: longest caption.
         short_answer_tokens: longest answer to any other question.
+        temperature: 0 is greedy.
+        top_p: draw from the likeliest tokens that together have this probability; 1 cuts nothing.
+        top_k: draw from so many of the likeliest tokens; 0 cuts nothing.
         block_size: items per block; a block is written at once, so it is what an interruption can cost.
         noise_step: step of the diffusion schedule for the condition `noise` (500 of 1000, as POVID).
         pictures: how many pictures are copied into the folder, for people to look at.

@@ -38,9 +38,12 @@ class ChairFiles:
 
 @dataclass
 class PopeFiles:
-    """POPE: `questions` are its JSONL files (random, popular, adversarial), `answers` replies made elsewhere, one file each.
+    """POPE.
 
     Attributes:
+        questions: its JSONL files (random, popular, adversarial).
+        images: folder of the pictures.
+        answers: replies made elsewhere, one file for each of questions; none: a model is asked.
         suffix: appended to each question, as in `Answer the question using a single word or phrase.`; the benchmark asks bare.
     """
 
@@ -52,7 +55,12 @@ class PopeFiles:
 
 @dataclass
 class ShortFiles:
-    """Short answers: JSONL of `{"id", "image", "question", "answer"}`, optional `kind`, `group`, `choices`."""
+    """Short answers.
+
+    Attributes:
+        questions: JSONL of `{"id", "image", "question", "answer"}`, optional `kind`, `group`, `choices`.
+        images: folder of the pictures.
+    """
 
     questions: Path
     images: Path | None = None
@@ -60,7 +68,13 @@ class ShortFiles:
 
 @dataclass
 class FilesData:
-    """Benchmarks from your files; leave out what you do not have."""
+    """Benchmarks from your files; leave out what you do not have.
+
+    Attributes:
+        chair: captions, whose objects are compared with those of the pictures.
+        pope: yes/no questions about objects.
+        short: questions with short answers.
+    """
 
     chair: ChairFiles | None = None
     pope: PopeFiles | None = None
