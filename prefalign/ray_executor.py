@@ -10,7 +10,6 @@ is replaced by a new one, and what it had in hand is done again.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import os
 import pickle
@@ -20,7 +19,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,25 +54,28 @@ def run(name: str, config: Any, options: Options) -> Any:
         ValueError: the Hub does not tell which commit of the data set is meant.
     """
     ray = _import_ray()
-    config = _at_one_commit(config)
+    commit = sources.provenance(config.data).get("commit")
     with _cluster(ray, options) as (actors, gpus):
-        crew = _Crew(ray, name, config, actors, gpus)
+        crew = _Crew(ray, name, _at(config, commit), actors, gpus)
         try:
             while not isinstance(step := crew.next_step(), Ended):
-                crew.finish(run_job(step, crew.spread, WHOLE))
+                crew.finish(run_job(_as_asked(step, config, commit), crew.spread, WHOLE))
         finally:
             crew.dismiss()
     sys.stderr.write(step.said)
     return step.result
 
 
-def _at_one_commit(config: Any) -> Any:
-    """The config with the commit that its data set of the Hub is at now: actors ask for the rows themselves, some of them later,
-    when a branch may have moved."""
-    commit = sources.provenance(config.data).get("commit")
-    if commit is None:
-        return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, revision=commit))
+def _at(config: Any, commit: str | None) -> Any:
+    """The config with its data at a commit: actors ask for the rows themselves, some later, when a branch may have moved."""
+    return config if commit is None else replace(config, data=replace(config.data, revision=commit))
+
+
+def _as_asked(job: Job, config: Any, commit: str | None) -> Job:
+    """An actor's job with the revision that was asked for, so that the folder says the same as that of one process."""
+    if commit is None or job.data.revision != commit:
+        return job
+    return replace(job, data=replace(job.data, revision=config.data.revision))
 
 
 def connect(address: str, **settings: Any) -> Any:
@@ -171,7 +173,7 @@ class _Actor:
 
     def next_step(self) -> Job | Ended:
         step: Job | Ended = self.worker.next_step() if self.worker is not None else self.end
-        return dataclasses.replace(step, said=self.said.getvalue()) if isinstance(step, Ended) else step
+        return replace(step, said=self.said.getvalue()) if isinstance(step, Ended) else step
 
     def work(self, inputs: list[Any]) -> list[Outcome] | Ended:
         assert self.worker is not None

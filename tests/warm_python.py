@@ -85,7 +85,8 @@ def answer(connection: socket.socket) -> None:
             received = connection.recv(1)
             os.kill(child, received[0]) if received else os.killpg(child, signal.SIGKILL)
         ended, status = os.waitpid(child, os.WNOHANG)
-    connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    with contextlib.suppress(BrokenPipeError):  # the caller was killed
+        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
     os._exit(0)
 
 
