@@ -120,6 +120,9 @@ def run_stage(name: str, arguments: Sequence[str], *, default_config: str | None
         folder = bundled.rows_folder(stage, resolved)
         if whole_shards(folder, made).files:
             print(f"look at them with: prefalign inspect {shlex.quote(str(folder))}")
+        if folder != resolved.output.path:  # one of several folders of rows (`quality_pairs`)
+            others = (file.parent for file in sorted(resolved.output.path.glob("*/manifest.json")))
+            print("beside them:", ", ".join(str(other) for other in others if other != folder) or "nothing")
 
 
 def _dispatch(arguments: list[str]) -> int | None:
