@@ -51,7 +51,7 @@ def test_candidates_show_each_response_with_its_scores_and_how_it_ended(tmp_path
     assert "Response 1 3 words \u00b7 stop a red cat correctness 4 verbosity missing total \u22122.5" in page.words
     assert "Response 2 3 words \u00b7 length a cat that Reference answer: a cat" in page.words
     assert "How responses ended stop 3 length 1" in page.words
-    assert "judge/correctness 2.5 1 to 4 0 judge/verbosity none none 1 total \u22120.25 \u22122.5 to 2 0" in page.words
+    assert "judge/correctness 2.5 1 to 4 2 judge/verbosity none none 4 total \u22120.25 \u22122.5 to 2 2" in page.words
     assert [card["data-flags"] for card in page.all("article")] == ["unfinished|score missing", "score missing"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,21 @@ class _Said:
 
 
 @dataclass
+class _Score:
+    """What the values of one score come to; they themselves are not kept."""
+
+    responses: int = 0
+    total: float = 0.0
+    lowest: float = math.inf
+    highest: float = -math.inf
+
+    def add(self, value: float) -> None:
+        self.responses += 1
+        self.total += value
+        self.lowest, self.highest = min(self.lowest, value), max(self.highest, value)
+
+
+@dataclass
 class _Statistics:
     rows: int = 0
     pictures: int = 0
@@ -59,8 +75,7 @@ class _Statistics:
     words: Counter[float] = field(default_factory=Counter)
     flags: Counter[str] = field(default_factory=Counter)
     finishes: Counter[str] = field(default_factory=Counter)
-    scores: dict[str, Counter[float]] = field(default_factory=dict)
-    missing: Counter[str] = field(default_factory=Counter)
+    scores: dict[str, _Score] = field(default_factory=dict)
 
     def add(self, row: Row, flags: Sequence[str]) -> None:
         answers = _answers(row)
@@ -71,13 +86,11 @@ class _Statistics:
         self.answers += len(answers)
         self.words.update(len(text.split()) for text in answers)
         for response in row.responses if isinstance(row, Candidates) else ():
-            self.finishes[response.get("finish_reason") or "not told"] += 1
+            self.finishes[str(response.get("finish_reason") or "not told")] += 1
             for name, value in (response.get("scores") or {}).items():
-                counts, figure = self.scores.setdefault(name, Counter()), as_number(value)
-                if figure is None:
-                    self.missing[name] += 1
-                else:
-                    counts[figure] += 1
+                score, figure = self.scores.setdefault(name, _Score()), as_number(value)
+                if figure is not None:
+                    score.add(figure)
 
 
 def write_report(folder: Path, output: Path, *, limit: int = 200) -> Path:
@@ -153,9 +166,10 @@ def _overview(
             if stats.flags[name]
         ],
         "scores": [
-            {"name": name, "mean": plain(_mean(counts)) if counts else "none", "missing": stats.missing[name],
-             "range": f"{plain(min(counts))} to {plain(max(counts))}" if counts else "none"}
-            for name, counts in stats.scores.items()
+            {"name": name, "missing": stats.answers - score.responses,
+             "mean": plain(score.total / score.responses) if score.responses else "none",
+             "range": f"{plain(score.lowest)} to {plain(score.highest)}" if score.responses else "none"}
+            for name, score in stats.scores.items()
         ],
         "chart": histogram("Length of the answers", {"answers": stats.words}, x_label="words", whole=True),
         "orders": [("words", "Words")] if stats.answers else [],
@@ -260,7 +274,3 @@ def _scores(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
     brief = {name: name.rsplit("/", 1)[-1] for name in scores}
     names = brief if len(set(brief.values())) == len(brief) else {name: name for name in scores}
     return [(names[name], "missing" if value is None else plain(value)) for name, value in scores.items()]
-
-
-def _mean(counts: Mapping[float, int]) -> float:
-    return sum(value * number for value, number in counts.items()) / max(sum(counts.values()), 1)
