@@ -84,10 +84,10 @@ def build_parser() -> argparse.ArgumentParser:
     path.add_argument("setting", nargs="?", help="of a config, as in model.dtype")
     copy.add_argument("target", type=Path, nargs="?", default=Path("."), help="folder or new file name")
 
-    inspect_verb = verbs.add_parser("inspect", help="HTML report of a folder of pairs")
+    inspect_verb = verbs.add_parser("inspect", help="HTML report of a folder of pairs, candidates, examples or prompts")
     inspect_verb.add_argument("folder", type=Path)
     inspect_verb.add_argument("--output", type=Path, help="HTML file (default: FOLDER/report.html)")
-    inspect_verb.add_argument("--limit", type=int, default=200, help="pairs shown one by one")
+    inspect_verb.add_argument("--limit", type=int, default=200, help="rows shown one by one")
 
     hub.add_arguments(verbs.add_parser("publish", help="check a model or pair folder, write its card, upload it"))
     return parser
@@ -118,8 +118,11 @@ def run_stage(name: str, arguments: Sequence[str], *, default_config: str | None
     if isinstance(made, Manifest):
         folder = bundled.rows_folder(stage, resolved)
         print(_became(made, folder))
-        if "rejected" in whole_shards(folder, made).columns:  # STIC's second stage writes conversations
+        if whole_shards(folder, made).files:
             print(f"look at them with: prefalign inspect {shlex.quote(str(folder))}")
+        if folder != resolved.output.path:  # one of several folders of rows (`quality_pairs`)
+            others = (file.parent for file in sorted(resolved.output.path.glob("*/manifest.json")))
+            print("beside them:", ", ".join(str(other) for other in others if other != folder) or "nothing")
 
 
 def _became(made: Manifest, folder: Path) -> str:
@@ -164,9 +167,9 @@ def _dispatch(arguments: list[str]) -> int | None:
         case "copy":
             _copy(chosen.name, chosen.target)
         case "inspect":
-            from prefalign.report.pairs import write_pair_report
+            from prefalign.report.rows import write_report
 
-            made = write_pair_report(chosen.folder, chosen.output or chosen.folder / "report.html", limit=chosen.limit)
+            made = write_report(chosen.folder, chosen.output or chosen.folder / "report.html", limit=chosen.limit)
             print(f"report: {made}, open it in a browser")
         case "publish":
             from prefalign import hub

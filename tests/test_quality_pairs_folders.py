@@ -103,7 +103,13 @@ def test_the_command_line_says_where_the_answers_are(stage, rows, tmp_path, caps
     asked = ["--config", "datagen/quality_pairs_scenes", "--data.path", str(rows), "--data.limit", "2",
              "--sampling.max_new_tokens", "8", "--output.path", str(tmp_path / "out")]  # fmt: skip
     assert cli.main(["run", "quality_pairs", *asked]) == 0
-    assert "quality_pairs: 2 rows in, 2 rows out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    out = tmp_path / "out"
+    assert f"quality_pairs: 2 rows in, 2 rows out\nlook at them with: prefalign inspect {out}/answers\n" in said
+    assert "beside them: nothing\n" in said  # the tiny judge gives no grade
+    shutil.copytree(out / "answers", out / "kept")
+    assert cli.main(["run", "quality_pairs", *asked]) == 0
+    assert f"beside them: {out}/kept\n" in capsys.readouterr().out
 
 
 def test_a_folder_of_an_earlier_version_or_of_others(stage, rows, graded, tmp_path):

@@ -49,6 +49,18 @@ def drop(folder, column):
         pq.write_table(pq.read_table(shard).drop_columns([column]), shard)
 
 
+@pytest.mark.parametrize(("reader", "said"), [(load_pairs, "training reads one"), (kind_of, "published by itself")])
+def test_the_pairs_inside_a_folder_of_several_are_named(pairs, reader, said):
+    with pytest.raises(ValueError) as raised:
+        reader(pairs.parent)
+    assert said in str(raised.value)
+    assert f"Its pairs are in {pairs}: give that." in str(raised.value)
+    assert "start it again" not in str(raised.value)
+    (pairs / "manifest.json").unlink()  # not finished, so not named
+    with pytest.raises(ValueError, match="no finished pairs|Give the folder that a run wrote"):
+        reader(pairs.parent)
+
+
 @pytest.mark.parametrize("reader", [load_pairs, load_examples, publish, inspect, run_stage])
 def test_a_damaged_shard_is_named(pairs, reader):
     shard = max(pairs.glob("data/*.parquet"))

@@ -83,6 +83,11 @@ def kind_of(folder: Path) -> Kind:
                 f"the run in {folder} has not saved its model. Start the same command again: it goes on where it stopped. Or "
                 "publish one of its checkpoint-N folders."
             )
+        if (folder / "pairs" / "manifest.json").is_file():
+            raise PublishError(
+                f"{folder} holds several folders of rows, and each is published by itself. Its pairs are in {folder / 'pairs'}: "
+                "give that."
+            )
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise PublishError(
             f"{folder} holds neither model weights (model.safetensors, adapter_model.safetensors) nor pairs "

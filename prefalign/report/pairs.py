@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import prefalign
-from prefalign.manifest import Manifest, read_manifest
+from prefalign.manifest import Manifest
 from prefalign.records import Pair, message_text
 from prefalign.report.charts import Chart, histogram
+from prefalign.report.overview import as_number, described, evenly, finished, median_of, percent, plain, problems
 from prefalign.report.page import MINUS, flattened, marked, thumbnail, write_page
 from prefalign.shards import read_shards
 from prefalign.store import read_records
@@ -66,7 +66,7 @@ class _Statistics:
         self.words_rejected[lengths[1]] += 1
         self.chosen_longer += lengths[0] > lengths[1]
         self.rejected_longer += lengths[0] < lengths[1]
-        similarity = _number(pair.meta.get("similarity"))
+        similarity = as_number(pair.meta.get("similarity"))
         if similarity is not None:
             self.similarity[round(similarity, 3)] += 1
         if pair.margin is not None:
@@ -100,14 +100,9 @@ def write_pair_report(folder: Path, output: Path, *, limit: int = 200) -> Path:
     folder, output = Path(folder), Path(output)
     if limit < 1:
         raise ValueError(f"limit is {limit}; a report shows at least one pair. Give --limit 1 or more.")
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise ValueError(
-            f"{folder} has no manifest.json, so what was dropped is not known: the stage did not finish, or this is not a "
-            "folder of pairs. Start the same command again (it resumes), or give the output folder of a stage."
-        )
+    manifest = finished(folder)
     total = read_shards(folder).rows
-    wanted = _evenly(total, limit if total <= limit else limit - limit // FLAGGED_SHARE)
+    wanted = evenly(total, limit if total <= limit else limit - limit // FLAGGED_SHARE)
     room = limit - len(wanted)
     stats = _Statistics()
     cards: list[dict[str, Any]] = []
@@ -141,24 +136,16 @@ def _overview(folder: Path, manifest: Manifest, stats: _Statistics, cards: list[
     orders = [("words", "Chosen minus rejected words")]
     orders += [("margin", "Margin")] if stats.margin else []
     orders += [("similarity", "Similarity")] if stats.similarity else []
-    identity = dict(manifest.config)
-    settings = identity.pop("settings", {})
     counted = [f"{name} ({number:,})" for name, number in stats.methods.most_common()]
-    rest = {"stage": manifest.stage, "code_version": manifest.code_version, "seed": manifest.seed, "models": manifest.models,
-            "libraries": manifest.libraries, **identity}  # fmt: skip
     return {
-        "title": folder.resolve().name,
-        "version": prefalign.__version__,
-        "manifest": manifest,
+        **described(folder, manifest),
         "stats": stats,
         "cards": cards,
-        "problems": _problems(manifest, stats, dropped),
-        "dropped_total": dropped,
+        "problems": problems(manifest, stats.pairs, "pairs"),
         "methods": ", ".join(counted if len(counted) > 1 else stats.methods),
-        "models": ", ".join(f"{role} {fingerprint[:16]}" for role, fingerprint in manifest.models.items()),
         "tiles": _tiles(manifest, stats, dropped),
         "flags": [
-            {"name": name, "meaning": FLAGS.get(name, "set by the stage"), "pairs": stats.flags[name]}
+            {"name": name, "meaning": FLAGS.get(name, "set by the stage"), "rows": stats.flags[name]}
             for name in names
             if stats.flags[name]
         ],
@@ -168,41 +155,21 @@ def _overview(folder: Path, manifest: Manifest, stats: _Statistics, cards: list[
         },
         "histograms": [chart for chart in charts if chart is not None],
         "orders": orders,
-        "provenance": {
-            "settings": flattened(settings) or [("settings", "none")],
-            "rest": flattened(rest),
-        },
     }
-
-
-def _problems(manifest: Manifest, stats: _Statistics, dropped: int) -> list[str]:
-    problems = []
-    if manifest.rows_in != manifest.rows_used + dropped:
-        problems.append(
-            f"The manifest does not add up: {manifest.rows_in:,} rows in, but {manifest.rows_used:,} used and "
-            f"{dropped:,} dropped make {manifest.rows_used + dropped:,}."
-        )
-    if manifest.rows_out != stats.pairs:
-        problems.append(
-            f"The shards hold {stats.pairs:,} pairs, the manifest says {manifest.rows_out:,}: rows were added or lost since."
-        )
-    if not manifest.complete:
-        problems.append("The stage did not finish; the numbers are of what it had done.")
-    return problems
 
 
 def _tiles(manifest: Manifest, stats: _Statistics, dropped: int) -> list[dict[str, str]]:
     pairs = max(stats.pairs, 1)
-    median = f"{_median(stats.words_chosen):g} / {_median(stats.words_rejected):g}"
+    median = f"{median_of(stats.words_chosen):g} / {median_of(stats.words_rejected):g}"
     pictures = f"{stats.rejected_pictures:,} rejected pictures" if stats.rejected_pictures else "no rejected pictures"
     return [
         {"name": "Pairs", "value": f"{stats.pairs:,}", "more": f"from {manifest.rows_used:,} of {manifest.rows_in:,} rows"},
-        {"name": "Rows dropped", "value": f"{dropped:,}", "more": f"{_share(dropped, manifest.rows_in)} of the rows"},
+        {"name": "Rows dropped", "value": f"{dropped:,}", "more": f"{percent(dropped, manifest.rows_in)} of the rows"},
         {"name": "Median words", "value": median, "more": "chosen / rejected"},
-        {"name": "Chosen is longer", "value": _share(stats.chosen_longer, pairs),
-         "more": f"rejected is longer: {_share(stats.rejected_longer, pairs)}"},
+        {"name": "Chosen is longer", "value": percent(stats.chosen_longer, pairs),
+         "more": f"rejected is longer: {percent(stats.rejected_longer, pairs)}"},
         {"name": "Pictures", "value": f"{stats.pictures:,}", "more": pictures},
-        {"name": "Flagged", "value": f"{stats.flagged:,}", "more": f"{_share(stats.flagged, pairs)} of the pairs"},
+        {"name": "Flagged", "value": f"{stats.flagged:,}", "more": f"{percent(stats.flagged, pairs)} of the pairs"},
     ]  # fmt: skip
 
 
@@ -213,7 +180,7 @@ def _card(number: int, pair: Pair, flags: list[str]) -> dict[str, Any]:
     others = [thumbnail(image) for image in pair.rejected_images]
     if any(not thumb.uri for thumb in (*pictures, *others)):
         flags = [*flags, "unreadable picture"]
-    similarity = _number(pair.meta.get("similarity"))
+    similarity = as_number(pair.meta.get("similarity"))
     facts = [("margin", _signed(pair.margin))] if pair.margin is not None else []
     facts += [("similarity", f"{similarity:.3g}")] if similarity is not None else []
     return {
@@ -267,47 +234,13 @@ def _scores(scores: Any, side: str) -> list[str]:
         return []
     found = scores.get(side)
     if isinstance(found, Mapping):
-        return [f"{name} {_plain(value)}" for name, value in found.items()]
+        return [f"{name} {plain(value)}" for name, value in found.items()]
     if found is not None:
-        return [f"score {_plain(found)}"]
+        return [f"score {plain(found)}"]
     return [
-        f"{name} {_plain(value[side])}"
-        for name, value in scores.items()
-        if isinstance(value, Mapping) and side in value
+        f"{name} {plain(value[side])}" for name, value in scores.items() if isinstance(value, Mapping) and side in value
     ]
-
-
-def _evenly(total: int, count: int) -> set[int]:
-    if count >= total:
-        return set(range(total))
-    if count == 1:
-        return {0}
-    return {round(number * (total - 1) / (count - 1)) for number in range(count)}
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _plain(value: Any) -> str:
-    return f"{value:.3g}".replace("-", MINUS) if isinstance(value, float) else str(value)
 
 
 def _signed(value: float) -> str:
     return f"{value:+.3g}".replace("-", MINUS)
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "none"
-
-
-def _median(counts: Mapping[float, int]) -> float:
-    half, seen = sum(counts.values()) / 2, 0
-    ordered = sorted(counts)
-    for i, value in enumerate(ordered):
-        seen += counts[value]
-        if seen == half and i + 1 < len(ordered):
-            return (value + ordered[i + 1]) / 2
-        if seen > half:
-            return value
-    return 0

@@ -52,6 +52,11 @@ def pairs_manifest(folder: Path) -> Manifest:
         ValueError: there is none, or the folder holds no pairs, or rows of another kind, or shards are damaged or lost.
     """
     manifest = read_manifest(folder)
+    if manifest is None and (folder / "pairs" / "manifest.json").is_file():
+        raise ValueError(
+            f"{folder} holds several folders of rows, and training reads one of them. Its pairs are in {folder / 'pairs'}: give "
+            "that."
+        )
     if manifest is None or not manifest.complete:
         raise ValueError(
             f"{folder} holds no finished pairs (no manifest.json). Give the output folder of a stage that makes pairs; if one "
