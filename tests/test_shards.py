@@ -49,6 +49,13 @@ def drop(folder, column):
         pq.write_table(pq.read_table(shard).drop_columns([column]), shard)
 
 
+def test_imitation_names_the_folders_of_several(pairs):
+    with pytest.raises(
+        ValueError, match=r"several folders of rows \(.*pairs.*\), and training reads one of them. Give its"
+    ):
+        load_examples(pairs.parent)
+
+
 @pytest.mark.parametrize(("reader", "said"), [(load_pairs, "training reads one"), (kind_of, "published by itself")])
 def test_the_pairs_inside_a_folder_of_several_are_named(pairs, reader, said):
     with pytest.raises(ValueError) as raised:

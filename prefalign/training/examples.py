@@ -59,6 +59,10 @@ def load_examples(folder: Path, answer: Answer | None = None) -> Dataset:
     from datasets import Features, Image, List, load_dataset
 
     manifest = read_manifest(folder)
+    if manifest is None and (inside := sorted(file.parent.name for file in folder.glob("*/manifest.json"))):
+        raise ValueError(
+            f"{folder} holds several folders of rows ({', '.join(inside)}), and training reads one of them. Give its path."
+        )
     if manifest is None or not manifest.complete:
         raise ValueError(
             f"{folder} holds no finished rows (no manifest.json). Give the output folder of a stage that makes examples, pairs "
