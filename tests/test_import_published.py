@@ -244,6 +244,17 @@ def test_both_configs_read_twins(name, tmp_path):
         assert pair.meta["changed"]["chosen"]
 
 
+def train_one_step(name, pairs, output, **changes):
+    """A step on two pairs of the scenes model, by a bundled config."""
+    recipe = bundled.load_stage("train_preference")
+    trainer = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "bf16": False,
+               "logging_steps": 1}  # fmt: skip
+    changes |= {"model": {"model_name_or_path": "scenes", "dtype": "auto", "device": "cpu"}, "pairs": pairs, "output": output,
+                "trainer": trainer}  # fmt: skip
+    values = config.merge(config.read_yaml(bundled.configs()[f"recipes/{name}"]), changes)
+    recipe.main(config.build(recipe.Config, values, source=name))
+
+
 def test_two_pictures_of_ms_swift_train_as_they_do_there(folder):
     """Its DPO on rows of `rejected_images`, one answer on two pictures, is the term `visual`; two answers on two are refused."""
     same, other = ROWS["ms_swift"][3], ROWS["ms_swift"][2]
@@ -261,18 +272,8 @@ def test_two_pictures_of_ms_swift_train_as_they_do_there(folder):
     shown = [{**other, "messages": [said("user", f"<image>describe {n} ."), said("assistant", "there is a red star")]}
              for n in range(2)]  # fmt: skip
     run(folder, shown, output="shown")
-    recipe = bundled.load_stage("train_preference")
-    trainer = {
-        "max_steps": 1,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 1,
-        "bf16": False,
-        "logging_steps": 1,
-    }
-    changes = {"model": {"model_name_or_path": "scenes", "dtype": "auto", "device": "cpu"}, "pairs": folder / "shown",
-               "output": folder / "policy", "trainer": trainer, "losses": [{"name": "visual"}], "negative": None}  # fmt: skip
-    values = config.merge(config.read_yaml(bundled.configs()["recipes/train_preference_mdpo"]), changes)
-    recipe.main(config.build(recipe.Config, values, source="train_preference_mdpo"))
+    changes = {"losses": [{"name": "visual"}], "negative": None}
+    train_one_step("train_preference_mdpo", folder / "shown", folder / "policy", **changes)
     history = json.loads((folder / "policy" / "trainer_state.json").read_text())["log_history"]
     [first] = [entry for entry in history if "loss" in entry]
     assert first["loss"] == pytest.approx(0.6931, abs=1e-3)
@@ -285,18 +286,7 @@ def test_an_imported_set_trains_with_ddpo(folder):
             for n in range(2)]  # fmt: skip
     rows = [{"image": name, "idx": n, "text": json.dumps(said[n])} for n, name in enumerate(("a.png", "b.png"))]
     run(folder, rows)
-    recipe = bundled.load_stage("train_preference")
-    model = {"model_name_or_path": "scenes", "dtype": "auto", "device": "cpu"}
-    trainer = {
-        "max_steps": 1,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 1,
-        "bf16": False,
-        "logging_steps": 1,
-    }
-    changes = {"model": model, "pairs": folder / "out", "output": folder / "policy", "trainer": trainer}
-    values = config.merge(config.read_yaml(bundled.configs()["recipes/train_preference_rlhf_v"]), changes)
-    recipe.main(config.build(recipe.Config, values, source="train_preference_rlhf_v"))
+    train_one_step("train_preference_rlhf_v", folder / "out", folder / "policy")
     [log] = [
         entry
         for entry in json.loads((folder / "policy" / "trainer_state.json").read_text())["log_history"]

@@ -9,8 +9,10 @@ from prefalign.config import ConfigError
 from prefalign.engines import Request
 from prefalign.engines.transformers import TransformersEngine
 from prefalign.images import open_image
+from prefalign.losses import read_losses
 from prefalign.models import ModelConfig, load_model, load_processor
 from prefalign.online.checking import EngineGap, Gap, check_gap, divergence, token_gap, trainer_logprobs
+from prefalign.online.round_checks import check_trainer
 from prefalign.online.round_metrics import warnings_of
 from prefalign.online.sampling import drawn_answers
 from prefalign.online.settings import check_settings, unread
@@ -222,3 +224,18 @@ def test_what_would_stop_the_trainer_of_a_round_stops_the_run_before_it_draws(ch
     with pytest.raises(ConfigError, match=words):
         run(write_prompts(tmp_path / "prompts"), tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_the_trainer_is_tried_without_weights_and_refuses_no_family(family, tmp_path):
+    """Whatever a family's modules do while they are made, they do on no memory."""
+    model = {"model_name_or_path": str(save_tiny(family, tmp_path / family))}
+    for changes in ({}, {"lora": {"r": 2}}, {"freeze": ["vision"]}):
+        config = online_config(tmp_path / "rows", tmp_path / "run", model=model, **changes)
+        check_trainer(config, config.trl, read_losses(config.losses, beta=0.1))
+        with pytest.raises(ConfigError, match="num_decay_steps.*before anything was drawn"):
+            check_trainer(
+                config,
+                {**config.trl, "lr_scheduler_type": "warmup_stable_decay"},
+                read_losses([{"name": "text"}], beta=0.1),
+            )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import prefalign
 from prefalign.manifest import Manifest, read_manifest
 from prefalign.report.page import MINUS, flattened
+
+FLAGGED_SHARE = 5  # one card in so many is kept for flagged rows that the even sample misses
+Row = TypeVar("Row")
 
 
 def finished(folder: Path) -> Manifest:
@@ -58,6 +61,23 @@ def problems(manifest: Manifest, rows: int, named: str) -> list[str]:
     if not manifest.complete:
         found.append("The stage did not finish; the numbers are of what it had done.")
     return found
+
+
+def sampled(
+    rows: Iterable[Row], total: int, limit: int, flags_of: Callable[[Row], list[str]]
+) -> Iterator[tuple[Row, list[str], Literal["even", "flagged", None]]]:
+    """All rows with their flags, and why a row is shown as a card, if it is: at most `limit` are, most of them evenly spaced."""
+    wanted = evenly(total, limit if total <= limit else limit - limit // FLAGGED_SHARE)
+    room = limit - len(wanted)
+    for index, row in enumerate(rows):
+        flags = flags_of(row)
+        if index in wanted:
+            yield row, flags, "even"
+        elif flags and room > 0:
+            room -= 1
+            yield row, flags, "flagged"
+        else:
+            yield row, flags, None
 
 
 def evenly(total: int, count: int) -> set[int]:

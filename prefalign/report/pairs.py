@@ -12,7 +12,7 @@ from typing import Any
 from prefalign.manifest import Manifest
 from prefalign.records import Pair, message_text
 from prefalign.report.charts import Chart, histogram
-from prefalign.report.overview import as_number, described, evenly, finished, median_of, percent, plain, problems
+from prefalign.report.overview import as_number, described, finished, median_of, percent, plain, problems, sampled
 from prefalign.report.page import MINUS, flattened, marked, thumbnail, write_page
 from prefalign.shards import read_shards
 from prefalign.store import read_records
@@ -21,7 +21,6 @@ from prefalign.text import lexical_similarity, same_answer
 FEWEST_WORDS = 3
 LARGEST_RATIO = 2.0
 NEAR_IDENTICAL = 0.97  # of word and word-pair counts; the level above which the released filters drop a pair
-FLAGGED_SHARE = 5  # one card in so many is kept for flagged pairs that the even sample misses
 
 FLAGS = {
     "identical": "the same answer on the same picture: no gradient",
@@ -102,19 +101,14 @@ def write_pair_report(folder: Path, output: Path, *, limit: int = 200) -> Path:
         raise ValueError(f"limit is {limit}; a report shows at least one pair. Give --limit 1 or more.")
     manifest = finished(folder)
     total = read_shards(folder).rows
-    wanted = evenly(total, limit if total <= limit else limit - limit // FLAGGED_SHARE)
-    room = limit - len(wanted)
     stats = _Statistics()
     cards: list[dict[str, Any]] = []
     extra = 0
-    for index, pair in enumerate(read_records(folder, Pair)):
-        flags = _flags(pair)
+    for number, (pair, flags, shown) in enumerate(sampled(read_records(folder, Pair), total, limit, _flags), 1):
         stats.add(pair, flags)
-        if index in wanted:
-            cards.append(_card(index + 1, pair, flags))
-        elif flags and extra < room:
-            extra += 1
-            cards.append(_card(index + 1, pair, flags))
+        extra += shown == "flagged"
+        if shown:
+            cards.append(_card(number, pair, flags))
     for card in cards:
         if "unreadable picture" in card["flags"]:
             stats.flags["unreadable picture"] += 1

@@ -13,9 +13,9 @@ from prefalign.manifest import Manifest
 from prefalign.pairing import is_finished
 from prefalign.records import Candidates, Example, Message, Pair, Prompt, message_text
 from prefalign.report.charts import histogram
-from prefalign.report.overview import as_number, described, evenly, finished, median_of, percent, plain, problems
+from prefalign.report.overview import as_number, described, finished, median_of, percent, plain, problems, sampled
 from prefalign.report.page import flattened, thumbnail, write_page
-from prefalign.report.pairs import FLAGGED_SHARE, write_pair_report
+from prefalign.report.pairs import write_pair_report
 from prefalign.shards import read_shards
 from prefalign.store import read_records
 from prefalign.text import same_answer
@@ -116,18 +116,14 @@ def write_report(folder: Path, output: Path, *, limit: int = 200) -> Path:
         return write_pair_report(folder, output, limit=limit)
     if limit < 1:
         raise ValueError(f"limit is {limit}; a report shows at least one row. Give --limit 1 or more.")
-    wanted = evenly(shards.rows, limit if shards.rows <= limit else limit - limit // FLAGGED_SHARE)
-    room = limit - len(wanted)
     stats = _Statistics()
     cards: list[dict[str, Any]] = []
     extra = 0
-    for index, row in enumerate(read_records(folder, record)):
-        flags = _flags(row)
+    for number, (row, flags, shown) in enumerate(sampled(read_records(folder, record), shards.rows, limit, _flags), 1):
         stats.add(row, flags)
-        chosen_for_flag = index not in wanted and bool(flags) and extra < room
-        extra += chosen_for_flag
-        if index in wanted or chosen_for_flag:
-            cards.append(_card(index + 1, row, flags))
+        extra += shown == "flagged"
+        if shown:
+            cards.append(_card(number, row, flags))
     unreadable = [card["flags"] for card in cards if "unreadable picture" in card["flags"]]
     stats.flags["unreadable picture"] = len(unreadable)
     stats.flagged += sum(len(flags) == 1 for flags in unreadable)

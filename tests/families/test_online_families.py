@@ -23,3 +23,8 @@ def test_an_engine_that_is_shown_another_picture_is_found(family, tmp_path):
 @pytest.mark.parametrize("family", WITH_VIDEO)
 def test_trls_log_probs_are_those_of_our_engine(family, tmp_path):
     through_trl.test_trls_log_probs_are_those_of_our_engine(family, write_prompts(tmp_path / "prompts", 2), tmp_path)
+
+
+@pytest.mark.parametrize("family", WITH_VIDEO)
+def test_the_trainer_is_tried_without_weights_and_refuses_no_family(family, tmp_path):
+    plain_families.test_the_trainer_is_tried_without_weights_and_refuses_no_family(family, tmp_path)
