@@ -79,7 +79,8 @@ class Stage:
         server = {"base_url": self.address, "cache": str(cache), "max_retries": retries, "concurrency": 4}
         model = {"model_name_or_path": MODEL, "engine": "openai", "server": server}
         settings = {"model": model, "num_generations": 3, "output": {"path": str(output), "block_size": 4}}
-        if self.case == "rlaif_v":  # the one model of the server labels too, and not well: a gap of 2 would leave no pair
+        if self.case == "rlaif_v":
+            # The one model of the server labels too, and not well: a gap of 2 would leave no pair.
             settings |= {"labeller": None, "pairs": {"min_gap": 1.0}}
         return [self.start(self.case, self.data, output, part, settings) for part in self.parts]
 
