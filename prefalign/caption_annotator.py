@@ -22,7 +22,7 @@ _QUESTION = re.compile(
 )
 _INTEGER = re.compile(r"-?\d+(?:\.\d+)?")
 _LABEL = re.compile(r"^[\s*\-]*(?:\d+[.):]\s*)?\**(?P<label>entailed|contradicted|neutral)\b\**\s*:\W*\w", re.I)
-_TOTAL = re.compile(r"^\W*(?:totals?\b.*\d|(?:entailed|contradicted|neutral)\W*\d+\W*$)", re.I)
+_TOTAL = re.compile(r"^\W*(?:totals?\b.*\d|(?:(?:entailed|contradicted|neutral)\W*\d+\W*)+$)", re.I)
 MARKER = "NEW CAPTION"
 
 _ASK = """\

@@ -17,10 +17,12 @@ output=${2:-runs/mixed_dpo}
 if [ "$base" = scenes ]; then
     pairs=${PAIRS:-configs/datagen/bdhs_scenes.yaml}
     prompts=$output/scenes
+    images=
     prefalign scenes export --output "$prompts" --split train_fair --kind caption --stop "${PROMPTS:-1536}"
 else
     pairs=${PAIRS:-configs/datagen/bdhs.yaml}
     prompts=$(prefalign path "$file" data.path)
+    images=$(prefalign path "$file" data.images)
     if [ -z "$prompts" ]; then
         echo "$0: $file names no prompts. Set data.path in it." >&2
         exit 2
@@ -37,5 +39,5 @@ bdhs | bdhs_* | m3id | m3id_* | povid | povid_* | re_align | re_align_*) ;;
 esac
 case "$stage" in re_align*) stage=re_align ;; *) stage=${stage%%_*} ;; esac
 prefalign run "$stage" --config "$pairs" --model.model_name_or_path "$base" --data.path "$prompts" \
-    --output.path "$output/pairs"
+    ${images:+--data.images "$images"} --output.path "$output/pairs"
 sh "$(dirname "$0")/online_dpo.sh" "$config" "$output" --offline "$output/pairs" "$@"

@@ -2,11 +2,12 @@
 # RLAIF-V end to end: rounds of answers, claims, pairs and DPO. Each round's policy answers in the next one and is its reference.
 #
 #   sh recipes/rlaif_v.sh                              # the embedded world, tens of minutes on two CPU cores
-#   DATA=prompts-ROUND.json EVALUATION=evaluation.yaml sh recipes/rlaif_v.sh configs/datagen/rlaif_v.yaml \
+#   DATA=prompts-ROUND.json IMAGES=photos EVALUATION=evaluation.yaml sh recipes/rlaif_v.sh configs/datagen/rlaif_v.yaml \
 #       configs/recipes/train_preference_rlaif_v.yaml runs/llava
 #
 # The model is the one that the first config names as `model`; the second is one of train_preference.
 # ROUNDS: 4, as published. DATA: prompts, ROUND in it stands for the number of the round (published: about 4,000 new ones each).
+# IMAGES: folder that their picture paths start from.
 # LABELLER: on the embedded world, the folder of the labeller. One that is not there is trained first, with
 # `prefalign scenes labeller` (a minute and a half of one core).
 # PROMPTS: prompts of a round on the embedded world. EVALUATION: a config of evaluate_model, such as a copy of
@@ -59,8 +60,8 @@ while [ "$round" -le "${ROUNDS:-4}" ]; do
             --stop $((round * prompts))
     fi
     # shellcheck disable=SC2086
-    prefalign run rlaif_v --config "$config" --model.model_name_or_path "$policy" --data.path "$data" --output.path "$folder/pairs" \
-        --seed "$round" ${PAIR_SETTINGS:-}
+    prefalign run rlaif_v --config "$config" --model.model_name_or_path "$policy" --data.path "$data" \
+        ${IMAGES:+--data.images "$IMAGES"} --output.path "$folder/pairs" --seed "$round" ${PAIR_SETTINGS:-}
     # shellcheck disable=SC2086
     prefalign run train_preference --config "$training" --model.model_name_or_path "$policy" --pairs "$folder/pairs" \
         --output "$folder/policy" ${TRAINING_SETTINGS:-}

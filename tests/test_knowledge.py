@@ -83,6 +83,8 @@ def test_labels_and_answers_are_read_by_line():
     reply = "1. Entailed: a cat.\n**Contradicted**: a dog.\n\n- **neutral:** it is calm.\n---\nTotals: 5 Entailed"
     assert read_labels(reply) == ["entailed", "contradicted", "neutral"]
     assert read_labels(f"**Statements:**\n{reply}\nEntailed: 5\nContradicted: 1.") == read_labels(reply)
+    assert read_labels(f"{reply}\n**Entailed**: 5, contradicted: 1; Neutral: 0.") == read_labels(reply)
+    assert read_labels("Entailed: 2 cats, neutral: 1 dog.") == ["entailed"]
     assert [read_yes_no(text) for text in ("Yes.", "no, it is not", "Perhaps yes", "")] == [True, False, None, None]
 
 

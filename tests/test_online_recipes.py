@@ -108,10 +108,14 @@ def test_pairs_of_a_stage_that_the_recipe_does_not_know_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("data", "prompts"),
-    [("data: {path: 'my prompts'}", "my prompts"), ("data:\n    path: own\n", "own"), ("data: null", None)],
+    ("data", "prompts", "images"),
+    [
+        ("data: {path: 'my prompts', images: my photos}", "my prompts", "my photos"),
+        ("data:\n    path: own\n", "own", None),
+        ("data: null", None, None),
+    ],
 )
-def test_mixed_dpo_takes_the_prompts_of_its_config(data, prompts, tmp_path):
+def test_mixed_dpo_takes_the_prompts_of_its_config_and_their_pictures(data, prompts, images, tmp_path):
     """Another `path` stands before them."""
     file = tmp_path / "own.yaml"
     file.write_text(
@@ -126,6 +130,7 @@ def test_mixed_dpo_takes_the_prompts_of_its_config(data, prompts, tmp_path):
     step = given[-1]
     assert step[:2] == ["run", "bdhs"]
     assert step[step.index("--data.path") + 1] == prompts
+    assert (step[step.index("--data.images") + 1] if "--data.images" in step else None) == images
 
 
 def test_mixed_dpo_end_to_end(tmp_path):

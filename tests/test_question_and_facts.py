@@ -23,7 +23,15 @@ def told(record):
 
 @pytest.mark.parametrize("read", [to_prompt, to_pair, to_candidates])
 @pytest.mark.parametrize(
-    "asking", [{}, {"question": ""}, {"chosen": [said("assistant", GOOD)]}, {"question": QUESTION}]
+    "asking",
+    [
+        {},
+        {"question": ""},
+        {"prompt": ""},
+        {"instruction_prompt": "", "messages": []},
+        {"chosen": [said("assistant", GOOD)]},
+        {"question": QUESTION},
+    ],
 )
 def test_a_row_that_asks_nothing_is_asked_the_configs_question(data, read, asking):
     row = {**TABLE, **asking, "source": "mine"}

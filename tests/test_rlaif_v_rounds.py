@@ -94,7 +94,7 @@ def test_a_real_base_is_trained_by_the_published_settings_and_measured_by_its_ow
     (tmp_path / "prefalign").write_text(NAMES)
     (tmp_path / "prefalign").chmod(0o755)
     known = {"PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]), "COMMANDS": str(tmp_path / "given"), "ROUNDS": "1",
-             "DATA": "prompts-ROUND.json", "EVALUATION": "mine.yaml"}  # fmt: skip
+             "DATA": "prompts-ROUND.json", "IMAGES": "photos", "EVALUATION": "mine.yaml"}  # fmt: skip
     subprocess.run(
         ["sh", "recipes/rlaif_v.sh", LLAVA], cwd=ROOT, env=os.environ | known, capture_output=True, check=True
     )
@@ -105,6 +105,7 @@ def test_a_real_base_is_trained_by_the_published_settings_and_measured_by_its_ow
         *[["run", "evaluate_model", "--config", "mine.yaml"]] * 2,
     ]
     assert given[0][4:8] == ["--model.model_name_or_path", "llava-hf/llava-1.5-7b-hf", "--data.path", "prompts-1.json"]
+    assert given[0][8:10] == ["--data.images", "photos"]
 
 
 def test_the_published_settings_of_training():

@@ -84,7 +84,8 @@ def test_prompts_show_the_question_and_its_reference(tmp_path):
     assert "1 prompt made by sampled from 1 row" in page.words
     assert "Prompt How many? Reference answer: three cats" in page.words
     assert "facts.objects cat" in page.words
-    assert page.all("article")[0]["data-flags"] == "no picture"
+    card = page.all("article")[0]
+    assert (card["data-flags"], card["data-words"]) == ("no picture", "2")
 
 
 @pytest.mark.parametrize(

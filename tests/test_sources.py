@@ -351,6 +351,8 @@ SHARDS = ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002-6ef399
         (("data/test-00000-of-00001.parquet", *SHARDS), "test, train"),
         (("test.jsonl", "train.jsonl"), "test, train"),
         (("dev.v2-00000-of-00001.parquet", "train.parquet"), "dev.v2, train"),
+        (("llava_test_1.jsonl", "llava_train_1.jsonl", "llava_train_2.jsonl"), "test, train"),
+        (("my-test-00000-of-00001.jsonl", "my-train-00000-of-00001.jsonl"), "test, train"),
     ],
 )
 def test_splits_of_a_downloaded_set_are_not_mixed(folder, names, splits):
@@ -386,7 +388,7 @@ def test_a_downloaded_set_of_one_split_needs_no_name_of_it(folder):
 
 
 def test_files_that_are_no_splits_are_read_together(folder):
-    names = ("a.parquet", "b-00000-of.parquet", "train.parquet")
+    names = ("a.parquet", "b-00000-of.parquet", "latest.parquet", "train.parquet", "train_and_test.parquet")
     assert [row["id"] for row in read_rows(DataConfig(cloned(folder, *names)))] == list(names)
     with pytest.raises(ValueError, match=r"is on this disk, and data\.split is for .*or name the file of that split"):
         files_of(DataConfig(cloned(folder / "other", "a.parquet", "b.parquet"), split="train"))

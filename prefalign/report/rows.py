@@ -236,7 +236,7 @@ def _card(number: int, row: Row, flags: list[str]) -> dict[str, Any]:
         "pictures": pictures,
         "asked": [(message["role"], message_text([message])) for message in asked],
         "said": said,
-        "words": sum(one.words for one in said if one.answer),
+        "words": sum(len(text.split()) for text in _answers(row)),
         "answer": None if isinstance(row, Example) else row.answer,
         "settings": [("id", row.id), *flattened(known)],
     }

@@ -22,7 +22,9 @@ from prefalign.sources.layouts import AUTO
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _SHARD = re.compile(r"(\w[\w.]*)-\d+-of-\d+")
-_SPLITS = ("train", "validation", "valid", "val", "dev", "eval", "test")
+_SPLITS = re.compile(
+    r"(?<![^-._ 0-9])(train|training|validation|valid|val|dev|test|testing|eval|evaluation)(?![^-._ 0-9])", re.I
+)
 RawRow = Mapping[str, Any] | BadRow
 DeferredRow = Callable[[], RawRow]
 
@@ -93,10 +95,11 @@ def _rows_of_folder(path: Path, embedded: bool) -> list[Path]:
 
 
 def _split_of(file: Path) -> str | None:
-    """The split that a file's name says, as `datasets` and the Hub name them; None: it says none."""
+    """The split that a file's name says, as `datasets` and the Hub name them; None: it says none, or several."""
     if named := _SHARD.match(file.name):
         return named[1]
-    return file.stem if file.stem in _SPLITS else None
+    said = {word.lower() for word in _SPLITS.findall(file.stem)}
+    return said.pop() if len(said) == 1 else None
 
 
 def _of_split(config: DataConfig, files: list[Path], splits: Sequence[str]) -> list[Path]:

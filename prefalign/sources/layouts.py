@@ -69,10 +69,15 @@ def read(row: Mapping[str, Any], layout: str = AUTO) -> Row:
 
 def asks(row: Mapping[str, Any]) -> bool:
     """Whether a row holds a question or a conversation, in any layout; an empty one is none."""
-    name = recognised({column: value for column, value in row.items() if value or column not in _QUESTIONS})
+    name = recognised(without_empty_questions(row))
     if name is None or LAYOUTS[name].read is not trainer_formats.trl_implicit:
         return name is not None
     return isinstance(row["chosen"], list) and len(row["chosen"]) > 1  # the last turn is the answer
+
+
+def without_empty_questions(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without the columns that could hold its question and hold none."""
+    return {column: value for column, value in row.items() if value or column not in _QUESTIONS}
 
 
 def recognised(row: Mapping[str, Any]) -> str | None:

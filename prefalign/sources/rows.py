@@ -164,7 +164,7 @@ def _own_prompt(row: Mapping[str, Any]) -> Prompt:
 def _said(row: Mapping[str, Any], config: DataConfig) -> tuple[Row, dict[str, Any]]:
     """What a row of another's layout says, asked `config.question` if it asks nothing; and its columns that are facts."""
     if config.question is not None and not layouts.asks(row):
-        row = {**row, "question": config.question}
+        row = {**layouts.without_empty_questions(row), "question": config.question}
     said = layouts.read(row, config.layout)
     known = {name: row[name] for name in config.fact_columns if row.get(name) is not None}
     said.columns = {name: value for name, value in said.columns.items() if name not in known}
