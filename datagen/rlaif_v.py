@@ -94,8 +94,8 @@ class Config:
     Attributes:
         data: prompts; without `model` candidates.
         output: folder of pairs.
-        judged: output of an earlier run with the same settings but for those in `RULE`: its answers and verdicts are taken, and
-            no model is loaded. null: answers are drawn and judged.
+        judged: output of an earlier run, whose answers and verdicts are taken, so that no model is loaded. Of its settings only
+            pairs.min_gap, per_prompt, length_balance and least_kept may differ. null: answers are drawn and judged.
         model: the policy, whose answers are drawn; null: the data hold answers.
         labeller: says yes or no; null: the policy itself.
         splitter: lists claims and questions from text alone; null: the labeller.

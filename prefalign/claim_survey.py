@@ -134,9 +134,9 @@ def earlier(survey: Survey, folder: Path) -> Found:
     )
     if changed := list(differences(before, now)):
         raise StoreError(
-            f"what was judged in {folder} are not the rows of this run ({'; '.join(changed)}), so its verdicts say nothing of "
-            f"them. Only {', '.join(survey.rule)} may differ: give the settings that it had, or leave `judged` out to have all "
-            "answers judged."
+            f"{folder} holds verdicts about other rows, or by other settings ({'; '.join(changed)}), and they would pass for "
+            f"those of this run. Only {', '.join(survey.rule)} may differ: give the settings that it had, or leave `judged` out to "
+            "have all answers judged."
         )
     found = Found(replace(survey, output=replace(survey.output, path=folder)))
     for number in range(math.ceil(survey.total / survey.output.block_size)):

@@ -131,6 +131,21 @@ def test_a_gap_that_no_pair_has_costs_no_verdict(stage, rows, tmp_path, where):
     assert len(stage.server.asked) == asked
 
 
+def test_a_run_killed_before_its_first_pair_may_go_on_by_another_rule(stage, rows, tmp_path, monkeypatch):
+    """The verdicts stay; the cut that was decided for the old rule does not."""
+    rule = {**FIRST, "min_gap": 2.0, "length_balance": "both", "least_kept": 0.0}
+    fresh = run(stage, rows, tmp_path / "fresh", rule)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage, "outcome", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(stage, rows, tmp_path / "out")
+    before = json.loads((tmp_path / "out" / "survey" / "decided-claims.json").read_text())["decision"]
+    asked = len(stage.server.asked)
+    assert run(stage, rows, tmp_path / "out", rule) == fresh
+    after = json.loads((tmp_path / "out" / "survey" / "decided-claims.json").read_text())["decision"]
+    assert before["cut"] != after["cut"]
+    assert len(stage.server.asked) == asked
+
+
 def test_verdicts_of_other_rows_or_settings_are_refused(stage, rows, tmp_path):
     run(stage, rows, tmp_path / "first")
     other = [
