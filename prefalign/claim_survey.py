@@ -135,8 +135,8 @@ def earlier(survey: Survey, folder: Path) -> Found:
     if changed := list(differences(before, now)):
         raise StoreError(
             f"{folder} holds verdicts about other rows, or by other settings ({'; '.join(changed)}), and they would pass for "
-            f"those of this run. Only {', '.join(survey.rule)} may differ: give the settings that it had, or leave `judged` out to "
-            "have all answers judged."
+            f"those of this run. Only {', '.join(survey.rule)} may differ: give the settings that it had, or leave `judged` "
+            "out to have all answers judged."
         )
     found = Found(replace(survey, output=replace(survey.output, path=folder)))
     for number in range(math.ceil(survey.total / survey.output.block_size)):

@@ -135,9 +135,10 @@ def test_a_run_killed_before_its_first_pair_may_go_on_by_another_rule(stage, row
     """The verdicts stay; the cut that was decided for the old rule does not."""
     rule = {**FIRST, "min_gap": 2.0, "length_balance": "both", "least_kept": 0.0}
     fresh = run(stage, rows, tmp_path / "fresh", rule)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(stage, "outcome", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
-        run(stage, rows, tmp_path / "out")
+        with pytest.raises(KeyboardInterrupt):
+            run(stage, rows, tmp_path / "out")
     before = json.loads((tmp_path / "out" / "survey" / "decided-claims.json").read_text())["decision"]
     asked = len(stage.server.asked)
     assert run(stage, rows, tmp_path / "out", rule) == fresh
