@@ -6,6 +6,7 @@ all rows of a folder follow one decision.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -13,7 +14,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from prefalign import folders, sources
 from prefalign.execution import SHARD
 from prefalign.images import ImageError, sha256
 from prefalign.manifest import write_atomically
-from prefalign.records import RecordError
+from prefalign.records import RecordError, canonical_json
 from prefalign.seen import Owners, SeenIds
 from prefalign.sources import DataConfig
 from prefalign.store import READERS, Input, OutputConfig
@@ -49,6 +50,8 @@ class Survey:
         reads: what a row is read as.
         total: number of rows (`sources.survey`).
         repeated: ids that several rows have (`sources.survey`).
+        rule: settings that no pass reads, only what is decided on it, as `pairs.min_gap`: with other values of these in a folder
+            without a row, passes stay, and decisions are made anew.
     """
 
     stage: str
@@ -57,6 +60,7 @@ class Survey:
     reads: type[Input]
     total: int
     repeated: Container[str]
+    rule: tuple[str, ...] = ()
 
     def __call__(self, kind: str, work: Work, again: Again | None = None) -> Iterator[list[dict[str, Any]]]:
         """Work on the readable inputs of each block; what a killed run has done is taken from disk.
@@ -114,7 +118,7 @@ class Survey:
 
     def decision(self, kind: str) -> dict[str, Any] | None:
         """The decision that stands about a pass; None: there is none yet."""
-        stands = self._read(self.output.path / "survey" / f"decided-{kind}.json")
+        stands = self._read(self.output.path / "survey" / f"decided-{kind}.json", self._config())
         return None if stands is None else stands["decision"]
 
     def file(self, kind: str, number: int) -> Path:
@@ -129,7 +133,7 @@ class Survey:
 
     def _begins(self, kind: str, number: int) -> bool:
         """Whether this shard is the one to do a block, which it then has marked. It goes on with what it was at when killed."""
-        if self._kept(kind, number) is not None:
+        if self.kept(kind, number) is not None:
             return False
         mark, shard = self._mark(kind, number), SHARD.get()
         who = f"{shard.number}/{shard.count}"
@@ -148,7 +152,7 @@ class Survey:
             seen: by mark when it was last renewed, by the clock of its file system, and since when that is known here.
         """
         mark = self._mark(kind, number)
-        while self._kept(kind, number) is None and not self._begins(kind, number):
+        while self.kept(kind, number) is None and not self._begins(kind, number):
             for other in mark.parent.glob(f".{kind}-*.begun"):
                 with suppress(FileNotFoundError):
                     renewed = other.stat().st_mtime_ns
@@ -183,18 +187,20 @@ class Survey:
 
     def _found(self, kind: str, number: int, block: Rows, work: Work, again: Again | None) -> list[dict[str, Any]]:
         """What was found of a block, on disk or now."""
-        found = self._kept(kind, number)
+        found = self.kept(kind, number)
         if found is None:
             with self._at_work(kind, number):
-                made = {"of": self._config(), "rows": work(self._inputs(block))}
+                made = {"of": self._config(*self.rule), "rows": work(self._inputs(block))}
             folders.create(self.file(kind, number), json.dumps(made).encode())
-            found = self._kept(kind, number)
+            found = self.kept(kind, number)
         elif again is not None and any(map(again, found)):
             inputs = self._inputs(block)
             places = [place for place, row in enumerate(found) if again(row)]
             for place, row in zip(places, work([inputs[place] for place in places]), strict=True):
                 found[place] = row
-            write_atomically(self.file(kind, number), json.dumps({"of": self._config(), "rows": found}).encode())
+            write_atomically(
+                self.file(kind, number), json.dumps({"of": self._config(*self.rule), "rows": found}).encode()
+            )
         assert found is not None, "nobody deletes what belongs to this config"
         self._mark(kind, number).unlink(missing_ok=True)
         return found
@@ -209,27 +215,46 @@ class Survey:
                 continue  # the store puts it into quarantine
         return inputs
 
-    def _kept(self, kind: str, number: int) -> list[dict[str, Any]] | None:
-        """What is on disk of a block."""
-        found = self._read(self.file(kind, number))
+    def kept(self, kind: str, number: int) -> list[dict[str, Any]] | None:
+        """What a pass has found of a block, if it has done it."""
+        found = self._read(self.file(kind, number), self._config(*self.rule))
         return None if found is None else found["rows"]
 
-    def _read(self, file: Path) -> dict[str, Any] | None:
+    def _read(self, file: Path, config: str) -> dict[str, Any] | None:
         """What is on disk. What an earlier config has left there is deleted."""
         try:
             found: dict[str, Any] = json.loads(file.read_bytes())
         except FileNotFoundError:
             return None
-        if found["of"] == self._config():
+        if found["of"] == config:
             return found
         file.unlink(missing_ok=True)
         return None
 
-    def _config(self) -> str:
-        return hashlib.sha256((self.output.path / "config.json").read_bytes()).hexdigest()
+    def _config(self, *rule: str) -> str:
+        """Digest of the folder's config, but for the settings of a rule."""
+        known = json.loads((self.output.path / "config.json").read_bytes())
+        return hashlib.sha256(canonical_json(but_for(known, rule)).encode()).hexdigest()
 
     def _mark(self, kind: str, number: int) -> Path:
         return self.output.path / "survey" / f".{kind}-{number:05d}.begun"
+
+
+def but_for(config: dict[str, Any], rule: Iterable[str]) -> dict[str, Any]:
+    """A folder's config without some of its settings.
+
+    Args:
+        config: as `config.json` has it.
+        rule: names of the settings, as `pairs.min_gap`.
+    """
+    found: dict[str, Any] = copy.deepcopy(config)
+    for name in rule:
+        *sections, last = name.split(".")
+        within = found.get("settings", {})
+        for section in sections:
+            within = within.get(section, {})
+        within.pop(last, None)
+    return found
 
 
 def picture_owners(data: DataConfig) -> Owners:
