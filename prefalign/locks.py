@@ -16,12 +16,21 @@ _UNKNOWN = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
 
 
 @contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Wait until no other process holds the file, and hold it."""
+def locked(file: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a file that no other process holds.
+
+    Args:
+        file: made if it is not there.
+        wait: for a process that holds it.
+
+    Yields:
+        Whether it is held; always with `wait`.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as stream:
-        _flock(stream, fcntl.LOCK_EX)
-        yield
+        if wait:
+            _flock(stream, fcntl.LOCK_EX)
+        yield wait or is_alone(stream)
 
 
 def is_alone(stream: IO[Any]) -> bool:
