@@ -9,6 +9,7 @@ from prefalign import families
 from prefalign.doctor.case import Case, shown
 from prefalign.doctor.findings import Finding, NotExaminedError, judge, some
 from prefalign.losses import VIEWS
+from prefalign.losses.term import EITHER
 from prefalign.records import message_text, placeholder_count
 from prefalign.text import same_answer
 from prefalign.training.documents import decode
@@ -118,7 +119,7 @@ def check_pictures(case: Case) -> list[Finding]:
 
 def check_other_picture(case: Case) -> list[Finding]:
     """The other picture of a pair reaches the model as another one."""
-    others = [view for view in case.trainer.views if VIEWS[view].images == "rejected_images"]
+    others = [view for view in case.trainer.views if VIEWS[view].images in ("rejected_images", EITHER)]
     own = [view for view in case.trainer.views if VIEWS[view].images == "images"]
     if not others or not own:
         raise NotExaminedError("no loss looks at another picture")
@@ -126,7 +127,7 @@ def check_other_picture(case: Case) -> list[Finding]:
     for reading in sampled(case):
         documents, places = reading.documents.documents, reading.documents.places
         one, two = (documents[places[view][0][0]].vision.get("pixel_values") for view in (own[0], others[0]))
-        if one is None or two is None:
+        if one is None or two is None or (VIEWS[others[0]].images == EITHER and not reading.row["rejected_images"]):
             continue
         if one.shape == two.shape:
             changes.append((one.float() - two.float()).abs().mean().item())
