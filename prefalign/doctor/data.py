@@ -123,11 +123,13 @@ def check_other_picture(case: Case) -> list[Finding]:
     own = [view for view in case.trainer.views if VIEWS[view].images == "images"]
     if not others or not own:
         raise NotExaminedError("no loss looks at another picture")
-    same, changes = [], []
+    same, changes, either = [], [], VIEWS[others[0]].images == EITHER
     for reading in sampled(case):
+        if either and not reading.row["rejected_images"]:
+            continue
         documents, places = reading.documents.documents, reading.documents.places
         one, two = (documents[places[view][0][0]].vision.get("pixel_values") for view in (own[0], others[0]))
-        if one is None or two is None or (VIEWS[others[0]].images == EITHER and not reading.row["rejected_images"]):
+        if one is None or two is None:
             continue
         if one.shape == two.shape:
             changes.append((one.float() - two.float()).abs().mean().item())
@@ -135,11 +137,14 @@ def check_other_picture(case: Case) -> list[Finding]:
                 same.append(str(reading.row["id"]))
         else:
             changes.append(float("inf"))
+    if either and not changes:
+        raise NotExaminedError("no row of the sample has another picture")
     finite = [change for change in changes if change != float("inf")]
     seen = f"differs in {len(changes) - len(same)} of {len(changes)} rows"
     seen += f", by {mean(finite):.2f} a pixel value on average" if finite else ", in size"
-    advice = f"Both sides show the same pixels in {some(same)}: such a loss stays where it starts." if same else ""
-    return [judge("other picture", seen, fail=advice * (len(same) == len(changes)), warn=advice)]
+    means = "two texts are compared on one picture" if either else "such a loss stays where it starts"
+    advice = f"Both sides show the same pixels in {some(same)}: {means}." if same else ""
+    return [judge("other picture", seen, fail=advice * (len(same) == len(changes) and not either), warn=advice)]
 
 
 def check_pairs(case: Case) -> list[Finding]:
