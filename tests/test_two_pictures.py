@@ -20,12 +20,13 @@ from prefalign.models import ModelConfig, freeze, load_model, load_processor
 from prefalign.negatives import Negative
 from prefalign.online.step_run import step_rows
 from prefalign.records import Pair, Prompt, message_text
-from prefalign.rewards.rows import check_settings, load_reward_pairs
+from prefalign.rewards.rows import check_pictures, load_reward_pairs
 from prefalign.store import OutputConfig, write_records
 from prefalign.training.arguments import training_arguments
 from prefalign.training.checks import reading_rejected
 from prefalign.training.pairs import check_columns, check_negative, check_rejected_side, load_pairs
 from prefalign.training.reference import cache_reference
+from prefalign.training.sized_rows import RowSize, sized_rows
 from prefalign.training.unpaired import load_unpaired
 from tests.equality import compare, disturb, log_probs, step
 from tests.training_runs import make_pair, make_trainer
@@ -208,6 +209,15 @@ def test_it_needs_no_other_picture_and_makes_none(mixed):
         check_negative(load_pairs(mixed), views, mixed, Negative("crop"))
 
 
+def test_a_plan_without_pairs_counts_both_pictures(tiny_llava):
+    processor = load_processor(ModelConfig(str(tiny_llava), device="cpu"))
+    [row] = sized_rows(
+        processor, ("chosen", "rejected_on_own_image"), RowSize(prompt=60, answer=8, pictures=1, side=48), 1, 0
+    )
+    assert len(row["images"]) == len(row["rejected_images"]) == 1
+    assert row["images"] != row["rejected_images"]
+
+
 def test_a_run_on_such_pairs_starts_with_these_checks(mixed, tmp_path):
     recipe = bundled.load_stage("train_preference")
     with pytest.raises(ValueError, match="2 of the 4 pairs of .*mixed reject an answer about `rejected_images`"):
@@ -224,8 +234,8 @@ def test_other_readers_of_pairs_refuse_them(mixed, tmp_path):
     with pytest.raises(
         ValueError, match=r"2 of the 4 pairs of .* which would be shown with `images`.*rejected_pictures to true"
     ):
-        check_settings(rows, mixed, margins=False, rejected_pictures=False)
-    check_settings(rows, mixed, margins=False, rejected_pictures=True)
+        check_pictures(rows, mixed, rejected_pictures=False)
+    check_pictures(rows, mixed, rejected_pictures=True)
     grader = bundled.load_stage("grade_reward_model")
     with pytest.raises(ValueError, match="2 pairs of .* a grade shows both answers with `images`"):
         grader.read_pairs(grader.PairSet(mixed))

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefalign.records import ON_TWO_PICTURES
-from prefalign.training.pairs import load_columns, pairs_manifest, rows_without
+from prefalign.training.pairs import load_columns, on_two_pictures, pairs_manifest, rows_without
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -107,10 +106,22 @@ def check_rows(
         )
 
 
-def check_settings(dataset: Dataset, folder: Path, *, margins: bool, rejected_pictures: bool) -> None:
-    """Check that some row to train on has what a setting uses, and that rejected answers are shown with what they are about.
+def check_pictures(dataset: Dataset, folder: Path, *, rejected_pictures: bool) -> None:
+    """Check that rejected answers are shown with the pictures that they are about.
 
-    Held-out pairs may come from another method.
+    Raises:
+        ValueError: there are pairs `on_two_pictures`, and they are not.
+    """
+    apart = sum(on_two_pictures(folder))
+    if apart and not rejected_pictures:
+        raise ValueError(
+            f"{apart} of the {len(dataset)} pairs of {folder} reject an answer about `rejected_images`, which would be shown "
+            "with `images`, where it may be right. Set rejected_pictures to true."
+        )
+
+
+def check_settings(dataset: Dataset, folder: Path, *, margins: bool, rejected_pictures: bool) -> None:
+    """Check that some row to train on has what a setting uses; held-out pairs may come from another method.
 
     Raises:
         ValueError: names the setting, and what to do.
@@ -119,12 +130,6 @@ def check_settings(dataset: Dataset, folder: Path, *, margins: bool, rejected_pi
         raise ValueError(
             f"margins is true, and none of the {len(dataset)} pairs of {folder} has a `margin`. Leave it out, or take "
             "scored pairs."
-        )
-    apart = sum(as_mapping(meta).get(ON_TWO_PICTURES) is True for meta in dataset["meta"])
-    if apart and not rejected_pictures:
-        raise ValueError(
-            f"{apart} of the {len(dataset)} pairs of {folder} reject an answer about `rejected_images`, which would be shown "
-            "with `images`, where it may be right. Set rejected_pictures to true."
         )
     if rejected_pictures and rows_without(dataset, "rejected_images") == len(dataset):
         raise ValueError(
