@@ -170,7 +170,9 @@ def check_rejected_side(dataset: Dataset, folder: Path, reading: Sequence[str]) 
 def on_two_pictures(folder: Path) -> list[bool]:
     """For each row of a pairs folder, whether it is `Pair.on_two_pictures`."""
     metas = (
-        row.get("meta") or "" for shard in sorted(folder.glob("data/*.parquet")) for row in parquet_rows(shard, ["meta"])
+        row.get("meta") or ""
+        for shard in sorted(folder.glob("data/*.parquet"))
+        for row in parquet_rows(shard, ["meta"])
     )
     return [ON_TWO_PICTURES in meta and json.loads(meta).get(ON_TWO_PICTURES) is True for meta in metas]
 
