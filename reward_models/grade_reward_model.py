@@ -115,9 +115,14 @@ def read_pairs(pairs: PairSet) -> Iterator[Pair]:
 
     from prefalign.records import Pair
     from prefalign.store import read_records
-    from prefalign.training.pairs import pairs_manifest
+    from prefalign.training.pairs import on_two_pictures, pairs_manifest
 
     pairs_manifest(pairs.path)
+    if apart := sum(on_two_pictures(pairs.path)):
+        raise ValueError(
+            f"{apart} pairs of {pairs.path} reject an answer about `rejected_images`; a grade shows both answers with `images`, "
+            "where it may be right. Take these pairs out."
+        )
     return islice(read_records(pairs.path, Pair), pairs.limit or None)
 
 

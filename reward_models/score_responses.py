@@ -100,7 +100,9 @@ def process(block: Sequence[Any], rewards: Combined) -> list[Outcome]:
 
 
 def candidates_of(pair: Pair) -> Candidates | Dropped:
-    """A pair's two answers as candidates, both on the pair's picture; a pair of pictures with one text has nothing to compare."""
+    """A pair's two answers as candidates, both on the pair's picture; a pair of pictures has nothing to compare there."""
+    if pair.on_two_pictures:
+        return Dropped("two_pictures")
     chosen, rejected = message_text(pair.chosen), message_text(pair.rejected)
     if same_answer(chosen, rejected):
         return Dropped("one_text")

@@ -13,7 +13,7 @@ from prefalign.hub.model_card import counted, data_section, stage_docstring, tem
 from prefalign.hub.release_checks import refuse, scan_row
 from prefalign.images import sha256
 from prefalign.manifest import Manifest
-from prefalign.records import message_text, normalise_messages
+from prefalign.records import ON_TWO_PICTURES, message_text, normalise_messages
 
 IMPORTED = "import_published"
 PREVIEW_ROWS = 3
@@ -45,6 +45,7 @@ class RowStatistics:
     generators: Counter[str] = field(default_factory=Counter)
     words: dict[str, list[int]] = field(default_factory=lambda: {"chosen": [], "rejected": []})
     rejected_images: int = 0
+    on_two_pictures: int = 0
     scenes: int = 0
     margins: list[float] = field(default_factory=list)
     preview: list[str] = field(default_factory=list)
@@ -59,6 +60,7 @@ class RowStatistics:
             self.methods[row["method"]] += 1
         meta = row.get("meta")
         meta = json.loads(meta) if isinstance(meta, str) else {}
+        self.on_two_pictures += meta.get(ON_TWO_PICTURES) is True
         if isinstance(meta.get("generator"), str):
             self.generators[meta["generator"]] += 1
         facts = row.get("facts")
@@ -87,6 +89,8 @@ class RowStatistics:
             table["margin"] = f"mean {mean:.3f}, from {min(self.margins):.3f} to {max(self.margins):.3f}"
         if self.rejected_images:
             table["rows with another picture"] = f"{self.rejected_images:,}"
+        if self.on_two_pictures:
+            table["rows whose `rejected` is about `rejected_images`, not `images`"] = f"{self.on_two_pictures:,}"
         return table
 
 
