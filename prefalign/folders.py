@@ -120,6 +120,7 @@ def claimed(folder: Path, identity: Mapping[str, Any], *, alone: bool = True) ->
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(folder)
         with (folder / ".at_work").open("a") as mark:
             empty = is_alone(mark)
             claim(folder, identity, alone=alone and empty)
@@ -142,7 +143,7 @@ def claim(folder: Path, identity: Mapping[str, Any], *, alone: bool = True) -> N
     Raises:
         StoreError: the folder belongs to another config, or to somebody else.
     """
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    _refuse_foreign(folder)
     file = folder / "config.json"
     if (before := _claimed_for(folder)) is not None:
         unused = not any(
@@ -157,14 +158,19 @@ def claim(folder: Path, identity: Mapping[str, Any], *, alone: bool = True) -> N
             failures.unlink()
         if same:
             return
-    elif any(not name.startswith(".") for name in names):
-        raise StoreError(f"{folder} is not empty and holds no stage's output. Give another `output.path`.")
     content = json.dumps(identity, indent=2).encode()
     if alone:
         write_atomically(file, content)
     else:
         create(file, content)
         claim(folder, identity, alone=False)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise `StoreError` if a folder holds files, and no stage has claimed it."""
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    if any(not name.startswith(".") for name in names) and _claimed_for(folder) is None:
+        raise StoreError(f"{folder} is not empty and holds no stage's output. Give another `output.path`.")
 
 
 def create(file: Path, content: bytes) -> None:
