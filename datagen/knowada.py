@@ -138,9 +138,11 @@ class Adapted:
 
 def main(config: Config) -> Manifest:
     """Run the stage. Returns its manifest."""
-    from prefalign.engines.loading import load_engine
+    from prefalign.engines.loading import check_engine, load_engine
 
     sources.files_of(config.data)
+    if config.annotator == "engine" and config.llm is not None:
+        check_engine(config.llm, stage=METHOD)
     engine = load_engine(config.model, batch_size=config.batch_size, needs=["sample"], stage=METHOD)
     annotator = load_annotator(config, engine)
     manifest = store.run_stage(

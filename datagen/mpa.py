@@ -153,13 +153,16 @@ class Asked:
 
 def main(config: Config) -> Manifest:
     """Run the stage. Returns its manifest."""
-    from prefalign.engines.loading import load_engine
+    from prefalign.engines.loading import check_engine, load_engine
 
     sources.files_of(config.data)
+    wanted = config.large if config.annotator == "engine" else None
+    if wanted is not None:
+        check_engine(wanted, needs=["sample"], stage=METHOD)
     small = load_engine(config.model, batch_size=config.batch_size, needs=["sample"], stage=METHOD)
     large: Engine | None = None
-    if config.annotator == "engine" and config.large is not None:
-        large = load_engine(config.large, batch_size=config.batch_size, needs=["sample"], stage=METHOD)
+    if wanted is not None:
+        large = load_engine(wanted, batch_size=config.batch_size, needs=["sample"], stage=METHOD)
     manifest = store.run_stage(
         METHOD,
         config.data,

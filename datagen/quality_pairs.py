@@ -107,7 +107,7 @@ class Config:
 
 def main(config: Config) -> Manifest:
     """Run the stage. Returns the manifest of the graded answers; those of the exports are in their folders."""
-    from prefalign.engines.loading import load_engine
+    from prefalign.engines.loading import check_engine, load_engine
     from prefalign.rewards import named_scores, read_rewards, second_grades
 
     sources.files_of(config.data)
@@ -116,6 +116,8 @@ def main(config: Config) -> Manifest:
     alone = SHARD.get().alone and WORKER.get() is None
     rewards = read_rewards([_kept(entry, folder) for entry in config.rewards] if alone else config.rewards)
     named_scores.check_names(rewards, _named(config))
+    check_engine(config.model, needs=["sample"], stage=METHOD)
+    rewards.check()
     again = second_grades.asked_again(rewards) if config.regrade else None
     engine = load_engine(config.model, batch_size=config.batch_size, needs=["sample"], stage=METHOD)
     manifest = store.run_stage(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefalign import families, quantised
-from prefalign.checkpoints import ModelError, check_family, check_weights, has_processor, missing_processor, resolve
+from prefalign.checkpoints import ModelError, check_family, check_processor, check_weights, has_processor, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -119,14 +119,9 @@ def load_processor(config: ModelConfig) -> Any:
 
     source, adapter, revision = resolve(config)
     check_family(source, replace(config, model_revision=revision))
+    check_processor(source, adapter)
     if adapter is not None and has_processor(Path(adapter)):
         source, revision = adapter, None
-    folder = Path(source)
-    if folder.is_dir() and not has_processor(folder):
-        raise ModelError(
-            f"folder {source!r} has no processor ({missing_processor(folder)}), so pictures and text cannot be prepared. Save it "
-            "there with `processor.save_pretrained(folder)`, or copy these files from the model it was trained from."
-        )
     try:
         processor = AutoProcessor.from_pretrained(
             source, revision=revision, trust_remote_code=config.trust_remote_code, **(config.processor or {})

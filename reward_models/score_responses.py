@@ -57,6 +57,7 @@ def main(config: Config) -> Manifest:
 
     sources.files_of(config.data)
     rewards = read_rewards(config.rewards)
+    rewards.check()
     manifest = store.run_stage(
         METHOD,
         config.data,
