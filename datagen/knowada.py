@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,7 +155,7 @@ def main(config: Config) -> Manifest:
         models={"generator": engine.fingerprint, "annotator": annotator.fingerprint},
     )
     found = stages.write_figures(config.output.path, FIGURES, lambda: figures(config.output.path))
-    print(f"{METHOD}: " + ", ".join(f"{name} {value}" for name, value in found.items()), file=sys.stderr)
+    stages.say_figures(METHOD, found)
     return manifest
 
 

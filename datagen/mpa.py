@@ -17,7 +17,6 @@ Needs: rows with pictures, whose own questions are not used; the small model, an
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -174,7 +173,7 @@ def main(config: Config) -> Manifest:
         models=models_of(small, large),
     )
     found = stages.write_figures(config.output.path, FIGURES, lambda: figures(manifest))
-    print(f"{METHOD}: " + ", ".join(f"{name} {value}" for name, value in found.items()), file=sys.stderr)
+    stages.say_figures(METHOD, found)
     return manifest
 
 

@@ -24,7 +24,6 @@ import dataclasses
 import functools
 import json
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -164,7 +163,7 @@ def main(config: Config) -> Manifest:
     )
     if (figures := config.output.path / FIGURES).is_file():
         found = json.loads(figures.read_text())
-        print(f"{METHOD}: " + ", ".join(f"{name} {value}" for name, value in found.items()), file=sys.stderr)
+        stages.say_figures(METHOD, found)
     return manifest
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -61,6 +62,7 @@ def load_model(config: ModelConfig) -> Any:
     """
     import torch
     from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging as transformers_logging
 
     source, adapter, revision = resolve(config)
     config = replace(config, model_revision=revision)
@@ -73,6 +75,8 @@ def load_model(config: ModelConfig) -> Any:
         dtype = _dtype(quantised.computing_dtype(source, revision, config.dtype, device))
         place = torch.cuda.current_device() if device == torch.device("cuda") else device  # accelerate wants a number
         in_4_bits = {"quantization_config": quantised.in_4_bits(dtype), "device_map": {"": place}}
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
             source,

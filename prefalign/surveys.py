@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from prefalign import folders, sources
-from prefalign.execution import SHARD
+from prefalign.execution import SAMPLED, SHARD
 from prefalign.images import ImageError, sha256
 from prefalign.manifest import write_atomically
 from prefalign.records import RecordError
@@ -86,7 +86,8 @@ class Survey:
             for number, block in self._blocks():
                 if not shard.owns(number) and self._begins(kind, number):
                     self._found(kind, number, block, work, None)
-        with tqdm(total=self.total, desc=f"{self.stage}: {kind}", unit="row", disable=None) as bar:
+        name, stays = f"{self.stage}: {kind}", not SAMPLED.get()
+        with tqdm(total=self.total, desc=name, unit="row", disable=None, leave=stays) as bar:
             seen: dict[Path, tuple[int, float]] = {}
             for number, block in self._blocks():
                 if not shard.alone and not self.file(kind, number).is_file():
@@ -240,7 +241,9 @@ def picture_owners(data: DataConfig) -> Owners:
     seen = SeenIds(total)
 
     def shown() -> Iterator[tuple[str, str]]:
-        for row in tqdm(sources.read_rows(data), total=total, desc="rows of each picture", unit="row", disable=None):
+        rows = tqdm(sources.read_rows(data), total=total, desc="rows of each picture", unit="row", disable=None,
+                    leave=not SAMPLED.get())  # fmt: skip
+        for row in rows:
             try:
                 prompt = sources.to_prompt(row, data, repeated=repeated)
             except (RecordError, ImageError):
