@@ -28,8 +28,8 @@ TURNS = [
 ROWS = [
     {"id": "007", "image": "red.png", "question": 'What is "this",\nin one word?', "chosen": "A ring; red.",
      "rejected": '[{"bbox": [1, 2]}]', "margin": 0.5, "count": 3},
-    {"id": "8", "image": "blue.png", "question": "Caf\u00e9, \u2713 or \u00bf?", "chosen": "No\ttab.", "rejected": "Yes, 5\" wide.",
-     "margin": 2, "count": None},
+    {"id": "8", "image": "blue.png", "question": "Caf\u00e9, \u2713 or \u00bf?", "chosen": "No\ttab.",
+     "rejected": "Yes, 5\" wide.", "margin": 2, "count": None},
 ]  # fmt: skip
 
 
