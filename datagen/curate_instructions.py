@@ -142,6 +142,8 @@ def main(config: Config) -> Manifest:
         from prefalign.rewards import read_rewards
 
         rewards = {stage.name: read_rewards(stage.rewards) for stage in config.stages if stage.rewards}
+        for combined in rewards.values():
+            combined.check()
     engine: Engine | None = None
     if config.model is not None and config.needs_model:
         from prefalign.engines.loading import load_engine

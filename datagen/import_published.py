@@ -16,7 +16,6 @@ ms-swift, EasyR1. Needs: no model.
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +84,7 @@ def main(config: Config) -> Manifest:
     )
     folder = config.output.path
     found = stages.write_figures(folder, FIGURES, lambda: figures(folder, manifest))
-    print(f"{METHOD}: " + ", ".join(f"{name} {value}" for name, value in found.items()), file=sys.stderr)
+    stages.say_figures(METHOD, found)
     return manifest
 
 

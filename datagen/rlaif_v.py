@@ -25,7 +25,6 @@ import dataclasses
 import functools
 import json
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,7 +181,7 @@ def main(config: Config) -> Manifest:
     )
     if (figures := config.output.path / FIGURES).is_file():
         found = json.loads(figures.read_text())
-        print(f"{METHOD}: " + ", ".join(f"{name} {value}" for name, value in found.items()), file=sys.stderr)
+        stages.say_figures(METHOD, found)
     return manifest
 
 
@@ -192,17 +191,23 @@ def load(config: Config) -> Models:
     Raises:
         ValueError: if one of them cannot do its part.
     """
-    from prefalign.engines.loading import load_engine
+    from prefalign.engines.loading import check_engine, load_engine
 
     labeller = config.labeller or config.model
     roles: list[tuple[EngineConfig | None, list[str]]] = [(config.model, ["sample"]), (labeller, ["first_token"])]
     if config.divide.by == "model":
         roles.append((config.splitter or labeller, ["sample"]))
-    loaded: list[tuple[EngineConfig, Engine]] = []
+    models: list[tuple[EngineConfig, list[str]]] = []
     for wanted, _ in roles:
-        if wanted is not None and not any(wanted == known for known, _ in loaded):
-            needs = sorted({need for other, all_needs in roles if other == wanted for need in all_needs})
-            loaded.append((wanted, load_engine(wanted, batch_size=config.batch_size, needs=needs, stage=METHOD)))
+        if wanted is not None and not any(wanted == known for known, _ in models):
+            needs = {need for other, all_needs in roles if other == wanted for need in all_needs}
+            models.append((wanted, sorted(needs)))
+    for wanted, required in models:
+        check_engine(wanted, needs=required, stage=METHOD)
+    loaded = [
+        (wanted, load_engine(wanted, batch_size=config.batch_size, needs=required, stage=METHOD))
+        for wanted, required in models
+    ]
     found = [next((engine for known, engine in loaded if known == wanted), None) for wanted, _ in roles]
     splitter = found[2] if len(found) > 2 else None
     assert found[1] is not None

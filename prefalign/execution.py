@@ -59,6 +59,8 @@ class Shard:
 
 WHOLE = Shard()
 SHARD: ContextVar[Shard] = ContextVar("shard", default=WHOLE)
+SAMPLED: ContextVar[bool] = ContextVar("sampled", default=False)
+"""Whether a stage runs on a few rows only to be measured (`planner`): what it says of them is no result, and is not printed."""
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from typing import Any
 
 from prefalign import blocks, folders, sources
 from prefalign.blocks import AnyRecord, Block, Dropped, Failed, Input, Outcome, Record, StoreError
-from prefalign.execution import SHARD, WORKER, LeftToOthers, Shard
+from prefalign.execution import SAMPLED, SHARD, WORKER, LeftToOthers, Shard
 from prefalign.folders import Ledgers
 from prefalign.manifest import Manifest, write_atomically
 from prefalign.records import Candidates, Pair, Prompt
@@ -245,7 +245,7 @@ def _run_blocks(job: Job, spread: Spread, shard: Shard, ledgers: Ledgers, total:
     reader = sources.RowReader(job.data)
     as_input = functools.partial(READERS[job.reads], config=job.data, repeated=repeated)
     own = sum(min(size, total - first) for first in range(0, total, size) if shard.owns(first // size))
-    with tqdm(total=own, desc=job.stage, unit="row", disable=None) as bar:
+    with tqdm(total=own, desc=job.stage, unit="row", disable=None, leave=not SAMPLED.get()) as bar:
 
         def read(number: int) -> Block:
             first = number * size

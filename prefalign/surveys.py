@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prefalign import folders, sources
-from prefalign.execution import SHARD
+from prefalign.execution import SAMPLED, SHARD
 from prefalign.images import ImageError, sha256
 from prefalign.locks import locked
 from prefalign.manifest import write_atomically
@@ -87,7 +87,8 @@ class Survey:
             for number, block in self._blocks():
                 if shard.owns(number) == own:
                     found_of(number, block, wait=False)
-        with tqdm(total=self.total, desc=f"{self.stage}: {kind}", unit="row", disable=None) as bar:
+        name, stays = f"{self.stage}: {kind}", not SAMPLED.get()
+        with tqdm(total=self.total, desc=name, unit="row", disable=None, leave=stays) as bar:
             for number, block in self._blocks():
                 found = found_of(number, block, wait=True)
                 assert found is not None, "it was waited for"
@@ -234,7 +235,9 @@ def picture_owners(data: DataConfig) -> Owners:
     seen = SeenIds(total)
 
     def shown() -> Iterator[tuple[str, str]]:
-        for row in tqdm(sources.read_rows(data), total=total, desc="rows of each picture", unit="row", disable=None):
+        rows = tqdm(sources.read_rows(data), total=total, desc="rows of each picture", unit="row", disable=None,
+                    leave=not SAMPLED.get())  # fmt: skip
+        for row in rows:
             try:
                 prompt = sources.to_prompt(row, data, repeated=repeated)
             except (RecordError, ImageError):

@@ -75,6 +75,7 @@ def main(config: Config) -> dict[str, Any]:
             "sets: there are no pairs to grade on. Name a folder, such as sets: {held_out: {path: runs/pairs}}."
         )
     rewards = read_rewards(config.rewards)
+    rewards.check()
     grades, items = {}, {}
     for name, pairs in config.sets.items():
         grades[name], items[name] = grade(

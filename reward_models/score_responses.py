@@ -13,7 +13,6 @@ Needs: candidates (`datagen/sample_responses.py`, or any rows with a list `respo
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -57,6 +56,7 @@ def main(config: Config) -> Manifest:
 
     sources.files_of(config.data)
     rewards = read_rewards(config.rewards)
+    rewards.check()
     manifest = store.run_stage(
         METHOD,
         config.data,
@@ -71,10 +71,9 @@ def main(config: Config) -> Manifest:
     folder = config.output.path
     found = stages.write_figures(folder, FIGURES, lambda: stored.figures(folder, rewards))
     total = found["scores"]["total"]
-    print(
+    stages.say(
         f"{METHOD}: {found['responses']} responses, total {total['mean']} on average, missing for {total['missing']}; "
-        f"correlation with length in words {found['length_correlation']}",
-        file=sys.stderr,
+        f"correlation with length in words {found['length_correlation']}"
     )
     return manifest
 
