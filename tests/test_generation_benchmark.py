@@ -131,8 +131,46 @@ class TestServerChaos:
             Replies(tmp_path / "kept").keep({key: "{}"}, "model")
         assert server_chaos.kept(tmp_path / "kept") == 2
 
-    def test_ids_are_counted(self, server_chaos, tmp_path):
+    def test_ids_and_prompts_are_counted(self, server_chaos, tmp_path):
         output = OutputConfig(tmp_path)
         given = [Candidates(f"r{number}", [], [user_message("?", 0)], [{"text": "A."}]) for number in range(3)]
         write_records("t", given, output=output, record=Candidates, settings={}, seed=0)
-        assert server_chaos.ids("sample_responses", tmp_path) == {"r0": 1, "r1": 1, "r2": 1}
+        rows = server_chaos.rows_of("sample_responses", tmp_path)
+        assert server_chaos.ids(rows) == {"r0": 1, "r1": 1, "r2": 1}
+        assert server_chaos.ids(rows + rows[:1])["r0"] == 2
+        assert server_chaos.prompts_of(rows) == {"r0", "r1", "r2"}
+
+    @pytest.mark.parametrize(
+        ("changes", "fails", "says"),
+        [
+            ({}, None, "identical, 15 rows of 10 of 12 prompts, ids the same, 84 answers given, 84 kept"),
+            ({"compared": 9}, "compared", "15 rows of 9 of 12 prompts (TOO FEW COMPARED: 10 are needed), ids"),
+            ({"different": ["data/a.parquet"]}, "identical", "DIFFERENT: ['data/a.parquet'], 15 rows"),
+            ({"same_ids": False}, "same_ids", "ids DIFFERENT, 84 answers"),
+            ({"paid": 85}, "kept", "85 answers given, 84 kept, 0 asked for again"),
+            ({"again": 1}, "kept", "84 answers given, 84 kept, 1 asked for again"),
+        ],
+    )
+    def test_a_trial_is_good_if_all_of_it_is(self, server_chaos, changes, fails, says):
+        good = {
+            "share": 0.5,
+            "under_way": 4,
+            "different": [],
+            "same_ids": True,
+            "rows": 15,
+            "compared": 10,
+            "prompts": 12,
+        }
+        counts = {"paid": 84, "kept": 84, "again": 0}
+        trial = server_chaos.Trial("ray/rlaif_v/late", **{**good, **counts, **changes})
+        assert says in trial.summary()
+        failing = [line["name"] for line in trial.lines() if line["value"] < line["goal"]]
+        assert failing == ([f"chaos/server/ray/rlaif_v/late/{fails}"] if fails else [])
+
+    def test_the_one_model_of_the_server_labels_with_a_spread(self, chaos, server_chaos, tmp_path):
+        settings = {**server_chaos.SETTINGS["rlaif_v"], "output": {"path": str(tmp_path / "pairs")}}
+        chaos.generate(
+            "rlaif_v", str(chaos.prepare("rlaif_v", tmp_path, 12)), str(tmp_path / "pairs"), settings=settings
+        )
+        compared = server_chaos.prompts_of(server_chaos.rows_of("rlaif_v", tmp_path / "pairs"))
+        assert len(compared) >= server_chaos.LEAST_COMPARED * 12
