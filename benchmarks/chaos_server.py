@@ -3,6 +3,8 @@
 `soon`  at once: the stage waits for it in its retries, and ends by itself.
 `late`  after the stage has given up: the same command is started again.
 
+It is killed when all processes of the stage have found it: one that finds no server when it starts says so and ends.
+
 `sample_responses` and `quality_pairs` ask a policy for answers, `rlaif_v` the same model as policy and as labeller of its own
 answers' claims; all keep answers in `model.server.cache`. A server draws anew when it is asked anew, so rows are compared with
 what one undisturbed process makes of the answers that were kept: the folder is the same, and it asks for nothing more. The ids
@@ -96,6 +98,11 @@ class Stage:
     address: str
     parts: Sequence[Options]
 
+    @property
+    def askers(self) -> int:
+        """Processes that ask the server: shards, or actors (Ray's driver asks nothing)."""
+        return sum(part.actors or 1 for part in self.parts)
+
     def begin(self, output: Path, cache: Path, retries: int) -> list[BaseProcess]:
         """Start its processes."""
         server = {"base_url": self.address, "cache": str(cache), "max_retries": retries, "concurrency": 4}
@@ -110,7 +117,7 @@ class Trial:
 
     Attributes:
         name: executor, case and moment.
-        share: of the answers, after which it was killed.
+        share: of the answers of an undisturbed run, which it had given.
         under_way: answers that it worked on then.
         different: files that are not as an undisturbed process makes them of the kept answers.
         same_ids: whether the ids are those of an undisturbed run, each as often.
@@ -152,7 +159,7 @@ class Trial:
 
     def lines(self) -> list[dict[str, Any]]:
         """Its lines of the result file. It was a good one if each value reaches its goal."""
-        found = {
+        values = {
             "identical": (int(not self.different), "runs", 1),
             "same_ids": (int(self.same_ids), "runs", 1),
             "compared": (self.compared, "prompts", self.least),
@@ -160,7 +167,7 @@ class Trial:
         }
         return [
             {"name": f"chaos/server/{self.name}/{what}", "value": value, "unit": unit, "baseline": None, "goal": goal}
-            for what, (value, unit, goal) in found.items()
+            for what, (value, unit, goal) in values.items()
         ]
 
 
@@ -187,6 +194,11 @@ def given(log: Path) -> int:
     return len(re.findall(r'"POST /v1/chat/completions HTTP/1.1" 200', log.read_text(errors="replace")))
 
 
+def found(log: Path) -> int:
+    """How often a process that started has found a server, by its log: each asks once for the models."""
+    return len(re.findall(r'"GET /v1/models HTTP/1.1" 200', log.read_text(errors="replace")))
+
+
 def kept(cache: Path) -> int:
     """Answers in a file of kept ones."""
     with closing(sqlite3.connect(cache)) as base:
@@ -209,22 +221,34 @@ def prompts_of(rows: Sequence[Candidates | Pair]) -> set[str]:
     return {row.meta["parent"] if isinstance(row, Pair) else row.id for row in rows}
 
 
-def kill_amid(server: Any, run: Sequence[BaseProcess], answers: int) -> int:
-    """Kill a server that has given so many answers and works on others. Returns on how many; 0: the run was over before."""
+def kill_amid(server: Any, run: Sequence[BaseProcess], askers: int, answers: int) -> tuple[int, int]:
+    """Kill a server that all have found, that has given so many answers and that works on others.
+
+    Args:
+        server: it runs.
+        run: processes that have just been started.
+        askers: how many will ask it.
+        answers: how many more it gives before.
+
+    Returns:
+        Answers given until then, and under way. None is under way if the run was over before.
+    """
+    found_before, given_before = found(server.log), given(server.log)
     while any(process.exitcode is None for process in run):
-        if given(server.log) >= answers and (under_way := server.running()):
+        gave = given(server.log) - given_before
+        if found(server.log) - found_before >= askers and gave >= answers and (under_way := server.running()):
             server.kill()
-            return int(under_way)
+            return gave, int(under_way)
         time.sleep(0.02)
-    return 0
+    return 0, 0
 
 
-def try_server(server: Any, stage: Stage, folder: Path, moment: str, answers: int) -> int:
-    """One run whose server is killed after so many answers, and that ends well. Returns how many more were under way."""
+def try_server(server: Any, stage: Stage, folder: Path, moment: str, answers: int) -> tuple[int, int]:
+    """One run whose server is killed, and that ends well. Arguments and result are those of `kill_amid`."""
     output, cache = folder / "out", folder / "kept.sqlite"
     folder.mkdir()
     run = stage.begin(output, cache, MOMENTS[moment])
-    under_way = kill_amid(server, run, given(server.log) + answers)
+    gave, under_way = kill_amid(server, run, stage.askers, answers)
     if under_way and moment == "late":
         if not failed(run):
             raise SystemExit(f"a run whose server was gone ended well:\n{said(output)}")
@@ -233,7 +257,7 @@ def try_server(server: Any, stage: Stage, folder: Path, moment: str, answers: in
     elif under_way:
         server.start()
     finish(run, output)
-    return under_way
+    return gave, under_way
 
 
 def try_case(
@@ -261,16 +285,16 @@ def try_case(
             share = rng.uniform(0.1, 0.8)
             folder = root / f"{executor}-{moment}-{share:.3f}"
             before = given(server.log)
-            under_way = try_server(server, stage, folder, moment, round(share * whole))
+            gave, under_way = try_server(server, stage, folder, moment, round(share * whole))
         paid = given(server.log) - before
         output, cache, again = folder / "out", folder / "kept.sqlite", folder / "again"
         finish(alone.begin(again, cache, MOMENTS[moment]), again)
-        found, expected, rows = contents(output), contents(again), rows_of(case, output)
+        made, expected, rows = contents(output), contents(again), rows_of(case, output)
         trial = Trial(
             name=f"{executor}/{case}/{moment}",
-            share=share,
+            share=gave / whole,
             under_way=under_way,
-            different=sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name)),
+            different=sorted(name for name in {*made, *expected} if made.get(name) != expected.get(name)),
             same_ids=ids(rows) == ids(rows_of(case, straight)),
             rows=len(rows),
             compared=len(prompts_of(rows)),
@@ -313,10 +337,10 @@ def kill_servers(
     server = serving.VllmServer(
         SCENES_BASE, root / "server.log", options, name=MODEL, python=python, variables=shim(python)
     )
-    found = []
+    lines = []
     with server:
         for case in wanted:
             on = {name: Stage(start, case, root / "prompts", server.address, each) for name, each in parts.items()}
             for executor in executors:
-                found += try_case(server, executor, on[executor], on["local"], root / case, contents)
-    return found
+                lines += try_case(server, executor, on[executor], on["local"], root / case, contents)
+    return lines

@@ -10,6 +10,7 @@ import pytest
 
 from prefalign import bundled
 from prefalign.engines import Request, Sampling
+from prefalign.execution import Options, Shard
 from prefalign.records import Candidates, Prompt, user_message
 from prefalign.replies import Replies
 from prefalign.scenes.data import rows
@@ -107,6 +108,38 @@ def test_chaos_compares_every_file_but_temporary_ones(chaos, tmp_path):
     assert chaos.contents(tmp_path) == {"data/a.parquet": b"data/a.parquet", "pool/b.npy": b"pool/b.npy"}
 
 
+FOUND = 'INFO: 127.0.0.1:4 - "GET /v1/models HTTP/1.1" 200 OK\n'
+GIVEN = 'INFO: 127.0.0.1:4 - "POST /v1/chat/completions HTTP/1.1" 200 OK\n'
+
+
+class LoggedRun:
+    """A run during which a server writes one line of its log between two looks: `f` found, `p` an answer given."""
+
+    def __init__(self, log, lines):
+        self.log, self.left = log, list(lines)
+
+    @property
+    def exitcode(self):
+        if not self.left:
+            return 0
+        with self.log.open("a") as log:
+            log.write(FOUND if self.left.pop(0) == "f" else GIVEN)
+        return None
+
+
+class LoggedServer:
+    """A server that always works on three requests."""
+
+    def __init__(self, log):
+        self.log, self.killed = log, False
+
+    def running(self):
+        return 3
+
+    def kill(self):
+        self.killed = True
+
+
 class TestServerChaos:
     @pytest.fixture(scope="class")
     def server_chaos(self):
@@ -130,6 +163,32 @@ class TestServerChaos:
         for key in "aba":
             Replies(tmp_path / "kept").keep({key: "{}"}, "model")
         assert server_chaos.kept(tmp_path / "kept") == 2
+
+    @pytest.mark.parametrize(
+        ("logged", "askers", "answers", "gave"),
+        [
+            ("fpfpp", 2, 1, 1),
+            ("fpfpp", 2, 2, 2),
+            ("ffppp", 2, 1, 1),
+            ("fpppf", 2, 1, 3),
+            ("fppp", 2, 1, 0),
+            ("ffp", 2, 2, 0),
+        ],
+    )
+    def test_a_server_is_killed_when_all_have_found_it(self, server_chaos, tmp_path, logged, askers, answers, gave):
+        log = tmp_path / "log"
+        log.write_text(FOUND + GIVEN)  # of a run before
+        run, server = LoggedRun(log, logged), LoggedServer(log)
+        assert server_chaos.kill_amid(server, [run], askers, answers) == ((gave, 3) if gave else (0, 0))
+        assert server.killed == bool(gave)
+
+    def test_shards_and_actors_ask_but_rays_driver_does_not(self, server_chaos):
+        def askers(parts):
+            return server_chaos.Stage(None, "rlaif_v", None, "", parts).askers
+
+        assert askers([Options()]) == 1
+        assert askers([Options(Shard(number, 3)) for number in range(3)]) == 3
+        assert askers([Options(executor="ray", actors=2)]) == 2
 
     def test_ids_and_prompts_are_counted(self, server_chaos, tmp_path):
         output = OutputConfig(tmp_path)
@@ -170,7 +229,7 @@ class TestServerChaos:
     def test_the_one_model_of_the_server_labels_with_a_spread(self, chaos, server_chaos, tmp_path):
         settings = {**server_chaos.SETTINGS["rlaif_v"], "output": {"path": str(tmp_path / "pairs")}}
         chaos.generate(
-            "rlaif_v", str(chaos.prepare("rlaif_v", tmp_path, 12)), str(tmp_path / "pairs"), settings=settings
+            "rlaif_v", str(chaos.prepare("rlaif_v", tmp_path, 8)), str(tmp_path / "pairs"), settings=settings
         )
         compared = server_chaos.prompts_of(server_chaos.rows_of("rlaif_v", tmp_path / "pairs"))
-        assert len(compared) >= server_chaos.LEAST_COMPARED * 12
+        assert len(compared) >= server_chaos.LEAST_COMPARED * 8
