@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     serving = bundled.load_stage(str(Path(__file__).with_name("chaos_server.py"))) if chosen.server else None
-    there = list(serving.RECORDS if serving else cases())
+    there = list(serving.ROWS if serving else cases())
     executors = list(EXECUTORS) if chosen.executor == "all" else chosen.executor.split(",")
     wanted = there if chosen.stage == "all" else chosen.stage.split(",")
     for kind, asked, known in (("executor", executors, EXECUTORS), ("case", wanted, there)):

@@ -10,6 +10,7 @@ import pytest
 
 from prefalign import bundled
 from prefalign.engines import Request, Sampling
+from prefalign.execution import Options, Shard
 from prefalign.records import Candidates, Prompt, user_message
 from prefalign.replies import Replies
 from prefalign.scenes.data import rows
@@ -107,6 +108,38 @@ def test_chaos_compares_every_file_but_temporary_ones(chaos, tmp_path):
     assert chaos.contents(tmp_path) == {"data/a.parquet": b"data/a.parquet", "pool/b.npy": b"pool/b.npy"}
 
 
+FOUND = 'INFO: 127.0.0.1:4 - "GET /v1/models HTTP/1.1" 200 OK\n'
+GIVEN = 'INFO: 127.0.0.1:4 - "POST /v1/chat/completions HTTP/1.1" 200 OK\n'
+
+
+class LoggedRun:
+    """A run during which a server writes one line of its log between two looks: `f` found, `p` an answer given."""
+
+    def __init__(self, log, lines):
+        self.log, self.left = log, list(lines)
+
+    @property
+    def exitcode(self):
+        if not self.left:
+            return 0
+        with self.log.open("a") as log:
+            log.write(FOUND if self.left.pop(0) == "f" else GIVEN)
+        return None
+
+
+class LoggedServer:
+    """A server that always works on three requests."""
+
+    def __init__(self, log):
+        self.log, self.killed = log, False
+
+    def running(self):
+        return 3
+
+    def kill(self):
+        self.killed = True
+
+
 class TestServerChaos:
     @pytest.fixture(scope="class")
     def server_chaos(self):
@@ -131,8 +164,72 @@ class TestServerChaos:
             Replies(tmp_path / "kept").keep({key: "{}"}, "model")
         assert server_chaos.kept(tmp_path / "kept") == 2
 
-    def test_ids_are_counted(self, server_chaos, tmp_path):
+    @pytest.mark.parametrize(
+        ("logged", "askers", "answers", "gave"),
+        [
+            ("fpfpp", 2, 1, 1),
+            ("fpfpp", 2, 2, 2),
+            ("ffppp", 2, 1, 1),
+            ("fpppf", 2, 1, 3),
+            ("fppp", 2, 1, 0),
+            ("ffp", 2, 2, 0),
+        ],
+    )
+    def test_a_server_is_killed_when_all_have_found_it(self, server_chaos, tmp_path, logged, askers, answers, gave):
+        log = tmp_path / "log"
+        log.write_text(FOUND + GIVEN)  # of a run before
+        run, server = LoggedRun(log, logged), LoggedServer(log)
+        assert server_chaos.kill_amid(server, [run], askers, answers) == ((gave, 3) if gave else (0, 0))
+        assert server.killed == bool(gave)
+
+    def test_shards_and_actors_ask_but_rays_driver_does_not(self, server_chaos):
+        def askers(parts):
+            return server_chaos.Stage(None, "rlaif_v", None, "", parts).askers
+
+        assert askers([Options()]) == 1
+        assert askers([Options(Shard(number, 3)) for number in range(3)]) == 3
+        assert askers([Options(executor="ray", actors=2)]) == 2
+
+    def test_ids_and_prompts_are_counted(self, server_chaos, tmp_path):
         output = OutputConfig(tmp_path)
         given = [Candidates(f"r{number}", [], [user_message("?", 0)], [{"text": "A."}]) for number in range(3)]
         write_records("t", given, output=output, record=Candidates, settings={}, seed=0)
-        assert server_chaos.ids("sample_responses", tmp_path) == {"r0": 1, "r1": 1, "r2": 1}
+        rows = server_chaos.rows_of("sample_responses", tmp_path)
+        assert server_chaos.ids(rows) == {"r0": 1, "r1": 1, "r2": 1}
+        assert server_chaos.ids(rows + rows[:1])["r0"] == 2
+        assert server_chaos.prompts_of(rows) == {"r0", "r1", "r2"}
+
+    @pytest.mark.parametrize(
+        ("changes", "fails", "says"),
+        [
+            ({}, None, "identical, 15 rows of 10 of 12 prompts, ids the same, 84 answers given, 84 kept"),
+            ({"compared": 9}, "compared", "15 rows of 9 of 12 prompts (TOO FEW COMPARED: 10 are needed), ids"),
+            ({"different": ["data/a.parquet"]}, "identical", "DIFFERENT: ['data/a.parquet'], 15 rows"),
+            ({"same_ids": False}, "same_ids", "ids DIFFERENT, 84 answers"),
+            ({"paid": 85}, "kept", "85 answers given, 84 kept, 0 asked for again"),
+            ({"again": 1}, "kept", "84 answers given, 84 kept, 1 asked for again"),
+        ],
+    )
+    def test_a_trial_is_good_if_all_of_it_is(self, server_chaos, changes, fails, says):
+        good = {
+            "share": 0.5,
+            "under_way": 4,
+            "different": [],
+            "same_ids": True,
+            "rows": 15,
+            "compared": 10,
+            "prompts": 12,
+        }
+        counts = {"paid": 84, "kept": 84, "again": 0}
+        trial = server_chaos.Trial("ray/rlaif_v/late", **{**good, **counts, **changes})
+        assert says in trial.summary()
+        failing = [line["name"] for line in trial.lines() if line["value"] < line["goal"]]
+        assert failing == ([f"chaos/server/ray/rlaif_v/late/{fails}"] if fails else [])
+
+    def test_the_one_model_of_the_server_labels_with_a_spread(self, chaos, server_chaos, tmp_path):
+        settings = {**server_chaos.SETTINGS["rlaif_v"], "output": {"path": str(tmp_path / "pairs")}}
+        chaos.generate(
+            "rlaif_v", str(chaos.prepare("rlaif_v", tmp_path, 8)), str(tmp_path / "pairs"), settings=settings
+        )
+        compared = server_chaos.prompts_of(server_chaos.rows_of("rlaif_v", tmp_path / "pairs"))
+        assert len(compared) >= server_chaos.LEAST_COMPARED * 8
