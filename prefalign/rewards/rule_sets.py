@@ -133,6 +133,7 @@ _POOR = ("inadequate", "(?:low|poor|insufficient)(?:[ -]| in |image |the )*quali
          "unsuitable", "quality is (?:too )?(?:low|poor|inadequate|insufficient)", "too few (?:nucleated )?cells",
          "lacks (?:sufficient |enough |nucleated )*cells")  # fmt: skip
 _SIGNS = "(?:signs?|evidence|indications?) of "
+_NOT_FEW = "(?<!few )(?<!few red )(?<!little )"  # some blood is in every adequate region
 _ILL = ("disease", "cancer(?:ous)?", "malignan(?:t|cy|cies)", "blood cancer")
 
 _FAULTS = ("low", "poor", "insuffici", "inadequate", "not", "no ", "devoid", "free", "absent")  # of the released code
@@ -151,8 +152,8 @@ _BONE_MARROW = RuleSet(
         "analysis": Variable(
             {
                 "adequate": ("adequate", "suitable", "optimal", "ideal", "excellent", "prime"),
-                "blood": ("(?:red )?blood(?: cells)?", "bloody", "blood-\\w+", "rbcs?"),
-                "clot": ("clot(?:s|ted|ting)?",),
+                "blood": (f"{_NOT_FEW}(?:red )?blood(?: cells)?(?![ -]clot)", "bloody", "blood-(?!clot)\\w+", f"{_NOT_FEW}rbcs?"),
+                "clot": ("(?:blood[ -])?clot(?:s|ted|ting)?(?: (?:of )?blood)?", "coagul\\w+(?: blood)?"),
             }
         ),
         "abnormality": Variable(
@@ -166,8 +167,9 @@ _BONE_MARROW = RuleSet(
         ),
         "cells": Variable(
             {
-                "none": (f"no (?:{_SIGNS})?(?:abnormal|unusual|atypical)(?: cells?)?(?: growth| proliferation)?",
-                         "no abnormalit(?:y|ies)", "none", "normal(?: cells?| cellular)?(?: growth)?", "typical",
+                "none": (f"(?:no|nothing) (?:{_SIGNS})?(?:abnormal|unusual|atypical)(?: cells?)?(?: growth| proliferation)?",
+                         "none of the(?:se)? cells (?:is|are|looks?|seems?) (?:abnormal|unusual|atypical)",
+                         "no abnormalit(?:y|ies)", "none(?! of\\b)", "normal(?: cells?| cellular)?(?: growth)?", "typical",
                          "without abnormalities"),
                 "myeloblasts": ("myeloblasts?", "blast cells?", "blasts"),
                 "plasma cells": ("plasma cells?",),
