@@ -249,19 +249,21 @@ _SIDES = Variable(
 )
 
 _SAYS_YES_OR_NO = Variable(read=readings.yes_no, closed=("yes", "no"))
+_EXISTS = Variable(read=readings.exists, closed=("yes", "no"))
+_ABSENT = Variable(read=readings.absent, closed=("yes", "no"))
 _SOME_OR_NONE = Variable(read=readings.some_or_none, closed=("some", "none"))
 RULE_SETS: dict[str, RuleSet] = {
     "bone_marrow": _BONE_MARROW,
     "existence_count": RuleSet(
-        {"exists": _SAYS_YES_OR_NO, "count": _SOME_OR_NONE},
+        {"exists": _EXISTS, "count": _SOME_OR_NONE},
         ({"exists": "yes", "count": "some"}, {"exists": "no", "count": "none"}),
     ),
     "existence_absence": RuleSet(
-        {"exists": _SAYS_YES_OR_NO, "absent": _SAYS_YES_OR_NO},
+        {"exists": _EXISTS, "absent": _ABSENT},
         ({"exists": "yes", "absent": "no"}, {"exists": "no", "absent": "yes"}),
     ),
     "presence": RuleSet(
-        {"exists": _SAYS_YES_OR_NO, "absent": _SAYS_YES_OR_NO, "count": _SOME_OR_NONE},
+        {"exists": _EXISTS, "absent": _ABSENT, "count": _SOME_OR_NONE},
         ({"exists": "yes", "absent": "no", "count": "some"}, {"exists": "no", "absent": "yes", "count": "none"}),
     ),
     "attribute": RuleSet(
