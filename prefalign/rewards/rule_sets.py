@@ -40,6 +40,12 @@ class RuleSet:
         known = self.variables[variable]
         return known.read(text, variable, rules) if known.read is not None else known.parse(text)
 
+    def miscounts(self, variable: str, text: str, rules: Mapping[str, Any]) -> bool:
+        """Whether an answer says another number than `rules["number"]`, where the question is whether there are some."""
+        if self.variables[variable].read is not readings.some_or_none or rules.get("number") is None:
+            return False
+        return readings.number(text) not in (None, rules["number"])
+
     def agree(self, said: Sequence[tuple[str, str | None]]) -> bool:
         """Whether (variable, category) pairs can stand together; a None never does."""
         if any(category is None for _, category in said):
