@@ -52,9 +52,9 @@ _A_FEW = r"(?:some|several|many|multiple|numerous|plenty|lots|a lot|(?:quite )?a
 _SOME = re.compile(
     r"\b(?:there(?:'s| is| are)|sees?|shows?|contains?|includes?|has|have)(?: \w+ly| also| indeed)?"
     rf" (?:an?|{_A_FEW})\b|^{_A_FEW}\b|\bthere are (?!only|just|other)(?:\w+ )?\w+s\b|"
-    r"^(?:just |only )?an? (?!.*\b(?:picture|image|photo|scene)\b)(?:\w+ ){0,2}\w+\W*$|"  # "A red star."
-    rf"\b(?:is|are) (?:\w+ly )?(?:{_SEEN}|to be seen)\b"
+    r"^(?:just |only )?an? (?!.*\b(?:picture|image|photo|scene)\b)(?:\w+ ){0,2}\w+\W*$"  # "A red star."
 )
+_IS_SEEN = re.compile(rf"\b(?:is|are) (?:\w+ly )?(?:{_SEEN}|to be seen)\b")
 _MAYBE = re.compile(r"\b(?:if|whether|maybe|perhaps|possibly|may|might|could be)\b")
 _LIST_VERB = re.compile(r"\b(?:are|is|shows?|sees?|includes?|contains?)\b")
 _NO_THING = re.compile(
@@ -129,9 +129,9 @@ def yes_no(text: str, variable: str, rules: Mapping[str, Any]) -> str | None:
 def exists(text: str, variable: str, rules: Mapping[str, Any]) -> str | None:
     """Whether an answer says that a thing is there: by the yes or no that it begins with, else by its statement."""
     plain = _plain(text)
-    if not _LEADS.match(plain) and not _numbers(plain) and _some_or_none(plain) is None:
-        return yesno.robust(text)  # "It does not."
-    return _presence(plain, {"some": "yes", "none": "no"})
+    said = _presence(plain, {"some": "yes", "none": "no"})
+    nothing_said = said is None and not _LEADS.match(plain) and not _numbers(plain)
+    return yesno.robust(text) if nothing_said else said  # "It does not."
 
 
 def absent(text: str, variable: str, rules: Mapping[str, Any]) -> str | None:
@@ -142,7 +142,7 @@ def absent(text: str, variable: str, rules: Mapping[str, Any]) -> str | None:
 def _presence(plain: str, meaning: Mapping[str, str]) -> str | None:
     lead = _LEADS.match(plain)
     rest = plain[lead.end() :] if lead else plain
-    stated = meaning.get(_some_or_none(rest) or "")
+    stated = meaning.get(_some_or_none(rest, seen=True) or "")
     if lead is None:
         return stated
     contradicts = _STATES.match(rest) and stated not in (None, lead.lastgroup)  # "Yes, there is no star."
@@ -194,10 +194,12 @@ def _with_zeros(plain: str) -> str:
     return _ZERO.sub("zero", _NOT_MISSING.sub("is there", _ABOUT.sub("several", plain)))
 
 
-def _some_or_none(plain: str) -> str | None:
+def _some_or_none(plain: str, *, seen: bool = False) -> str | None:
+    """With `seen`, "the star is at the top" counts, too."""
     numbers, zeros = _numbers(plain), _with_zeros(plain)
     if not numbers:
-        return "some" if _SOME.search(zeros) and not _MAYBE.search(plain) else None
+        told = _SOME.search(zeros) or (seen and _IS_SEEN.search(zeros))
+        return "some" if told and not _MAYBE.search(plain) else None
     only = numbers.pop() if len(numbers) == 1 else None
     if only is None or (only == 0 and _SOME.search(zeros.partition("zero")[0])):  # "a circle, but no star"
         return None
