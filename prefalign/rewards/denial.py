@@ -1,4 +1,4 @@
-"""Whether a sentence denies a phrase: "no sign of X", "neither X nor Y", "X is not present", "X can be ruled out".
+"""Whether a sentence denies a phrase: "no sign of X", "nothing is X", "X is not present", "X can be ruled out".
 
 For `prefalign.rewards.readings`. Where a negation stands in the clause and could belong to something else, the answer is that
 it is unclear, so that no text earns what it may have denied.
@@ -22,8 +22,8 @@ _REACHING = (
     re.compile(  # "no sign of an increase in ...", "does not show signs of this or ...", "none of the cells is ..."
         rf"{_NO}(?:[\s,-]+(?!{_VERB}|that\b)[\w'/]+)*[\s-]*$|"
         rf"{_NOT}(?:[\s,-]+[\w'/]+)*[\s,]+n?or\b(?:[\s-]+[\w'/]+){{0,3}}[\s-]*$|"
-        rf"(?:\b(?:none|nothing|nowhere|neither)|(?:^|\bthat) ?no (?!it|this|that|the|there|i|we)\b)"
-        rf"(?:[\s-]*\b(?!{_VERB}|that\b)[\w'/]+)* {_VERB}(?: (?!in\b|on\b|near\b)[\w'/]+){{0,2}}[\s-]*$"
+        rf"(?:\b(?:none|nothing|nowhere|neither)|(?:^|\bthat) ?no\b(?! (?:it|this|that|the|there|i|we)\b))"
+        rf"(?:[\s-]+(?!{_VERB}|that\b)[\w'/]+)* {_VERB}(?: (?!in\b|on\b|near\b)[\w'/]+){{0,2}}[\s-]*$"
     )
 )
 _DOUBT = r"\b(?:hardly|scarcely|barely|far from|anything but)\b"
