@@ -208,6 +208,7 @@ def test_bone_marrow_in_both_readings(variable, text, robust, released):
 PRESENCE = [  # what an answer says to "is there a star?", "is there no star?" and "how many?", and the number in it
     ("There is a star in the picture.", "yes", "no", "some", None),
     ("There are stars.", "yes", "no", "some", None),
+    ("There is clearly a star.", "yes", "no", "some", None),
     ("Several stars.", "yes", "no", "some", None),
     ("A single star.", "yes", "no", "some", 1),
     ("There are fifteen stars.", "yes", "no", "some", 15),
