@@ -22,6 +22,7 @@ from prefalign.rewards.phrases import BANKS, LABELS, HintPhrases
 from prefalign.rewards.rule_sets import RULE_SETS
 from prefalign.rewards.symbolic import Symbolic
 from prefalign.scenes.export import export
+from prefalign.scenes.twins import true_of
 from prefalign.store import Dropped, Failed, StoreError, read_records
 from tests.tiny_vlms import picture
 
@@ -188,10 +189,19 @@ def test_pairs_give_in_fit_or_contradict(stage, patches, tmp_path):
         assert pair.margin == (1 if adjacent else 2)
 
 
-def test_a_wrong_answer_of_a_kind_that_the_table_does_not_have_is_left_out(stage, scenes, tmp_path):
-    """Of presence each answer settles the others, so a wrong one that fits does not exist."""
+def test_a_wrong_answer_that_fits_about_scenes_is_a_wrong_number(stage, scenes, tmp_path):
+    """Of presence each answer settles the others, except how many there are of what is there."""
+    stage.main(presence(stage, scenes, tmp_path / "out", kinds=["consistent"], things={"absent": 0.5}))
+    pairs = list(read_records(tmp_path / "out", Pair))
+    assert 10 <= len(pairs) <= 30
+    for pair in pairs:
+        assert (pair.meta["case"], pair.meta["variable"], pair.meta["said"]) == ("yes", "count", "some")
+        assert true_of(message_text(pair.chosen), pair.facts)
+        assert not true_of(message_text(pair.rejected), pair.facts)
+        assert RULE_SETS["presence"].parse("count", message_text(pair.rejected), {}) == "some"
+        assert pair.margin == 1
     row = next(iter(read_records(scenes, Prompt)))
-    known = presence(stage, scenes, tmp_path, kinds=["consistent"])
+    known = presence(stage, scenes, tmp_path, kinds=["consistent"], things={"absent": 1.0})
     words = Speaker(RULE_SETS["presence"], BANKS["presence"], HintPhrases())
     assert stage.outcome(row, words, Symbolic(), known) == Dropped("no_wrong_answer")
 
@@ -209,6 +219,7 @@ def test_counts_and_exclusions_of_scenes_are_true(stage, scenes, tmp_path):
         told = " ".join(rules["reference_answers"].values())
         [thing] = [shape for shape in SCENES["things"]["names"] if f" {shape}" in told]
         there = counts.get(thing, 0)
+        assert rules["number"] == there
         assert rules["reference"] == (
             {"exists": "yes", "absent": "no", "count": "some"} if there
             else {"exists": "no", "absent": "yes", "count": "none"}

@@ -140,6 +140,11 @@ SENTENCES = [
     ("quality", "This image is not acceptable for diagnosis.", "bad", "bad"),
     ("quality", "This segment is unsuitable.", "bad", "bad"),
     ("quality", "The image isn't of good quality.", "bad", None),
+    ("quality", "Nothing here is usable.", "bad", "bad"),
+    ("quality", "None of it is suitable.", "bad", "good"),
+    ("quality", "Nothing is wrong, it is suitable.", "good", "good"),
+    ("quality", "There is nothing wrong with this good patch.", "good", "bad"),
+    ("quality", "No clot is seen in this suitable region.", "good", "good"),
     ("quality", "I am not sure.", None, "bad"),  # "no" in "not"
     ("analysis", "Many nucleated cells make this region ideal.", "adequate", None),
     ("analysis", "The region is optimal, being close to the particles.", "adequate", "adequate"),
@@ -147,17 +152,44 @@ SENTENCES = [
     ("analysis", "Clotting with dense particles makes it unsuitable.", "clot", "clot"),
     ("analysis", "The region is near a clot.", "clot", None),
     ("analysis", "It shows blood and a clot.", None, "blood"),
+    ("analysis", "There is a blood clot.", "clot", "blood"),
+    ("analysis", "The patch consists of clotted blood.", "clot", "blood"),
+    ("analysis", "Clots of blood cover it.", "clot", "blood"),
+    ("analysis", "Coagulated blood.", "clot", "blood"),
+    ("analysis", "There is no blood clot; it is optimal.", "adequate", "blood"),
+    ("analysis", "The region is adequate; there are few red blood cells.", "adequate", "blood"),
+    ("analysis", "There are few red blood cells.", None, "blood"),
     ("abnormality", "Yes, the image shows signs of cancer.", "abnormal", "abnormal"),
     ("abnormality", "It is free of cancer and healthy.", "normal", "abnormal"),
     ("abnormality", "No, it appears normal without irregularities.", "normal", "normal"),
     ("abnormality", "The image is not normal.", "abnormal", "normal"),
     ("abnormality", "The image is too poor in quality to look for irregularities.", "inadequate", "inadequate"),
+    ("abnormality", "Nothing is abnormal.", "normal", None),
+    ("abnormality", "I see nothing abnormal.", "normal", None),
+    ("abnormality", "Nothing in this patch is abnormal.", "normal", None),
+    ("abnormality", "No cell in this patch is abnormal.", "normal", None),
+    ("abnormality", "None of the cells are abnormal.", "normal", None),
+    ("abnormality", "Nowhere is it abnormal.", "normal", None),
+    ("abnormality", "Nothing is normal here.", "abnormal", "normal"),
+    ("abnormality", "A patch with no clots or blood is abnormal.", "abnormal", None),
+    ("abnormality", "The cells are far from normal.", None, "normal"),
+    ("abnormality", "The cells are anything but normal.", None, "normal"),
+    ("abnormality", "Hardly anything is abnormal.", None, None),
     ("cells", "There are no plasma cells.", None, "plasma cells"),
+    ("cells", "None of the cells are myeloblasts.", None, "myeloblasts"),
+    ("cells", "None of the cells are abnormal.", "none", None),
+    ("cells", "I see nothing unusual.", "none", "none"),
+    ("cells", "Nothing but normal cells.", "none", "none"),
     ("cells", "Myeloblasts rather than plasma cells.", "myeloblasts", "plasma cells"),
     ("cells", "No abnormal cell growth is seen.", "none", "none"),
     ("cells", "The sample lacks sufficient nucleated cells.", "inadequate", None),
     ("diagnosis", "This is AML, a blood cancer.", "AML", "AML"),
     ("diagnosis", "Not AML but multiple myeloma.", "MM", "MM"),
+    ("diagnosis", "Nothing points to AML.", None, "AML"),
+    ("diagnosis", "There is nothing to suggest that this is AML.", None, "AML"),
+    ("diagnosis", "None of the findings point to multiple myeloma.", None, "MM"),
+    ("diagnosis", "Nothing but AML explains this.", "AML", "AML"),
+    ("diagnosis", "AML is hardly likely.", None, "AML"),
     ("diagnosis", "A field of 5 mm is shown.", None, "MM"),
     ("diagnosis", "No signs of disease.", "normal", "inadequate"),  # any letter of "quality" counts
     ("diagnosis", "It is a kind of blood cancer.", "cancer", "cancer"),
@@ -171,6 +203,92 @@ def test_bone_marrow_in_both_readings(variable, text, robust, released):
     known = RULE_SETS["bone_marrow"]
     assert known.parse(variable, text, {}) == robust
     assert read_as_released(known.released[variable], text) == released
+
+
+PRESENCE = [  # what an answer says to "is there a star?", "is there no star?" and "how many?", and the number in it
+    ("There is a star in the picture.", "yes", "no", "some", None),
+    ("There are stars.", "yes", "no", "some", None),
+    ("There is clearly a star.", "yes", "no", "some", None),
+    ("Several stars.", "yes", "no", "some", None),
+    ("A single star.", "yes", "no", "some", 1),
+    ("There are fifteen stars.", "yes", "no", "some", 15),
+    ("Twenty-one.", "yes", "no", "some", 21),
+    ("A dozen.", "yes", "no", "some", 12),
+    ("Two dozen.", None, None, None, None),
+    ("At least two stars.", "yes", "no", "some", None),
+    ("There is no doubt that there is a star.", "yes", "no", "some", None),
+    ("There is no star in the picture.", "no", "yes", "none", 0),
+    ("No stars are there.", "no", "yes", "none", 0),
+    ("There is not one star.", "no", "yes", "none", 0),
+    ("Not a single star.", "no", "yes", "none", 0),
+    ("There aren't any stars.", "no", "yes", "none", 0),
+    ("I do not see a star.", "no", "yes", "none", 0),
+    ("The star is missing.", "no", "yes", "none", 0),
+    ("The star is not missing.", "yes", "no", None, None),
+    ("The star is at the top.", "yes", "no", None, None),
+    ("There is no star, but there is a circle.", "no", "yes", "none", 0),
+    ("There is a circle, but no star.", None, None, None, 0),
+    ("There are not two stars.", None, None, None, None),
+    ("There may be a star.", None, None, None, None),
+    ("I am not sure, maybe two.", None, None, None, None),
+    ("There are two stars and three circles.", None, None, None, None),
+    ("Yes.", "yes", "yes", None, None),
+    ("No.", "no", "no", "none", 0),
+    ("Yes, it is missing.", "yes", "yes", "none", 0),
+    ("No, there are two stars.", "no", "no", "some", 2),
+    ("Yes, there is no star.", None, "yes", "none", 0),
+    ("No, there is a star.", None, "no", "some", None),
+    ("Yes or no.", None, None, None, None),
+    ("It does not.", "no", None, None, None),
+]
+
+
+@pytest.mark.parametrize(("text", "exists", "absent", "count", "number"), PRESENCE)
+def test_what_is_there_and_what_is_not(text, exists, absent, count, number):
+    known = RULE_SETS["presence"]
+    assert [known.parse(name, text, {}) for name in ("exists", "absent", "count")] == [exists, absent, count]
+    assert RULE_SETS["count_list"].parse("count", text, {}) == (None if number is None else str(number))
+
+
+@pytest.mark.parametrize(
+    ("count", "number", "correct", "conditional"),
+    [
+        ("There are two stars.", 2, 3, 2),
+        ("There are five stars.", 2, 2, 1),
+        ("There are some stars.", 2, 3, 2),
+        ("There are five stars.", None, 3, 2),
+    ],
+)
+def test_a_wrong_number_of_what_is_there_is_wrong_and_agrees(count, number, correct, conditional):
+    says = {"exists": "There is a star.", "absent": "There is a star.", "count": count}
+    reference = {"exists": "yes", "absent": "no", "count": "some"}
+    response = conversation(says, reference, asked=list(says), rules="presence", number=number)
+    assert scores(response) == {"correct": correct, "consistent": 2}
+    assert scores(response, conditional=True)["consistent"] == conditional
+    assert Symbolic().accuracy([response])["question_accuracy"] == pytest.approx(correct / 3)
+
+
+def test_the_same_sentences_of_a_picture_without_a_star():
+    says = dict.fromkeys(("exists", "absent", "count"), "There is no star in the picture.")
+    gone, there = {"exists": "no", "absent": "yes", "count": "none"}, {"exists": "yes", "absent": "no", "count": "some"}
+    of = [conversation(says, one, asked=list(says), rules="presence", number=n) for one, n in ((gone, 0), (there, 1))]
+    assert [scores(one) for one in of] == [{"correct": 3, "consistent": 2}, {"correct": 0, "consistent": 2}]
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        ("2", r"facts.rules.number is '2'; it is how many there are, so give a whole number from 0 on"),
+        (-1, r"facts.rules.number is -1; it is how many"),
+        (True, r"facts.rules.number is True; it is how many"),
+        (0, r"facts.rules.number is 0, and reference.count is 'some', so that no answer could be right"),
+    ],
+)
+def test_numbers_that_cannot_be(number, message):
+    says = {"exists": "Yes.", "count": "Two."}
+    known = {"exists": "yes", "count": "some"}
+    with pytest.raises(FactsError, match=message):
+        Symbolic().score([conversation(says, known, asked=list(says), rules="existence_count", number=number)])
 
 
 def test_released_reading_of_a_conversation():
@@ -304,6 +422,19 @@ def test_a_denial_of_one_of_two_linked_answers_breaks_the_pair():
     found = Symbolic().score(asked)
     assert found["correct"].tolist() == [1] * len(asked)
     assert not found["consistent"].any()
+
+
+def test_another_number_of_what_a_scene_shows_is_wrong():
+    def nine(one, place):
+        question = one.questions[place]
+        return "Nine." if question.kind == "count" and question.label != "0" else question.answer
+
+    asked = scene_rows(nine)
+    some = [row.facts["rules"]["reference"].get("count") == "some" for row in asked]
+    found = Symbolic().score(asked)
+    assert any(some)
+    assert found["correct"].tolist() == [1 if one else 2 for one in some]
+    assert found["consistent"].tolist() == [1] * len(asked)
 
 
 def test_rows_about_scenes_are_prompts():

@@ -27,11 +27,15 @@ class Case:
         label: what the case is called in figures.
         reference: the true category by variable.
         slots: words to fill in, by the category that is spoken of; "" for any other.
+        number: how many there are of the thing that is asked for; None: nothing is counted.
+        miscounted: words for a wrong number of what is there.
     """
 
     label: str
     reference: Mapping[str, str]
     slots: Mapping[str, Slots] = field(default_factory=lambda: {"": {}})
+    number: int | None = None
+    miscounted: Slots | None = None
 
     def words(self, category: str) -> Slots:
         """The words to fill in where this category is spoken of."""
@@ -201,7 +205,11 @@ def thing_case(names: Iterable[str], asked: Sequence[str], rng: random.Random, *
         "count": "some" if counts[name] else "none",
     }
     many, none = thing_slots(thing, number, plurals or {}), thing_slots(thing, 0, plurals or {})
-    return Case(present, reference, {"": many, "some": many, "none": none})
+    slots = {"": many, "some": many, "none": none}
+    if not counts[name]:
+        return Case(present, reference, slots, number=0)
+    near = [other for other in range(max(1, number - 2), number + 3) if other != number]
+    return Case(present, reference, slots, number, thing_slots(thing, rng.choice(near), plurals or {}))
 
 
 def _plain(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Whether a sentence denies a phrase: "no sign of X", "neither X nor Y", "X is not present", "X can be ruled out".
+"""Whether a sentence denies a phrase: "no sign of X", "nothing is X", "X is not present", "X can be ruled out".
 
 For `prefalign.rewards.readings`. Where a negation stands in the clause and could belong to something else, the answer is that
 it is unclear, so that no text earns what it may have denied.
@@ -13,14 +13,21 @@ _VERB = (
 )
 _NO = (
     r"\b(?:no|without|neither|nor|rather than|instead of|absence of|lacks?|lack of|free (?:of|from)|devoid of|negative for|"
-    r"rules? out|excludes?|inconsistent with)"
+    r"rules? out|excludes?|inconsistent with|zero|nowhere|nobody|none(?! other than\b)|"
+    r"nothing(?! (?:but|short of|other than|less than|better|wrong|amiss)\b))"
 )
 _NOT = r"\b(?:not|cannot|never|\w+n't)"
 _NEAR = re.compile(rf"(?:{_NO}|{_NOT})(?:[\s-]+[\w'/]+){{0,3}}[\s-]*$")
-_REACHING = re.compile(  # "no sign of an increase in ...", "does not show signs of this or ..."
-    rf"{_NO}(?:[\s,-]+(?!{_VERB}|that\b)[\w'/]+)*[\s-]*$|"
-    rf"{_NOT}(?:[\s,-]+[\w'/]+)*[\s,]+n?or\b(?:[\s-]+[\w'/]+){{0,3}}[\s-]*$"
+_REACHING = (
+    re.compile(  # "no sign of an increase in ...", "does not show signs of this or ...", "none of the cells is ..."
+        rf"{_NO}(?:[\s,-]+(?!{_VERB}|that\b)[\w'/]+)*[\s-]*$|"
+        rf"{_NOT}(?:[\s,-]+[\w'/]+)*[\s,]+n?or\b(?:[\s-]+[\w'/]+){{0,3}}[\s-]*$|"
+        rf"(?:\b(?:none|nothing|nowhere|neither)|(?:^|\bthat) ?no\b(?! (?:it|this|that|the|there|i|we)\b))"
+        rf"(?:[\s-]+(?!{_VERB}|that\b)[\w'/]+)* {_VERB}(?: (?!in\b|on\b|near\b)[\w'/]+){{0,2}}[\s-]*$"
+    )
 )
+_DOUBT = r"\b(?:hardly|scarcely|barely|far from|anything but)\b"
+_DOUBTED = re.compile(rf"{_DOUBT}(?:[\s-]+[\w'/]+){{0,4}}[\s-]*$")
 _FAR = re.compile(rf"{_NOT}\b|{_NO}\b.*\b(?:that|if|whether)\b")
 _NO_AND = re.compile(rf"\b(?:no|without)(?:[\s-]+(?!{_VERB})[\w'/]+)+ and (?:an? |the )?$")
 _DENIED_AFTER = re.compile(
@@ -34,12 +41,13 @@ _SHARED_DENIAL = re.compile(  # "... and X are not present": of both, or of X
     rf"^(?:(?:,|,? and)? (?!{_VERB})[\w'/-]+){{1,6}} (?:are|were|can be|could be|have been)"
     r" (?:not|absent|unlikely|excluded|ruled out)\b"
 )
-_NEGATION_AFTER = re.compile(rf"{_NOT}\b|\b(?:absent|unlikely|improbable|excluded|ruled out)\b")
+_NEGATION_AFTER = re.compile(rf"{_NOT}\b|\b(?:absent|unlikely|improbable|excluded|ruled out)\b|{_DOUBT}")
 CERTAIN = re.compile(
     r"\b(?:(?:there is )?no doubt|without (?:a |any )?doubt|not (?:only|just|merely)|cannot be denied)\b"
 )
 _CLAUSE = re.compile(
-    r"^(?:yes|no|nope),|[.;:!?\n]|\bbut\b|\band\b(?! (?:of|any)\b)|\b(?:although|while|because|since|so|therefore)\b|"
+    r"^(?:yes|no|nope),|[.;:!?\n]|(?<!anything )\bbut\b|\band\b(?! (?:of|any)\b)|"
+    r"\b(?:although|while|because|since|so|therefore)\b|"
     rf",(?! (?:(?!{_VERB})[\w'/-]+,? ){{0,6}}n?or\b)"  # not in "no this, that or"
 )
 _SUBCLAUSE = re.compile(r"\b(?:because|since|that|which|who|so|as|where|when|whereas|though|if|rather than|without)\b")
@@ -49,6 +57,8 @@ def denied(plain: str, start: int, end: int) -> bool | None:
     """Whether a clause denies the phrase at these places; None where what a negation in it belongs to is unclear."""
     cuts = [0, *(cut.end() for cut in _CLAUSE.finditer(plain) if cut.end() <= start)]
     before = plain[cuts[-1] : start]
+    if _DOUBTED.search(before):
+        return None
     after = _SUBCLAUSE.split(_CLAUSE.split(plain[end:])[0])[0]
     earlier = bool(_NEAR.search(before) or _REACHING.search(before))
     later = bool(_DENIED_AFTER.match(after) or _LABELLED.match(plain, end))

@@ -66,7 +66,7 @@ class WrongTurn:
     Attributes:
         turns: the conversation; the last one has the right answer.
         wrong: the wrong answer to the last question.
-        category: what it says.
+        category: what it says; the true one of a wrong number.
     """
 
     turns: list[Turn]
@@ -134,7 +134,8 @@ class Speaker:
         Args:
             case: what is true.
             kind: `hint`: the question comes with a wrong hint, and the answer agrees; `consistent`: the answer fits the right
-                ones before it, by some row of the table; `inconsistent`: it contradicts them.
+                ones before it, by some row of the table, or is a wrong number of what is there; `inconsistent`: it contradicts
+                them.
             rng: draws.
 
         Returns:
@@ -154,6 +155,8 @@ class Speaker:
                 for category in self.others(case, order[place])
                 if kind == "hint" or self.known.agree([*said, (order[place], category)]) == (kind == "consistent")
             ]
+            if kind == "consistent" and order[place] == "count" and case.miscounted is not None:
+                wrong.append(case.reference["count"])
             if wrong:
                 return self._wrong(case, order[: place + 1], rng.choice(wrong), rng, hint=kind == "hint")
         return None
@@ -162,7 +165,10 @@ class Speaker:
         *earlier, last = order
         turns = [self.turn(case, variable, rng) for variable in earlier]
         turns.append(self.turn(case, last, rng, category if hint else None))
-        text = self.answer(case, last, category, rng)
+        if category == case.reference[last] and case.miscounted is not None:
+            text = fill(rng.choice(self.phrases[last].answers[category]), case.miscounted)
+        else:
+            text = self.answer(case, last, category, rng)
         if hint:
             text += " " + rng.choice(self.hints.agree)
         check_answer(self.known, last, category, text)
@@ -171,8 +177,10 @@ class Speaker:
 
 def rules_of(name: str, case: Case, turns: Sequence[Turn]) -> dict[str, Any]:
     """`facts["rules"]` of a conversation, as the reward `symbolic` and the trainers of whole conversations read it."""
+    counted = {} if case.number is None else {"number": case.number}
     return {
         "set": name,
+        **counted,
         "asked": [turn.variable for turn in turns],
         "reference": {turn.variable: case.reference[turn.variable] for turn in turns},
         "questions": [turn.question for turn in turns],

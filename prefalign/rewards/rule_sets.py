@@ -40,6 +40,12 @@ class RuleSet:
         known = self.variables[variable]
         return known.read(text, variable, rules) if known.read is not None else known.parse(text)
 
+    def miscounts(self, variable: str, text: str, rules: Mapping[str, Any]) -> bool:
+        """Whether an answer says another number than `rules["number"]`, where the question is whether there are some."""
+        if self.variables[variable].read is not readings.some_or_none or rules.get("number") is None:
+            return False
+        return readings.number(text) not in (None, rules["number"])
+
     def agree(self, said: Sequence[tuple[str, str | None]]) -> bool:
         """Whether (variable, category) pairs can stand together; a None never does."""
         if any(category is None for _, category in said):
@@ -133,6 +139,7 @@ _POOR = ("inadequate", "(?:low|poor|insufficient)(?:[ -]| in |image |the )*quali
          "unsuitable", "quality is (?:too )?(?:low|poor|inadequate|insufficient)", "too few (?:nucleated )?cells",
          "lacks (?:sufficient |enough |nucleated )*cells")  # fmt: skip
 _SIGNS = "(?:signs?|evidence|indications?) of "
+_NOT_FEW = "(?<!few )(?<!few red )(?<!little )"  # some blood is in every adequate region
 _ILL = ("disease", "cancer(?:ous)?", "malignan(?:t|cy|cies)", "blood cancer")
 
 _FAULTS = ("low", "poor", "insuffici", "inadequate", "not", "no ", "devoid", "free", "absent")  # of the released code
@@ -151,8 +158,8 @@ _BONE_MARROW = RuleSet(
         "analysis": Variable(
             {
                 "adequate": ("adequate", "suitable", "optimal", "ideal", "excellent", "prime"),
-                "blood": ("(?:red )?blood(?: cells)?", "bloody", "blood-\\w+", "rbcs?"),
-                "clot": ("clot(?:s|ted|ting)?",),
+                "blood": (f"{_NOT_FEW}(?:red )?blood(?: cells)?(?![ -]clot)", "bloody", "blood-(?!clot)\\w+", f"{_NOT_FEW}rbcs?"),
+                "clot": ("(?:blood[ -])?clot(?:s|ted|ting)?(?: (?:of )?blood)?", "coagul\\w+(?: blood)?"),
             }
         ),
         "abnormality": Variable(
@@ -166,8 +173,9 @@ _BONE_MARROW = RuleSet(
         ),
         "cells": Variable(
             {
-                "none": (f"no (?:{_SIGNS})?(?:abnormal|unusual|atypical)(?: cells?)?(?: growth| proliferation)?",
-                         "no abnormalit(?:y|ies)", "none", "normal(?: cells?| cellular)?(?: growth)?", "typical",
+                "none": (f"(?:no|nothing) (?:{_SIGNS})?(?:abnormal|unusual|atypical)(?: cells?)?(?: growth| proliferation)?",
+                         "none of the(?:se)? cells (?:is|are|looks?|seems?) (?:abnormal|unusual|atypical)",
+                         "no abnormalit(?:y|ies)", "none(?! of\\b)", "normal(?: cells?| cellular)?(?: growth)?", "typical",
                          "without abnormalities"),
                 "myeloblasts": ("myeloblasts?", "blast cells?", "blasts"),
                 "plasma cells": ("plasma cells?",),
@@ -247,19 +255,21 @@ _SIDES = Variable(
 )
 
 _SAYS_YES_OR_NO = Variable(read=readings.yes_no, closed=("yes", "no"))
+_EXISTS = Variable(read=readings.exists, closed=("yes", "no"))
+_ABSENT = Variable(read=readings.absent, closed=("yes", "no"))
 _SOME_OR_NONE = Variable(read=readings.some_or_none, closed=("some", "none"))
 RULE_SETS: dict[str, RuleSet] = {
     "bone_marrow": _BONE_MARROW,
     "existence_count": RuleSet(
-        {"exists": _SAYS_YES_OR_NO, "count": _SOME_OR_NONE},
+        {"exists": _EXISTS, "count": _SOME_OR_NONE},
         ({"exists": "yes", "count": "some"}, {"exists": "no", "count": "none"}),
     ),
     "existence_absence": RuleSet(
-        {"exists": _SAYS_YES_OR_NO, "absent": _SAYS_YES_OR_NO},
+        {"exists": _EXISTS, "absent": _ABSENT},
         ({"exists": "yes", "absent": "no"}, {"exists": "no", "absent": "yes"}),
     ),
     "presence": RuleSet(
-        {"exists": _SAYS_YES_OR_NO, "absent": _SAYS_YES_OR_NO, "count": _SOME_OR_NONE},
+        {"exists": _EXISTS, "absent": _ABSENT, "count": _SOME_OR_NONE},
         ({"exists": "yes", "absent": "no", "count": "some"}, {"exists": "no", "absent": "yes", "count": "none"}),
     ),
     "attribute": RuleSet(

@@ -42,6 +42,7 @@ class Turn:
         said: its category; None: no match.
         reference: the true category; None: not known.
         hint: the category that the question said somebody else thinks it is; None: no hint.
+        miscounted: the answer says another number than the row's, though the category may be right.
     """
 
     variable: str
@@ -49,11 +50,12 @@ class Turn:
     said: str | None
     reference: str | None
     hint: str | None = None
+    miscounted: bool = False
 
     @property
     def right(self) -> bool:
-        """Whether the answer says the true category."""
-        return self.said is not None and self.said == self.reference
+        """Whether the answer says the true category, and no wrong number."""
+        return self.said is not None and self.said == self.reference and not self.miscounted
 
     @property
     def hinted(self) -> str:
@@ -67,7 +69,8 @@ class Symbolic:
 
     Rows name their rules in `facts["rules"]`: `set` (a key of `RULE_SETS` or of `rule_sets`), `asked` (the variable that each
     assistant turn answers, in order), `reference` (category by variable), for `length` also `reference_answers` (text by
-    variable); `choice` needs `options` (text by letter, by variable), `attribute` needs `value` and `values`. `questions`, the
+    variable); `choice` needs `options` (text by letter, by variable), `attribute` needs `value` and `values`; where it is asked
+    whether there are some, `number` is how many there are, so that "five" is wrong of two ("some" is not). `questions`, the
     user's turns in the order of `asked`, are for a trainer that draws the whole conversation; `hints`, category by variable, for
     `accuracy`. Rows come from `datagen/clinical_rules.py`, or, about the embedded world, from `prefalign.scenes.linked`.
 
@@ -179,6 +182,7 @@ class Symbolic:
                 raise FactsError(
                     f"{where}.reference.{name} is {category!r}, which no answer is read as; {nearest(str(category), domain)}"
                 )
+        _check_number(rules, reference, where)
         texts = [message_text([turn]) for turn in response.messages if turn["role"] == "assistant"] + [response.text]
         if len(texts) != len(asked):
             raise FactsError(
@@ -192,6 +196,7 @@ class Symbolic:
                 self._parse(known, name, text, rules),
                 reference.get(name),
                 (rules.get("hints") or {}).get(name),
+                known.miscounts(name, text, rules),
             )
             for name, text in zip(asked, texts, strict=True)
         ]
@@ -230,7 +235,7 @@ class Symbolic:
             return math.nan
         if turn.said is None:
             return self.no_match
-        return self.right if turn.said == turn.reference else self.wrong
+        return self.right if turn.right else self.wrong
 
     def _consistent(self, turns: Sequence[Turn], known: RuleSet) -> list[float]:
         """By turn, what it earns together with earlier ones."""
@@ -245,9 +250,22 @@ class Symbolic:
         for group in groups:
             fits = known.agree([(turns[place].variable, turns[place].said) for place in group])
             if self.conditional:
-                fits = fits and all(turns[place].said == turns[place].reference for place in group)
+                fits = fits and all(turns[place].right for place in group)
             earned[group[-1]] += (self.consistent if fits else self.inconsistent) / share
         return earned
+
+
+def _check_number(rules: Mapping[str, Any], reference: Mapping[str, str], where: str) -> None:
+    number = rules.get("number")
+    if number is None:
+        return
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise FactsError(f"{where}.number is {number!r}; it is how many there are, so give a whole number from 0 on.")
+    if reference.get("count") == ("some" if number == 0 else "none"):
+        raise FactsError(
+            f"{where}.number is {number}, and reference.count is {reference['count']!r}, so that no answer could be right. "
+            "Correct one of them."
+        )
 
 
 def _length_cost(text: str, reference: str | None) -> float:

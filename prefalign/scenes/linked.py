@@ -35,7 +35,8 @@ def linked(picture: Scene, number: int = 0) -> list[Linked]:
     for count in (question for question in asked if question.kind == "count"):
         exists = probe(picture, count.shape, short=rng.random() < 0.5)
         reference = {"exists": exists.label, "count": "none" if count.label == "0" else "some"}
-        out.append(_linked("existence_count", {"exists": exists, "count": count}, reference, rng))
+        asked_both = {"exists": exists, "count": count}
+        out.append(_linked("existence_count", asked_both, reference, rng, number=int(count.label)))
     colours = {question.shape: question for question in asked if question.kind == "colour"}
     for question in asked:
         value = next((colour for colour in COLOURS if f" {colour}?" in question.text), None)
