@@ -84,6 +84,7 @@ class Symbolic:
             the mean over all pairs; `full_row` asks for a row that holds all answers.
         conditional: count only answers that are right as consistent, so that the commonest row earns nothing for other pictures.
         length: give the term `length`.
+        numbers: a number that is said must be the row's `number`; false: of two, "five" is as right as "some".
         parser: `robust`, or `released` for the reading of the authors' code (`bone_marrow` only).
         rule_sets: further rule sets by name: `variables` (phrases by category, by variable) and `rows`.
     """
@@ -96,6 +97,7 @@ class Symbolic:
     pair_scope: Literal["adjacent", "all", "full_row"] = "adjacent"
     conditional: bool = False
     length: bool = False
+    numbers: bool = True
     parser: Literal["robust", "released"] = "robust"
     rule_sets: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -196,7 +198,7 @@ class Symbolic:
                 self._parse(known, name, text, rules),
                 reference.get(name),
                 (rules.get("hints") or {}).get(name),
-                known.miscounts(name, text, rules),
+                self.numbers and known.miscounts(name, text, rules),
             )
             for name, text in zip(asked, texts, strict=True)
         ]
