@@ -11,6 +11,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -18,7 +19,7 @@ from collections import Counter
 import httpx2
 import pytest
 
-from prefalign.engines import Request
+from prefalign.engines import Request, parallel
 from prefalign.engines.config import ServerConfig
 from prefalign.engines.openai import OpenAIEngine
 from prefalign.engines.server import ServerError
@@ -74,7 +75,18 @@ def test_retry_after_is_respected(server):
     [
         (429, r"request row0: the server answered 429 \(fault 429 of Bearer none\) in 2 tries"),
         (500, r"request row0: the server answered 500 \(fault 500 of Bearer none\) in 2 tries"),
-        ("late", r"request row0: no answer within 1 s in 2 tries. Raise server.timeout, or lower server.concurrency"),
+        (
+            "late",
+            r"request row0: no whole answer within 1 s in 2 tries. Raise server.timeout, or lower server.concurrency",
+        ),
+        (
+            "blanks",
+            r"request row0: no whole answer within 1 s in 2 tries. Raise server.timeout, or lower server.concurrency",
+        ),
+        (
+            "half",
+            r"request row0: no whole answer within 1 s in 2 tries. Raise server.timeout, or lower server.concurrency",
+        ),
         ("cut", r"request row0: the connection broke before the answer was whole in 2 tries \(RemoteProtocolError\)"),
         ("no json", r"request row0: the server sent no chat completion but '\{\"choices\": .*half an ans' in 2 tries"),
         ("no answer", r"request row0: the server sent no chat completion but .*upstream broke.* in 2 tries"),
@@ -82,11 +94,25 @@ def test_retry_after_is_respected(server):
 )
 def test_after_the_last_try_that_request_alone_has_failed(server, fault, message):
     server.faults = {"row0": [fault, fault]}
-    answers = engine_on(server, timeout=1.0 if fault == "late" else 20.0, max_retries=1).generate(some(3), GREEDY)
+    limit = 1.0 if fault in ("late", "blanks", "half") else 20.0
+    started = time.monotonic()
+    answers = engine_on(server, timeout=limit, max_retries=1).generate(some(3), GREEDY)
+    assert time.monotonic() - started < 3.5
     assert [one.finish_reason for one in answers] == ["error", "stop", "stop"]
     assert answers[0].text == ""
     assert sum(one.name == "row0" for one in server.asked) == 2
     assert re.fullmatch(message + r"\.?", answers[0].error), answers[0].error
+
+
+@pytest.mark.parametrize("headers", [{"Retry-After": "3600"}, {"x-should-retry": "false"}])
+def test_where_a_server_wants_no_other_try_it_is_not_said_that_there_was_one(server, headers):
+    server.faults, server.headers = {"row0": [429]}, headers
+    [answer] = engine_on(server).generate(some(1), GREEDY)
+    assert len(server.asked) == 1
+    wait = "; to be asked again after 3600 s" if "Retry-After" in headers else ""
+    assert (
+        answer.error == f"request row0: the server answered 429 (fault 429 of Bearer none{wait}) in the one try it had"
+    )
 
 
 def test_what_is_wrong_with_one_request_is_told_at_once_and_of_it_alone(server):
@@ -148,7 +174,8 @@ class TestStopsAtOnce:
         [
             (401, r"OPENAI_API_KEY is not set"),
             (404, r"answers 404 \(fault 404 .*\) when 'tiny-vlm' is asked. Set model_name_or_path to a model"),
-            (402, r"/v1: 429 \(fault 402 .*\). Add credit to the account"),
+            (402, r"/v1: 402 \(fault 402 .*\). Add credit to the account"),
+            ("no credit", r"/v1: 429 \(You exceeded your quota\). Add credit to the account"),
             (422, r"'tiny-vlm' at .* does not take the setting 'temperature' as it is: 400 .* not left out silently"),
         ],
     )
@@ -296,6 +323,17 @@ engine = OpenAIEngine("tiny-vlm", ServerConfig(base_url=sys.argv[1], timeout=60)
 requests = [Request(f"row{number}", [user_message(f"row{number} what?")], []) for number in range(20)]
 sys.exit(guarded(lambda: engine.generate(requests, Sampling()) and 0, resumes=True))
 """
+
+
+def test_what_is_under_way_is_waited_for_no_longer_than_an_answer_may_take(server, caplog):
+    reached = engine_on(server, timeout=0.5).server
+    stuck = threading.Thread(target=time.sleep, args=(4,), daemon=True)
+    stuck.start()
+    started = time.monotonic()
+    parallel._wait([stuck], reached)
+    assert 0.5 < time.monotonic() - started < 2
+    assert "waiting for 1 answers under way, at most 0.5 s" in caplog.text
+    assert reached.client.is_closed()
 
 
 class TestInterrupted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prefalign.engines import Engine, require
-from prefalign.engines.config import EngineConfig
+from prefalign.engines.config import EngineConfig, check_sections
 from prefalign.models import ModelConfig
 
 
@@ -21,8 +21,11 @@ def load_engine(
         stage: its name, for the message.
 
     Raises:
-        ValueError: if the engine lacks one of `needs`; where that does not depend on the model, before it is loaded.
+        ValueError: if the engine lacks one of `needs`; where that does not depend on the model, before it is loaded. If `vllm` or
+            `server` holds settings and another engine is chosen.
     """
+    if isinstance(config, EngineConfig):
+        check_sections(config)
     if isinstance(config, EngineConfig) and config.engine == "vllm":
         from prefalign.engines import vllm_loading
 
