@@ -1,11 +1,14 @@
 """`make -C datagen push`: a stage's folder on a stand-in Hub, private, checked, and read back."""
 
+import errno
 import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from huggingface_hub import DatasetCard, constants
 from prefalign import cli
 from prefalign.hub import publish
 from prefalign.hub.dataset_card import RowStatistics, dataset_card, read_rows
+from prefalign.hub.staging import Base, stage
 from prefalign.hub.upload import PublishError, upload
 from prefalign.images import encode_png
 from prefalign.manifest import Manifest, read_manifest
@@ -116,6 +120,70 @@ def test_push_needs_a_folder_and_takes_no_other(tmp_path, other):
     assert done.returncode == 2
     assert "push needs the finished folder that it puts on the Hub: FROM=folder" in done.stderr
     assert [entry.name for entry in tmp_path.iterdir()] == ["pairs"]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_what_is_pushed_is_linked_beside_the_folder_and_gone_afterwards(online, tmp_path, monkeypatch, beside):
+    """Where nothing can be written there it is where the system has its own."""
+    folder = save_pairs(tmp_path / "here" / "pairs")
+    (tmp_path / "system").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "system"))
+    make_folder, seen = tempfile.mkdtemp, []
+
+    def mkdtemp(suffix=None, prefix=None, dir=None):
+        if not beside and dir == tmp_path / "here":
+            raise PermissionError(13, "Permission denied", str(dir))
+        return make_folder(suffix, prefix, dir)
+
+    def look(staged, *arguments, **more):
+        seen.append((staged.parent.parent, {file.name: os.stat(file).st_nlink for file in staged.glob("data/*")}))
+        return upload(staged, *arguments, **more)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr(publish, "upload", look)
+    monkeypatch.setattr(publish, "in_fresh_process", lambda staged: {"columns": []})
+    publish.publish_dataset(folder, "tester/rows", private=True)
+    [(where, links)] = seen
+    assert where == tmp_path / ("here" if beside else "system")
+    assert links == {f"train-{number:05d}.parquet": 2 for number in range(3)}
+    sent = online.repositories["dataset", "tester/rows"].files
+    for number in range(3):
+        name = f"data/train-{number:05d}.parquet"
+        assert sent[name] == (folder / name).read_bytes()
+    assert list((tmp_path / "here").iterdir()) == [folder]
+    assert not any((tmp_path / "system").glob(".prefalign*"))
+
+
+def test_files_are_copied_where_there_are_no_links_or_the_copy_stays(tmp_path, monkeypatch):
+    folder = save_pairs(tmp_path / "pairs")
+    shard = "data/train-00000.parquet"
+
+    def staged(name, **how):
+        stage(folder, tmp_path / name, publish.DATASET_FILES, Base("unknown"), **how)
+        assert (tmp_path / name / shard).read_bytes() == (folder / shard).read_bytes()
+        return (tmp_path / name / shard).stat().st_ino == (folder / shard).stat().st_ino
+
+    (tmp_path / "elsewhere.parquet").write_bytes((folder / shard).read_bytes())
+    (folder / shard).unlink()
+    (folder / shard).symlink_to("../../elsewhere.parquet")
+    assert staged("linked", link=True)
+    assert not (tmp_path / "linked" / shard).is_symlink()
+    assert not staged("kept")
+
+    def refused(*files):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    assert not staged("without", link=True)
+
+    def full(*files):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(
+        PublishError, match=r"no room in .*full for a copy of config.json \(0.0 GB\). Make room there, or move"
+    ):
+        staged("full", link=True)
 
 
 def test_nothing_is_sent_when_a_check_fails(online, tmp_path, capsys):
