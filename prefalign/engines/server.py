@@ -185,7 +185,7 @@ class Server:
         asked = "chat completion" if response.request.url.path.endswith("/chat/completions") else "list of models"
         try:
             body = response.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             body = None
         if not (_is_completion(body) if asked == "chat completion" else _is_list(body)):
             shown = self._shown(response.text)
