@@ -54,8 +54,8 @@ class StandInServer:
         owner: what it calls itself in its list of models.
         key: the key it wants; "" wants none.
         faults: by name of a request, what happens to its first tries: a status, or one of `cut`, `late`, `no credit` (a 429),
-            `no json`, `nested`, `no answer`, `no words`, `reset`, `blanks` (one every 0.2 s, for 4 s, then an answer), `half` (nothing
-            for 4 s after the head of the answer).
+            `no json`, `nested`, `no answer`, `no words`, `reset`, `blanks` (one every 0.2 s, for 4 s, then an answer), `half`
+            (nothing for 4 s after the head of the answer).
         fails_after: answers after which it wants another key; None: it goes on.
         delay: seconds that an answer takes.
         headers: sent with every failure.
