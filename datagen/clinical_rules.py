@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,7 +127,7 @@ def main(config: Config) -> Manifest:
         seed=config.seed,
     )
     found = stages.write_figures(config.output.path, FIGURES, lambda: figures(config.output.path))
-    print(f"{METHOD}: " + ", ".join(f"{name} {value}" for name, value in found.items()), file=sys.stderr)
+    stages.say_figures(METHOD, found)
     return manifest
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from prefalign import cascade, curation, records, sources, stages, store
+from prefalign import cascade, cascade_table, curation, records, sources, stages, store
 from prefalign.cascade import CascadeStage, Judges, Rated
 from prefalign.curation import Baseline, BuilderConfig, Comparison
 from prefalign.elsewhere import Elsewhere
@@ -136,12 +136,14 @@ def main(config: Config) -> Manifest:
         return build_pairs(config)
     drawn: dict[str, Rated] = {}
     if config.produce == "baseline" and config.baseline is not None:
-        drawn = cascade.baseline_like(config.baseline.like, config.baseline.kind, config.seed)
+        drawn = cascade_table.baseline_like(config.baseline.like, config.baseline.kind, config.seed)
     rewards: dict[str, Combined] = {}
     if config.produce == "curated":
         from prefalign.rewards import read_rewards
 
         rewards = {stage.name: read_rewards(stage.rewards) for stage in config.stages if stage.rewards}
+        for combined in rewards.values():
+            combined.check()
     engine: Engine | None = None
     if config.model is not None and config.needs_model:
         from prefalign.engines.loading import load_engine
@@ -190,8 +192,8 @@ def judge_all(config: Config, rewards: Mapping[str, Combined], engine: Engine | 
     survey = Survey(METHOD, config.data, config.output, Prompt, total, repeated)
     judges = Judges(rewards, engine, config.sampling, config.question_prompt, config.without, config.seed)
     table = cascade.run_cascade(survey, config.stages, judges, stratify_by=config.stratify_by)
-    found = json.dumps(cascade.summary(table, config.stages), indent=1)
-    write_atomically(config.output.path / cascade.TABLE, found.encode())
+    found = json.dumps(cascade_table.summary(table, config.stages), indent=1)
+    write_atomically(config.output.path / cascade_table.TABLE, found.encode())
     return table
 
 

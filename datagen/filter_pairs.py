@@ -229,6 +229,8 @@ def _score_block(pairs: list[Pair], config: Config, engine: Engine) -> list[dict
             found.append(_scores(pair, verdict=(failed.reason, failed.message)))
         elif not images:
             found.append(_scores(pair, verdict=("no_picture", None)))
+        elif pair.on_two_pictures:  # the verifier reads both answers on `images`
+            found.append(_scores(pair, verdict=("two_pictures", None)))
         else:
             ready.append((pair, images, others))
     reliance, evidence, claims = config.filters.reliance, config.filters.evidence, config.filters.claims

@@ -109,6 +109,8 @@ def _outcome(row: Pair | Prompt, config: Config, pool: Callable[[], PicturePool]
         if row.answer is None or not row.answer.strip():
             return Dropped("no_reference")
         row = _same_text(row, row.answer)
+    if row.on_two_pictures:  # with another picture its rejected answer would be about nothing
+        return Dropped("two_pictures")
     had = bool(row.rejected_images)
     if had and config.existing == "keep":
         return [_pair(row, row.rejected_images, {"kind": "kept", "existing": "kept"}, config)]

@@ -16,7 +16,6 @@ ms-swift, EasyR1. Needs: no model.
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,16 @@ from typing import Any, Literal
 from prefalign import sources, stages, store
 from prefalign.images import sha256
 from prefalign.manifest import Manifest
-from prefalign.records import Candidates, Example, Pair, Prompt, assistant_message, message_text, record_id
+from prefalign.records import (
+    ON_TWO_PICTURES,
+    Candidates,
+    Example,
+    Pair,
+    Prompt,
+    assistant_message,
+    message_text,
+    record_id,
+)
 from prefalign.sources import DataConfig
 from prefalign.store import Dropped, Failed, Outcome, OutputConfig
 
@@ -76,7 +84,7 @@ def main(config: Config) -> Manifest:
     )
     folder = config.output.path
     found = stages.write_figures(folder, FIGURES, lambda: figures(folder, manifest))
-    print(f"{METHOD}: " + ", ".join(f"{name} {value}" for name, value in found.items()), file=sys.stderr)
+    stages.say_figures(METHOD, found)
     return manifest
 
 
@@ -171,14 +179,16 @@ def figures(folder: Path, manifest: Manifest) -> dict[str, Any]:
     if manifest.config["settings"]["produce"] != "pairs":
         return found
     layouts: Counter[str] = Counter()
-    spans = pictures = 0
+    spans = pictures = apart = 0
     for row in stages.columns_of(folder, "meta"):
         layouts[row["meta"]["layout"]] += 1
         spans += len(row["meta"]["changed"]["chosen"])
         pictures += "rejected_images_sha256" in row["meta"]
+        apart += row["meta"].get(ON_TWO_PICTURES) is True
     return {
         **found,
         "layouts": dict(sorted(layouts.items())),
         "changed_spans_per_pair": round(spans / manifest.rows_out, 2) if manifest.rows_out else 0.0,
         "with_rejected_images": pictures,
+        "two_answers_on_two_pictures": apart,
     }

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,9 +137,11 @@ class Adapted:
 
 def main(config: Config) -> Manifest:
     """Run the stage. Returns its manifest."""
-    from prefalign.engines.loading import load_engine
+    from prefalign.engines.loading import check_engine, load_engine
 
     sources.files_of(config.data)
+    if config.annotator == "engine" and config.llm is not None:
+        check_engine(config.llm, stage=METHOD)
     engine = load_engine(config.model, batch_size=config.batch_size, needs=["sample"], stage=METHOD)
     annotator = load_annotator(config, engine)
     manifest = store.run_stage(
@@ -154,7 +155,7 @@ def main(config: Config) -> Manifest:
         models={"generator": engine.fingerprint, "annotator": annotator.fingerprint},
     )
     found = stages.write_figures(config.output.path, FIGURES, lambda: figures(config.output.path))
-    print(f"{METHOD}: " + ", ".join(f"{name} {value}" for name, value in found.items()), file=sys.stderr)
+    stages.say_figures(METHOD, found)
     return manifest
 
 

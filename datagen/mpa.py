@@ -17,7 +17,6 @@ Needs: rows with pictures, whose own questions are not used; the small model, an
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -153,13 +152,16 @@ class Asked:
 
 def main(config: Config) -> Manifest:
     """Run the stage. Returns its manifest."""
-    from prefalign.engines.loading import load_engine
+    from prefalign.engines.loading import check_engine, load_engine
 
     sources.files_of(config.data)
+    wanted = config.large if config.annotator == "engine" else None
+    if wanted is not None:
+        check_engine(wanted, needs=["sample"], stage=METHOD)
     small = load_engine(config.model, batch_size=config.batch_size, needs=["sample"], stage=METHOD)
     large: Engine | None = None
-    if config.annotator == "engine" and config.large is not None:
-        large = load_engine(config.large, batch_size=config.batch_size, needs=["sample"], stage=METHOD)
+    if wanted is not None:
+        large = load_engine(wanted, batch_size=config.batch_size, needs=["sample"], stage=METHOD)
     manifest = store.run_stage(
         METHOD,
         config.data,
@@ -171,7 +173,7 @@ def main(config: Config) -> Manifest:
         models=models_of(small, large),
     )
     found = stages.write_figures(config.output.path, FIGURES, lambda: figures(manifest))
-    print(f"{METHOD}: " + ", ".join(f"{name} {value}" for name, value in found.items()), file=sys.stderr)
+    stages.say_figures(METHOD, found)
     return manifest
 
 

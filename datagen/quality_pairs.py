@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -107,7 +106,7 @@ class Config:
 
 def main(config: Config) -> Manifest:
     """Run the stage. Returns the manifest of the graded answers; those of the exports are in their folders."""
-    from prefalign.engines.loading import load_engine
+    from prefalign.engines.loading import check_engine, load_engine
     from prefalign.rewards import named_scores, read_rewards, second_grades
 
     sources.files_of(config.data)
@@ -116,6 +115,8 @@ def main(config: Config) -> Manifest:
     alone = SHARD.get().alone and WORKER.get() is None
     rewards = read_rewards([_kept(entry, folder) for entry in config.rewards] if alone else config.rewards)
     named_scores.check_names(rewards, _named(config))
+    check_engine(config.model, needs=["sample"], stage=METHOD)
+    rewards.check()
     again = second_grades.asked_again(rewards) if config.regrade else None
     engine = load_engine(config.model, batch_size=config.batch_size, needs=["sample"], stage=METHOD)
     manifest = store.run_stage(
@@ -133,8 +134,8 @@ def main(config: Config) -> Manifest:
     found = figures(folder, rewards, config)  # anew at each start: an export may have been added
     write_atomically(folder / FIGURES, json.dumps(found, indent=2).encode())
     for name in config.exports:
-        print(f"{METHOD}/{name}: {found[name]}", file=sys.stderr)
-    print(f"{METHOD}: agreement of the judge with itself: {found['agreement'] or 'not asked for'}", file=sys.stderr)
+        stages.say(f"{METHOD}/{name}: {found[name]}")
+    stages.say(f"{METHOD}: agreement of the judge with itself: {found['agreement'] or 'not asked for'}")
     return manifest
 
 
@@ -212,7 +213,7 @@ def export(folder: Path, name: Export, config: Config) -> None:
 
     rules, answers = rules_of(config, name), folder / ANSWERS
     if all(isinstance(selecting.outcome(row, rules), Dropped) for row in stored.without_pictures(answers)):
-        print(f"{METHOD}: no answer qualifies for {name}, so there is no {folder.name}/{name}.", file=sys.stderr)
+        stages.say(f"{METHOD}: no answer qualifies for {name}, so there is no {folder.name}/{name}.")
         return
     store.run_stage(
         METHOD,

@@ -110,10 +110,13 @@ class Config:
 
 def main(config: Config) -> Manifest:
     """Run the stage. Returns its manifest."""
-    from prefalign.embeddings import load_embedder
-    from prefalign.engines.loading import load_engine
+    from prefalign.embeddings import check_embedder, load_embedder
+    from prefalign.engines.loading import check_engine, load_engine
 
     sources.files_of(config.data)
+    check_embedder(config.embedder)
+    if config.masking.masker == "engine" and config.masker is not None:
+        check_engine(config.masker, stage="Re-Align")
     similarity = load_similarity(config.similarity)
     needs = ["sample", *(["prefix"] if config.completion == "spans" else [])]
     engine = load_engine(config.model, batch_size=config.batch_size, needs=needs, stage="Re-Align")

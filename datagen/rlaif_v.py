@@ -11,8 +11,9 @@ Source: Yu et al., "RLAIF-V: Open-Source AI Feedback Leads to Super GPT-4V Trust
 pipeline. Equations, and where they differ from the release, are in `prefalign.claims` and `prefalign.length_balance`. Differs
 besides: pairs are drawn by the row's seed, equal answers are judged once and make no pair.
 
-How: steps 1 to 4 are one pass over all prompts, kept block by block in `survey/` of the output; then the balance is decided
-from counts, once for all processes, and pairs are written block by block. A killed run goes on where it was.
+How: steps 1 to 3 are one pass over all prompts, kept block by block in `survey/` of the output; then the balance is decided
+from counts, once for all processes, and pairs are written block by block. A killed run goes on where it was. With `judged`, the
+pass is read from the output of an earlier run and no model is loaded: the same verdicts, paired by another rule.
 
 Needs: prompts with pictures and `model`, or candidates of one model (`datagen/sample_responses.py`); a labeller that gives
 probabilities (`first_token`).
@@ -24,12 +25,12 @@ import dataclasses
 import functools
 import json
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from prefalign import pairing, responses, sources, stages, store
+from prefalign import claim_survey, pairing, responses, sources, stages, store
 from prefalign.claim_survey import ClaimSurvey, words_of
 from prefalign.claims import ClaimJudge, ConquerConfig, Judgement, as_meta
 from prefalign.dividing import FAILED, Answer, DivideConfig
@@ -44,6 +45,8 @@ from prefalign.surveys import Survey
 
 METHOD = "rlaif_v"
 FIGURES = "claims.json"
+RULE = ("pairs.min_gap", "pairs.per_prompt", "pairs.length_balance", "pairs.least_kept")
+"""Settings that may differ from those of `judged`: answers and verdicts are the same with all of them."""
 Row = dict[str, Any]
 
 
@@ -90,6 +93,8 @@ class Config:
     Attributes:
         data: prompts; without `model` candidates.
         output: folder of pairs.
+        judged: output of an earlier run, whose answers and verdicts are taken, so that no model is loaded. Of its settings only
+            pairs.min_gap, per_prompt, length_balance and least_kept may differ. null: answers are drawn and judged.
         model: the policy, whose answers are drawn; null: the data hold answers.
         labeller: says yes or no; null: the policy itself.
         splitter: lists claims and questions from text alone; null: the labeller.
@@ -105,6 +110,7 @@ class Config:
 
     data: DataConfig
     output: OutputConfig
+    judged: Path | None = None
     model: EngineConfig | None = None
     labeller: EngineConfig | None = None
     splitter: EngineConfig | None = None
@@ -118,6 +124,11 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.judged is not None and self.judged.resolve() == self.output.path.resolve():
+            raise ValueError(
+                f"judged and output.path are both {self.judged}, and a folder holds the pairs of one rule. Give the new pairs a "
+                "folder of their own."
+            )
         if self.model is None and self.labeller is None:
             raise ValueError(
                 "neither `model` nor `labeller` is given, so nothing could say which claims are true. Name a labeller for stored "
@@ -148,8 +159,14 @@ class Models:
 def main(config: Config) -> Manifest:
     """Run the stage. Returns its manifest."""
     sources.files_of(config.data)
-    models = load(config)
-    settings = row_settings(config, models)
+    models: Models | None = None
+    if config.judged is None:
+        models = load(config)
+        names, version = models.fingerprints(), models.judge.version
+    else:
+        before = claim_survey.config_of(config.judged, METHOD)
+        names, version = before["models"], before["settings"]["judge"]
+    settings = row_settings(config, version)
     decided = functools.cache(lambda: decide(config, models))
     manifest = store.run_stage(
         METHOD,
@@ -159,12 +176,12 @@ def main(config: Config) -> Manifest:
         record=Pair,
         settings=settings,
         seed=config.seed,
-        models=models.fingerprints(),
+        models=names,
         reads=Prompt if config.model is not None else Candidates,
     )
     if (figures := config.output.path / FIGURES).is_file():
         found = json.loads(figures.read_text())
-        print(f"{METHOD}: " + ", ".join(f"{name} {value}" for name, value in found.items()), file=sys.stderr)
+        stages.say_figures(METHOD, found)
     return manifest
 
 
@@ -174,42 +191,65 @@ def load(config: Config) -> Models:
     Raises:
         ValueError: if one of them cannot do its part.
     """
-    from prefalign.engines.loading import load_engine
+    from prefalign.engines.loading import check_engine, load_engine
 
     labeller = config.labeller or config.model
     roles: list[tuple[EngineConfig | None, list[str]]] = [(config.model, ["sample"]), (labeller, ["first_token"])]
     if config.divide.by == "model":
         roles.append((config.splitter or labeller, ["sample"]))
-    loaded: list[tuple[EngineConfig, Engine]] = []
+    models: list[tuple[EngineConfig, list[str]]] = []
     for wanted, _ in roles:
-        if wanted is not None and not any(wanted == known for known, _ in loaded):
-            needs = sorted({need for other, all_needs in roles if other == wanted for need in all_needs})
-            loaded.append((wanted, load_engine(wanted, batch_size=config.batch_size, needs=needs, stage=METHOD)))
+        if wanted is not None and not any(wanted == known for known, _ in models):
+            needs = {need for other, all_needs in roles if other == wanted for need in all_needs}
+            models.append((wanted, sorted(needs)))
+    for wanted, required in models:
+        check_engine(wanted, needs=required, stage=METHOD)
+    loaded = [
+        (wanted, load_engine(wanted, batch_size=config.batch_size, needs=required, stage=METHOD))
+        for wanted, required in models
+    ]
     found = [next((engine for known, engine in loaded if known == wanted), None) for wanted, _ in roles]
     splitter = found[2] if len(found) > 2 else None
     assert found[1] is not None
     return Models(found[0], ClaimJudge(found[1], splitter, config.divide, config.conquer, config.seed))
 
 
-def row_settings(config: Config, models: Models) -> Row:
-    """The settings that change rows, with the models that judge."""
+def row_settings(config: Config, judge: str) -> Row:
+    """The settings that change rows, with the version of what judges."""
     known = dataclasses.asdict(config)
     unread = ["sampling", "attempts"] if config.divide.by == "rules" else ["rules"]
     divide = {name: value for name, value in known["divide"].items() if name not in unread}
     drawn = ["num_generations", "sampling"] if config.model is not None else []
     settings = {name: known[name] for name in ("conquer", "per_claim", "pairs", *drawn)}
-    return {**settings, "divide": divide, "judge": models.judge.version}
+    return {**settings, "divide": divide, "judge": judge}
 
 
-def decide(config: Config, models: Models) -> ClaimSurvey:
-    """Steps 1 to 5: the pass over all inputs, of which blocks that are done are read, and the cut that it leads to."""
+def decide(config: Config, models: Models | None) -> ClaimSurvey:
+    """Steps 1 to 5: the pass over all inputs, of which blocks that are done are read, and the cut that it leads to.
+
+    Args:
+        config: settings.
+        models: the engines; None: what they said is in `judged`.
+
+    Raises:
+        StoreError: if `judged` is no run over the same rows with the same settings.
+    """
     total, repeated = sources.survey(config.data)
     reads: type[Any] = Prompt if config.model is not None else Candidates
-    passed = Survey(METHOD, config.data, config.output, reads, total, repeated)
+    passed = Survey(METHOD, config.data, config.output, reads, total, repeated, RULE)
+    before = None if config.judged is None else claim_survey.earlier(passed, config.judged)
+
+    def work(rows: list[Any]) -> list[Row]:
+        if before is not None:
+            return before.of([row.id for row in rows])
+        assert models is not None
+        return measure(rows, models, config)
+
     found = ClaimSurvey(
         passed,
-        lambda rows: measure(rows, models, config),
+        work,
         again=models_failed,
+        draw=lambda row: draw(row, config),
         balance=config.pairs.length_balance,
         least_kept=config.pairs.least_kept,
     )
@@ -223,8 +263,8 @@ def models_failed(found: Row) -> bool:
 
 
 def measure(rows: Sequence[Prompt | Candidates], models: Models, config: Config) -> list[Row]:
-    """Steps 1 to 4 for a block: answers, their judgements, and the pairs drawn, as JSON-able values for each row."""
-    found: list[Row] = [{"id": row.id, "responses": [], "judged": [], "drawn": []} for row in rows]
+    """Steps 1 to 3 for a block, and the scores: answers and their judgements as JSON-able values for each row."""
+    found: list[Row] = [{"id": row.id, "responses": [], "judged": []} for row in rows]
     ready = []
     for row, known in zip(rows, found, strict=True):
         prompt = Prompt(row.id, row.images, row.messages, row.answer, row.facts)
@@ -255,8 +295,6 @@ def measure(rows: Sequence[Prompt | Candidates], models: Models, config: Config)
     for _, _, known in ready:
         if "failed" in known:
             known |= {"responses": [], "judged": []}  # the others' verdicts alone would make other pairs
-        else:
-            _choose(known, config)
     return found
 
 
@@ -279,14 +317,12 @@ def _stored(response: Mapping[str, Any]) -> Row:
     return {**known, "generator": response.get("generator") or ""}
 
 
-def _choose(known: Row, config: Config) -> None:
-    scores = [judged.get("score") for judged in known["judged"]]
+def draw(found: Row, config: Config) -> list[tuple[int, int]]:
+    """The pairs of a row before the balance: numbers of the chosen and of the rejected answer, drawn by seed and id."""
+    scores = [judged.get("score") for judged in found.get("judged", ())]
     pairs = pairing.ranked_pairs(scores, min_gap=config.pairs.min_gap)
-    rng = random.Random(row_seed(config.seed, f"{known['id']}/pairs"))
-    drawn = rng.sample(pairs, min(len(pairs), config.pairs.per_prompt))
-    known["drawn"] = [(choice.chosen, choice.rejected) for choice in drawn]
-    if not drawn and "dropped" not in known:
-        known["dropped"] = "few_judged" if sum(score is not None for score in scores) < 2 else "small_gap"
+    rng = random.Random(row_seed(config.seed, f"{found['id']}/pairs"))
+    return [(choice.chosen, choice.rejected) for choice in rng.sample(pairs, min(len(pairs), config.pairs.per_prompt))]
 
 
 def outcome(row: Prompt | Candidates, found: Row, cut: Cut, settings: Row, config: Config) -> Outcome:
@@ -295,9 +331,14 @@ def outcome(row: Prompt | Candidates, found: Row, cut: Cut, settings: Row, confi
         return Failed(*found["failed"])
     if "dropped" in found:
         return Dropped(found["dropped"])
+    drawn = draw(found, config)
+    if not drawn:
+        return Dropped(
+            "few_judged" if sum(judged.get("score") is not None for judged in found["judged"]) < 2 else "small_gap"
+        )
     made = [
         pair_of(row, found, chosen, rejected, index, settings, config)
-        for index, (chosen, rejected) in enumerate(found["drawn"])
+        for index, (chosen, rejected) in enumerate(drawn)
         if cut.keeps(*words_of(found, chosen, rejected))
     ]
     return made or Dropped("length_balance")

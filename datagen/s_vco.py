@@ -146,6 +146,8 @@ def _prepare(pair: Pair) -> list[Image.Image] | Dropped | Failed:
         return Dropped("no_picture")
     if not pair.rejected_images:
         return Dropped("no_rejected_picture")
+    if pair.on_two_pictures:  # its rejected text is wrong of its own picture
+        return Dropped("two_pictures")
     if pair.meta.get("two_sided") is False:
         return Dropped("not_two_sided")
     if (reason := text_fault(pair)) is not None:

@@ -14,7 +14,6 @@ Needs: candidates with scores (`reward_models/score_responses.py`); no model.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 
 from prefalign import selecting, sources, stages, store
@@ -74,7 +73,7 @@ def main(config: Config) -> Manifest:
     )
     folder = config.output.path
     found = stages.write_figures(folder, FIGURES, lambda: selecting.figures(folder, manifest))
-    print(f"{METHOD}: " + ", ".join(f"{name} {value}" for name, value in found.items()), file=sys.stderr)
+    stages.say_figures(METHOD, found)
     return manifest
 
 

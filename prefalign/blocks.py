@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from prefalign import sources
 from prefalign.images import ImageError
+from prefalign.locks import locked
 from prefalign.manifest import write_atomically
 from prefalign.records import Candidates, Example, Pair, Prompt, RecordError
 from prefalign.seen import SeenIds
@@ -32,6 +33,8 @@ CAUSES = {
     "unreadable_annotation": "The large model wrote no question and answer in the form that it was asked for.",
 }
 """What lies behind a reason for which all rows of a run may be dropped."""
+UNANSWERED = ("generation_failed", "judge_failed")
+"""Reasons for which a row has failed that may not hold another time: a model or a server gave no answer."""
 OF_EVERY_STAGE = ("config.json", "manifest.json")
 MAX_BLOCK_BYTES = 2**31 - 2**20  # Arrow's limit on the bytes of one list column, less what frames them
 
@@ -136,13 +139,16 @@ def read_block(number: int, first: int, rows: list[Row], read: Callable[[Row], I
 
 
 def finish(folder: Path, block: Block, outcomes: Sequence[Outcome], record: type[Record]) -> dict[str, Any]:
-    """Write what became of a block's rows into a stage's folder. Returns the block's ledger.
+    """Write what became of a block's rows into a stage's folder, unless another process has done so before.
 
     Args:
         folder: the stage's output.
         block: as it was read.
         outcomes: one for each of its inputs; records that fail their check drop their row.
         record: class of the records.
+
+    Returns:
+        The block's ledger, this process's or the other one's: shard, quarantine and ledger are always of one process.
     """
     dropped, quarantine = block.dropped.copy(), list(block.quarantine)
     records: list[Record] = []
@@ -162,42 +168,55 @@ def finish(folder: Path, block: Block, outcomes: Sequence[Outcome], record: type
         dropped[row["reason"]] += 1
     ledger = {"block": block.number, "rows_in": len(block.rows), "rows_used": used, "rows_out": len(records),
               "dropped": dict(sorted(dropped.items())), "quarantined": len(quarantine), "ids": block.ids}  # fmt: skip
-    commit(folder, block.number, records, quarantine, ledger, record)
+    shard = to_parquet(records, record)
+    with locked(folder / "progress" / ".lock"):
+        if (done := read_ledger(folder, block.number)) is not None:
+            return done
+        commit(folder, block.number, shard, quarantine, ledger)
+    return ledger
+
+
+def ledger_file(folder: Path, number: int) -> Path:
+    """The ledger of a block, there or not."""
+    return folder / "progress" / f"{number:05d}.json"
+
+
+def read_ledger(folder: Path, number: int) -> dict[str, Any] | None:
+    """The ledger of a block; None if it is not committed."""
+    try:
+        ledger: dict[str, Any] = json.loads(ledger_file(folder, number).read_bytes())
+    except FileNotFoundError:
+        return None
     return ledger
 
 
 def commit(
     folder: Path,
     number: int,
-    records: Sequence[Record],
+    shard: bytes | None,
     quarantine: Sequence[Mapping[str, Any]],
     ledger: Mapping[str, Any],
-    record: type[Record],
 ) -> None:
     """Write a block's files, the ledger last; files of an earlier try that it has no use for are deleted.
 
     Args:
         folder: the stage's output.
         number: number of the block.
-        records: what goes into the shard; none: no shard.
+        shard: `to_parquet` of its records; None: no shard.
         quarantine: rows of `quarantined`; none: no file.
         ledger: counts and ids of the block.
-        record: class of the records.
-
-    Raises:
-        StoreError: if the pictures are more than an Arrow column holds.
     """
     failures = folder / "quarantine" / f"{number:05d}.jsonl"
-    shard = folder / "data" / f"train-{number:05d}.parquet"
+    file = folder / "data" / f"train-{number:05d}.parquet"
     if quarantine:
         write_atomically(failures, "".join(json.dumps(row) + "\n" for row in quarantine).encode())
     else:
         failures.unlink(missing_ok=True)
-    if records:
-        write_atomically(shard, _to_parquet(records, record))
+    if shard is not None:
+        write_atomically(file, shard)
     else:
-        shard.unlink(missing_ok=True)
-    write_atomically(folder / "progress" / f"{number:05d}.json", json.dumps(ledger).encode())
+        file.unlink(missing_ok=True)
+    write_atomically(ledger_file(folder, number), json.dumps(ledger).encode())
 
 
 def quarantined(index: int, row: Mapping[str, Any] | BadRow, reason: str, message: str) -> dict[str, Any]:
@@ -229,10 +248,17 @@ def likely_cause(folder: Path, dropped: Mapping[str, int]) -> str:
     return "".join(f" {sentence}" for sentence in told if sentence)
 
 
-def _to_parquet(records: Sequence[Record], record: type[Record]) -> bytes:
+def to_parquet(records: Sequence[Record], record: type[Record]) -> bytes | None:
+    """A shard's content; None for no records.
+
+    Raises:
+        StoreError: if the pictures are more than an Arrow column holds.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if not records:
+        return None
     for name in ("images", "rejected_images"):
         size = sum(len(image["bytes"]) for item in records for image in getattr(item, name, []))
         if size > MAX_BLOCK_BYTES:
@@ -244,7 +270,8 @@ def _to_parquet(records: Sequence[Record], record: type[Record]) -> bytes:
     table = pa.Table.from_pylist([item.to_row() for item in records], schema=schema)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue().to_pybytes()
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
 
 
 def _unfit(records: Sequence[Record]) -> str | None:

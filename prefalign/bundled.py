@@ -126,7 +126,7 @@ def resolve(name: str, stage: ModuleType, arguments: Sequence[str], *, default_c
     named, overrides = take_file(arguments)
     chosen = named or default_config
     file = find_config(chosen) if chosen else None
-    data = parse_overrides(overrides).get("data")
+    data = parse_overrides(overrides, stage.Config).get("data")
     other_rows = isinstance(data, dict) and "path" in data and "images" not in data
     ours = root().resolve() / "configs"
     if file is not None and file.resolve().is_relative_to(ours) and other_rows and stated(file, "data.images"):

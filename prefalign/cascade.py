@@ -1,21 +1,20 @@
 """A cascade over conversations: each stage scores what the one before kept, and keeps a share of it (arXiv 2409.18541).
 
 Scores come from rewards, or from what the picture adds to the answers (information gain). A stage that rates answers can let the
-model write several to each question and keep the best. All passes are `Survey`s, so a killed run goes on where it was, rows that
-a judge or the model failed are asked about again until their stage is decided, and all processes follow one decision.
+model write several to each question and keep the best. All passes are `Survey`s, so a killed run goes on where it was, and all
+processes follow one decision about each stage. That may be to stop, as too many rows have failed. What is started then makes an
+attempt of its own: it takes over what is scored, and asks again about all rows that a judge or the model failed, also in stages
+before, which it decides anew. No row has been written by then.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from prefalign.curation import Aggregate, Baseline, Compare, Judged, Turn, aggregated, baseline, keep_best, turns_of
+from prefalign.curation import Aggregate, Compare, Turn, aggregated, keep_best, turns_of
 from prefalign.engines import Engine, Request, Sampling
 from prefalign.evidence import Without, information_gain
 from prefalign.records import Prompt, user_message
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
     from prefalign.rewards import Combined
 
-TABLE = "cascade.json"
 UNUSABLE = ("no_picture", "no_reference")
 """Reasons for which a row never comes to the first stage."""
 UNANSWERED = ("judge_failed", "generation_failed")
@@ -140,32 +138,42 @@ def run_cascade(
         Every readable row by id, in input order; those with neither `dropped` nor `failed` are kept.
 
     Raises:
-        StoreError: after a stage, before it is decided, if more rows than `output.max_quarantine` have failed.
+        StoreError: after a stage, if more rows than `output.max_quarantine` have failed in it and those before.
     """
     table: dict[str, Rated] = {}
     for block in survey("rows", lambda prompts: [_measured(prompt, stratify_by) for prompt in prompts]):
         for found in block:
             table.setdefault(found["id"], Rated(found["type"], found["words"], dropped=found["dropped"]))
+    attempt = 0
+    while any("stopped" in (survey.decision(_kind(stage, attempt)) or ()) for stage in stages):
+        attempt += 1
     for stage in stages:
+        kind = _kind(stage, attempt)
+        known = _answered(survey, stage, kind)
         came: dict[str, Any] = {n: None for n, row in table.items() if row.dropped is None and row.failed is None}
         waiting = set(came)
 
         def work(
-            prompts: list[Prompt], stage: CascadeStage = stage, waiting: set[str] = waiting
+            prompts: list[Prompt],
+            stage: CascadeStage = stage,
+            waiting: set[str] = waiting,
+            known: dict[str, Any] = known,
         ) -> list[dict[str, Any]]:
             first = {prompt.id: prompt for prompt in reversed(prompts) if prompt.id in waiting}
-            asked = [prompt for prompt in prompts if first.get(prompt.id) is prompt]
-            scored = iter(_score_block(asked, {prompt.id: table[prompt.id].answers for prompt in asked}, stage, judges))
+            asked = [prompt for prompt in prompts if first.get(prompt.id) is prompt and prompt.id not in known]
+            scored = _score_block(asked, {prompt.id: table[prompt.id].answers for prompt in asked}, stage, judges)
+            found = {one["id"]: one for one in scored}
             return [
-                next(scored) if first.get(prompt.id) is prompt else {"id": prompt.id, "passed": True}
+                found.get(prompt.id) or known[prompt.id]
+                if first.get(prompt.id) is prompt
+                else {"id": prompt.id, "passed": True}
                 for prompt in prompts
             ]
 
         def again(found: dict[str, Any], waiting: set[str] = waiting) -> bool:
-            passed = "passed" in found or (found["failed"] is not None and found["failed"][0] in UNANSWERED)
-            return passed and found["id"] in waiting
+            return found["id"] in waiting and not _is_answer(found)
 
-        for block in survey(f"stage-{stage.name}", work, again):
+        for block in survey(kind, work, again):
             for found in block:
                 if "passed" in found or found["id"] not in waiting:
                     continue
@@ -173,7 +181,7 @@ def run_cascade(
                 came[found["id"]], row = found["failed"], table[found["id"]]
                 row.scores[stage.name] = found["score"]
                 row.answers.update({int(place): text for place, text in found["answers"].items()})
-        stands = _decided(survey, stage, table, came)
+        stands = _decided(survey, stage, kind, table, came)
         for name, (reason, message) in stands["failed"].items():  # whatever was answered since
             table[name].failed, table[name].scores[stage.name] = (reason, message), None
         for name in set(came).difference(stands["kept"], stands["failed"]):
@@ -182,82 +190,56 @@ def run_cascade(
     return table
 
 
+def _kind(stage: CascadeStage, attempt: int) -> str:
+    """Name of the pass over a stage's rows, and of what is decided on it."""
+    return f"stage-{stage.name}" if attempt == 0 else f"stage-{stage.name}.{attempt}"
+
+
+def _is_answer(found: Mapping[str, Any]) -> bool:
+    """Whether what a pass has found of a row holds another time too."""
+    return "passed" not in found and (found["failed"] is None or found["failed"][0] not in UNANSWERED)
+
+
+def _answered(survey: Survey, stage: CascadeStage, kind: str) -> dict[str, Any]:
+    """What other attempts have found of a stage's rows, by id, but for those that got no answer."""
+    known: dict[str, Any] = {}
+    for file in sorted((survey.output.path / "survey").glob(f"stage-{stage.name}[-.]*.json")):
+        other, _, number = file.stem.rpartition("-")
+        if other != kind:
+            known |= {found["id"]: found for found in survey.kept(other, int(number)) or () if _is_answer(found)}
+    return known
+
+
 def _decided(
-    survey: Survey, stage: CascadeStage, table: Mapping[str, Rated], came: Mapping[str, Any]
+    survey: Survey, stage: CascadeStage, kind: str, table: Mapping[str, Rated], came: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The decision about a stage, made now if there is none: rows kept of those that `came` to it, and why others failed."""
-    kind, limit = f"stage-{stage.name}", survey.output.max_quarantine
-    if (stands := survey.decision(kind)) is not None:
-        return stands
-    failed = {name: why for name, why in came.items() if why is not None}
-    known = [*failed.values(), *(row.failed for row in table.values() if row.failed is not None)]
-    if len(known) > limit:
-        reason, message = next((why for why in known if why[0] in UNANSWERED), known[0])
-        raise StoreError(
-            f"{survey.stage} stopped after stage {stage.name}: {len(known)} rows failed, above --output.max_quarantine {limit} "
-            f"(one of them: {reason}: {message[:400]}). No row was kept yet. Mend the cause or raise the limit, and start again: "
-            "what is scored stays, rows that got no answer in this stage are asked about again."
-        )
-    scores = {name: value for name in came if (value := table[name].scores.get(stage.name)) is not None}
-    kept = keep_best(scores, {name: table[name].type for name in scores}, stage.keep, stage.compare)
-    return survey.decide(kind, {"kept": sorted(kept), "failed": failed})
+    stands = survey.decision(kind)
+    if stands is None:
+        failed = {name: why for name, why in came.items() if why is not None}
+        lost = [*failed.values(), *(row.failed for row in table.values() if row.failed is not None)]
+        scores = {name: value for name in came if (value := table[name].scores.get(stage.name)) is not None}
+        if len(lost) > survey.output.max_quarantine:
+            made: dict[str, Any] = {"stopped": _stop(survey, stage, lost)}
+        else:
+            kept = keep_best(scores, {name: table[name].type for name in scores}, stage.keep, stage.compare)
+            made = {"kept": sorted(kept), "failed": failed}
+        stands = survey.decide(kind, made)
+    if "stopped" in stands:
+        raise StoreError(stands["stopped"])
+    return stands
 
 
-def summary(table: Mapping[str, Rated], stages: Sequence[CascadeStage]) -> dict[str, Any]:
-    """What each stage saw and kept, and the score table."""
-    found = []
-    for number, stage in enumerate(stages):
-        after = [other.name for other in stages[number + 1 : number + 2]]
-        scored = {name: value for name, row in table.items() if (value := row.scores.get(stage.name)) is not None}
-        kept = [name for name in scored if (after[0] in table[name].scores if after else table[name].dropped is None)]
-        found.append(
-            {
-                "name": stage.name,
-                "scored": len(scored),
-                "kept": len(kept),
-                "mean": _mean(scored.values()),
-                "mean_kept": _mean(scored[name] for name in kept),
-            }
-        )
-    listed = [
-        {"id": name, "type": row.type, "words": row.words, "scores": row.scores, "dropped": row.dropped,
-         "new_answers": len(row.answers)}
-        for name, row in table.items() if row.failed is None
-    ]  # fmt: skip
-    return {"stages": found, "rows": listed}
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    known = list(values)
-    return round(statistics.fmean(known), 4) if known else None
-
-
-def baseline_like(folder: Path, kind: Baseline, seed: int) -> dict[str, Rated]:
-    """The rows of a finished cascade's table, of which a baseline keeps as many of each type as the cascade did.
-
-    Args:
-        folder: output of `curate_instructions` that produced `curated`.
-        kind: how they are drawn (`curation.baseline`).
-        seed: seed of the draw.
-
-    Raises:
-        ValueError: if the folder holds no score table.
-    """
-    file = folder / TABLE
-    if not file.is_file():
-        raise ValueError(
-            f"{folder} holds no {TABLE}, so there is no cascade whose counts could be matched. Give baseline.like the output "
-            "folder of a finished curate_instructions run that produced `curated`."
-        )
-    rows = json.loads(file.read_text())["rows"]
-    could = [row for row in rows if row["dropped"] not in UNUSABLE]
-    judged = [Judged(row["id"], row["type"], row["words"], row["dropped"] is None) for row in could]
-    drawn = baseline(judged, kind, seed)
-    reasons = {row["id"]: row["dropped"] if row["dropped"] in UNUSABLE else "not_drawn" for row in rows}
-    return {
-        row["id"]: Rated(row["type"], row["words"], dropped=None if row["id"] in drawn else reasons[row["id"]])
-        for row in rows
-    }
+def _stop(survey: Survey, stage: CascadeStage, lost: Sequence[Sequence[str]]) -> str:
+    """What a run says that stops because of these failures (reason and message of each)."""
+    unanswered = [why for why in lost if why[0] in UNANSWERED]
+    reason, message = [*unanswered, *lost][0]
+    return (
+        f"{survey.stage} stopped after stage {stage.name}: {len(lost)} rows failed, above --output.max_quarantine "
+        f"{survey.output.max_quarantine} (one of them: {reason}: {message[:400]}). No row was kept yet, and what is scored "
+        f"stays. Mend the cause and start again: the {len(unanswered)} rows that got no answer, in this stage and those before, "
+        f"are asked about again. To go on without what fails then, give --output.max_quarantine {len(lost)} or more."
+    )
 
 
 def _measured(prompt: Prompt, stratify_by: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -155,6 +156,34 @@ def _check_source(source: str, revision: str | None, *names: str) -> str | None:
         f"{source!r} is not a folder here, and the Hub at {constants.ENDPOINT} answers {status} for its {' or '.join(names)}"
         f"{f' at revision {revision!r}' if revision else ''}. Check the name; for a gated or private model set HF_TOKEN."
     )
+
+
+def check_model(config: ModelConfig) -> tuple[str, str | None]:
+    """Find what would keep a model from being loaded, as far as it shows without reading weights.
+
+    Returns:
+        Folder or Hub id of the base model, and its revision.
+
+    Raises:
+        ModelError: nothing is there, or no vision-language model; weights or processor are missing or damaged.
+    """
+    source, adapter, revision = resolve(config)
+    check_family(source, replace(config, model_revision=revision))
+    for name in (source, adapter):
+        if name is not None:
+            check_weights(name)
+    check_processor(source, adapter)
+    return source, revision
+
+
+def check_processor(source: str, adapter: str | None) -> None:
+    """Raise `ModelError` if the folder of a model has no processor, and that of its adapter neither."""
+    folder = Path(source)
+    if folder.is_dir() and not has_processor(folder) and not (adapter is not None and has_processor(Path(adapter))):
+        raise ModelError(
+            f"folder {source!r} has no processor ({missing_processor(folder)}), so pictures and text cannot be prepared. Save it "
+            "there with `processor.save_pretrained(folder)`, or copy these files from the model it was trained from."
+        )
 
 
 def check_family(source: str, config: ModelConfig) -> None:

@@ -12,6 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -21,6 +22,7 @@ Config = TypeVar("Config")
 
 
 BOOLEAN = "tag:yaml.org,2002:bool"
+_NULLS = ("null", "Null", "NULL", "~")
 
 
 class ConfigError(ValueError):
@@ -87,8 +89,18 @@ def stated(path: str | Path, name: str) -> str:
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
 
 
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(arguments: Sequence[str], cls: type | None = None) -> dict[str, Any]:
     """Turn `--section.field value` (or `--section.field=value`) into a nested mapping; values are read as YAML.
+
+    A setting that `cls` declares a text or a path is what was written, whatever YAML would make of it: the commit 0123456 stays
+    that, and is no number. Quotes around all of it are YAML's, and `null` is no value.
+
+    Args:
+        arguments: the words of a command line.
+        cls: dataclass of the settings; None: every value is read as YAML.
+
+    Raises:
+        ConfigError: a word that is no flag, a flag without a value, or one within another's value.
 
     Example:
         >>> parse_overrides(["--trainer.beta", "0.2", "--seed=3"])
@@ -105,18 +117,67 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if not pending or (pending[0].startswith("--") and not _is_number(pending[0])):
                 raise ConfigError(f"{flag} needs a value, as in `{flag} VALUE`.")
             text = pending.pop(0)
-        try:
-            value = yaml.load(text, _StrictLoader)
-        except yaml.YAMLError:
-            value = text
+        *parents, leaf = keys = dotted.split(".")
+        value = _value(text, _declared(cls, keys))
         target = nested
-        *parents, leaf = dotted.split(".")
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise ConfigError(f"{flag}: {parent!r} was already given a plain value on this command line.")
         target[leaf] = value
     return nested
+
+
+def _value(text: str, declared: Any) -> Any:
+    """What a word of the command line says for a setting of this type."""
+    if text.strip() in _NULLS or (not text and declared is not str):
+        return None
+    try:
+        # the scalars of the base loader are texts
+        value = yaml.load(text, yaml.BaseLoader if _are_texts(declared) else _StrictLoader)
+    except yaml.YAMLError:
+        return text
+    quoted = isinstance(value, str) and text[:1] in ("'", '"', "!")
+    return text if _is_text(declared) and not quoted else value
+
+
+def _declared(cls: Any, keys: Sequence[str]) -> Any:
+    """The type that a dataclass declares for a setting; None: it has none of that name, or several."""
+    for key in keys:
+        found = []
+        for option in _options(cls):
+            if dataclasses.is_dataclass(option) and isinstance(option, type):
+                found.append(typing.get_type_hints(option).get(key))
+            elif typing.get_origin(option) in (dict, Mapping):
+                found.append(typing.get_args(option)[1])
+        known = [one for one in found if one is not None]
+        cls = known[0] if known and all(one == known[0] for one in known) else None
+    return cls
+
+
+def _options(annotation: Any) -> list[Any]:
+    """The types of a union without None."""
+    together = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+    options = typing.get_args(annotation) if together else (annotation,)
+    return [option for option in options if option is not type(None)]
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether a type is that of a text, a path or one of several words, or None."""
+
+    def one(option: Any) -> bool:
+        if typing.get_origin(option) is typing.Literal:
+            return all(isinstance(word, str) for word in typing.get_args(option))
+        return isinstance(option, type) and issubclass(option, (str, Path))
+
+    return all(map(one, _options(annotation)))
+
+
+def _are_texts(annotation: Any) -> bool:
+    """Whether a type is that of a list of texts, or None."""
+    return all(
+        typing.get_origin(option) is list and _is_text(typing.get_args(option)[0]) for option in _options(annotation)
+    )
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +208,7 @@ def build(cls: type[Config], values: Mapping[str, Any], *, source: str = "config
 
 def load(cls: type[Config], path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read `path` (if given), apply command-line `overrides`, validate into `cls`."""
-    values = merge(read_yaml(path) if path else {}, parse_overrides(overrides))
+    values = merge(read_yaml(path) if path else {}, parse_overrides(overrides, cls))
     return build(cls, values, source=Path(path).name if path else "command line")
 
 
@@ -212,6 +273,8 @@ def _explain(cls: type, problem: Any, listed: set[type | None]) -> str:
         problem["type"] == "value_error"
     ):  # of a dataclass that checks itself: it says the value, and `input` is all of it
         return ": ".join([*([dotted] if dotted else []), str(problem["ctx"]["error"])])
+    if problem["type"] in ("string_type", "path_type") and isinstance(problem["input"], (int, float, date)):
+        return f"{dotted}: a text is wanted, and YAML takes what is written there for {problem['input']!r}. Put it in quotes."
     return f"{dotted}: {problem['msg']} (got {problem['input']!r})."
 
 

@@ -192,7 +192,7 @@ def load_embedder(config: EmbedderConfig, engine: Any = None) -> Embedder:
             )
         return Embedder(engine.model, engine.processor.image_processor, feature=config.feature,
                         batch_size=config.batch_size, weights=engine.fingerprint)  # fmt: skip
-    named = ModelConfig(config.model_name_or_path, config.model_revision, dtype=config.dtype, device=config.device)
+    named = _named(config)
     source, _, revision = resolve(named)
     try:
         check_family(source, replace(named, model_revision=revision))
@@ -201,6 +201,16 @@ def load_embedder(config: EmbedderConfig, engine: Any = None) -> Embedder:
     else:
         model, processor = load_model(named), load_processor(named).image_processor
     return Embedder(model, processor, feature=config.feature, batch_size=config.batch_size)
+
+
+def check_embedder(config: EmbedderConfig) -> None:
+    """Raise `ModelError` if the model that embeds pictures is nowhere, before any weights are read."""
+    if config.model_name_or_path != OWN:
+        resolve(_named(config))
+
+
+def _named(config: EmbedderConfig) -> ModelConfig:
+    return ModelConfig(config.model_name_or_path, config.model_revision, dtype=config.dtype, device=config.device)
 
 
 def _load_encoder(source: str, revision: str | None, config: EmbedderConfig) -> tuple[Any, Any]:

@@ -8,7 +8,6 @@ committed the last one. So only the driver reads rows and writes shards, and onl
 
 from __future__ import annotations
 
-import os
 import queue
 import re
 import socket
@@ -21,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefalign.config import ConfigError
-from prefalign.manifest import WRITER
 
 HELP = """\
 who works on the blocks (changes no row; docs/scale.md):
@@ -61,17 +59,18 @@ class Shard:
 
 WHOLE = Shard()
 SHARD: ContextVar[Shard] = ContextVar("shard", default=WHOLE)
+SAMPLED: ContextVar[bool] = ContextVar("sampled", default=False)
+"""Whether a stage runs on a few rows only to be measured (`planner`): what it says of them is no result, and is not printed."""
 
 
 @contextmanager
 def sharded(shard: Shard) -> Iterator[None]:
-    """Within this context a stage's first `store.run_stage` does the blocks of a shard; temporary names are its own."""
-    before = SHARD.set(shard), WRITER.set("" if shard.alone else f".{socket.gethostname()}-{os.getpid()}")
+    """Within this context a stage's first `store.run_stage` does the blocks of a shard."""
+    before = SHARD.set(shard)
     try:
         yield
     finally:
-        SHARD.reset(before[0])
-        WRITER.reset(before[1])
+        SHARD.reset(before)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from typing import Any
 
 import prefalign
 from prefalign import sources
-from prefalign.blocks import StoreError
+from prefalign.blocks import StoreError, read_ledger
+from prefalign.locks import is_alone, share
 from prefalign.manifest import Manifest, differences, library_versions, read_manifest, temporary, write_atomically
 from prefalign.records import SCHEMA_VERSION, canonical_json
 from prefalign.sources import DataConfig
@@ -89,8 +90,13 @@ def _rows_of(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in identity.items() if name != "revision"}
 
 
-def _refusal(folder: Path, before: Mapping[str, Any], identity: Mapping[str, Any]) -> StoreError:
+def _refusal(folder: Path, before: Mapping[str, Any], identity: Mapping[str, Any], *, unused: bool) -> StoreError:
     changed = "; ".join(differences(before, identity))
+    if unused and "data_sha256" in before:
+        return StoreError(
+            f"{folder} was claimed for another config ({changed}), and another process may be at work there. Wait until it has "
+            "ended, or give another `output.path`; if there is none, delete the folder."
+        )
     was, now = (each.get("source") or {} for each in (before, identity))
     how = "give another `output.path`, or delete the folder."
     if was.get("repository") == now.get("repository") and was.get("commit") != now.get("commit"):
@@ -101,6 +107,28 @@ def _refusal(folder: Path, before: Mapping[str, Any], identity: Mapping[str, Any
     return StoreError(
         f"{folder} holds rows made with another config ({changed}). Mixing them would make the manifest a lie: {how}"
     )
+
+
+@contextmanager
+def claimed(folder: Path, identity: Mapping[str, Any], *, alone: bool = True) -> Iterator[None]:
+    """Claim a folder (`claim`) and show other processes that this one is at work there.
+
+    Args:
+        folder: the output folder.
+        identity: what decides the rows.
+        alone: this process works on all blocks; a folder in which another one is at work is not taken over all the same.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(folder)
+        with (folder / ".at_work").open("a") as mark:
+            empty = is_alone(mark)
+            claim(folder, identity, alone=alone and empty)
+            share(mark)
+            claim(folder, identity, alone=False)  # between the two locks another one may have come
+            yield
+            if is_alone(mark):
+                (folder / ".at_work").unlink(missing_ok=True)
 
 
 def claim(folder: Path, identity: Mapping[str, Any], *, alone: bool = True) -> None:
@@ -115,26 +143,34 @@ def claim(folder: Path, identity: Mapping[str, Any], *, alone: bool = True) -> N
     Raises:
         StoreError: the folder belongs to another config, or to somebody else.
     """
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    _refuse_foreign(folder)
     file = folder / "config.json"
     if (before := _claimed_for(folder)) is not None:
         unused = not any(
             next(folder.glob(kind), None) for kind in ("progress/*.json", "data/*.parquet", "manifest.json")
         )
-        if _rows_of(before) != _rows_of(identity) and not (alone and unused and "data_sha256" in before):
-            raise _refusal(folder, before, identity)
+        same = _rows_of(before) == _rows_of(identity)
+        if not same and not (alone and unused and "data_sha256" in before):
+            raise _refusal(folder, before, identity, unused=unused)
         if not unused or not alone:
             return
         for failures in folder.glob("quarantine/*.jsonl"):
             failures.unlink()
-    elif any(not name.startswith(".") for name in names):
-        raise StoreError(f"{folder} is not empty and holds no stage's output. Give another `output.path`.")
+        if same:
+            return
     content = json.dumps(identity, indent=2).encode()
     if alone:
         write_atomically(file, content)
     else:
         create(file, content)
         claim(folder, identity, alone=False)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise `StoreError` if a folder holds files, and no stage has claimed it."""
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    if any(not name.startswith(".") for name in names) and _claimed_for(folder) is None:
+        raise StoreError(f"{folder} is not empty and holds no stage's output. Give another `output.path`.")
 
 
 def create(file: Path, content: bytes) -> None:
@@ -163,11 +199,12 @@ def sweep(folder: Path) -> None:
     Processes that are alive may still write blocks that others have committed before them, so a file is deleted only if its
     writer was a process of this machine that is gone, or if it is older than `STALE` seconds.
     """
-    for kind in ("data", "quarantine", "progress"):
+    for kind in (".", "data", "quarantine", "progress", "survey"):
         for left in (folder / kind).glob(".*.tmp"):
             with suppress(FileNotFoundError):
                 if _is_abandoned(left):
                     left.unlink()
+    (folder / "progress" / ".lock").unlink(missing_ok=True)
 
 
 def _is_abandoned(unfinished: Path) -> bool:
@@ -194,22 +231,15 @@ class Ledgers:
     """
 
     def __init__(self, folder: Path):
-        self._folder = folder / "progress"
+        self._folder = folder
         self._known: set[int] = set()
         self.counts: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
 
-    def file(self, number: int) -> Path:
-        """The ledger of a block, there or not."""
-        return self._folder / f"{number:05d}.json"
-
     def read(self, number: int) -> dict[str, Any] | None:
         """A block's ledger, counted; None if the block is not committed."""
-        try:
-            ledger: dict[str, Any] = json.loads(self.file(number).read_bytes())
-        except FileNotFoundError:
-            return None
-        self.count(ledger)
+        if (ledger := read_ledger(self._folder, number)) is not None:
+            self.count(ledger)
         return ledger
 
     def count(self, ledger: Mapping[str, Any]) -> None:
@@ -222,7 +252,7 @@ class Ledgers:
     def refresh(self) -> None:
         """Count the blocks that other processes have committed meanwhile."""
         with suppress(FileNotFoundError):
-            for entry in os.listdir(self._folder):
+            for entry in os.listdir(self._folder / "progress"):
                 if not entry.startswith(".") and int(entry.removesuffix(".json")) not in self._known:
                     self.read(int(entry.removesuffix(".json")))
 

@@ -6,8 +6,8 @@ import errno
 import json
 import os
 import platform
+import socket
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,19 +50,15 @@ def read_manifest(folder: Path) -> Manifest | None:
     return Manifest(**json.loads(file.read_text())) if file.is_file() else None
 
 
-WRITER: ContextVar[str] = ContextVar("writer", default="")
-"""Name of this process where several write into one folder."""
-
-
 def temporary(path: Path) -> Path:
-    """The hidden name beside a file under which it is written first; where several processes write there, this one's own."""
-    return path.with_name(f".{path.name}{WRITER.get()}.tmp")
+    """The hidden name beside a file under which this process writes it first: others may be writing it too."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it either is there whole or is not there: temporary name, fsync, rename.
 
-    Where several processes write and another one has written this file and swept up (`folders.sweep`), that file stays.
+    Where another process has written this file and swept up (`folders.sweep`), that file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = temporary(path)
@@ -73,7 +69,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         os.replace(unfinished, path)
     except FileNotFoundError:
-        if not WRITER.get() or not path.exists():
+        if not path.exists():
             raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:

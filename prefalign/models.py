@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefalign import families, quantised
-from prefalign.checkpoints import ModelError, check_family, check_weights, has_processor, missing_processor, resolve
+from prefalign.checkpoints import ModelError, check_family, check_processor, check_weights, has_processor, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,7 @@ def load_model(config: ModelConfig) -> Any:
     """
     import torch
     from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging as transformers_logging
 
     source, adapter, revision = resolve(config)
     config = replace(config, model_revision=revision)
@@ -73,6 +75,8 @@ def load_model(config: ModelConfig) -> Any:
         dtype = _dtype(quantised.computing_dtype(source, revision, config.dtype, device))
         place = torch.cuda.current_device() if device == torch.device("cuda") else device  # accelerate wants a number
         in_4_bits = {"quantization_config": quantised.in_4_bits(dtype), "device_map": {"": place}}
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
             source,
@@ -119,14 +123,9 @@ def load_processor(config: ModelConfig) -> Any:
 
     source, adapter, revision = resolve(config)
     check_family(source, replace(config, model_revision=revision))
+    check_processor(source, adapter)
     if adapter is not None and has_processor(Path(adapter)):
         source, revision = adapter, None
-    folder = Path(source)
-    if folder.is_dir() and not has_processor(folder):
-        raise ModelError(
-            f"folder {source!r} has no processor ({missing_processor(folder)}), so pictures and text cannot be prepared. Save it "
-            "there with `processor.save_pretrained(folder)`, or copy these files from the model it was trained from."
-        )
     try:
         processor = AutoProcessor.from_pretrained(
             source, revision=revision, trust_remote_code=config.trust_remote_code, **(config.processor or {})

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from prefalign import sources
+from prefalign.execution import SAMPLED
 from prefalign.images import SYSTEM_ERRORS, EncodedImage, ImageError, open_image, sha256
 from prefalign.manifest import temporary, write_atomically
 from prefalign.sources import BadRow, DataConfig
@@ -91,7 +92,8 @@ def build_pool(folder: Path, data: DataConfig) -> PicturePool:
     seen: set[bytes] = set()
     unfinished = temporary(folder / "pictures.bin")  # a pool in use keeps its own files
     with unfinished.open("wb") as stream:
-        for row in tqdm(sources.read_rows(data), desc="picture pool", unit="row", disable=None):
+        rows = sources.read_rows(data)
+        for row in tqdm(rows, desc="picture pool", unit="row", disable=None, leave=not SAMPLED.get()):
             for image in _pictures(row, data):
                 digest = bytes.fromhex(sha256(image))
                 if digest in seen:

@@ -51,13 +51,7 @@ def _total(plans: Sequence[Plan]) -> Plan:
 
 
 def _notes(plans: Sequence[Plan]) -> list[str]:
-    rows = sorted({made.sampled for made in plans})
-    sizes = str(rows[0]) if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
-    first = (
-        f"From the first {sizes} row(s) of each stage, all of it taken to grow with the rows; loading is paid at each start. "
-        "A small sample fills batches badly, so the time is rather too long (--rows of a block's size is close)."
-    )
-    notes = [first]
+    notes = [_measured(plans)]
     for made in plans:
         if not made.sampled:
             notes.append(
@@ -103,6 +97,19 @@ def _notes(plans: Sequence[Plan]) -> list[str]:
                 "The figures are of all."
             )
     return notes
+
+
+def _measured(plans: Sequence[Plan]) -> str:
+    """What the figures come from."""
+    if all(made.sampled == made.rows_in for made in plans):
+        return "Measured on all rows, of which nothing is kept; loading is paid at each start."
+    rows = sorted({made.sampled for made in plans})
+    sizes = str(rows[0]) if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
+    whole = f"of {number(plans[0].rows_in)} rows" if len(plans) == 1 else "rows of each stage"
+    return (
+        f"Measured on the first {sizes} {whole} and scaled up to all; loading is as measured, and paid at each start. A small "
+        "sample fills batches badly, so the time is rather too long (--rows of a block's size is close)."
+    )
 
 
 def number(count: int) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 
 from prefalign import bundled, sources
 from prefalign.engines import USAGE, Usage
+from prefalign.execution import SAMPLED
 from prefalign.manifest import differences, read_manifest
 from prefalign.sources import DataConfig
 from prefalign.store import StoreError
@@ -193,14 +195,18 @@ def _run(stage: Stage, data: DataConfig, scratch: Path) -> _Sample:
     before = dataclasses.replace(USAGE)
     config = dataclasses.replace(stage.config, data=data, output=output)
     folder = bundled.rows_folder(stage.module, config)
+    print(f"{stage.name}: running its first rows to measure them (--rows {data.limit}) ...", file=sys.stderr)
     started = time.time()
     failed = 0
+    sampled = SAMPLED.set(True)
     try:
         manifest = stage.module.main(config)
         counts = manifest.rows_in, manifest.rows_out, manifest.dropped
         failed = manifest.quarantined
     except StoreError as error:
         counts = _nothing_made(stage.name, folder, error)
+    finally:
+        SAMPLED.reset(sampled)
     claimed = (folder / "config.json").stat().st_mtime
     used = {name: value - getattr(before, name) for name, value in vars(USAGE).items()}
     return _Sample(folder, *counts, Usage(**used), max(0.0, claimed - started), time.time() - claimed, failed)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 
+ON_TWO_PICTURES = "rejected_on_rejected_images"
+"""Key in `Pair.meta`; see `Pair.on_two_pictures`."""
+
 Message = dict[str, Any]
 """`{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}`"""
 
@@ -271,7 +274,7 @@ class Pair(_Record):
     """A chosen and a rejected answer to one prompt.
 
     Attributes:
-        images: encoded pictures that both `chosen` and `rejected` are conditioned on.
+        images: encoded pictures that both `chosen` and `rejected` are conditioned on (not `rejected` where `on_two_pictures`).
         prompt: conversation up to the user turn, one placeholder for each picture.
         chosen: assistant turn(s) preferred.
         rejected: assistant turn(s) dispreferred.
@@ -297,6 +300,11 @@ class Pair(_Record):
     facts: dict[str, Any] = field(default_factory=dict)
     margin: float | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def on_two_pictures(self) -> bool:
+        """Whether `rejected` is about `rejected_images` and may be right of `images`: a pair for the loss `two_pictures`."""
+        return self.meta.get(ON_TWO_PICTURES) is True
 
     def check_pictures(self) -> None:
         """Raise `RecordError` if placeholders and pictures of a side do not agree or nothing is asked."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefalign import records, sources
+from prefalign.execution import SAMPLED
 from prefalign.images import EncodedImage, ImageError, open_image, sha256
 from prefalign.manifest import write_atomically
 from prefalign.records import Candidates, Example, Message, Pair, Prompt
@@ -177,6 +179,17 @@ def write_figures(folder: Path, name: str, figures: Callable[[], Mapping[str, An
         write_atomically(file, json.dumps(figures(), indent=2).encode())
     found: dict[str, Any] = json.loads(file.read_text())
     return found
+
+
+def say(line: str) -> None:
+    """Print what a finished stage gave as a line on stderr; nothing of a sample that is run for a plan."""
+    if not SAMPLED.get():
+        print(line, file=sys.stderr)
+
+
+def say_figures(stage: str, found: Mapping[str, Any]) -> None:
+    """`say` the figures of a finished stage."""
+    say(f"{stage}: " + ", ".join(f"{name} {value}" for name, value in found.items()))
 
 
 def portable(value: Any) -> Any:

@@ -27,7 +27,7 @@ from typing import Any
 
 from prefalign import blocks, folders, sources
 from prefalign.blocks import AnyRecord, Block, Dropped, Failed, Input, Outcome, Record, StoreError
-from prefalign.execution import SHARD, WORKER, LeftToOthers, Shard
+from prefalign.execution import SAMPLED, SHARD, WORKER, LeftToOthers, Shard
 from prefalign.folders import Ledgers
 from prefalign.manifest import Manifest, write_atomically
 from prefalign.records import Candidates, Pair, Prompt
@@ -147,13 +147,12 @@ def write_records(
     identity = folders.identity_of(stage, settings, seed, output.block_size)
     if (done := folders.finished(folder, identity)) is not None:
         return done
-    with folders.disk_errors(folder):
-        folders.claim(folder, identity)
+    with folders.claimed(folder, identity):
         ledgers = Ledgers(folder)
         for number, block in enumerate(_batched(records, output.block_size)):
             ledger = {"block": number, "rows_in": len(block), "rows_used": len(block), "rows_out": len(block),
                       "dropped": {}, "quarantined": 0}  # fmt: skip
-            blocks.commit(folder, number, block, [], ledger, record)
+            blocks.commit(folder, number, blocks.to_parquet(block, record), [], ledger)
             ledgers.count(ledger)
         manifest = ledgers.manifest(stage, identity)
         write_atomically(folder / "manifest.json", json.dumps(vars(manifest), indent=2).encode())
@@ -206,8 +205,7 @@ def run_job(job: Job, spread: Spread, shard: Shard) -> Manifest:
         print(f"{job.stage}: {folder} is already complete ({done.rows_out} rows)", file=sys.stderr)
         return done
     total, repeated = sources.survey(job.data)
-    with folders.disk_errors(folder):
-        folders.claim(folder, identity, alone=shard.alone)
+    with folders.claimed(folder, identity, alone=shard.alone):
         ledgers = Ledgers(folder)
         _run_blocks(job, spread, shard, ledgers, total, repeated)
         count = math.ceil(total / job.output.block_size)
@@ -247,7 +245,7 @@ def _run_blocks(job: Job, spread: Spread, shard: Shard, ledgers: Ledgers, total:
     reader = sources.RowReader(job.data)
     as_input = functools.partial(READERS[job.reads], config=job.data, repeated=repeated)
     own = sum(min(size, total - first) for first in range(0, total, size) if shard.owns(first // size))
-    with tqdm(total=own, desc=job.stage, unit="row", disable=None) as bar:
+    with tqdm(total=own, desc=job.stage, unit="row", disable=None, leave=not SAMPLED.get()) as bar:
 
         def read(number: int) -> Block:
             first = number * size
@@ -266,13 +264,31 @@ def _run_blocks(job: Job, spread: Spread, shard: Shard, ledgers: Ledgers, total:
                     read(number)
 
         for block, outcomes in spread(to_do()):
-            ledger = ledgers.read(block.number)  # another process may have done it meanwhile: its rows stay
-            ledger = ledger or blocks.finish(job.output.path, block, outcomes, job.record)
+            _check_answers(job, shard, ledgers, block, outcomes)
+            ledger = blocks.finish(job.output.path, block, outcomes, job.record)
             ledgers.count(ledger)
             if not shard.alone:
                 ledgers.refresh()
             _check_failures(job, shard, ledgers, ledger)
             bar.update(len(block.rows))
+
+
+def _check_answers(job: Job, shard: Shard, ledgers: Ledgers, block: Block, outcomes: Sequence[Outcome]) -> None:
+    """Stop before a block is written that passes the limit because models did not answer: another time they may."""
+    failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
+    lost = [outcome for outcome in failed if outcome.reason in blocks.UNANSWERED]
+    total = ledgers.counts["quarantined"] + len(block.quarantine) + len(failed)
+    if not lost or total <= job.output.max_quarantine:
+        return
+    folder = job.output.path
+    again = "and start again: this block was not written, and its rows are asked again"
+    if not ledgers.counts["rows_out"]:
+        again = f"(no row was made yet){_anew(folder, shard)}"
+    raise StoreError(
+        f"{job.stage} stopped: {total} rows failed, above --output.max_quarantine {job.output.max_quarantine} (last block: "
+        f"{len(lost)} of {len(block.inputs)} rows got no answer). First message: {lost[0].message} Mend the cause, or raise the "
+        f"limit, {again}."
+    )
 
 
 def _check_failures(job: Job, shard: Shard, ledgers: Ledgers, last: Mapping[str, Any]) -> None:

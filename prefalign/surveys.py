@@ -6,31 +6,26 @@ all rows of a folder follow one decision.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
 import math
-import os
-import threading
-import time
-from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefalign import folders, sources
-from prefalign.execution import SHARD
+from prefalign.execution import SAMPLED, SHARD
 from prefalign.images import ImageError, sha256
+from prefalign.locks import locked
 from prefalign.manifest import write_atomically
-from prefalign.records import RecordError
+from prefalign.records import RecordError, canonical_json
 from prefalign.seen import Owners, SeenIds
 from prefalign.sources import DataConfig
 from prefalign.store import READERS, Input, OutputConfig
 
-PATIENCE = 120.0
-"""Seconds after which a mark that was not renewed is a dead process's. File systems that nodes share may show a change a minute
-late."""
 Work = Callable[[list[Any]], list[dict[str, Any]]]
 """Takes the readable inputs of a block, gives what was found of them as JSON-able mappings."""
 Rows = Callable[[], list[Any]]
@@ -49,6 +44,8 @@ class Survey:
         reads: what a row is read as.
         total: number of rows (`sources.survey`).
         repeated: ids that several rows have (`sources.survey`).
+        rule: settings that no pass reads, only what is decided on it, as `pairs.min_gap`: with other values of these in a folder
+            without a row, passes stay, and decisions are made anew.
     """
 
     stage: str
@@ -57,41 +54,44 @@ class Survey:
     reads: type[Input]
     total: int
     repeated: Container[str]
+    rule: tuple[str, ...] = ()
 
     def __call__(self, kind: str, work: Work, again: Again | None = None) -> Iterator[list[dict[str, Any]]]:
         """Work on the readable inputs of each block; what a killed run has done is taken from disk.
 
         What decides the rows (data, settings, model) is in the `config.json` with which `run_stage` has claimed the folder.
         Of several processes at work on one folder (`execution`) each does its own blocks first, then those of the others that
-        nobody has done and nobody is at: whoever begins a block leaves a mark and renews it while it works. At the end each
-        waits for blocks that others are at, since they may be asking a server for answers that are paid for, and does those
-        whose mark was not renewed for `PATIENCE` seconds. What came to disk first counts. Only rows that are found anew (`again`)
-        may look different to two processes: what they decide, and of which rows, belongs into `decide`.
+        nobody has done and nobody is at. At the end it waits for blocks that others are at, since they may be asking a server for
+        answers that are paid for; a process that dies lets go of its block.
 
         Args:
             kind: name of the pass.
             work: what it does with the inputs of a block.
-            again: rows of an earlier run that are worked on once more, each by the process that owns its block, until there is
-                a `decision` about the pass. `work` then gives one mapping for each input. None: none is.
+            again: rows of an earlier run that are worked on once more, until there is a `decision` about the pass. A block that
+                another process has worked on since this pass began is taken as it is. `work` then gives one mapping for each
+                input. None: none is.
         """
         from tqdm import tqdm
 
-        shard = SHARD.get()
-        if self.decision(kind) is not None:
-            again = None
-        if not shard.alone:
+        shard, earlier = SHARD.get(), {}
+        if again is not None and self.decision(kind) is None:
+            earlier = {number: self._state(kind, number) for number in range(self._count)}
+
+        def found_of(number: int, block: Rows, *, wait: bool) -> list[dict[str, Any]] | None:
+            def is_old(row: dict[str, Any]) -> bool:
+                return again is not None and again(row) and earlier.get(number) == self._state(kind, number)
+
+            return self._found(kind, number, block, work, is_old, wait=wait)
+
+        for own in () if shard.alone else (True, False):
             for number, block in self._blocks():
-                if shard.owns(number) and (self._begins(kind, number) or self.file(kind, number).is_file()):
-                    self._found(kind, number, block, work, again)
+                if shard.owns(number) == own:
+                    found_of(number, block, wait=False)
+        name, stays = f"{self.stage}: {kind}", not SAMPLED.get()
+        with tqdm(total=self.total, desc=name, unit="row", disable=None, leave=stays) as bar:
             for number, block in self._blocks():
-                if not shard.owns(number) and self._begins(kind, number):
-                    self._found(kind, number, block, work, None)
-        with tqdm(total=self.total, desc=f"{self.stage}: {kind}", unit="row", disable=None) as bar:
-            seen: dict[Path, tuple[int, float]] = {}
-            for number, block in self._blocks():
-                if not shard.alone and not self.file(kind, number).is_file():
-                    self._wait(kind, number, seen)
-                found = self._found(kind, number, block, work, again if shard.alone else None)
+                found = found_of(number, block, wait=True)
+                assert found is not None, "it was waited for"
                 bar.update(min(self.output.block_size, self.total - number * self.output.block_size))
                 yield found
 
@@ -114,89 +114,68 @@ class Survey:
 
     def decision(self, kind: str) -> dict[str, Any] | None:
         """The decision that stands about a pass; None: there is none yet."""
-        stands = self._read(self.output.path / "survey" / f"decided-{kind}.json")
+        stands = self._read(self.output.path / "survey" / f"decided-{kind}.json", self._config())
         return None if stands is None else stands["decision"]
 
     def file(self, kind: str, number: int) -> Path:
         """Where what a pass has found of a block is kept, under `rows`."""
         return self.output.path / "survey" / f"{kind}-{number:05d}.json"
 
+    @property
+    def _count(self) -> int:
+        return math.ceil(self.total / self.output.block_size)
+
     def _blocks(self) -> Iterator[tuple[int, Rows]]:
         """Number of each block, and what reads its rows."""
         reader, size = sources.RowReader(self.data), self.output.block_size
-        for number in range(math.ceil(self.total / size)):
+        for number in range(self._count):
             yield number, functools.partial(reader.read, number * size, size)
 
-    def _begins(self, kind: str, number: int) -> bool:
-        """Whether this shard is the one to do a block, which it then has marked. It goes on with what it was at when killed."""
-        if self._kept(kind, number) is not None:
-            return False
-        mark, shard = self._mark(kind, number), SHARD.get()
-        who = f"{shard.number}/{shard.count}"
-        if not mark.is_file():
-            folders.create(mark, who.encode())
-        with suppress(FileNotFoundError):  # another shard has just done it
-            return mark.read_text() == who
-        return False
-
-    def _wait(self, kind: str, number: int, seen: dict[Path, tuple[int, float]]) -> None:
-        """Wait until a block is done, or is this shard's to do: nobody is at it, or whoever was seems to be dead.
-
-        Args:
-            kind: name of the pass.
-            number: of the block.
-            seen: by mark when it was last renewed, by the clock of its file system, and since when that is known here.
-        """
-        mark = self._mark(kind, number)
-        while self._kept(kind, number) is None and not self._begins(kind, number):
-            for other in mark.parent.glob(f".{kind}-*.begun"):
-                with suppress(FileNotFoundError):
-                    renewed = other.stat().st_mtime_ns
-                    if seen.get(other, (None,))[0] != renewed:
-                        seen[other] = renewed, time.monotonic()
-            if mark in seen and time.monotonic() - seen[mark][1] > PATIENCE:
-                del seen[mark]
-                mark.unlink(missing_ok=True)
-            else:
-                time.sleep(min(1.0, PATIENCE / 4))
-
-    @contextmanager
-    def _at_work(self, kind: str, number: int) -> Iterator[None]:
-        """Renew this shard's mark of a block from time to time; take it away if the work fails."""
-        mark, ended = self._mark(kind, number), threading.Event()
-
-        def renew() -> None:
-            while not ended.wait(PATIENCE / 12):
-                with suppress(FileNotFoundError):
-                    os.utime(mark)
-
-        thread = threading.Thread(target=renew, daemon=True)
-        if not SHARD.get().alone:
-            thread.start()
+    def _state(self, kind: str, number: int) -> tuple[int, int] | None:
+        """What changes whenever a block's file is written; None: there is none."""
         try:
-            yield
-        except BaseException:
-            mark.unlink(missing_ok=True)
-            raise
-        finally:
-            ended.set()
+            file = self.file(kind, number).stat()
+        except FileNotFoundError:
+            return None
+        return file.st_ino, file.st_mtime_ns
 
-    def _found(self, kind: str, number: int, block: Rows, work: Work, again: Again | None) -> list[dict[str, Any]]:
-        """What was found of a block, on disk or now."""
-        found = self._kept(kind, number)
+    def _found(
+        self, kind: str, number: int, block: Rows, work: Work, again: Again, *, wait: bool
+    ) -> list[dict[str, Any]] | None:
+        """What was found of a block, on disk or now; None: another process is at it, and is not waited for."""
+
+        def on_disk() -> tuple[list[dict[str, Any]] | None, bool]:
+            found = self.kept(kind, number)
+            return found, found is not None and not any(map(again, found))
+
+        found, done = on_disk()
+        if done:
+            return found
+        lock = self.output.path / "survey" / f".{kind}-{number:05d}.lock"
+        with locked(lock, wait=wait) as held:
+            if not held:
+                return None
+            try:
+                found, done = on_disk()
+                if not done:
+                    made = {"of": self._config(*self.rule), "rows": self._work_on(found, block, work, again)}
+                    write = folders.create if found is None else write_atomically
+                    write(self.file(kind, number), json.dumps(made).encode())
+                    found = self.kept(kind, number)
+            finally:
+                lock.unlink(missing_ok=True)
+        return found
+
+    def _work_on(
+        self, found: list[dict[str, Any]] | None, block: Rows, work: Work, again: Again
+    ) -> list[dict[str, Any]]:
+        """What is found of a block, or of those of its rows that are found anew."""
+        inputs = self._inputs(block)
         if found is None:
-            with self._at_work(kind, number):
-                made = {"of": self._config(), "rows": work(self._inputs(block))}
-            folders.create(self.file(kind, number), json.dumps(made).encode())
-            found = self._kept(kind, number)
-        elif again is not None and any(map(again, found)):
-            inputs = self._inputs(block)
-            places = [place for place, row in enumerate(found) if again(row)]
-            for place, row in zip(places, work([inputs[place] for place in places]), strict=True):
-                found[place] = row
-            write_atomically(self.file(kind, number), json.dumps({"of": self._config(), "rows": found}).encode())
-        assert found is not None, "nobody deletes what belongs to this config"
-        self._mark(kind, number).unlink(missing_ok=True)
+            return work(inputs)
+        places = [place for place, row in enumerate(found) if again(row)]
+        for place, row in zip(places, work([inputs[place] for place in places]), strict=True):
+            found[place] = row
         return found
 
     def _inputs(self, block: Rows) -> list[Any]:
@@ -209,27 +188,43 @@ class Survey:
                 continue  # the store puts it into quarantine
         return inputs
 
-    def _kept(self, kind: str, number: int) -> list[dict[str, Any]] | None:
-        """What is on disk of a block."""
-        found = self._read(self.file(kind, number))
+    def kept(self, kind: str, number: int) -> list[dict[str, Any]] | None:
+        """What a pass has found of a block, if it has done it."""
+        found = self._read(self.file(kind, number), self._config(*self.rule))
         return None if found is None else found["rows"]
 
-    def _read(self, file: Path) -> dict[str, Any] | None:
+    def _read(self, file: Path, config: str) -> dict[str, Any] | None:
         """What is on disk. What an earlier config has left there is deleted."""
         try:
             found: dict[str, Any] = json.loads(file.read_bytes())
         except FileNotFoundError:
             return None
-        if found["of"] == self._config():
+        if found["of"] == config:
             return found
         file.unlink(missing_ok=True)
         return None
 
-    def _config(self) -> str:
-        return hashlib.sha256((self.output.path / "config.json").read_bytes()).hexdigest()
+    def _config(self, *rule: str) -> str:
+        """Digest of the folder's config, but for the settings of a rule."""
+        known = json.loads((self.output.path / "config.json").read_bytes())
+        return hashlib.sha256(canonical_json(but_for(known, rule)).encode()).hexdigest()
 
-    def _mark(self, kind: str, number: int) -> Path:
-        return self.output.path / "survey" / f".{kind}-{number:05d}.begun"
+
+def but_for(config: dict[str, Any], rule: Iterable[str]) -> dict[str, Any]:
+    """A folder's config without some of its settings.
+
+    Args:
+        config: as `config.json` has it.
+        rule: names of the settings, as `pairs.min_gap`.
+    """
+    found: dict[str, Any] = copy.deepcopy(config)
+    for name in rule:
+        *sections, last = name.split(".")
+        within = found.get("settings", {})
+        for section in sections:
+            within = within.get(section, {})
+        within.pop(last, None)
+    return found
 
 
 def picture_owners(data: DataConfig) -> Owners:
@@ -240,7 +235,9 @@ def picture_owners(data: DataConfig) -> Owners:
     seen = SeenIds(total)
 
     def shown() -> Iterator[tuple[str, str]]:
-        for row in tqdm(sources.read_rows(data), total=total, desc="rows of each picture", unit="row", disable=None):
+        rows = tqdm(sources.read_rows(data), total=total, desc="rows of each picture", unit="row", disable=None,
+                    leave=not SAMPLED.get())  # fmt: skip
+        for row in rows:
             try:
                 prompt = sources.to_prompt(row, data, repeated=repeated)
             except (RecordError, ImageError):

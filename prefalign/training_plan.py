@@ -307,7 +307,7 @@ def main(stage: ModuleType, base: Mapping[str, Any], arguments: Sequence[str]) -
     # TRL 1.16 still calls transformers' older names
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     as_json = "--json" in arguments
-    given = config.parse_overrides([argument for argument in arguments if argument != "--json"])
+    given = config.parse_overrides([argument for argument in arguments if argument != "--json"], stage.Config)
     known = {entry.name for entry in dataclasses.fields(Options)}
     options = config.build(Options, {name: given.pop(name) for name in known & given.keys()}, source="plan")
     planner = Planner(config.build(stage.Config, config.merge(base, given), source="config"), options)

@@ -75,6 +75,7 @@ def main(config: Config) -> dict[str, Any]:
             "sets: there are no pairs to grade on. Name a folder, such as sets: {held_out: {path: runs/pairs}}."
         )
     rewards = read_rewards(config.rewards)
+    rewards.check()
     grades, items = {}, {}
     for name, pairs in config.sets.items():
         grades[name], items[name] = grade(
@@ -115,9 +116,14 @@ def read_pairs(pairs: PairSet) -> Iterator[Pair]:
 
     from prefalign.records import Pair
     from prefalign.store import read_records
-    from prefalign.training.pairs import pairs_manifest
+    from prefalign.training.pairs import on_two_pictures, pairs_manifest
 
     pairs_manifest(pairs.path)
+    if apart := sum(on_two_pictures(pairs.path)):
+        raise ValueError(
+            f"{apart} pairs of {pairs.path} reject an answer about `rejected_images`; a grade shows both answers with `images`, "
+            "where it may be right. Take these pairs out."
+        )
     return islice(read_records(pairs.path, Pair), pairs.limit or None)
 
 

@@ -13,7 +13,6 @@ Needs: candidates (`datagen/sample_responses.py`, or any rows with a list `respo
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -57,6 +56,7 @@ def main(config: Config) -> Manifest:
 
     sources.files_of(config.data)
     rewards = read_rewards(config.rewards)
+    rewards.check()
     manifest = store.run_stage(
         METHOD,
         config.data,
@@ -71,10 +71,9 @@ def main(config: Config) -> Manifest:
     folder = config.output.path
     found = stages.write_figures(folder, FIGURES, lambda: stored.figures(folder, rewards))
     total = found["scores"]["total"]
-    print(
+    stages.say(
         f"{METHOD}: {found['responses']} responses, total {total['mean']} on average, missing for {total['missing']}; "
-        f"correlation with length in words {found['length_correlation']}",
-        file=sys.stderr,
+        f"correlation with length in words {found['length_correlation']}"
     )
     return manifest
 
@@ -100,7 +99,9 @@ def process(block: Sequence[Any], rewards: Combined) -> list[Outcome]:
 
 
 def candidates_of(pair: Pair) -> Candidates | Dropped:
-    """A pair's two answers as candidates, both on the pair's picture; a pair of pictures with one text has nothing to compare."""
+    """A pair's two answers as candidates, both on the pair's picture; a pair of pictures has nothing to compare there."""
+    if pair.on_two_pictures:
+        return Dropped("two_pictures")
     chosen, rejected = message_text(pair.chosen), message_text(pair.rejected)
     if same_answer(chosen, rejected):
         return Dropped("one_text")

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
-from prefalign import config
+from prefalign import bundled, config
 
 
 @dataclass
@@ -170,3 +170,83 @@ def test_inputs_are_not_edited():
 def test_only_true_and_false_are_booleans(tmp_path):
     (tmp_path / "a.yaml").write_text("fast_path: off\nanswer: yes\nflag: true\n")
     assert config.read_yaml(tmp_path / "a.yaml") == {"fast_path": "off", "answer": "yes", "flag": True}
+
+
+@dataclass
+class Inner:
+    revision: str | None = None
+    scale: float | Literal["auto"] = 1.0
+
+
+@dataclass
+class Texts:
+    name: str = "x"
+    path: Path = Path()
+    mode: Literal["1", "off"] = "off"
+    columns: list[str] = field(default_factory=list)
+    by_name: dict[str, str] = field(default_factory=dict)
+    inner: Inner | None = None
+    number: int = 0
+    anything: Any = None
+
+
+AWKWARD = ["1234567", "0123456", "12e5", "1.5e+10", "0x1f", "123_456", "1:30", "2024-01-01", "0.50", "true", "yes", "a: b",
+           "{a: 1}", "[a]", "#abc", "a #b", "*a", "- a", " a ", "-1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_a_text_on_the_command_line_is_what_was_written(text):
+    loaded = config.load(
+        Texts, None, ["--name", text, f"--inner.revision={text}", "--by_name.key", text, "--path", text]
+    )
+    assert (loaded.name, loaded.inner.revision, loaded.by_name) == (text, text, {"key": text})
+    assert loaded.path == Path(text)
+
+
+def test_lists_of_texts_and_words_are_texts_too():
+    loaded = config.load(Texts, None, ["--columns", "[0123, true, 'a, b', 1e5]", "--mode", "1"])
+    assert (loaded.columns, loaded.mode) == (["0123", "true", "a, b", "1e5"], "1")
+
+
+def test_quotes_and_null_mean_what_they_do_in_yaml():
+    loaded = config.load(Texts, None, ["--name", '"a\\tb"', "--inner.revision", "null", "--columns", "['x']"])
+    assert (loaded.name, loaded.inner.revision, loaded.columns) == ("a\tb", None, ["x"])
+    assert config.load(Texts, None, ["--name", "'12'", "--inner.revision", ""]) == Texts("12", inner=Inner(None))
+    assert config.load(Texts, None, ["--name", ""]).name == ""
+    with pytest.raises(config.ConfigError, match="path: .* not"):
+        config.load(Texts, None, ["--path", ""])
+    with pytest.raises(config.ConfigError, match=r"name: Input should be a valid string \(got None\)"):
+        config.load(Texts, None, ["--name", "null"])
+
+
+def test_what_is_no_text_is_read_as_yaml():
+    given = ["--number", "1234567", "--inner.scale", "0.5", "--anything", "0.5", "--inner.scale=auto"]
+    loaded = config.load(Texts, None, given)
+    assert (loaded.number, loaded.inner.scale, loaded.anything) == (1234567, "auto", 0.5)
+    assert config.parse_overrides(["--name", "12"]) == {"name": 12}
+    assert config.parse_overrides(["--nmae", "12", "--name.inside", "12"], Texts) == {
+        "nmae": 12,
+        "name": {"inside": 12},
+    }
+
+
+def test_a_text_that_yaml_takes_for_a_number_is_told_to_be_quoted(tmp_path):
+    file = write(tmp_path, "name: 0123456\npath: 7\ninner: {revision: 2024-01-01}\n")
+    with pytest.raises(config.ConfigError) as error:
+        config.load(Texts, file)
+    assert "name: a text is wanted, and YAML takes what is written there for 42798. Put it in quotes." in str(
+        error.value
+    )
+    assert "path: a text is wanted, and YAML takes what is written there for 7." in str(error.value)
+    assert (
+        "inner.revision: a text is wanted, and YAML takes what is written there for datetime.date(2024, 1, 1)."
+        in str(error.value)
+    )
+
+
+def test_a_commit_of_digits_reaches_a_stage():
+    stage = bundled.load_stage("sample_responses")
+    given = ["--config", "datagen/sample_responses_scenes", "--data.path", "owner/name", "--data.revision"]
+    for commit in ("1234567", "0123456", "12e5"):
+        built = bundled.resolve("sample_responses", stage, [*given, commit, "--model.model_revision", commit])
+        assert (built.data.revision, built.model.model_revision) == (commit, commit)

@@ -12,6 +12,7 @@ from transformers import LlavaProcessor
 from prefalign.doctor import data, model, prompts
 from prefalign.doctor.case import read_sample
 from prefalign.doctor.checks import run_checks
+from prefalign.doctor.findings import NotExaminedError
 from prefalign.images import encode_png
 from prefalign.records import assistant_message, user_message
 from prefalign.training.collator import PreferenceCollator
@@ -115,6 +116,24 @@ def test_another_picture_that_is_the_same(doctor_case, tmp_path):
     assert "such a loss stays where it starts" in found.advice
     found = only(model.check_gradients(made))
     assert (found.verdict, found.advice[:22]) == ("fail", "All gradients are zero")
+
+
+def test_the_rejected_answers_own_picture(doctor_case, tmp_path):
+    """Rows without one are as good; the same picture again leaves two texts to compare."""
+    apart = [replace(pair(number), meta={"rejected_on_rejected_images": True}) for number in (1, 2)]
+    rows = [replace(pair(0), rejected_images=[]), *apart]
+    losses = [{"name": "two_pictures"}]
+    made = doctor_case(folder=write(tmp_path / "pairs", rows), losses=losses)
+    found = only(data.check_other_picture(made))
+    assert (found.verdict, found.seen[:24]) == ("pass", "differs in 2 of 2 rows, ")
+    assert only(model.check_first_loss(made)).verdict == "pass"
+    same = [replace(row, rejected_images=row.images) for row in apart]
+    found = only(data.check_other_picture(doctor_case(folder=write(tmp_path / "same", same), losses=losses)))
+    assert (found.verdict, found.advice[-40:]) == ("warn", ": two texts are compared on one picture.")
+    alone = [replace(row, rejected_images=[], meta={}) for row in rows]
+    made = doctor_case(folder=write(tmp_path / "alone", alone), losses=losses)
+    with pytest.raises(NotExaminedError, match="no row of the sample has another picture"):
+        data.check_other_picture(made)
 
 
 def test_answers_of_other_lengths_equal_answers_and_copies(doctor_case, tmp_path):

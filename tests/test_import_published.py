@@ -256,19 +256,17 @@ def train_one_step(name, pairs, output, **changes):
 
 
 def test_two_pictures_of_ms_swift_train_as_they_do_there(folder):
-    """Its DPO on rows of `rejected_images`, one answer on two pictures, is the term `visual`; two answers on two are refused."""
+    """Its DPO on rows of `rejected_images` is the term `visual` for one answer on two pictures, `two_pictures` for all rows."""
     same, other = ROWS["ms_swift"][3], ROWS["ms_swift"][2]
     both = {**same, "rejected_images": ["b.png"]}
     talk_of = [said("user", "<image>Which colour?"), said("assistant", GOOD)]
     explicit = {**both, "messages": talk_of, "rejected_messages": talk_of}
     manifest, pairs = run(folder, [same, other, both, explicit])
-    assert manifest.dropped == {"two_pictures": 1}
-    assert (
-        "give the rejected answer on `rejected_images`, here other pictures"
-        in (folder / "out/quarantine/00000.jsonl").read_text()
-    )
-    assert [[len(pair.images), len(pair.rejected_images)] for pair in pairs] == [[1, 0], [1, 1], [1, 1]]
-    assert [message_text(pair.rejected) for pair in pairs] == [BAD, GOOD, GOOD]
+    assert manifest.dropped == {}
+    assert [[len(pair.images), len(pair.rejected_images)] for pair in pairs] == [[1, 0], [1, 1], [1, 1], [1, 1]]
+    assert [message_text(pair.rejected) for pair in pairs] == [BAD, GOOD, BAD, GOOD]
+    assert [pair.on_two_pictures for pair in pairs] == [False, False, True, False]
+    assert json.loads((folder / "out" / "import.json").read_text())["two_answers_on_two_pictures"] == 1
     shown = [{**other, "messages": [said("user", f"<image>describe {n} ."), said("assistant", "there is a red star")]}
              for n in range(2)]  # fmt: skip
     run(folder, shown, output="shown")
@@ -279,6 +277,26 @@ def test_two_pictures_of_ms_swift_train_as_they_do_there(folder):
     assert first["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert first["grad_norm"] > 0  # the pictures differ, so there is something to learn
     shutil.rmtree(folder / "policy")
+
+
+def test_two_answers_on_two_pictures_of_ms_swift_train_with_their_own_loss(folder):
+    """Beside rows with one picture and rows with one answer, as in a file of ms-swift's; any other text loss refuses the set."""
+    talk_of = [said("user", "<image>describe the picture ."), said("assistant", "there is a red star")]
+    row = {"messages": talk_of, "images": ["a.png"]}
+    other = {"rejected_response": "there is a blue ring"}
+    rows = [{**row, **other, "rejected_images": ["b.png"]}, {**row, **other}, {**row, "rejected_images": ["b.png"]}]
+    manifest, _ = run(folder, rows)
+    assert (manifest.rows_out, manifest.dropped) == (3, {})
+    train_one_step("train_preference_two_pictures", folder / "out", folder / "policy")
+    history = json.loads((folder / "policy" / "trainer_state.json").read_text())["log_history"]
+    [first] = [entry for entry in history if "loss" in entry]
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert first["grad_norm"] > 0
+    shutil.rmtree(folder / "policy")
+    with pytest.raises(
+        ValueError, match="1 of the 3 pairs of .* reject an answer about `rejected_images`.*and ddpo would rej"
+    ):
+        train_one_step("train_preference_rlhf_v", folder / "out", folder / "policy")
 
 
 def test_an_imported_set_trains_with_ddpo(folder):

@@ -27,10 +27,11 @@ def term(name, **more):
 
 
 def pair():
-    """One row: d_w 1, d_l -2; on the other picture -1 and 3; without a picture -0.5 and 0.5."""
+    """One row: d_w 1, d_l -2; on the other picture -1 and 3, which is the rejected answer's own; without one -0.5 and 0.5."""
     return {
         "chosen": by_hand([-1.0, -2.0], [-1.5, -2.5]),
         "rejected": by_hand([-3.0], [-1.0]),
+        "rejected_on_own_image": by_hand([-1.5], [-4.5]),
         "chosen_on_rejected_image": by_hand([-2.0, -2.0], [-1.5, -1.5]),
         "rejected_on_rejected_image": by_hand([-1.5], [-4.5]),
         "chosen_without_image": by_hand([-2.0, -3.0], [-2.25, -2.25]),
@@ -42,6 +43,10 @@ def pair():
 BY_HAND = [
     # S(0.1 * (1 + 1)) = S(0.2)
     ("visual", {}, 0.5981389),
+    # S(0.1 * (1 - 3)) = S(-0.2)
+    ("two_pictures", {}, 0.7981389),
+    # S(0.5 * -2) = S(-1)
+    ("two_pictures", {"beta": 0.5}, 1.3132617),
     # r_w = 0.1: S(0.1)
     ("anchor", {}, 0.6443967),
     # S(0.1 - 0.3), then + S(-(-0.2)) of the rejected, + S(-(-0.1)) of the other picture
@@ -132,8 +137,8 @@ def test_changed_tokens_stop_at_the_padding():
     assert other_marks.tolist() == [[False, False, False, True]]
 
 
-AT_START = {"visual": 1, "anchor": 1, "s_vco": 4, "povid_noise": 1, "ddpo": 1, "chip": 1, "opa_dpo": 2.2, "tpo": 1, "cdpo": 1,
-            "bco": 2}  # fmt: skip
+AT_START = {"visual": 1, "two_pictures": 1, "anchor": 1, "s_vco": 4, "povid_noise": 1, "ddpo": 1, "chip": 1, "opa_dpo": 2.2,
+            "tpo": 1, "cdpo": 1, "bco": 2}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", AT_START)
@@ -177,6 +182,7 @@ def test_guidance_shows_at_the_start():
 UP, DOWN = -1.0, 1.0
 SIGNS = {
     "visual": {"chosen": UP, "chosen_on_rejected_image": DOWN},
+    "two_pictures": {"chosen": UP, "rejected_on_own_image": DOWN},
     "anchor": {"chosen": UP, "rejected": DOWN, "chosen_on_rejected_image": DOWN},
     # without a picture, what one comparison pulls down the other pushes up: nothing at the start
     "s_vco": {"chosen": UP, "rejected": DOWN, "chosen_on_rejected_image": DOWN, "rejected_on_rejected_image": UP,
@@ -207,6 +213,15 @@ def test_what_descent_makes_likelier(name):
             assert gradient is None
             continue
         assert set(gradient[side.mask].sign().tolist()) == {SIGNS[name][view]}
+
+
+def test_gradient_of_two_pictures_by_hand():
+    """beta * sigmoid(-z) with z = -0.2: 0.1 * 0.5498340 for each token, up for the chosen and down for the rejected answer."""
+    entry = term("two_pictures")
+    scores = {view: pair()[view] for view in entry.term.views}
+    found = gradients(entry, scores)
+    assert found["chosen", "logps"].tolist()[0] == pytest.approx([-0.0549834] * 2, abs=1e-7)
+    assert found["rejected_on_own_image", "logps"].tolist()[0] == pytest.approx([0.0549834], abs=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ def term(name, **more):
 
 
 VIEWS_OF = {
+    "two_pictures": ("chosen", "rejected_on_own_image"),
     "anchor": ("chosen",),
     "s_vco": ("chosen", "rejected", "chosen_on_rejected_image", "rejected_on_rejected_image", "chosen_without_image",
               "rejected_without_image"),
@@ -193,6 +194,7 @@ PUBLISHED = {
     "tpo": [("tpo", 1.0)],
     "mpo": [("text", 1.0), ("bco", 0.2)],
     "stic": [("text", 1.0), ("stic", 1.0)],
+    "two_pictures": [("two_pictures", 1.0)],
 }
 
 

@@ -362,17 +362,12 @@ def test_decay_on_the_command_line(stage):
     assert (given.sampling.contrast.decay, given.sampling.contrast.gate) == (0.02, 0.3)
 
 
-def test_an_engine_that_cannot_is_refused(stage, monkeypatch, tmp_path):
-    engine = Scripted({})
-    engine.capabilities = frozenset({"sample", "prefix"})
+def test_an_engine_that_cannot_is_refused(stage, tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    monkeypatch.setattr("prefalign.engines.transformers.load_engine", lambda *_, **__: engine)
+    model = {"model_name_or_path": "any", "engine": "openai"}
+    wanted = settings(model=model, data={"path": tmp_path / "rows.jsonl"}, output={"path": tmp_path / "x"})
     with pytest.raises(ValueError, match=r"m3id needs contrast \(decode against the same prompt without its picture"):
-        stage.main(
-            config.build(
-                stage.Config, settings(data={"path": tmp_path / "rows.jsonl"}, output={"path": tmp_path / "x"})
-            )
-        )
+        stage.main(config.build(stage.Config, wanted))
 
 
 def test_published_settings(stage):

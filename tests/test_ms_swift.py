@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefalign.records import RecordError, message_text
+from prefalign.records import Pair, RecordError, message_text
 from prefalign.sources import DataConfig, to_candidates, to_pair, to_prompt
 from tests.published_sets import BAD, GOOD, QUESTION, ROWS, pictures, said, talk
 
@@ -18,16 +18,38 @@ def data(folder):
 
 def test_the_rejected_answer_of_another_picture_is_no_answer_to_this_one(folder):
     row = {**ROWS["ms_swift"][3], "rejected_images": ["b.png"]}
-    for read in (to_pair, to_candidates):
-        with pytest.raises(RecordError, match="here other pictures than the chosen one's.*Leave `rejected_im") as error:
-            read(row, data(folder))
-        assert error.value.reason == "two_pictures"
+    with pytest.raises(
+        RecordError, match="here other pictures than the chosen one's.*`produce: pairs`, for the"
+    ) as error:
+        to_candidates(row, data(folder))
+    assert error.value.reason == "two_pictures"
     assert to_prompt(row, data(folder)).answer == GOOD
     with pytest.raises(
         RecordError, match="here other pictures than the chosen one's"
     ):  # one answer, and nothing to choose between
         to_candidates(ROWS["ms_swift"][2], data(folder))
     assert to_pair({**row, "rejected_images": ["a.png"]}, data(folder)).rejected_images == []
+
+
+@pytest.mark.parametrize("answer", ["rejected_response", "rejected_messages"])
+def test_two_answers_on_two_pictures_are_a_pair_that_says_so(folder, answer):
+    """As texts or as turns; one picture, one answer, or another layout are no such pair, whatever stands in `meta`."""
+    row = {**ROWS["ms_swift"][3], "rejected_images": ["b.png"]}
+    if answer == "rejected_response":
+        row = {name: value for name, value in row.items() if name != "rejected_messages"} | {answer: BAD}
+    pair = to_pair(row, data(folder))
+    assert (message_text(pair.chosen), message_text(pair.rejected)) == (GOOD, BAD)
+    assert pair.images[0]["bytes"] == (folder / "a.png").read_bytes()
+    assert pair.rejected_images[0]["bytes"] == (folder / "b.png").read_bytes()
+    assert pair.on_two_pictures
+    assert pair.meta == {"layout": "ms_swift", "rejected_on_rejected_images": True}
+    again = Pair.from_row(pair.to_row())
+    assert to_pair(again.to_row(), data(folder)).on_two_pictures  # as a stage reads what another wrote
+    for other in (ROWS["ms_swift"][0], ROWS["ms_swift"][2], {**row, "rejected_images": ["a.png"]}, {**row, answer: GOOD},
+                  {**row, "rejected_on_rejected_images": True, "rejected_images": None}, ROWS["mvc"][0]):  # fmt: skip
+        assert not to_pair(other, data(folder)).on_two_pictures
+    swapped = to_pair({**row, "images": ["b.png"], "rejected_images": ["a.png"]}, data(folder))
+    assert swapped.id != pair.id
 
 
 def encoded(folder, name, path):

@@ -149,7 +149,7 @@ def test_the_version_of_rewards_is_the_same_on_every_machine_and_tells_weights_a
         model = tmp_path / folder / "rm"
         model.mkdir(parents=True, exist_ok=True)
         (model / "model.safetensors").write_text(weights)
-        (model / "reward_model.json").write_text("{}")
+        (model / "reward_model.json").write_text('{"schema": 1, "self_test": {}}')
         rewards = [{"name": "reward_model", "path": str(model), "batch_size": len(versions) + 1}]
         versions.append((read_annotator(None, rewards, 0.0).version, ByReward(rewards).version))
     assert versions[0] == versions[1]

@@ -10,7 +10,7 @@ import pytest
 from prefalign import bundled, config
 from prefalign.engines import Contrast, ImageMask, Request, Sampling, chat
 from prefalign.engines.config import EngineConfig, ServerConfig, VllmConfig
-from prefalign.engines.loading import load_engine
+from prefalign.engines.loading import check_engine, load_engine
 from prefalign.engines.server import ServerError
 from prefalign.images import encode_png
 from prefalign.records import assistant_message, row_seed, user_message
@@ -349,8 +349,9 @@ class TestRefused:
         ],
     )
     def test_settings_of_an_engine_that_was_not_chosen(self, chosen, message):
-        with pytest.raises(ValueError, match=message):
-            load_engine(chosen)
+        for asked in (check_engine, load_engine):
+            with pytest.raises(ValueError, match=message):
+                asked(chosen)
 
     @pytest.mark.parametrize("name", ["/mnt/models/Qwen2.5-VL-7B", "/model", "~/qwen", r"C:\models\qwen"])
     def test_a_model_that_is_served_under_its_path(self, server, monkeypatch, name):

@@ -204,7 +204,7 @@ def test_the_table_adds_up_and_reads_well():
     assert " ".join(lines[1].split()) == "bdhs 1,000 900 100 3,000 500 12 M 40,000 1.5 GiB 1.5 h 30.0 s"
     assert " ".join(lines[2].split()) == "povid 1,000 1,000 0 0 0 0 0 1.5 KiB 2.0 s 1.0 s"
     assert " ".join(lines[3].split()) == "all 2,000 1,900 100 3,000 500 12 M 40,000 1.5 GiB 1.5 h 31.0 s"
-    assert "From the first 8 to 10 row(s) of each stage" in lines[5]
+    assert lines[5].startswith("Measured on the first 8 to 10 rows of each stage and scaled up to all;")
     assert "bdhs: 9 rows came out of the 10 sampled; of all 1000 it is expected to drop: 100 cut_off." in lines[6]
     assert plan_table.duration(600) == "10 min"
     assert [plan_table.size(count) for count in (999, 5 * 2**20, 2**40)] == ["999 B", "5.0 MiB", "1.0 TiB"]
@@ -253,3 +253,22 @@ def test_a_sample_without_any_row_is_said_not_hidden(prompts, tmp_path):
     assert "re_align: no row came out of the sample, so its calls, tokens, disk and time are too low." in shown
     assert "re_align: other pictures came from the sample alone" in shown
     assert "image_contrast: not run, since the sample of re_align gave no row to read." in shown
+
+
+@pytest.mark.parametrize("name", ["quality_pairs", "mpa", "clinical_rules"])
+def test_a_plan_prints_no_figures_of_its_sample_and_the_run_prints_its_own(name, prompts, tmp_path, capsys):
+    options = [name, "--config", f"datagen/{name}_scenes", "--data.path", str(prompts), "--output.path", str(tmp_path)]
+    assert cli.main(["plan", *options, "--rows", "2"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == f"{name}: running its first rows to measure them (--rows 2) ...\n"
+    lines = shown.out.splitlines()
+    assert lines[0].startswith("stage ")
+    assert lines[3].startswith("Measured on the first 2 of 20 rows and scaled up to all;")
+    assert cli.main(["run", *options, "--data.limit", "2"]) == 0
+    assert f"\n{name}" in f"\n{capsys.readouterr().err}"
+
+
+def test_a_plan_on_all_rows_says_so(prompts, tmp_path, capsys):
+    options = ["povid", "--config", "datagen/povid_scenes", "--data.path", str(prompts), "--data.limit", "2"]
+    assert cli.main(["plan", *options, "--output.path", str(tmp_path / "a"), "--rows", "4"]) == 0
+    assert "\nMeasured on all rows, of which nothing is kept; loading is paid at each start." in capsys.readouterr().out

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from prefalign import bundled
 from prefalign.config import build
+from prefalign.manifest import temporary
 from prefalign.models import ModelConfig, load_model
 from prefalign.records import Pair
 from prefalign.store import OutputConfig, write_records
@@ -303,8 +304,8 @@ def test_a_full_disk_says_how_to_go_on(file, tiny_llava, pairs, tmp_path):
     trainer = make_trainer(tiny_llava, pairs, tmp_path)
     trainer.files = {"prefalign_config.yaml": "x"}
     (tmp_path / "checkpoint-4").mkdir()
-    written = f".{file}.tmp" if file.endswith("yaml") else file
-    (tmp_path / "checkpoint-4" / written).symlink_to("/dev/full")
+    written = tmp_path / "checkpoint-4" / file
+    (temporary(written) if file.endswith("yaml") else written).symlink_to("/dev/full")
     message = r"the disk that holds .* is full.* it goes on from checkpoint-2\."
     with pytest.raises(RunError, match=message), full_disk_explained(tmp_path):
         trainer.train()

@@ -174,6 +174,19 @@ def test_what_was_found_is_told_at_the_end(stage, finished, rows, capsys):
     assert f"'chosen_words': {words}, " in told
 
 
+def test_answers_that_were_drawn_are_paired_again_without_a_model(stage, finished, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "prefalign.engines.loading.load_engine", lambda *given, **known: pytest.fail("a model was loaded")
+    )
+    folder, manifest, pairs = finished
+    assert stage.main(settings(stage, rows, tmp_path / "again", judged=folder)) == manifest
+    assert list(read_records(tmp_path / "again", Pair)) == pairs
+    alone = stage.main(settings(stage, rows, tmp_path / "one", judged=folder, pairs={"per_prompt": 1}))
+    assert alone.rows_out == alone.rows_used == manifest.rows_used
+    with pytest.raises(StoreError, match=r"settings.num_generations: 4 -> 5"):
+        stage.main(settings(stage, rows, tmp_path / "five", judged=folder, num_generations=5))
+
+
 def test_roles_with_equal_settings_share_one_model(stage, rows, tmp_path):
     models = stage.load(settings(stage, rows, tmp_path, divide={"by": "model"}))
     assert models.generator is models.judge.labeller is models.judge.splitter

@@ -8,11 +8,13 @@ import signal
 import socket
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 
-from prefalign import bundled, config, folders, running, store, surveys
+from prefalign import bundled, config, folders, running, store
 from prefalign.execution import WHOLE, WORKER, LeftToOthers, Options, Shard, StageWorker, sharded
+from prefalign.locks import locked
 from prefalign.manifest import read_manifest, write_atomically
 from prefalign.records import Prompt
 from prefalign.sources import DataConfig, survey
@@ -125,11 +127,10 @@ def test_a_file_that_another_process_has_written_and_swept_stays(tmp_path, monke
 
     raced = []
     monkeypatch.setattr(os, "replace", after_another)
-    with sharded(Shard(0, 2)):
-        write_atomically(tmp_path / "a", b"mine")
-        assert (tmp_path / "a").read_bytes() == b"the other's"
-        with pytest.raises(FileNotFoundError):
-            write_atomically(tmp_path / "b", b"mine")
+    write_atomically(tmp_path / "a", b"mine")
+    assert (tmp_path / "a").read_bytes() == b"the other's"
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "b", b"mine")
 
 
 @pytest.mark.parametrize("numbers", [(0, 1, 2, 3), (1, 1, 0, 0)], ids=["four shards", "two shards, twice each"])
@@ -215,30 +216,30 @@ def passes(rows, tmp_path):
     return Survey("test", data, output, Prompt, *survey(data))
 
 
-def test_a_pass_over_all_inputs_begins_with_the_shards_own_blocks(passes, tmp_path, monkeypatch):
-    monkeypatch.setattr(surveys, "PATIENCE", 0.2)
+def test_a_pass_over_all_inputs_begins_with_the_shards_own_blocks(passes, tmp_path):
     kept, done = tmp_path / "out" / "survey", []
 
     def work(block):
         done.append(block[0].id)
+        if done == order:  # all but what another one is at, which now dies
+            other.close()
         return [{"id": prompt.id} for prompt in block]
 
+    order: list[str] = []
     plain = list(passes("straight", work))
-    straight, firsts = list(done), [block[0]["id"] for block in plain]
+    firsts = [block[0]["id"] for block in plain]
+    assert done == firsts
+    order = [firsts[number] for number in (1, 3, 7, 4, 6)]
     with sharded(Shard(1, 2)):
         done.clear()
         (kept / "shared-00000.json").write_bytes((kept / "straight-00000.json").read_bytes())
         (kept / "shared-00004.json").write_text('{"of": "another config", "rows": []}')
-        for number, shard in (
-            (1, "1/2"),
-            (2, "0/2"),
-            (5, "0/2"),
-        ):  # itself, killed; another one, on its own and on a helper's
-            (kept / f".shared-{number:05}.begun").write_text(shard)
+        (kept / ".shared-00001.lock").touch()  # of one that was killed
+        other = ExitStack()
+        for number in (2, 5):
+            assert other.enter_context(locked(kept / f".shared-{number:05}.lock"))
         assert list(passes("shared", work)) == plain
-    assert straight == firsts
-    order = (1, 3, 7, 4, 6, 2, 5)
-    assert done == [firsts[number] for number in order], "its own, what nobody is at, what is left of the dead"
+    assert done == [*order, firsts[2], firsts[5]], "its own, what nobody is at, what is left of the dead"
     assert not [*kept.glob(".*")]
 
 
@@ -264,13 +265,12 @@ def test_a_block_of_the_pass_that_fails_is_not_waited_for(passes, tmp_path):
     assert not [*(tmp_path / "out" / "survey").iterdir()]
 
 
-def test_two_of_eight_shards_share_out_the_blocks_of_all(passes, tmp_path, monkeypatch):
-    """As in an array of which two tasks run at once. No block is done twice: what another is at is waited for, however long."""
-    monkeypatch.setattr(surveys, "PATIENCE", 0.4)
+def test_two_of_eight_shards_share_out_the_blocks_of_all(passes, tmp_path):
+    """As in an array of which two tasks run at once. No block is done twice: what another is at is waited for."""
 
     def go(number):
         def work(block):
-            time.sleep(0.05 if number else 0.6)  # the slow one is longer at a block than the other has patience
+            time.sleep(0.05 if number else 0.3)
             with (tmp_path / f"log{number}").open("a") as log:
                 log.write(f"{block[0].id}\n")
             return [{"id": prompt.id} for prompt in block]

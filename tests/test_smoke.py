@@ -62,8 +62,9 @@ def test_pairs_config(name, prompts, tmp_path):
 
 @pytest.mark.parametrize("name", names("train_preference"))
 def test_training_config(name, pairs, tmp_path):
-    made = config.read_yaml(bundled.configs()[name]).get("negative")
-    changes = {"model": MODEL, "pairs": pairs / ("none" if made else "noised"), "output": tmp_path / "out",
+    values = config.read_yaml(bundled.configs()[name])
+    one_picture = values.get("negative") or values["losses"] == [{"name": "two_pictures"}]
+    changes = {"model": MODEL, "pairs": pairs / ("none" if one_picture else "noised"), "output": tmp_path / "out",
                "trainer": {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
                            "bf16": False, "save_steps": 1}}  # fmt: skip
     start(name, "train_preference", changes)

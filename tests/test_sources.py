@@ -221,9 +221,9 @@ def test_no_file(folder):
 
 
 def test_unknown_file_type(folder):
-    (folder / "rows.csv").write_text("a,b")
-    with pytest.raises(ValueError, match=r"rows are read from \.jsonl, \.json and \.parquet, not '\.csv'"):
-        list(read_rows(DataConfig(path=folder / "rows.csv")))
+    (folder / "rows.xlsx").write_text("a,b")
+    with pytest.raises(ValueError, match=r"rows are read from \.jsonl, \.json, \.parquet, \.csv, \.tsv, not '\.xlsx'"):
+        list(read_rows(DataConfig(path=folder / "rows.xlsx")))
 
 
 def test_folder_without_rows(folder):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from prefalign import blocks
-from prefalign.manifest import read_manifest, write_atomically
+from prefalign.manifest import read_manifest, temporary, write_atomically
 from prefalign.records import Pair, Prompt, assistant_message, user_message
 from prefalign.sources import DataConfig
 from prefalign.store import Dropped, Failed, OutputConfig, StoreError, read_records, run_stage, write_records
@@ -203,7 +203,7 @@ def test_a_folder_of_somebody_else_is_refused(data, tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_full_disk_says_what_to_do_and_resumes(data, tmp_path):
     start(data, tmp_path / "straight")
-    shard = tmp_path / "out" / "data" / ".train-00002.parquet.tmp"
+    shard = temporary(tmp_path / "out" / "data" / "train-00002.parquet")
     shard.parent.mkdir(parents=True)
     (tmp_path / "out" / "config.json").write_bytes((tmp_path / "straight" / "config.json").read_bytes())
     os.symlink("/dev/full", shard)

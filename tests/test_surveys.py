@@ -1,6 +1,8 @@
-"""Rows that a pass finds anew, those named, by the process that owns their block, until it is decided on; and the decision."""
+"""Rows that a pass finds anew, those named, once for all processes, until it is decided on; and the decision."""
 
 import json
+import multiprocessing
+import time
 
 import pytest
 
@@ -81,10 +83,38 @@ def test_a_decision_is_forgotten_with_the_config_that_it_was_made_of_and_with_a_
     assert passed.survey.decide("k", {"kept": ["r2"]}) == {"kept": ["r2"]}
 
 
-def test_of_several_processes_each_asks_again_for_its_own_blocks(passed, asked):
+def test_of_several_processes_each_asks_again_for_its_own_blocks_first(passed, asked):
     passed({"r1", "r2"}, shard=Shard(0, 2))
     assert asked == [["r0", "r1"], ["r2", "r3"]]
-    assert passed({"r2"}, shard=Shard(1, 2)) == [False, True, True, False]
-    assert asked == [["r2"]]  # that r1 has an answer by now they can only agree on by a decision
-    assert passed(shard=Shard(0, 2)) == [False, False, True, False]
-    assert asked == [["r1"]]
+    assert passed({"r2"}, shard=Shard(1, 2)) == [False, False, True, False]
+    assert asked == [["r2"], ["r1"]]
+    assert passed(shard=Shard(0, 2)) == [False] * 4
+    assert asked == [["r2"]]
+
+
+@pytest.mark.parametrize("still", [(), ("r1",)])
+def test_who_is_done_first_waits_for_what_others_ask_again(passed, still):
+    """Two shards start again after an outage; the one without a failed row of its own must not decide on the old failures."""
+    passed({"r1"})
+    context = multiprocessing.get_context("fork")
+    barrier, told = context.Barrier(2), context.Queue()
+
+    def go(number):
+        def slowly(rows):
+            time.sleep(0.5)
+            told.put([row.id for row in rows])
+            return [{"id": row.id, "failed": row.id in still} for row in rows]
+
+        barrier.wait()
+        with sharded(Shard(number, 2)):
+            blocks = passed.survey("k", slowly, again=lambda row: row["failed"])
+            found = [row["id"] for block in blocks for row in block if row["failed"]]
+            told.put(passed.survey.decide("k", {"failed": found}))
+
+    processes = [context.Process(target=go, args=(number,)) for number in (0, 1)]
+    for process in processes:
+        process.start()
+    answers = [told.get(timeout=30) for _ in range(3)]
+    for process in processes:
+        process.join()
+    assert answers == [["r1"], {"failed": list(still)}, {"failed": list(still)}], "asked once, whoever it was"

@@ -9,6 +9,7 @@ from prefalign import families
 from prefalign.doctor.case import Case, shown
 from prefalign.doctor.findings import Finding, NotExaminedError, judge, some
 from prefalign.losses import VIEWS
+from prefalign.losses.term import EITHER
 from prefalign.records import message_text, placeholder_count
 from prefalign.text import same_answer
 from prefalign.training.documents import decode
@@ -118,12 +119,14 @@ def check_pictures(case: Case) -> list[Finding]:
 
 def check_other_picture(case: Case) -> list[Finding]:
     """The other picture of a pair reaches the model as another one."""
-    others = [view for view in case.trainer.views if VIEWS[view].images == "rejected_images"]
+    others = [view for view in case.trainer.views if VIEWS[view].images in ("rejected_images", EITHER)]
     own = [view for view in case.trainer.views if VIEWS[view].images == "images"]
     if not others or not own:
         raise NotExaminedError("no loss looks at another picture")
-    same, changes = [], []
+    same, changes, either = [], [], VIEWS[others[0]].images == EITHER
     for reading in sampled(case):
+        if either and not reading.row["rejected_images"]:
+            continue
         documents, places = reading.documents.documents, reading.documents.places
         one, two = (documents[places[view][0][0]].vision.get("pixel_values") for view in (own[0], others[0]))
         if one is None or two is None:
@@ -134,11 +137,14 @@ def check_other_picture(case: Case) -> list[Finding]:
                 same.append(str(reading.row["id"]))
         else:
             changes.append(float("inf"))
+    if either and not changes:
+        raise NotExaminedError("no row of the sample has another picture")
     finite = [change for change in changes if change != float("inf")]
     seen = f"differs in {len(changes) - len(same)} of {len(changes)} rows"
     seen += f", by {mean(finite):.2f} a pixel value on average" if finite else ", in size"
-    advice = f"Both sides show the same pixels in {some(same)}: such a loss stays where it starts." if same else ""
-    return [judge("other picture", seen, fail=advice * (len(same) == len(changes)), warn=advice)]
+    means = "two texts are compared on one picture" if either else "such a loss stays where it starts"
+    advice = f"Both sides show the same pixels in {some(same)}: {means}." if same else ""
+    return [judge("other picture", seen, fail=advice * (len(same) == len(changes) and not either), warn=advice)]
 
 
 def check_pairs(case: Case) -> list[Finding]:

@@ -247,14 +247,14 @@ def start_of(case: Case) -> float | None:
         "apo_zero": one, "apo_down": one, "nca_pair": 2 * half, "bco_pair": 2 * half, "ipo": (0.5 / args.beta) ** 2,
         "sppo_hard": 2 * (0.5 / args.beta) ** 2,
     }  # fmt: skip
-    visual = {"visual": half}
+    own = {"visual": half, "two_pictures": half}
     kinds, weights = args.loss_type, args.loss_weights or [1.0] * len(args.loss_type)
     total = 0.0
     for entry in case.trainer.losses:
         if entry.name == "text" and not args.use_weighting and set(kinds) <= set(constants) - REFERENCE_FREE:
             total += entry.weight * sum(w * constants[kind] for kind, w in zip(kinds, weights, strict=True))
-        elif entry.name in visual:
-            total += entry.weight * visual[entry.name]
+        elif entry.name in own:
+            total += entry.weight * own[entry.name]
         else:
             return None
     return total

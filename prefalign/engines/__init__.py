@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -239,25 +239,29 @@ class Usage:
 USAGE = Usage()
 
 
-def require(engine: Engine | type[Engine], needed: Sequence[str], stage: str) -> None:
+def require(
+    engine: Engine | type[Engine], needed: Sequence[str], stage: str, *, can: Collection[str] | None = None
+) -> None:
     """Raise if an engine lacks a capability that a stage needs.
 
     Args:
         engine: the engine, or its class where that alone says what it can do.
         needed: capabilities.
         stage: its name, for the message.
+        can: what the engine can do with the model at hand, before it is loaded; None: what `engine` says of itself.
 
     Raises:
         ValueError: names what is missing and an engine that has it.
     """
-    missing = sorted(set(needed) - engine.capabilities)
+    missing = sorted(set(needed) - set(engine.capabilities if can is None else can))
     if missing:
         wanted = "; ".join(f"{name} ({CAPABILITIES[name]})" for name in missing)
-        if isinstance(engine, type):
+        name = engine.__name__ if isinstance(engine, type) else type(engine).__name__
+        if isinstance(engine, type) and can is None:
             raise ValueError(
-                f"{stage} needs {wanted}, which {engine.__name__} cannot do with any model. Set `engine` to transformers."
+                f"{stage} needs {wanted}, which {name} cannot do with any model. Set `engine` to transformers."
             )
         raise ValueError(
-            f"{stage} needs {wanted}, which {type(engine).__name__} cannot do with this model. Use the transformers engine and a "
+            f"{stage} needs {wanted}, which {name} cannot do with this model. Use the transformers engine and a "
             "model that has its pictures among the tokens of its prompt, such as LLaVA or Qwen-VL."
         )

@@ -56,9 +56,7 @@ class TransformersEngine:
         )
         self.banned = families.banned_token_ids(processor, self.config, keep=self.ends)
         self.context = families.context_length(self.config)
-        self.capabilities = frozenset({"sample", "logprobs", "prefix", "vision_embed", "first_token"})
-        if not families.cross_attends(self.config):
-            self.capabilities |= {"contrast", "image_mask", "attention"}
+        self.capabilities = capabilities(self.config)
         self.visual_tokens = families.visual_tokens(processor, self.config)
         self._sentence_tokens: torch.Tensor | None = None
         families.family(self.config)
@@ -363,13 +361,20 @@ class TransformersEngine:
         return [value[longest - len(row.tail) + row.given :] for row, value in zip(batch.rows, values, strict=True)]
 
 
+def capabilities(config: Any) -> frozenset[str]:
+    """What the engine can do with a model of this transformers config."""
+    found = frozenset({"sample", "logprobs", "prefix", "vision_embed", "first_token"})
+    return found if families.cross_attends(config) else found | {"contrast", "image_mask", "attention"}
+
+
 def load_engine(config: ModelConfig, *, batch_size: int = 16) -> TransformersEngine:
     """Load model and processor and put an engine on them, with the fingerprint of the weights and of the processor's options."""
+    processor = load_processor(config)  # its faults show in no time
     model = load_model(config)
     identity = fingerprint(model)
     if config.processor:  # other pictures, so other rows
         identity += "-" + hashlib.sha256(canonical_json(config.processor).encode()).hexdigest()[:8]
-    return TransformersEngine(model, load_processor(config), batch_size=batch_size, fingerprint=identity)
+    return TransformersEngine(model, processor, batch_size=batch_size, fingerprint=identity)
 
 
 def _error(row: Row, reason: str) -> Completion:

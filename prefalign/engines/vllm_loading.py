@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prefalign import families
-from prefalign.checkpoints import ModelError, check_family, check_weights, resolve
+from prefalign.checkpoints import ModelError, check_model, check_weights, resolve
 from prefalign.engines import require
 from prefalign.engines.config import EngineConfig
 from prefalign.engines.fingerprints import checkpoint_fingerprint
@@ -31,25 +31,14 @@ def load_engine(config: EngineConfig, *, needs: Sequence[str] = (), stage: str =
         ValueError: if vLLM lacks one of `needs`.
         ModelError: if vLLM is not installed, or a setting or adapter is one that it cannot follow.
     """
-    require(VllmEngine, needs, stage)
-    if find_spec("vllm") is None:
-        raise ModelError(
-            "model.engine is vllm, and vLLM is not installed here. It needs an environment of its own, without TRL: `make "
-            "vllm-env` builds it, or `pip install -c constraints-vllm.txt 'prefalign[vllm]'` on a machine with a GPU. Run the "
-            "stage there, or use the engine transformers or openai."
-        )
-    _check_settings(config)
+    check_engine(config, needs=needs, stage=stage)
     source, adapter, revision = resolve(config)
-    check_family(source, config)
-    check_weights(source)
     processor = load_processor(config)
     if families.rewrites_prompt(processor):
         raise ModelError(
             f"the {type(processor).__name__} writes text after the prompt's end, which vLLM does in its own way, so prompts "
             "would differ from those of training. Use the transformers engine for this model."
         )
-    if adapter is not None and "logprobs" in needs:
-        raise ValueError(f"{stage} needs logprobs. {NO_SCORES}")
     adapter = None if adapter is None else _local_adapter(adapter)
     rank = 0 if adapter is None else _lora_rank(adapter)
     fingerprint = checkpoint_fingerprint(config)  # before vLLM takes the memory
@@ -81,6 +70,21 @@ def load_engine(config: EngineConfig, *, needs: Sequence[str] = (), stage: str =
     )
     ends = families.end_token_ids(processor, generation)
     return VllmEngine(llm, processor, model_config, ends=ends, fingerprint=fingerprint, adapter=adapter)
+
+
+def check_engine(config: EngineConfig, *, needs: Sequence[str] = (), stage: str = "this stage") -> None:
+    """Raise what would keep vLLM from being started, reading no weights: see `loading.check_engine`."""
+    require(VllmEngine, needs, stage)
+    if find_spec("vllm") is None:
+        raise ModelError(
+            "model.engine is vllm, and vLLM is not installed here. It needs an environment of its own, without TRL: `make "
+            "vllm-env` builds it, or `pip install -c constraints-vllm.txt 'prefalign[vllm]'` on a machine with a GPU. Run the "
+            "stage there, or use the engine transformers or openai."
+        )
+    _check_settings(config)
+    check_model(config)
+    if "logprobs" in needs and resolve(config)[1] is not None:
+        raise ValueError(f"{stage} needs logprobs. {NO_SCORES}")
 
 
 def _check_settings(config: EngineConfig) -> None:

@@ -14,7 +14,7 @@ from prefalign.hub.model_card import counted, data_section, stage_docstring, tem
 from prefalign.hub.release_checks import refuse, scan_row
 from prefalign.images import sha256
 from prefalign.manifest import Manifest
-from prefalign.records import message_text, normalise_messages
+from prefalign.records import ON_TWO_PICTURES, message_text, normalise_messages
 from prefalign.seen import Distinct
 
 IMPORTED = "import_published"
@@ -68,6 +68,7 @@ class RowStatistics:
     generators: Counter[str] = field(default_factory=Counter)
     words: dict[str, Spread] = field(default_factory=lambda: {"chosen": Spread(), "rejected": Spread()})
     rejected_images: int = 0
+    on_two_pictures: int = 0
     scenes: int = 0
     margins: Spread = field(default_factory=Spread)
     preview: list[str] = field(default_factory=list)
@@ -82,6 +83,7 @@ class RowStatistics:
             self.methods[row["method"]] += 1
         meta = row.get("meta")
         meta = json.loads(meta) if isinstance(meta, str) else {}
+        self.on_two_pictures += meta.get(ON_TWO_PICTURES) is True
         if isinstance(meta.get("generator"), str):
             self.generators[meta["generator"]] += 1
         facts = row.get("facts")
@@ -109,6 +111,8 @@ class RowStatistics:
             table["margin"] = f"mean {margins.mean:.3f}, from {margins.least:.3f} to {margins.greatest:.3f}"
         if self.rejected_images:
             table["rows with another picture"] = f"{self.rejected_images:,}"
+        if self.on_two_pictures:
+            table["rows whose `rejected` is about `rejected_images`, not `images`"] = f"{self.on_two_pictures:,}"
         return table
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 PAPERS: dict[str, tuple[tuple[str, str], ...]] = {
     "visual": (("mDPO", "2406.11839"), ("Re-Align", "2502.13146")),
+    "two_pictures": (("DPO", "2305.18290"),),
     "anchor": (("mDPO", "2406.11839"),),
     "s_vco": (("S-VCO", "2502.13928"),),
     "povid_noise": (("POVID", "2402.11411"),),

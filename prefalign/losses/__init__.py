@@ -30,12 +30,14 @@ from prefalign.losses.stic import STIC
 from prefalign.losses.term import VIEWS, Scores, Term, View
 from prefalign.losses.text import Text
 from prefalign.losses.tpo import TPO
+from prefalign.losses.two_pictures import TwoPictures
 from prefalign.losses.v_dpo import VDPO
 from prefalign.losses.visual import Visual
 
 TERMS: dict[str, type] = {
     "text": Text,
     "visual": Visual,
+    "two_pictures": TwoPictures,
     "anchor": Anchor,
     "s_vco": SVCO,
     "povid_noise": PovidNoise,

@@ -13,12 +13,17 @@ if TYPE_CHECKING:
     import torch
 
 
+EITHER = "rejected_images or images"
+"""The other pictures of a row that has some, else its pictures."""
+
+
 @dataclass(frozen=True)
 class View:
     """One combination of pictures and answer.
 
     Attributes:
-        images: column of the pictures, `images` or `rejected_images`; None: the prompt is shown without its pictures.
+        images: column of the pictures, `images` or `rejected_images`, or `EITHER`; None: the prompt is shown without its
+            pictures.
         answer: column of the answer, `chosen` or `rejected`.
     """
 
@@ -29,6 +34,7 @@ class View:
 VIEWS: dict[str, View] = {
     "chosen": View("images", "chosen"),
     "rejected": View("images", "rejected"),
+    "rejected_on_own_image": View(EITHER, "rejected"),
     "chosen_on_rejected_image": View("rejected_images", "chosen"),
     "rejected_on_rejected_image": View("rejected_images", "rejected"),
     "chosen_without_image": View(None, "chosen"),

@@ -207,6 +207,8 @@ def read_annotator(
 
     Raises:
         ConfigError: both, neither, a negative margin, or a margin for a judge.
+        ValueError: a model that judges cannot be had (`engines.loading.check_engine`).
+        ServerError: no server answers that is to judge, it refuses the key, or has no such model.
     """
     if (annotator is None) == (not rewards):
         raise ConfigError(
@@ -220,6 +222,7 @@ def read_annotator(
         )
     if annotator is None:
         combined = read_rewards(rewards)
+        combined.check()
         known = {entry.name: getattr(entry.reward, "version", None) for entry in combined.entries}
         versions = {name: str(version) for name, version in known.items() if version is not None}
         version = canonical_json({"rewards": stages.portable(rewards), "margin": margin, "versions": versions})
@@ -228,7 +231,9 @@ def read_annotator(
         raise ConfigError(
             f"margin: {margin} is a least difference of scores, and a pairwise judge gives none. Leave it out."
         )
-    return ByJudge(read_comparator(annotator))
+    comparator = read_comparator(annotator)
+    comparator.check()
+    return ByJudge(comparator)
 
 
 def annotate(

@@ -151,7 +151,7 @@ def train_policy_gradient(config: OnlineConfig) -> None:
     arguments = read_arguments(config)
     check_arguments(arguments, full_weights_in_parts=False)
     check_quantised(config.model, config.lora, arguments)
-    read_rewards(config.rewards)  # bad settings are to fail before the folder is the run's
+    read_rewards(config.rewards).check()  # bad settings are to fail before the folder is the run's
     processes = arguments.world_size
     own = {CONFIG_FILE: run_files(to_mapping(config), "")[CONFIG_FILE]}
     open_run(config.output, own, resume=config.resume, processes=processes)

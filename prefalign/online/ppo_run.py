@@ -90,6 +90,9 @@ def read_inputs(config: Any, *, output: Path, trainer: Mapping[str, Any]) -> Inp
     entries, watched = reward_entries(config)
     rewards = read_rewards(entries)
     watch = read_rewards(watched) if watched else None
+    for combined in (rewards, watch):
+        if combined is not None:
+            combined.check()
     prompts = load_prompts(config.prompts)
     return Inputs(arguments, rewards, watch, prompts, files_of(config, config.prompts, data="prompts"))
 

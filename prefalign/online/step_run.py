@@ -39,6 +39,11 @@ def step_rows(prompts: Path, offline: Path | None) -> Iterator[Pair]:
     seen: set[str] = set()
     for pair in read_records(offline, Pair) if offline is not None else ():
         parents = [name for name in (pair.meta.get("parent"), pair.id) if name in known and name not in seen]
+        if parents and pair.on_two_pictures:
+            raise ConfigError(
+                f"pair {pair.id} of {offline} rejects an answer about `rejected_images`, which online_dpo_step does not read: on "
+                "`images` it may be right. Train on these pairs with train_preference and losses [{name: two_pictures}]."
+            )
         if parents:
             seen.add(parents[0])
             yield replace(pair, id=parents[0], rejected_images=[])

@@ -91,6 +91,12 @@ class Combined:
     entries: Sequence[Weighted]
     failures: dict[int, str] = field(default_factory=dict, init=False)
 
+    def check(self) -> None:
+        """Let every reward that needs a model or a server look for it, before weights are read (`Reward.check`)."""
+        for entry in self.entries:
+            if (check := getattr(entry.reward, "check", None)) is not None:
+                check()
+
     def versions(self) -> dict[str, str]:
         """What identifies each reward that has a `version` (weights, prompt), by its entry's name."""
         known = {entry.name: getattr(entry.reward, "version", None) for entry in self.entries}

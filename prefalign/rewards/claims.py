@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+STAGE = "reward 'claims'"
+NEEDS = (["first_token"], ["sample"])
+"""What labeller and splitter must be capable of."""
+
+
 @dataclass
 class Claims:
     """-(number of claims that the labeller rejects), 0 at best.
@@ -53,19 +58,29 @@ class Claims:
     def __post_init__(self) -> None:
         self.failures: dict[int, str] = {}
 
+    def _wanted(self) -> tuple[EngineConfig, EngineConfig | None]:
+        """Labeller and, where a model lists claims, the splitter."""
+        return self.labeller, (self.splitter or self.labeller) if self.divide.by == "model" else None
+
+    def check(self) -> None:
+        """Look for the models, without loading one."""
+        from prefalign.engines.loading import check_engine
+
+        for config, needs in zip(self._wanted(), NEEDS, strict=True):
+            if config is not None:
+                check_engine(config, needs=needs, stage=STAGE)
+
     @cached_property
     def judge(self) -> ClaimJudge:
         """The judge; models are loaded here."""
         from prefalign.engines.loading import load_engine
 
-        asked = "reward 'claims'"
-        labeller = load_engine(self.labeller, batch_size=self.batch_size, needs=["first_token"], stage=asked)
-        splitter = None
-        if self.divide.by == "model":
-            wanted = self.splitter or self.labeller
-            splitter = labeller
-            if wanted != self.labeller:
-                splitter = load_engine(wanted, batch_size=self.batch_size, needs=["sample"], stage=asked)
+        self.check()
+        wanted, other = self._wanted()
+        labeller = load_engine(wanted, batch_size=self.batch_size, needs=NEEDS[0], stage=STAGE)
+        splitter = None if other is None else labeller
+        if other is not None and other != wanted:
+            splitter = load_engine(other, batch_size=self.batch_size, needs=NEEDS[1], stage=STAGE)
         return ClaimJudge(labeller, splitter, self.divide, self.conquer, self.seed)
 
     @property

@@ -37,6 +37,10 @@ class ByReward:
         """The rewards with their weights."""
         return read_rewards(self.rewards)
 
+    def check(self) -> None:
+        """Look for the models of the rewards, without loading one."""
+        self.combined.check()
+
     @property
     def version(self) -> str:
         """Settings of the rewards without this machine's paths, and the versions of those that have one."""

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     import torch
 
 
+NEEDS = ["logprobs"]
+STAGE = "reward 'implicit'"
+
+
 @dataclass
 class Implicit:
     """beta * log-ratio of policy and reference, per token.
@@ -50,6 +54,13 @@ class Implicit:
                 f"beta is {self.beta}: the reward would be nothing or turned around. Give DPO's, such as 0.1."
             )
 
+    def check(self) -> None:
+        """Look for both models, without loading one."""
+        from prefalign.engines.loading import check_engine
+
+        for config in (self.model, self.reference):
+            check_engine(config, needs=NEEDS, stage=STAGE)
+
     @cached_property
     def engines(self) -> tuple[Engine, Engine]:
         """Policy and reference; both are loaded here.
@@ -59,8 +70,9 @@ class Implicit:
         """
         from prefalign.engines.loading import load_engine
 
+        self.check()
         policy, reference = (
-            load_engine(config, batch_size=self.batch_size, needs=["logprobs"], stage="reward 'implicit'")
+            load_engine(config, batch_size=self.batch_size, needs=NEEDS, stage=STAGE)
             for config in (self.model, self.reference)
         )
         if policy.fingerprint == reference.fingerprint:

@@ -89,6 +89,13 @@ class _Asking:
                 f"engine is a {type(self.engine).__name__}, which cannot generate. In a config set `model`."
             )
 
+    def check(self) -> None:
+        """Look for the judge's model, without loading it."""
+        if self.model is not None:
+            from prefalign.engines.loading import check_engine
+
+            check_engine(self.model, stage="the judge")
+
     def _judge(self, wording: str) -> Judge:
         engine: Engine = self.engine
         if self.model is not None:

@@ -62,6 +62,16 @@ class LearnedReward:
 
         return RewardModel.load(self.path, device=self.device, dtype=self.dtype)
 
+    def check(self) -> None:
+        """Look for a finished reward model in the folder, without loading it.
+
+        Raises:
+            RewardModelError: if there is none.
+        """
+        from prefalign.rewards.artefact import read_note
+
+        read_note(self.path)
+
     @property
     def version(self) -> str:
         """Digest of the reward model's weights and settings, so that a resumed stage notices other ones at the same path."""

@@ -50,6 +50,9 @@ class Reward(Protocol):
 
     A reward that asks somebody may have `failures`: of its last call, by place of the response, why nobody replied. Such a score
     is NaN too, but it can be had another time: stages that store scores quarantine the row.
+    One that loads a model, or asks a server, may have `check()`: it raises if that cannot be had, and reads no weights
+    (`engines.loading.check_engine`). Stages call it before they load anything.
+
     One whose terms follow from its settings names them in an attribute or property `terms`, so that a misspelt weight fails
     before anything is drawn.
     """
@@ -89,6 +92,10 @@ class Comparator(Protocol):
     @property
     def version(self) -> str:
         """Model and prompt version, stored with every pair."""
+        ...
+
+    def check(self) -> None:
+        """Raise if its model cannot be had; reads no weights."""
         ...
 
     def compare(self, pairs: Sequence[tuple[Response, Response]]) -> list[Verdict]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefalign.rewards.rows import check_rows, check_settings, load_reward_pairs
+from prefalign.rewards.rows import check_pictures, check_rows, check_settings, load_reward_pairs
 from prefalign.rewards.trainer import RewardTrainer, check_whole, reward_arguments
 from prefalign.rewards.vlm import BaseModel, RewardModel
 from prefalign.training.frame import Start
@@ -58,6 +58,7 @@ def read_inputs(config: Any, *, output: Path, trainer: Mapping[str, Any]) -> Inp
     datasets = [load_reward_pairs(folder) for folder in folders]
     for folder, dataset in zip(folders, datasets, strict=True):
         check_rows(dataset, folder, config.attributes, objective=config.objective)
+        check_pictures(dataset, folder, rejected_pictures=config.rejected_pictures)
     check_settings(datasets[0], config.pairs, margins=config.margins, rejected_pictures=config.rejected_pictures)
     return Inputs(arguments, datasets[0], datasets[1] if config.eval_pairs else None, files_of(config, *folders))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefalign.training.pairs import load_columns, pairs_manifest, rows_without
+from prefalign.training.pairs import load_columns, on_two_pictures, pairs_manifest, rows_without
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -103,6 +103,20 @@ def check_rows(
         raise ValueError(
             f"in all {len(dataset)} pairs of {folder} both answers have the same scores, so none says which is better. Take "
             "pairs with different scores, or `objective: regression`."
+        )
+
+
+def check_pictures(dataset: Dataset, folder: Path, *, rejected_pictures: bool) -> None:
+    """Check that rejected answers are shown with the pictures that they are about.
+
+    Raises:
+        ValueError: there are pairs `on_two_pictures`, and they are not.
+    """
+    apart = sum(on_two_pictures(folder))
+    if apart and not rejected_pictures:
+        raise ValueError(
+            f"{apart} of the {len(dataset)} pairs of {folder} reject an answer about `rejected_images`, which would be shown "
+            "with `images`, where it may be right. Set rejected_pictures to true."
         )
 
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     import torch
 
 
+STAGE = "reward 'statements'"
+
+
 def _greedy() -> Sampling:
     return Sampling(max_new_tokens=1024, temperature=0.0)
 
@@ -62,6 +65,13 @@ class Statements:
                 "or annotator to `rules` for the embedded world."
             )
 
+    def check(self) -> None:
+        """Look for the LLM, without loading it."""
+        if self.annotator == "engine" and self.model is not None:
+            from prefalign.engines.loading import check_engine
+
+            check_engine(self.model, needs=["sample"], stage=STAGE)
+
     @cached_property
     def labeller(self) -> Annotator:
         """Who labels statements; the LLM is loaded here."""
@@ -72,7 +82,7 @@ class Statements:
         from prefalign.caption_annotator import EngineAnnotator
         from prefalign.engines.loading import load_engine
 
-        engine = load_engine(self.model, batch_size=self.batch_size, needs=["sample"], stage="reward 'statements'")
+        engine = load_engine(self.model, batch_size=self.batch_size, needs=["sample"], stage=STAGE)
         made = EngineAnnotator(engine, seed=self.seed)
         made.sampling = self.sampling
         return made

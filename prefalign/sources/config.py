@@ -17,9 +17,10 @@ class DataConfig:
     """Where rows come from.
 
     Attributes:
-        path: JSONL, JSON or Parquet file, a folder of Parquet shards that a stage wrote, or a data set of the Hub as OWNER/NAME,
-            which is streamed; OWNER/NAME@SPLIT, as EasyR1 and verl write it, sets `split` too. What is on disk under that name is
-            read instead. FOLDER/dataset_info.json@NAME is a data set as LLaMA-Factory's users describe it.
+        path: JSONL, JSON, Parquet, CSV or TSV file (tables with a header, `sources.tables`), a folder of Parquet shards that a
+            stage wrote, or a data set of the Hub as OWNER/NAME, which is streamed; OWNER/NAME@SPLIT, as EasyR1 and verl write
+            it, sets `split` too. What is on disk under that name is read instead. FOLDER/dataset_info.json@NAME is a
+            data set as LLaMA-Factory's users describe it.
         images: folder that relative picture paths start from; the data file's own folder if empty, the repository for data
             sets of the Hub.
         limit: use only the first rows (0: all).

@@ -15,12 +15,12 @@ from typing import Any
 from prefalign.records import canonical_json
 from prefalign.seen import RepeatedIds
 from prefalign.shards import check_shards
-from prefalign.sources import hub, llama_factory, parquet
+from prefalign.sources import hub, llama_factory, parquet, tables
 from prefalign.sources.columns import ID_COLUMNS, source_id
 from prefalign.sources.config import DESCRIPTIONS, BadRow, DataConfig
 from prefalign.sources.layouts import AUTO
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".parquet", *tables.SEPARATORS)
 _SHARD = re.compile(r"(\w[\w.]*)-\d+-of-\d+")
 _SPLITS = re.compile(
     r"(?<![^-._ 0-9])(train|training|validation|valid|val|dev|test|testing|eval|evaluation)(?![^-._ 0-9])", re.I
@@ -62,7 +62,7 @@ def files_of(config: DataConfig) -> list[Path]:
             raise ValueError(f"folder {path} is the output of a stage that is not finished: rows would be missing. Start that "
                              "stage again (it goes on where it stopped), then this one.")  # fmt: skip
         if not files:
-            lists = [file.name for file in sorted(path.glob("*.json"))]
+            lists = [file.name for kind in ("*.json", "*.csv", "*.tsv") for file in sorted(path.glob(kind))]
             hint = f" It has {', '.join(lists[:4])}." if lists else ""
             if DESCRIPTIONS in lists:
                 hint += f" {path / DESCRIPTIONS}@NAME reads what dataset_info.json names."
@@ -72,11 +72,11 @@ def files_of(config: DataConfig) -> list[Path]:
         return _of_split(config, files, splits)
     if not path.is_file():
         raise ValueError(
-            f"no data at {path}. Set `data.path` to a JSONL, JSON or Parquet file, to a stage's output, or to a data set of the "
-            "Hub (OWNER/NAME)."
+            f"no data at {path}. Set `data.path` to a JSONL, JSON, Parquet, CSV or TSV file, to a stage's output, or to a data "
+            "set of the Hub (OWNER/NAME)."
         )
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path.name}: rows are read from .jsonl, .json and .parquet, not {path.suffix or 'this'!r}.")
+        raise ValueError(f"{path.name}: rows are read from {', '.join(SUFFIXES)}, not {path.suffix or 'this'!r}.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path.name} is empty: there is nothing to do. Check how it was written.")
     return [path]
@@ -164,7 +164,7 @@ def recall(config: DataConfig, source: Mapping[str, str] | None, revision: str |
 
 
 def read_rows(config: DataConfig, columns: Sequence[str] | None = None) -> Iterator[RawRow]:
-    """Stream raw rows; at most one Parquet batch or one line is in memory (a `.json` list is read whole).
+    """Stream raw rows; at most one Parquet batch or one row is in memory (a `.json` list is read whole).
 
     Args:
         config: where they are.
@@ -176,8 +176,9 @@ def read_rows(config: DataConfig, columns: Sequence[str] | None = None) -> Itera
 class RowReader:
     """Raw rows by their place, read forwards: what is left out is not read where the files allow it.
 
-    Whole files and row groups of Parquet are skipped by their footers, on this disk and on the Hub; lines of JSON are not parsed.
-    What the Hub has in another form streams past, and becomes no Python objects up to the first row that is asked for.
+    Whole files and row groups of Parquet are skipped by their footers, on this disk and on the Hub; lines of JSON are not parsed,
+    those of a table only cut into cells. What the Hub has in another form streams past, and becomes no Python objects up to the
+    first row that is asked for.
 
     Args:
         config: where the rows are.
@@ -233,7 +234,7 @@ def _deferred(config: DataConfig, columns: Sequence[str] | None, first: int = 0)
     if hub.is_named(config):
         rows = hub.deferred_rows(config, columns, first)
     else:
-        rows = (row for file in files_of(config) for row in _of_file(file, columns))
+        rows = (row for file in files_of(config) for row in _of_file(file, columns, config.fact_columns))
         rows = itertools.islice(rows, first, None)
     return itertools.islice(rows, max(config.limit - first, 0) if config.limit else None)
 
@@ -242,11 +243,13 @@ def _translated(description: llama_factory.Description, read: DeferredRow) -> Ra
     return description.row(read())
 
 
-def _of_file(file: Path, columns: Sequence[str] | None) -> Iterator[DeferredRow]:
+def _of_file(file: Path, columns: Sequence[str] | None, facts: Sequence[str]) -> Iterator[DeferredRow]:
     if file.suffix == ".parquet":
         yield from _of_parquet(file, columns)
     elif file.suffix == ".json":
         yield from _of_list(file)
+    elif file.suffix in tables.SEPARATORS:
+        yield from tables.rows(file, facts)
     else:
         with file.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
             for number, line in enumerate(stream, 1):
@@ -281,7 +284,7 @@ def _of_list(file: Path) -> Iterator[DeferredRow]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file.name} {_not_utf_8(error.object[error.start])}") from error
+        raise ValueError(f"{file.name} {tables.not_utf_8(error.object[error.start])}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file.name} is not complete JSON ({error}). Was the download cut off?") from error
     if not isinstance(rows, list):
@@ -291,22 +294,13 @@ def _of_list(file: Path) -> Iterator[DeferredRow]:
 
 
 def _of_line(line: str, where: str) -> RawRow:
-    try:
-        line.encode()
-    except UnicodeEncodeError as error:  # the low byte of a surrogate is the byte that was there
-        return BadRow("bad_encoding", f"{where} {_not_utf_8(ord(line[error.start]) & 0xFF)}")
+    if (wrong := tables.undecoded(line)) is not None:
+        return BadRow("bad_encoding", f"{where} {wrong}")
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         return BadRow("bad_json", f"{where} is not complete JSON ({error}): {line[:60]!r}")
     return _object(row, where)
-
-
-def _not_utf_8(byte: int) -> str:
-    return (
-        f"is not UTF-8 (byte {byte:#04x}), so it would be read with other words than were written. Convert the file, as with "
-        "`iconv -f WINDOWS-1252 -t UTF-8`."
-    )
 
 
 def _object(row: Any, where: str) -> RawRow:

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from prefalign.images import SYSTEM_ERRORS, EncodedImage, ImageError, read_image, sha256
-from prefalign.records import Candidates, Message, Pair, Prompt, RecordError, assistant_message, canonical_json
+from prefalign.records import (
+    ON_TWO_PICTURES,
+    Candidates,
+    Message,
+    Pair,
+    Prompt,
+    RecordError,
+    assistant_message,
+    canonical_json,
+)
 from prefalign.sources import hub, layouts, llama_factory
 from prefalign.sources.columns import Row, pictures, source_id
 from prefalign.sources.config import BadRow, DataConfig
@@ -52,9 +61,9 @@ def to_pair(row: Mapping[str, Any] | BadRow, config: DataConfig, *, repeated: Co
     """Read one raw row with a chosen and a rejected answer, of any layout in `layouts.LAYOUTS` that has two, into a `Pair`.
 
     Arguments, ids and errors are those of `to_prompt`; besides, a row without one of the answers is a `missing_column`, one of
-    several answers or of a single one `not_a_pair`, answers to two conversations `different_prompts`, different answers to
-    different pictures `two_pictures`, a margin that is no number a `bad_margin`. Whether the answers differ is for the stage to
-    say. `meta` names the layout; columns without a field of their own are `meta["columns"]`.
+    several answers or of a single one `not_a_pair`, answers to two conversations `different_prompts`, a margin that is no number
+    a `bad_margin`. Whether the answers differ is for the stage to say. `meta` names the layout, marks another answer about other
+    pictures (`Pair.on_two_pictures`), and has columns without a field of their own as `meta["columns"]`.
     """
     return _record(
         row, lambda known: _own_pair(known) if _is_own_pair(known, config) else _foreign_pair(known, config, repeated)
@@ -67,7 +76,7 @@ def to_candidates(row: Mapping[str, Any] | BadRow, config: DataConfig, *, repeat
     with `text` (and `scores`).
 
     Arguments, ids and errors are those of `to_prompt`; besides, a row without responses is a `missing_column`, and what is no
-    response `bad_responses`.
+    response `bad_responses`, and answers about different pictures `two_pictures`.
     """
     return _record(row, lambda known: _candidates(known, config, repeated))
 
@@ -193,16 +202,19 @@ def _foreign_pair(row: Mapping[str, Any], config: DataConfig, repeated: Containe
                 "answer are prompts: bdhs and others make pairs of them, image_contrast with `--reads answers`.",
             )
     turns, answers = settle(said.turns, given)
-    if others and said.rejected_on_rejected_images and not same_answer(answers["chosen"], answers["rejected"]):
-        raise _two_pictures(said)
+    apart = others and said.rejected_on_rejected_images and not same_answer(answers["chosen"], answers["rejected"])
     used = {"margin"} | ({"method"} if row.get("method") else set()) | _category(row).keys()
     said.columns = {name: value for name, value in said.columns.items() if name not in used}
-    columns = {"columns": _columns(said)} if said.columns else {}
+    meta: dict[str, Any] = {"layout": said.layout}
+    if said.columns:
+        meta["columns"] = _columns(said)
+    if apart:
+        meta[ON_TWO_PICTURES] = True
     pair = Pair(id="", images=images, prompt=_with_placeholders(turns, len(images)),
                 chosen=[assistant_message(answers["chosen"])], rejected=[assistant_message(answers["rejected"])],
                 method=str(row.get("method") or "imported"), rejected_images=others,
                 answer=said.last if said.answer is None else said.answer, facts=known | _category(row) | _facts(row),
-                margin=_margin(row), meta={"layout": said.layout, **columns})  # fmt: skip
+                margin=_margin(row), meta=meta)  # fmt: skip
     pair.id = _identity(row, pair, repeated)
     return pair
 
@@ -259,8 +271,8 @@ def _two_pictures(said: Row) -> RecordError:
     return RecordError(
         "two_pictures",
         f"rows of the layout {said.layout} give the rejected answer on `rejected_images`, here other pictures than the chosen "
-        "one's. Two answers are compared on `images`, where that one may be right. Leave `rejected_images` out if it is wrong "
-        "there too; or leave out the rejected answer, if the chosen one is wrong of the other pictures: that is a pair.",
+        "one's. Candidates are compared on `images`, where that one may be right. Read such rows as pairs (import_published with "
+        "`produce: pairs`, for the loss `two_pictures`), or leave `rejected_images` out if the answer is wrong there too.",
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from trl import DPOConfig
 
 from prefalign.config import ConfigError, nearest
-from prefalign.losses import Weighted
+from prefalign.losses import VIEWS, Weighted
 from prefalign.losses.text import COUPLED, LOSS_TYPES, REFERENCE_FREE
 
 OF_TEXT = (
@@ -138,6 +138,16 @@ def needs_reference(losses: Sequence[Weighted], loss_types: Sequence[str]) -> bo
         not set(loss_types) <= REFERENCE_FREE if entry.name == "text" else entry.term.needs_reference
         for entry in losses
     )
+
+
+def reading_rejected(losses: Sequence[Weighted], loss_types: Sequence[str]) -> list[str]:
+    """Names of the losses that depend on the rejected answer."""
+    return [
+        entry.name
+        for entry in losses
+        if not (entry.name == "text" and set(loss_types) == {"sft"})
+        and any(VIEWS[view].answer == "rejected" for view in entry.term.views)
+    ]
 
 
 def coupled(losses: Sequence[Weighted], loss_types: Sequence[str]) -> list[str]:

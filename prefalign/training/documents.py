@@ -19,6 +19,7 @@ from trl.data_utils import apply_chat_template
 from prefalign.families import rewrites_prompt
 from prefalign.images import EncodedImage, encode_png, open_image, read_image
 from prefalign.losses import VIEWS
+from prefalign.losses.term import EITHER
 from prefalign.negatives import Negative, negatives
 from prefalign.records import Message, normalise_messages, placeholder_count
 
@@ -210,6 +211,8 @@ class Reader:
         """Digest of the pictures of a side, and how to decode them."""
         if side is None:
             return "", list
+        if side == EITHER:
+            side = "rejected_images" if row.get("rejected_images") else "images"
         stored = row.get(side) or []
         if side == "rejected_images" and not stored and placeholders and self.negative is not None:
             own, load = self._pictures(row, "images", placeholders)

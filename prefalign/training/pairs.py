@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefalign.losses import VIEWS
 from prefalign.manifest import Manifest, read_manifest
-from prefalign.records import Pair, message_text
+from prefalign.records import ON_TWO_PICTURES, Pair, message_text
 from prefalign.shards import whole_shards
+from prefalign.sources import parquet_rows
 from prefalign.text import same_answer
 
 if TYPE_CHECKING:
@@ -128,6 +130,53 @@ def check_columns(dataset: Dataset, views: Sequence[str], folder: Path, negative
             )
 
 
+def check_rejected_side(dataset: Dataset, folder: Path, reading: Sequence[str]) -> None:
+    """Check that the losses read each rejected answer on the pictures that it was rejected for.
+
+    Args:
+        dataset: all rows of `folder`.
+        folder: pairs folder.
+        reading: names of the losses that depend on the rejected answer.
+
+    Raises:
+        ValueError: pairs `on_two_pictures` and another loss than `two_pictures`, or that loss and other pairs whose two answers
+            and pictures differ.
+    """
+    apart = on_two_pictures(folder)
+    others = [name for name in reading if name != "two_pictures"]
+    if any(apart) and others:
+        raise ValueError(
+            f"{sum(apart)} of the {len(dataset)} pairs of {folder} reject an answer about `rejected_images` "
+            f"(`meta.{ON_TWO_PICTURES}`), and {', '.join(others)} would reject it on `images`, where it may be right. Take "
+            "[{name: two_pictures}], which reads each answer on its own picture, or with it losses that read the chosen answer "
+            "alone, such as visual; or, if these answers are wrong of `images` too, import the rows without `rejected_images`."
+        )
+    if "two_pictures" not in reading:
+        return
+    texts = _texts_are_one(dataset)
+    wrong = sum(
+        pictures and not (two or same)
+        for pictures, two, same in zip(_filled(dataset, "rejected_images"), apart, texts, strict=True)
+    )
+    if wrong:
+        raise ValueError(
+            f"two_pictures reads the rejected answer on `rejected_images`, and {wrong} of the {len(dataset)} pairs of {folder} "
+            f"have such pictures without saying that it is about them (`meta.{ON_TWO_PICTURES}` is true in what "
+            "import_published makes of ms-swift's rows). Elsewhere that answer was rejected on `images`: take [{name: text}, "
+            "{name: visual}], or [{name: s_vco}] where each text is true of its own picture."
+        )
+
+
+def on_two_pictures(folder: Path) -> list[bool]:
+    """For each row of a pairs folder, whether it is `Pair.on_two_pictures`."""
+    metas = (
+        row.get("meta") or ""
+        for shard in sorted(folder.glob("data/*.parquet"))
+        for row in parquet_rows(shard, ["meta"])
+    )
+    return [ON_TWO_PICTURES in meta and json.loads(meta).get(ON_TWO_PICTURES) is True for meta in metas]
+
+
 def check_texts(dataset: Dataset, views: Sequence[str], folder: Path) -> None:
     """Check that a comparison has something to compare; a loss that only imitates needs no such check.
 
@@ -145,10 +194,15 @@ def check_texts(dataset: Dataset, views: Sequence[str], folder: Path) -> None:
 def _same_texts(dataset: Dataset, views: Sequence[str]) -> Iterator[bool]:
     """For each row, whether a run compares a text with itself on the same pictures."""
     one_picture = _compares_on_one_picture(views)
+    return (one_picture and same for same in _texts_are_one(dataset))
+
+
+def _texts_are_one(dataset: Dataset) -> Iterator[bool]:
+    """For each row, whether both answers are one text."""
     table = dataset.with_format("arrow").select_columns(["chosen", "rejected"])
     for batch in table.iter(batch_size=1000):
         for row in batch.to_pylist():
-            yield one_picture and same_answer(*(message_text(row[side]) for side in ("chosen", "rejected")))
+            yield same_answer(*(message_text(row[side]) for side in ("chosen", "rejected")))
 
 
 def _compares_on_one_picture(views: Sequence[str]) -> bool:
@@ -157,13 +211,16 @@ def _compares_on_one_picture(views: Sequence[str]) -> bool:
 
 def rows_without(dataset: Dataset, column: str) -> int:
     """Rows whose list in a column is empty or null."""
+    return sum(not filled for filled in _filled(dataset, column))
+
+
+def _filled(dataset: Dataset, column: str) -> Iterator[bool]:
+    """For each row, whether its list in a column holds anything; only lengths are read."""
     import pyarrow.compute as pc
 
     table = dataset.with_format("arrow").select_columns(column)
-    return sum(
-        pc.sum(pc.equal(pc.fill_null(pc.list_value_length(batch[column]), 0), 0)).as_py() or 0
-        for batch in table.iter(batch_size=1000)
-    )
+    for batch in table.iter(batch_size=1000):
+        yield from pc.greater(pc.fill_null(pc.list_value_length(batch[column]), 0), 0).to_pylist()
 
 
 @dataclass

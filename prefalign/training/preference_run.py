@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from prefalign.config import ConfigError
 from prefalign.losses import Weighted, read_losses, views_of
 from prefalign.training.arguments import training_arguments
-from prefalign.training.checks import needs_reference
+from prefalign.training.checks import needs_reference, reading_rejected
 from prefalign.training.frame import Start
 from prefalign.training.lora import check_quantised, check_targets
-from prefalign.training.pairs import check_columns, check_negative, check_texts, load_pairs
+from prefalign.training.pairs import check_columns, check_negative, check_rejected_side, check_texts, load_pairs
 from prefalign.training.policy import in_parts, load_policy
 from prefalign.training.preference import PreferenceTrainer
 from prefalign.training.runs import files_of
@@ -71,6 +71,7 @@ def read_inputs(config: Any, *, output: Path, trainer: Mapping[str, Any]) -> Inp
         check_negative(datasets[0], views, config.pairs, config.negative)
     for folder, dataset in zip(folders, datasets, strict=True):
         check_columns(dataset, views, folder, config.negative)
+        check_rejected_side(dataset, folder, reading_rejected(losses, arguments.loss_type))
         if needs_reference(losses, arguments.loss_type):
             check_texts(dataset, views, folder)
     held_out = datasets[1] if config.eval_pairs else None

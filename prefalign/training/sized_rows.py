@@ -11,6 +11,7 @@ from PIL import Image
 from prefalign.families import missing_end
 from prefalign.images import encode_png
 from prefalign.losses import VIEWS
+from prefalign.losses.term import EITHER
 from prefalign.records import assistant_message, user_message
 from prefalign.training.documents import Reader
 
@@ -93,7 +94,7 @@ def sized_rows(
             colours = [(shade, place % 256, (place // 256 + piece) % 256) for piece in range(size.pictures)]
             return [encode_png(_plain(size.side, colour)) for colour in colours]
 
-        other = any(VIEWS[view].images == "rejected_images" for view in views)
+        other = any(VIEWS[view].images in ("rejected_images", EITHER) for view in views)
         return {
             "id": f"{size}-{place}",
             "images": pictures(64),

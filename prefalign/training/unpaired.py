@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefalign.records import Pair
-from prefalign.training.pairs import pairs_manifest
+from prefalign.training.pairs import on_two_pictures, pairs_manifest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,11 +34,16 @@ def load_unpaired(folder: Path, *, seed: int = 0) -> Dataset:
         `rejected_images` is left out: both answers are shown with `images`.
 
     Raises:
-        ValueError: the folder holds no finished pairs, or a single one.
+        ValueError: the folder holds no finished pairs, or a single one, or pairs `on_two_pictures`.
     """
     from datasets import concatenate_datasets, load_dataset
 
     pairs_manifest(folder)
+    if apart := sum(on_two_pictures(folder)):
+        raise ValueError(
+            f"{apart} pairs of {folder} reject an answer about `rejected_images`, and KTO's rows show both answers with "
+            "`images`, where it may be right. Train on these pairs with train_preference and losses [{name: two_pictures}]."
+        )
     columns = ["id", "images", "prompt", "chosen", "rejected"]
     features = Pair.features()
     pairs = load_dataset(
