@@ -359,7 +359,7 @@ def _objects(text: str) -> list[dict[str, Any]]:
     while position >= 0:
         try:
             entry, end = decoder.raw_decode(text, position)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter of brackets in brackets, a thousand deep
             end = position + 1
         else:
             found.append(entry)

@@ -72,6 +72,31 @@ class RepeatedIds:
         return place < len(self._hashes) and bool(self._hashes[place] == bits)
 
 
+class Distinct:
+    """Counts how many different things there are, which come one at a time: 8 to 16 bytes for each, 64 while they are sorted."""
+
+    def __init__(self) -> None:
+        import numpy as np
+
+        self._known, self._new = np.empty(0, dtype=np.uint64), array("Q")
+
+    def add(self, thing: str) -> None:
+        """Count a thing, unless it has come before."""
+        self._new.append(hash_bits(thing))
+        if len(self._new) > max(4096, len(self._known)):
+            self._sort()
+
+    def __len__(self) -> int:
+        self._sort()
+        return len(self._known)
+
+    def _sort(self) -> None:
+        import numpy as np
+
+        self._known = np.union1d(self._known, np.array(self._new, dtype=np.uint64))
+        self._new = array("Q")
+
+
 class Owners:
     """One id for each thing that several rows have in common, the same whatever the order of the rows: 16 bytes a thing.
 

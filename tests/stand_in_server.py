@@ -7,6 +7,7 @@ or one that was changed on its way, is another answer. A request is known by the
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -52,8 +53,9 @@ class StandInServer:
     Attributes:
         owner: what it calls itself in its list of models.
         key: the key it wants; "" wants none.
-        faults: by name of a request, what happens to its first tries: a status, or one of `cut`, `late`, `no json`, `no answer`,
-            `no words`, `reset`.
+        faults: by name of a request, what happens to its first tries: a status, or one of `cut`, `late`, `no credit` (a 429),
+            `no json`, `nested`, `no answer`, `no words`, `reset`, `blanks` (one every 0.2 s, for 4 s, then an answer), `half`
+            (nothing for 4 s after the head of the answer).
         fails_after: answers after which it wants another key; None: it goes on.
         delay: seconds that an answer takes.
         headers: sent with every failure.
@@ -159,15 +161,21 @@ class _Handler(BaseHTTPRequestHandler):
     def _fail(self, fault: int | str) -> None:
         given = self.headers.get("Authorization", "")
         if isinstance(fault, int):
-            codes = {400: "context_length_exceeded", 402: "insufficient_quota", 422: "unsupported_value"}
+            codes = {400: "context_length_exceeded", 422: "unsupported_value"}
             error = {"message": f"fault {fault} of {given}", "code": codes.get(fault)}
             if fault == 422:
                 error["param"] = "temperature"
-            self._json({"error": error}, {402: 429, 422: 400}.get(fault, fault), self.owner.headers)
+            self._json({"error": error}, {422: 400}.get(fault, fault), self.owner.headers)
+        elif fault == "no credit":
+            self._json({"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}, 429)
+        elif fault in ("blanks", "half"):
+            self._slowly(b" " if fault == "blanks" else b"")
         elif fault == "late":
             time.sleep(3.0)
         elif fault == "no json":
             self._send(b'{"choices": [{"message": {"content": "half an ans')
+        elif fault == "nested":
+            self._send(b"[" * 100_000)
         elif fault == "no answer":
             self._json({"error": {"message": f"upstream broke for {given}"}})
         elif fault == "no words":
@@ -180,6 +188,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
             self.close_connection = True
+
+    def _slowly(self, piece: bytes) -> None:
+        """The head of an answer at once, `piece` every 0.2 s, and after 4 s the answer."""
+        body = json.dumps({"choices": [{"index": 0, "finish_reason": "stop", "message": {"content": "late"}}]}).encode()
+        self._send(piece * 20 + body, short=len(piece * 20 + body))
+        self.close_connection = True
+        with contextlib.suppress(OSError):  # who asked has gone
+            for _ in range(20):
+                self.wfile.write(piece)
+                time.sleep(0.2)
+            self.wfile.write(body)
 
     def _reply(self, asked: Asked) -> dict[str, Any]:
         body = asked.body

@@ -57,6 +57,8 @@ def test_grades_that_can_be_read(reply):
         f"{json.dumps(FIVE)} or rather {json.dumps({**FIVE, 'verbosity': 3})}",
         json.dumps({"grades": FIVE}),
         json.dumps(list(FIVE.values())),
+        '{"helpfulness": ' + "[" * 100_000,
+        '{"helpfulness": ' * 2_000,
     ],
 )
 def test_grades_that_cannot_be_read_are_missing(reply):

@@ -3,17 +3,19 @@
 import dataclasses
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from prefalign import bundled, config
 from prefalign.engines import Contrast, ImageMask, Request, Sampling, chat
-from prefalign.engines.config import EngineConfig
-from prefalign.engines.loading import load_engine
+from prefalign.engines.config import EngineConfig, ServerConfig, VllmConfig
+from prefalign.engines.loading import check_engine, load_engine
 from prefalign.engines.server import ServerError
 from prefalign.images import encode_png
 from prefalign.records import assistant_message, row_seed, user_message
 from prefalign.scenes.export import export
+from tests import stand_in_server
 from tests.stand_in_server import (
     DRAWN,
     GREEDY,
@@ -302,7 +304,16 @@ class TestRefused:
             load_engine(chosen, needs=["prefix"], stage="m")
 
     @pytest.mark.parametrize(
-        "changes", [{"adapter": "x"}, {"load_in_4bit": True}, {"dtype": "float32"}, {"processor": {"size": 9}}]
+        "changes",
+        [
+            {"adapter": "x"},
+            {"load_in_4bit": True},
+            {"dtype": "float32"},
+            {"processor": {"size": 9}},
+            {"device": "cuda:1"},
+            {"attn_implementation": "eager"},
+            {"trust_remote_code": True},
+        ],
     )
     def test_settings_of_a_model_in_this_process(self, server, changes):
         chosen = EngineConfig(MODEL, engine="openai", server=server.settings(), **changes)
@@ -311,3 +322,48 @@ class TestRefused:
         ):
             load_engine(chosen)
         assert not server.listed
+
+    def test_a_config_that_names_the_cpu_is_taken(self, server):
+        chosen = EngineConfig(MODEL, engine="openai", device="cpu", server=server.settings())
+        assert load_engine(chosen).fingerprint == MODEL
+
+    @pytest.mark.parametrize(
+        ("chosen", "message"),
+        [
+            (
+                EngineConfig("scenes", server=ServerConfig(base_url="http://host/v1", cache=Path("kept"))),
+                r"^server.base_url, server.cache would be read by nothing: the engine is transformers.* server.cache null where",
+            ),
+            (
+                EngineConfig("scenes", engine="vllm", server=ServerConfig(concurrency=4)),
+                r"^server.concurrency would be read by nothing: the engine is vllm.* \(server.concurrency 16 where a config",
+            ),
+            (
+                EngineConfig("scenes", vllm=VllmConfig(tensor_parallel_size=8)),
+                r"^vllm.tensor_parallel_size would be read by nothing: the engine is transformers.* belongs to `engine: vllm`",
+            ),
+            (
+                EngineConfig(MODEL, engine="openai", vllm=VllmConfig(enforce_eager=True)),
+                r"^vllm.enforce_eager would be read by nothing: the engine is openai.* \(vllm.enforce_eager false where",
+            ),
+        ],
+    )
+    def test_settings_of_an_engine_that_was_not_chosen(self, chosen, message):
+        for asked in (check_engine, load_engine):
+            with pytest.raises(ValueError, match=message):
+                asked(chosen)
+
+    @pytest.mark.parametrize("name", ["/mnt/models/Qwen2.5-VL-7B", "/model", "~/qwen", r"C:\models\qwen"])
+    def test_a_model_that_is_served_under_its_path(self, server, monkeypatch, name):
+        monkeypatch.setattr(stand_in_server, "MODEL", name)
+        with pytest.raises(
+            ValueError, match=r"Start the server with a name \(vLLM and SGLang: --served-model-name, llama"
+        ) as told:
+            load_engine(EngineConfig(name, engine="openai", server=server.settings()))
+        assert str(told.value).startswith(f"model_name_or_path is {name!r}, the path that a server calls a model by")
+        assert not server.listed
+
+    def test_names_with_strokes_are_names(self, server, monkeypatch):
+        monkeypatch.setattr(stand_in_server, "MODEL", "Qwen/Qwen2.5-VL-7B-Instruct")
+        chosen = EngineConfig("Qwen/Qwen2.5-VL-7B-Instruct", engine="openai", server=server.settings())
+        assert load_engine(chosen).fingerprint == "Qwen/Qwen2.5-VL-7B-Instruct"

@@ -1,10 +1,15 @@
 """`make -C datagen push`: a stage's folder on a stand-in Hub, private, checked, and read back."""
 
+import errno
 import json
 import os
+import random
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -12,7 +17,8 @@ from huggingface_hub import DatasetCard, constants
 
 from prefalign import cli
 from prefalign.hub import publish
-from prefalign.hub.dataset_card import dataset_card, read_rows
+from prefalign.hub.dataset_card import RowStatistics, dataset_card, read_rows
+from prefalign.hub.staging import Base, stage
 from prefalign.hub.upload import PublishError, upload
 from prefalign.images import encode_png
 from prefalign.manifest import Manifest, read_manifest
@@ -106,6 +112,80 @@ def test_push_needs_a_repository(tmp_path):
     assert "push needs the repository: REPO=OWNER/NAME" in done.stderr
 
 
+@pytest.mark.parametrize("other", ["MODEL=someone/vlm", "DATA=rows.jsonl", "CONFIG=own.yaml", "PAIRS="])
+def test_push_needs_a_folder_and_takes_no_other(tmp_path, other):
+    """Not the folder that one is in, which may be a finished stage's too."""
+    save_pairs(tmp_path / "pairs")
+    done = make(tmp_path / "pairs", "push", "REPO=me/x", "ARGS=--dry-run", other)
+    assert done.returncode == 2
+    assert "push needs the finished folder that it puts on the Hub: FROM=folder" in done.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pairs"]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_what_is_pushed_is_linked_beside_the_folder_and_gone_afterwards(online, tmp_path, monkeypatch, beside):
+    """Where nothing can be written there it is where the system has its own."""
+    folder = save_pairs(tmp_path / "here" / "pairs")
+    (tmp_path / "system").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "system"))
+    make_folder, seen = tempfile.mkdtemp, []
+
+    def mkdtemp(suffix=None, prefix=None, dir=None):
+        if not beside and dir == tmp_path / "here":
+            raise PermissionError(13, "Permission denied", str(dir))
+        return make_folder(suffix, prefix, dir)
+
+    def look(staged, *arguments, **more):
+        seen.append((staged.parent.parent, {file.name: os.stat(file).st_nlink for file in staged.glob("data/*")}))
+        return upload(staged, *arguments, **more)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr(publish, "upload", look)
+    monkeypatch.setattr(publish, "in_fresh_process", lambda staged: {"columns": []})
+    publish.publish_dataset(folder, "tester/rows", private=True)
+    [(where, links)] = seen
+    assert where == tmp_path / ("here" if beside else "system")
+    assert links == {f"train-{number:05d}.parquet": 2 for number in range(3)}
+    sent = online.repositories["dataset", "tester/rows"].files
+    for number in range(3):
+        name = f"data/train-{number:05d}.parquet"
+        assert sent[name] == (folder / name).read_bytes()
+    assert list((tmp_path / "here").iterdir()) == [folder]
+    assert not any((tmp_path / "system").glob(".prefalign*"))
+
+
+def test_files_are_copied_where_there_are_no_links_or_the_copy_stays(tmp_path, monkeypatch):
+    folder = save_pairs(tmp_path / "pairs")
+    shard = "data/train-00000.parquet"
+
+    def staged(name, **how):
+        stage(folder, tmp_path / name, publish.DATASET_FILES, Base("unknown"), **how)
+        assert (tmp_path / name / shard).read_bytes() == (folder / shard).read_bytes()
+        return (tmp_path / name / shard).stat().st_ino == (folder / shard).stat().st_ino
+
+    (tmp_path / "elsewhere.parquet").write_bytes((folder / shard).read_bytes())
+    (folder / shard).unlink()
+    (folder / shard).symlink_to("../../elsewhere.parquet")
+    assert staged("linked", link=True)
+    assert not (tmp_path / "linked" / shard).is_symlink()
+    assert not staged("kept")
+
+    def refused(*files):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    assert not staged("without", link=True)
+
+    def full(*files):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(
+        PublishError, match=r"no room in .*full for a copy of config.json \(0.0 GB\). Make room there, or move"
+    ):
+        staged("full", link=True)
+
+
 def test_nothing_is_sent_when_a_check_fails(online, tmp_path, capsys):
     pair = Pair(id="1", images=[encode_png(picture(0))], prompt=[user_message("what ?", images=1)],
                 chosen=[assistant_message(f"my key is {SECRET}")], rejected=[assistant_message("no")], method="bdhs")  # fmt: skip
@@ -158,6 +238,43 @@ def test_a_card_shows_the_first_rows_and_why_others_went(tmp_path):
     preview = card(tmp_path / "graded")
     assert 'response {"total": 2.0}: ' + ("long " * 60).strip() in preview
     assert preview.count("```text") == 1
+
+
+def test_a_card_counts_rows_without_keeping_them(tmp_path):
+    """The figures of 2,000 rows with 750 pictures, in memory that the digests of the pictures alone would not fit in."""
+    rng = random.Random(0)
+    words, margins = [rng.randrange(1, 90) for _ in range(2_000)], [rng.random() for _ in range(2_000)]
+    statistics = RowStatistics()
+    tracemalloc.start()
+    for number, (count, margin) in enumerate(zip(words, margins, strict=True)):
+        shown, other = ({"bytes": b"%d of %d" % (number // each, each), "path": None} for each in (4, 8))
+        row = {"id": str(number), "images": [shown], "rejected_images": [other], "margin": margin}
+        statistics.add({**row, "chosen": [assistant_message("word " * count)]})
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    table = statistics.as_table()
+    assert table["distinct pictures"] == "750"
+    assert table["words in `chosen`"] == f"mean {sum(words) / 2_000:.1f}, from {min(words)} to {max(words)}"
+    assert table["margin"] == f"mean {sum(margins) / 2_000:.3f}, from {min(margins):.3f} to {max(margins):.3f}"
+    assert "words in `rejected`" not in table
+    assert taken < 60_000
+
+
+@pytest.mark.parametrize(
+    ("rows", "name"),
+    [
+        (1, "n<1K"), (999, "n<1K"), (1_000, "1K<n<10K"), (99_999, "10K<n<100K"), (999_999, "100K<n<1M"), (1_000_000, "1M<n<10M"),
+        (50_000_000, "10M<n<100M"), (999_999_999, "100M<n<1B"), (10**9, "1B<n<10B"), (10**12 - 1, "100B<n<1T"), (10**12, "n>1T"),
+    ],
+)  # fmt: skip
+def test_sizes_have_the_names_of_the_hubs_list(tmp_path, rows, name):
+    folder = save_pairs(tmp_path / "pairs")
+    statistics, schema = read_rows(sorted(folder.glob("data/*.parquet")))
+    statistics.rows = rows
+    written = dataset_card(
+        "me/x", manifest=read_manifest(folder), statistics=statistics, schema=schema, size=1, license=None
+    )
+    assert DatasetCard(written).data.size_categories == [name]
 
 
 def test_a_card_says_what_is_known_of_benchmark_pictures(tmp_path):

@@ -8,9 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from prefalign import hub
 from prefalign.hub import publish, release_checks
+from prefalign.hub.dataset_card import read_rows
 from prefalign.hub.release_checks import CheckError
 from prefalign.images import encode_png
-from prefalign.records import Pair, assistant_message, user_message
+from prefalign.records import Candidates, Pair, assistant_message, user_message
 from prefalign.store import OutputConfig, write_records
 from tests.hub_folders import SECRET, copy, save_adapter, save_pairs, save_trained
 from tests.tiny_vlms import picture
@@ -202,3 +203,15 @@ def test_secret_and_path_in_rows_are_refused(tmp_path):
         hub.publish_dataset(tmp_path / "pairs", "me/x", dry_run=True)
     assert "column meta: absolute path" in str(error.value)
     assert "column rejected" not in str(error.value)
+
+
+def test_a_path_beside_an_answer_is_refused_and_one_in_it_is_not(tmp_path):
+    row = Candidates("row0", [encode_png(picture(0))], [user_message("what ?", images=1)],
+                     [{"text": "it shows /home/of/dogs", "generator": "scenes"}])  # fmt: skip
+    write_records("t", [row], output=OutputConfig(tmp_path / "fine"), record=Candidates, settings={}, seed=0)
+    assert read_rows([tmp_path / "fine" / "data" / "train-00000.parquet"])[0].rows == 1
+    row.responses[0] |= {"generator": "/mnt/models/Qwen2.5-VL-7B", "text": f"my key is {SECRET}"}
+    write_records("t", [row], output=OutputConfig(tmp_path / "leaky"), record=Candidates, settings={}, seed=0)
+    with pytest.raises(CheckError, match=r"row row0, column responses: absolute path /mnt/models/\.\.\.") as error:
+        read_rows([tmp_path / "leaky" / "data" / "train-00000.parquet"])
+    assert "row row0, column responses: Hugging Face token hf_A" in str(error.value)

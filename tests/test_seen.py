@@ -3,7 +3,7 @@
 import random
 import tracemalloc
 
-from prefalign.seen import Owners, RepeatedIds, SeenIds
+from prefalign.seen import Distinct, Owners, RepeatedIds, SeenIds
 
 
 def test_seen_ids_tell_new_from_known_from_changed():
@@ -28,6 +28,17 @@ def test_repeated_ids():
     assert "row2000" not in repeated
     assert len(RepeatedIds([])) == len(RepeatedIds(["1"])) == 0
     assert "1" not in RepeatedIds(["1"])
+
+
+def test_different_things_are_counted_however_often_and_whenever_they_come():
+    counted, things = Distinct(), [f"picture{number % 7000}" for number in range(30_000)]
+    assert len(counted) == 0
+    random.Random(0).shuffle(things)
+    for place, thing in enumerate(things):
+        counted.add(thing)
+        if place in (0, 10, 9_999):
+            assert len(counted) == len(set(things[: place + 1]))
+    assert len(counted) == 7000
 
 
 def test_one_row_owns_what_several_have_whatever_their_order():
@@ -65,3 +76,17 @@ def test_memory_a_row():
     assert found["repeated"][1] <= 24
     assert found["owners"][0] == 16
     assert found["owners"][1] <= 64
+
+
+def test_memory_a_different_thing():
+    """Whenever it is looked at, 8 to 16 bytes for each of 20,000 things that come three times, and 64 at most."""
+    kept = Distinct()
+    kept.add("")
+    assert len(kept) == 1
+    tracemalloc.start()
+    for number in range(60_000):
+        kept.add(str(number % 20_000))
+    stays, most = (size / 20_000 for size in tracemalloc.get_traced_memory())
+    tracemalloc.stop()
+    assert 8 <= stays <= 17  # of a list as it grows an eighth is empty
+    assert most <= 66

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +36,7 @@ class ServerConfig:
         api_key_env: name of the environment variable that holds the key; the key itself is never written down.
         concurrency: requests under way at once.
         requests_per_minute: at most so many are started in a minute; 0: no limit.
-        timeout: seconds until a request without an answer counts as failed.
+        timeout: seconds until a try whose answer is not whole counts as failed.
         max_retries: tries after the first, with growing pauses, of what a server refuses for the moment (429, 5xx), of timeouts
             and of cut connections.
         cache: file that keeps answers, so that a rerun pays nothing; None: none are kept.
@@ -64,3 +65,22 @@ class EngineConfig(ModelConfig):
     engine: Literal["transformers", "vllm", "openai"] = "transformers"
     vllm: VllmConfig = field(default_factory=VllmConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+
+
+def check_sections(config: EngineConfig) -> None:
+    """Refuse settings of an engine that was not chosen, which nothing would read.
+
+    Raises:
+        ValueError: naming what is set in `vllm` or `server` and belongs to another engine than `config.engine`.
+    """
+    for name, owner in (("vllm", "vllm"), ("server", "openai")):
+        section = getattr(config, name)
+        plain = type(section)()
+        own = {entry.name: getattr(plain, entry.name) for entry in fields(plain)}
+        given = [f"{name}.{key}" for key, default in own.items() if getattr(section, key) != default]
+        if given and config.engine != owner:
+            off = ", ".join(f"{key} {json.dumps(own[key.partition('.')[2]])}" for key in given)
+            raise ValueError(
+                f"{', '.join(given)} would be read by nothing: the engine is {config.engine}, and this belongs to "
+                f"`engine: {owner}`. Set engine to {owner}, or leave it out ({off} where a config has another)."
+            )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from prefalign.checkpoints import check_model
 from prefalign.engines import Engine, require
-from prefalign.engines.config import EngineConfig
+from prefalign.engines.config import EngineConfig, check_sections
 from prefalign.models import ModelConfig
 
 
@@ -22,10 +22,12 @@ def load_engine(
         stage: its name, for the message.
 
     Raises:
-        ValueError: if the engine lacks one of `needs`, before weights are read.
+        ValueError: if the engine lacks one of `needs`, or a setting cannot be used, before weights are read.
         ModelError: see `check_engine`.
         ServerError: likewise.
     """
+    if isinstance(config, EngineConfig):
+        check_sections(config)
     if isinstance(config, EngineConfig) and config.engine == "vllm":
         from prefalign.engines import vllm_loading
 
@@ -56,6 +58,8 @@ def check_engine(config: ModelConfig, *, needs: Sequence[str] = (), stage: str =
         ModelError: if there is no such model, it is no vision-language model, or its weights or processor are not whole.
         ServerError: if no server answers, it refuses the key, or has no such model.
     """
+    if isinstance(config, EngineConfig):
+        check_sections(config)
     if isinstance(config, EngineConfig) and config.engine == "vllm":
         from prefalign.engines import vllm_loading
 

@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from prefalign.engines import USAGE, Completion, FirstToken, ImageAttention, Request, Sampling, require
@@ -40,6 +41,9 @@ PLAIN: dict[str, dict[str, float]] = {
 takes its own defaults or those of the checkpoint's author."""
 CONTINUES = ("vllm", "sglang")
 """Servers that go on with an answer that is begun."""
+OWN_DEVICE = {"adapter": None, "load_in_4bit": False, "dtype": "auto", "processor": None, "device": "auto",
+              "attn_implementation": None, "trust_remote_code": False}  # fmt: skip
+"""Settings of a model in this process, which no server is told, and their defaults."""
 TOP = 20
 """Most likely tokens that servers tell of: OpenAI's limit, and vLLM's unless it is started with another."""
 
@@ -67,7 +71,7 @@ class OpenAIEngine:
         revision: what tells weights of one name apart; part of the fingerprint.
 
     Raises:
-        ValueError: if the settings cannot be used.
+        ValueError: if the settings cannot be used, or the model's name is a path.
         ServerError: if no server answers, it refuses the key, or has no such model.
     """
 
@@ -76,6 +80,7 @@ class OpenAIEngine:
     def __init__(self, model: str, settings: ServerConfig | None = None, *, revision: str | None = None) -> None:
         self.settings = settings or ServerConfig()
         _check_settings(self.settings)
+        _check_name(model)
         self.model = model
         self.fingerprint = f"{model}@{revision}" if revision else model
         self.replies = Replies(self.settings.cache) if self.settings.cache is not None else None
@@ -305,8 +310,12 @@ def load_engine(config: EngineConfig, *, needs: Sequence[str] = (), stage: str =
         ServerError: if no server answers, it refuses the key, or has no such model.
     """
     require(OpenAIEngine, needs, stage)
-    for name, off in (("adapter", None), ("load_in_4bit", False), ("dtype", "auto"), ("processor", None)):
-        if (value := getattr(config, name)) != off:
+    for name, off in OWN_DEVICE.items():
+        value = getattr(config, name)
+        if value != off and (name, value) != (
+            "device",
+            "cpu",
+        ):  # "no GPU here", as configs that run anywhere say, is true
             raise ValueError(
                 f"{name} is {value!r}, and a server decides itself what it loads, and how. Set {name} to {json.dumps(off)}, "
                 "start the server so, and give the name that it serves the model under as model_name_or_path."
@@ -345,6 +354,15 @@ def _check_settings(settings: ServerConfig) -> None:
             raise ValueError(f"server.{name} is {value}; give {least} or more.")
     if settings.timeout <= 0:
         raise ValueError(f"server.timeout is {settings.timeout:g}; give the seconds until a request counts as failed.")
+
+
+def _check_name(model: str) -> None:
+    if model.startswith("~") or PurePosixPath(model).is_absolute() or PureWindowsPath(model).is_absolute():
+        raise ValueError(
+            f"model_name_or_path is {model!r}, the path that a server calls a model by which was given no name. Every row and "
+            "its id would hold it: the same model elsewhere makes other ids, and `prefalign publish` refuses rows with paths. "
+            "Start the server with a name (vLLM and SGLang: --served-model-name, llama.cpp: --alias), and give that."
+        )
 
 
 def _refusal(what: str, *, owner: str | None = None) -> ValueError:

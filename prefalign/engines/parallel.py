@@ -91,7 +91,7 @@ def ask_all(
 
 
 def _wait(threads: Sequence[threading.Thread], server: Server) -> None:
-    """Wait for what is under way, since it is paid for; an interrupt meanwhile gives it up."""
+    """Wait for what is under way, since it is paid for; an interrupt meanwhile, or the end of its time, gives it up."""
     try:
         soon = time.monotonic() + 0.3  # idle threads, and those that were to try again, end by themselves
         for thread in threads:
@@ -101,8 +101,11 @@ def _wait(threads: Sequence[threading.Thread], server: Server) -> None:
                 "waiting for %d answers under way, at most %g s; Ctrl-C again leaves them",
                 len(busy), server.settings.timeout,
             )  # fmt: skip
+        until = time.monotonic() + server.settings.timeout
         for thread in busy:
-            thread.join()
+            thread.join(max(0.0, until - time.monotonic()))
+        if any(thread.is_alive() for thread in busy):
+            server.close()
     except KeyboardInterrupt:
         server.close()
         raise

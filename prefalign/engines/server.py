@@ -1,7 +1,8 @@
 """The connection to an OpenAI-compatible server: its key, its models, tries with growing pauses, and what its faults mean.
 
 Tries and pauses are the OpenAI library's. What it does not watch is added where every try passes: a limit of requests per minute
-before it is sent, and a look at what came back, so that a body which is no answer counts as a failed try like any other.
+before it is sent, a limit of time for the whole answer (the library's counts between two bytes), and a look at what came back, so
+that a body which is late or no answer counts as a failed try like any other.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -45,6 +47,22 @@ class RequestFailed(Exception):
 
 class Stopped(Exception):
     """A request that was not sent because the call it belongs to has stopped."""
+
+
+class _InTime(httpx2.SyncByteStream):
+    """The body of a response, which fails as late when a piece of it comes after the time it had."""
+
+    def __init__(self, body: httpx2.SyncByteStream, request: httpx2.Request, until: float) -> None:
+        self.body, self.request, self.until = body, request, until
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self.body:
+            if time.monotonic() > self.until:
+                raise httpx2.ReadTimeout("the answer was not whole in time", request=self.request)
+            yield piece
+
+    def close(self) -> None:
+        self.body.close()
 
 
 class _Client(openai.OpenAI):
@@ -153,16 +171,21 @@ class Server:
         self._stopping.wait(start - now)
         if self._stopping.is_set():
             raise Stopped
+        request.extensions.setdefault("until", time.monotonic() + self.settings.timeout)
 
     def _after(self, response: httpx2.Response) -> None:
-        """Raise what the library takes for a failed try if a body that should be an answer is none."""
+        """Raise what the library takes for a failed try if a body comes late, or should be an answer and is none."""
+        extensions = response.request.extensions
+        assert isinstance(response.stream, httpx2.SyncByteStream)
+        response.stream = _InTime(response.stream, response.request, extensions["until"])
+        extensions["timeout"]["read"] = max(0.001, extensions["until"] - time.monotonic())
         if response.status_code != 200:
             return
         response.read()
         asked = "chat completion" if response.request.url.path.endswith("/chat/completions") else "list of models"
         try:
             body = response.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             body = None
         if not (_is_completion(body) if asked == "chat completion" else _is_list(body)):
             shown = self._shown(response.text)
@@ -202,6 +225,8 @@ class Server:
         if isinstance(error, openai.APIStatusError):
             if error.status_code in (401, 403):
                 return self._locked(error)
+            if _no_credit(error):
+                return self._unpaid(error)
             if error.status_code == 404:
                 return ServerError(
                     f"{self.address}/models is not there (404). Set server.base_url (or OPENAI_BASE_URL) to the address up to "
@@ -212,13 +237,14 @@ class Server:
 
     def _meaning(self, error: openai.OpenAIError) -> RequestFailed | ServerError:
         """What a chat completion that failed says about this request, or about all."""
-        tries = f"in {self.settings.max_retries + 1} tries" if self.settings.max_retries else "in the one try it had"
+        made = _tries(error)
+        tries = f"in {made} tries" if made > 1 else "in the one try it had"
         cause = error.__cause__
         if isinstance(cause, (httpx2.ConnectError, httpx2.ConnectTimeout)):
             return self._gone(cause)
         if isinstance(error, openai.APITimeoutError):
             return RequestFailed(
-                f"no answer within {self.settings.timeout:g} s {tries}. Raise server.timeout, or lower server.concurrency."
+                f"no whole answer within {self.settings.timeout:g} s {tries}. Raise server.timeout, or lower server.concurrency."
             )
         if isinstance(error, openai.APIConnectionError):
             if isinstance(cause, httpx2.DecodingError):
@@ -233,8 +259,8 @@ class Server:
                 f"{self.address} answers {self._told(error)} when {self.model!r} is asked. Set model_name_or_path to a model "
                 "that it serves for chat."
             )
-        if error.code == "insufficient_quota":
-            return ServerError(f"{self.address}: {self._told(error)}. Add credit to the account, then start again.")
+        if _no_credit(error):
+            return self._unpaid(error)
         unsupported = error.code in ("unsupported_parameter", "unsupported_value")
         if error.status_code == 400 and (unsupported or error.param in SETTINGS):
             return ServerError(
@@ -255,6 +281,9 @@ class Server:
             f"{self.address} refuses the key in the environment variable {name} ({error.status_code}). Put a valid key for this "
             "address there, one that may list models and use them."
         )
+
+    def _unpaid(self, error: openai.APIStatusError) -> ServerError:
+        return ServerError(f"{self.address}: {self._told(error)}. Add credit to the account, then start again.")
 
     def _gone(self, cause: BaseException | None) -> ServerError:
         return ServerError(
@@ -311,6 +340,17 @@ def _key(settings: ServerConfig, address: str) -> str:
             "it again."
         )
     return key
+
+
+def _tries(error: openai.OpenAIError) -> int:
+    """How often a request was sent that failed: fewer times than it may be, if the server wants no other try."""
+    request = getattr(error, "request", None)
+    return int(request.headers.get("x-stainless-retry-count", 0)) + 1 if request is not None else 1
+
+
+def _no_credit(error: openai.APIStatusError) -> bool:
+    """Whether an account is empty: OpenAI says so with a 429, others (OpenRouter, DeepSeek) with 402."""
+    return error.status_code == 402 or error.code == "insufficient_quota"
 
 
 def _is_completion(body: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from prefalign.hub.release_checks import refuse, scan_row
 from prefalign.images import sha256
 from prefalign.manifest import Manifest
 from prefalign.records import ON_TWO_PICTURES, message_text, normalise_messages
+from prefalign.seen import Distinct
 
 IMPORTED = "import_published"
 PREVIEW_ROWS = 3
@@ -36,25 +38,46 @@ COLUMNS = {
 
 
 @dataclass
+class Spread:
+    """Mean, least and greatest of numbers that come one at a time and are not kept."""
+
+    count: int = 0
+    total: float = 0
+    least: float = math.inf
+    greatest: float = -math.inf
+
+    def add(self, number: float) -> None:
+        """Count one number."""
+        self.count += 1
+        self.total += number
+        self.least, self.greatest = min(self.least, number), max(self.greatest, number)
+
+    @property
+    def mean(self) -> float:
+        """The sum by the count."""
+        return self.total / self.count
+
+
+@dataclass
 class RowStatistics:
-    """Counts over the rows of a data set, one row at a time."""
+    """Counts over the rows of a data set, one row at a time; of a picture 8 to 16 bytes are kept, of a row nothing."""
 
     rows: int = 0
-    pictures: set[str] = field(default_factory=set)
+    pictures: Distinct = field(default_factory=Distinct)
     methods: Counter[str] = field(default_factory=Counter)
     generators: Counter[str] = field(default_factory=Counter)
-    words: dict[str, list[int]] = field(default_factory=lambda: {"chosen": [], "rejected": []})
+    words: dict[str, Spread] = field(default_factory=lambda: {"chosen": Spread(), "rejected": Spread()})
     rejected_images: int = 0
     on_two_pictures: int = 0
     scenes: int = 0
-    margins: list[float] = field(default_factory=list)
+    margins: Spread = field(default_factory=Spread)
     preview: list[str] = field(default_factory=list)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Count one Parquet row (pictures encoded)."""
         self.rows += 1
-        self.pictures.update(sha256(picture) for picture in row.get("images") or [])
-        self.pictures.update(sha256(picture) for picture in row.get("rejected_images") or [])
+        for picture in [*(row.get("images") or []), *(row.get("rejected_images") or [])]:
+            self.pictures.add(sha256(picture))
         self.rejected_images += bool(row.get("rejected_images"))
         if row.get("method"):
             self.methods[row["method"]] += 1
@@ -66,10 +89,10 @@ class RowStatistics:
         facts = row.get("facts")
         self.scenes += _is_scene(json.loads(facts) if isinstance(facts, str) and facts else {})
         if row.get("margin") is not None:
-            self.margins.append(row["margin"])
+            self.margins.add(row["margin"])
         for side, counts in self.words.items():
             if row.get(side):
-                counts.append(len(message_text(normalise_messages(row[side])).split()))
+                counts.add(len(message_text(normalise_messages(row[side])).split()))
         if len(self.preview) < PREVIEW_ROWS:
             self.preview.append(_shown(row))
 
@@ -81,12 +104,11 @@ class RowStatistics:
         if self.generators:
             table["rows by generator"] = counted(self.generators)
         for side, counts in self.words.items():
-            if counts:
-                mean = sum(counts) / len(counts)
-                table[f"words in `{side}`"] = f"mean {mean:.1f}, from {min(counts)} to {max(counts)}"
-        if self.margins:
-            mean = sum(self.margins) / len(self.margins)
-            table["margin"] = f"mean {mean:.3f}, from {min(self.margins):.3f} to {max(self.margins):.3f}"
+            if counts.count:
+                table[f"words in `{side}`"] = f"mean {counts.mean:.1f}, from {counts.least} to {counts.greatest}"
+        if self.margins.count:
+            margins = self.margins
+            table["margin"] = f"mean {margins.mean:.3f}, from {margins.least:.3f} to {margins.greatest:.3f}"
         if self.rejected_images:
             table["rows with another picture"] = f"{self.rejected_images:,}"
         if self.on_two_pictures:
@@ -235,10 +257,12 @@ def _is_scene(facts: Any) -> bool:
 
 
 def _size_category(rows: int) -> str:
-    for limit, name in ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")):
-        if rows < limit:
-            return name
-    return "n>1M"
+    """The Hub's name for so many rows, one of its list: `n<1K`, `1K<n<10K`, ..., `100B<n<1T`, `n>1T`."""
+    names = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+    place = next((place for place in range(len(names)) if rows < 1_000 * 10**place), len(names))
+    if place in (0, len(names)):
+        return f"n<{names[0]}" if place == 0 else f"n>{names[-1]}"
+    return f"{names[place - 1]}<n<{names[place]}"
 
 
 def _type_name(column: str, arrow: str) -> str:

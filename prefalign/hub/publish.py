@@ -246,9 +246,9 @@ def _publish(
         _check_replaceable(target)
     else:
         check_login()
-    with tempfile.TemporaryDirectory(dir=_parent(target) if dry_run else None, prefix=".prefalign-publish-") as scratch:
+    with _scratch(_parent(target), elsewhere=not dry_run) as scratch:
         staged = Path(scratch) / "staged"
-        left_out = stage(folder, staged, patterns, base)
+        left_out = stage(folder, staged, patterns, base, link=not dry_run)
         refuse(scan_folder(staged))
         (staged / "README.md").write_text(describe(staged), encoding="utf-8")
         refuse(scan_folder(staged))
@@ -273,6 +273,18 @@ def _check_replaceable(target: Path) -> None:
     ours = card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace")
     if target.exists() and not ours and (not target.is_dir() or any(target.iterdir())):
         raise PublishError(f"{target} is there already and was not written by a dry run. Give another --output.")
+
+
+def _scratch(parent: Path, *, elsewhere: bool) -> tempfile.TemporaryDirectory[str]:
+    """A folder for a while beside the one to publish, where files can be linked; or where the system has such, if nothing can be
+    written there."""
+    prefix = ".prefalign-publish-"
+    try:
+        return tempfile.TemporaryDirectory(dir=parent, prefix=prefix)
+    except OSError:
+        if not elsewhere:
+            raise
+        return tempfile.TemporaryDirectory(prefix=prefix)
 
 
 def _parent(target: Path) -> Path:

@@ -38,7 +38,7 @@ ABSOLUTE_PATH = re.compile(
 VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "vocab.txt")
 TEXT_SUFFIXES = (".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".jinja", ".py", ".csv")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-ROW_PATH_COLUMNS = ("images", "rejected_images", "meta", "facts")
+ROW_PATH_COLUMNS = ("images", "rejected_images", "meta", "facts", "responses")
 QUESTION = "Describe this image."
 SMALLEST_CHANGE = 1e-6
 
@@ -68,13 +68,25 @@ def scan_folder(folder: Path) -> list[str]:
 
 
 def scan_row(row: Mapping[str, Any]) -> list[str]:
-    """Look for secrets in all text of a data row, and for absolute paths where rows keep provenance and file names."""
+    """Look for secrets in all text of a data row, and for absolute paths where rows keep provenance and file names.
+
+    What a model answered may show a path: it is not looked for in texts of answers, those in `responses` among them.
+    """
     findings = []
     for column, value in row.items():
-        for text in _strings(value):
-            found = scan_text(text, paths=column in ROW_PATH_COLUMNS)
-            findings += [f"column {column}: {finding}" for finding in found]
+        for text, paths in _cells(column, value):
+            findings += [f"column {column}: {finding}" for finding in scan_text(text, paths=paths)]
     return findings
+
+
+def _cells(column: str, value: Any) -> Iterator[tuple[str, bool]]:
+    """Texts of a row's column, each with whether paths are looked for in it."""
+    if column == "responses" and isinstance(value, str):
+        for response in json.loads(value):
+            for name, item in response.items():
+                yield from ((text, name != "text") for text in _strings(item))
+    else:
+        yield from ((text, column in ROW_PATH_COLUMNS) for text in _strings(value))
 
 
 def scan_text(text: str, *, paths: bool = True) -> list[str]:

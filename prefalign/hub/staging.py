@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fnmatch
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -161,8 +164,23 @@ def _local_base(recorded: str, folder: Path) -> Path | None:
     return found
 
 
-def stage(folder: Path, staged: Path, patterns: Sequence[str], base: Base) -> list[str]:
-    """Bring over the files that belong, machine paths taken out of their configs; returns what was left out."""
+def stage(folder: Path, staged: Path, patterns: Sequence[str], base: Base, *, link: bool = False) -> list[str]:
+    """Bring over the files that belong, machine paths taken out of their configs.
+
+    Args:
+        folder: a run's folder, or a finished stage's.
+        staged: the folder to make.
+        patterns: names that belong.
+        base: what was trained from.
+        link: take files that need no change by hard links, which take no room, where the file system has them. For a folder that
+            is not kept: who writes into a linked file writes into the run's.
+
+    Returns:
+        What was left out.
+
+    Raises:
+        PublishError: a file is damaged, or there is no room for a copy of it.
+    """
     staged.mkdir()
     left_out = set()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -176,10 +194,27 @@ def stage(folder: Path, staged: Path, patterns: Sequence[str], base: Base) -> li
         destination.parent.mkdir(exist_ok=True)
         text = _portable_text(file, base) if name in WITHOUT_PATHS else None
         if text is None:
-            shutil.copyfile(file, destination)
+            _bring(file, destination, link)
         else:
             destination.write_text(text, encoding="utf-8")
     return sorted(left_out)
+
+
+def _bring(file: Path, destination: Path, link: bool) -> None:
+    """Link a file, or copy it where that cannot be done (another file system, one without links, somebody else's file)."""
+    if link:
+        with contextlib.suppress(OSError):
+            os.link(file.resolve(), destination)
+            return
+    try:
+        shutil.copyfile(file, destination)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise PublishError(
+            f"no room in {destination.parent} for a copy of {file.name} ({file.stat().st_size / 1e9:.1f} GB). Make room there, "
+            "or move the folder to a file system that has it."
+        ) from error
 
 
 def _portable_text(file: Path, base: Base) -> str | None:

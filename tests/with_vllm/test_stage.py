@@ -17,8 +17,9 @@ def finished(tmp_path_factory):
     assert export.returncode == 0, said
     rows = {}
     for engine in ("transformers", "vllm"):
+        of_vllm = ("--model.vllm.enforce_eager", "true") if engine == "vllm" else ()
         run = prefalign("run", "sample_responses", "--config", "datagen/sample_responses_scenes", "--model.engine", engine,
-                        "--model.vllm.enforce_eager", "true", "--data.path", folder / "prompts", "--output.path", folder / engine,
+                        *of_vllm, "--data.path", folder / "prompts", "--output.path", folder / engine,
                         "--output.block_size", 4, "--num_generations", 1, "--sampling.temperature", 0)  # fmt: skip
         said, _ = run.communicate()
         assert run.returncode == 0, said
