@@ -265,6 +265,7 @@ def test_a_wrong_number_of_what_is_there_is_wrong_and_agrees(count, number, corr
     response = conversation(says, reference, asked=list(says), rules="presence", number=number)
     assert scores(response) == {"correct": correct, "consistent": 2}
     assert scores(response, conditional=True)["consistent"] == conditional
+    assert scores(response, numbers=False) == {"correct": 3, "consistent": 2}
     assert Symbolic().accuracy([response])["question_accuracy"] == pytest.approx(correct / 3)
 
 
