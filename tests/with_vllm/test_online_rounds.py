@@ -89,8 +89,8 @@ def test_each_round_samples_from_what_the_round_before_trained(finished, tmp_pat
     ]  # fmt: skip
     trained = merge_adapters([str(run / "round-1" / "policy")], tmp_path / "merged")
     assert drawn == [
-        {checkpoint_fingerprint(ModelConfig("scenes"))},
-        {checkpoint_fingerprint(ModelConfig(str(trained)))},
+        {engine_fingerprint(checkpoint_fingerprint(model), load_processor(model))}
+        for model in (ModelConfig("scenes"), ModelConfig(str(trained)))
     ]
 
 
