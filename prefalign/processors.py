@@ -1,7 +1,7 @@
 """What tells processors apart: the same weights with another chat template, tokenizer or picture size answer otherwise.
 
 The fingerprint of an engine is that of its weights and that of its processor, `0123456789abcdef-01234567`. The latter is of what
-decides the tokens and pixels of a prompt, and not of files: paths, versions and what a call has set (padding) stay out.
+decides a prompt's tokens and pixels and a reply's text, and not of files: paths, versions and what a call has set (padding) stay out.
 """
 
 from __future__ import annotations
@@ -70,13 +70,16 @@ def _image_processor(image_processor: Any) -> dict[str, Any]:
 
 
 def _tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """Of a tokenizer: how it cuts text, and the tokens that a template can name."""
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    """Of a tokenizer: how it cuts text and joins tokens, and the tokens that a template can name."""
+    python = {
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
+    }
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # written in Python
-        return {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "special": special}
+        return {**python, "class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     whole = json.loads(backend.to_str())
-    return {"special": special, **{name: part for name, part in whole.items() if name not in ("padding", "truncation")}}
+    return {**python, **{name: part for name, part in whole.items() if name not in ("padding", "truncation")}}
 
 
 def _digest(content: Any) -> str:

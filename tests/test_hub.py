@@ -264,7 +264,9 @@ def test_evaluations_that_are_refused(tmp_path, trained, evaluations):
         publish._check_same_weights({"fingerprint": "abc", "settings": {}}, {"fingerprint": "123"})
     publish._check_same_weights({"fingerprint": ""}, {"fingerprint": "123"})
     weights = "0123456789abcdef"
-    with pytest.raises(PublishError, match="same weights with another chat template, .* of the folder 0.*-bbbbbbbb.*as it is"):
+    with pytest.raises(
+        PublishError, match="same weights with another chat template, .* of the folder 0.*-bbbbbbbb.*as it is"
+    ):
         publish._check_same_weights({"fingerprint": f"{weights}-aaaaaaaa"}, {"fingerprint": f"{weights}-bbbbbbbb"})
 
 

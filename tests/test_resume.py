@@ -289,6 +289,12 @@ def test_a_base_that_was_trained_again_is_another_run(tiny_llava, pairs, tmp_pat
     base = Path(shutil.copytree(tiny_llava, tmp_path / "base"))
     values = recipe_values(base, pairs, tmp_path / "run")
     RECIPE.main(build(RECIPE.Config, values))
+    processor = base / "processor_config.json"
+    settings = processor.read_text()
+    processor.write_text(settings.replace('"patch_size": 14', '"patch_size": 7'))
+    with pytest.raises(RunError, match="model: its chat template, tokenizer or image processor is another now"):
+        RECIPE.main(build(RECIPE.Config, values))
+    processor.write_text(settings)
     tensors = load_file(base / "model.safetensors")
     tensors["language_model.lm_head.weight" if "language_model.lm_head.weight" in tensors else "lm_head.weight"] += 0.5
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})

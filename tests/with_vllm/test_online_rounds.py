@@ -11,7 +11,8 @@ import yaml
 
 from prefalign.adapters import merge_adapters
 from prefalign.engines.fingerprints import checkpoint_fingerprint
-from prefalign.models import ModelConfig
+from prefalign.models import ModelConfig, load_processor
+from prefalign.processors import engine_fingerprint
 from prefalign.records import Candidates
 from prefalign.scenes.export import export
 from prefalign.store import read_records
