@@ -1,7 +1,8 @@
 """What tells processors apart: the same weights with another chat template, tokenizer or picture size answer otherwise.
 
 The fingerprint of an engine is that of its weights and that of its processor, `0123456789abcdef-01234567`. The latter is of what
-decides a prompt's tokens and pixels and a reply's text, and not of files: paths, versions and what a call has set (padding) stay out.
+decides a prompt's tokens and pixels and a reply's text, and not of files: paths, versions and what a call has set (padding) stay
+out.
 """
 
 from __future__ import annotations
