@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from prefalign import families
 from prefalign.checkpoints import ModelError, check_family, check_weights, resolve
 from prefalign.models import ModelConfig, fingerprint, load_model, load_processor
+from prefalign.processors import image_processor_fingerprint, weights_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +64,7 @@ class Embedder:
 
     Attributes:
         feature: what is taken of the model, never `auto`.
-        fingerprint: identity of the vectors: the model's weights and the feature.
+        fingerprint: identity of the vectors: the model's weights, the image processor and the feature.
     """
 
     def __init__(self, model: Any, image_processor: Any, *, feature: str, batch_size: int, weights: str = "") -> None:
@@ -72,7 +73,7 @@ class Embedder:
             image_processor: what prepares its pictures.
             feature: one of `FEATURES`.
             batch_size: pictures in one forward pass.
-            weights: fingerprint of the model, computed if left out.
+            weights: fingerprint of the model's weights, computed if left out.
 
         Raises:
             ModelError: if the model has no vision encoder or lacks the feature.
@@ -83,7 +84,8 @@ class Embedder:
         self._tower = _vision_tower(self.model)
         self._one_by_one = False
         self.feature = _feature(feature, self.model, self._tower)
-        self.fingerprint = f"{weights or fingerprint(model)}-{self.feature}"
+        prepares = image_processor_fingerprint(image_processor)
+        self.fingerprint = f"{weights or fingerprint(model)}-{prepares}-{self.feature}"
 
     def embed(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Vectors of pictures.
@@ -191,7 +193,7 @@ def load_embedder(config: EmbedderConfig, engine: Any = None) -> Embedder:
                 "process to take it from. Name a model that embeds pictures, such as openai/clip-vit-large-patch14."
             )
         return Embedder(engine.model, engine.processor.image_processor, feature=config.feature,
-                        batch_size=config.batch_size, weights=engine.fingerprint)  # fmt: skip
+                        batch_size=config.batch_size, weights=weights_of(engine.fingerprint))  # fmt: skip
     named = _named(config)
     source, _, revision = resolve(named)
     try:

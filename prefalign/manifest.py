@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from prefalign.processors import OTHER_PROCESSOR, weights_of
+
 LIBRARIES = ("torch", "transformers", "datasets", "pyarrow", "pillow", "trl", "peft", "accelerate")
 
 _FULL_DISK = (
@@ -106,4 +108,5 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
         for key in sorted({*before, *now}):
             yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
     elif before != now:
-        yield f"{name}: {str(before)[:60]} -> {str(now)[:60]}"
+        same_weights = isinstance(before, str) and isinstance(now, str) and weights_of(before) == weights_of(now)
+        yield f"{name}: {str(before)[:60]} -> {str(now)[:60]}{f' ({OTHER_PROCESSOR})' if same_weights else ''}"

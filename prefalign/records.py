@@ -43,7 +43,7 @@ def record_id(*, method: str, parent: str, settings: Mapping[str, Any], model: s
         method: name of the method that makes the row.
         parent: id of the row it is made from.
         settings: row-changing settings only; never engine, batch size, device or paths.
-        model: fingerprint of the generator (`models.fingerprint`).
+        model: fingerprint of the generator (`Engine.fingerprint`).
         seed: seed of the stage.
         index: number of the row among those made from one parent.
     """

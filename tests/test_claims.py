@@ -346,7 +346,7 @@ def test_the_reward_per_claim_and_what_it_cannot_open():
     assert found[0] == -round(-found[0] * 2) / 2
     assert all(map(math.isnan, found[1:]))
     (entry,) = reward.entries
-    assert re.fullmatch(r"[0-9a-f]{16}/rules", entry.reward.version)
+    assert re.fullmatch(r"[0-9a-f]{16}-[0-9a-f]{8}/rules", entry.reward.version)
     with pytest.raises(ConfigError, match="unknown key"):
         read_rewards([{"name": "claims", "labeller": SCENES, "judge": 1}])
 

@@ -12,6 +12,7 @@ from prefalign.config import ConfigError, build
 from prefalign.embeddings import Embedder, EmbedderConfig, load_embedder
 from prefalign.engines.transformers import load_engine
 from prefalign.models import ModelConfig, fingerprint, load_model, load_processor
+from prefalign.processors import image_processor_fingerprint
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {
@@ -107,7 +108,7 @@ def test_other_features_are_those_of_the_last_hidden_state(name, feature, folder
         hidden = (model if name == "dinov2" else model.vision_model)(pixels).last_hidden_state
     expected = {"cls": hidden[:, 0], "mean": hidden.mean(1), "max": hidden.max(1).values}[feature]
     np.testing.assert_allclose(embedder.embed(pictures()), unit(expected), atol=1e-6)
-    assert embedder.fingerprint == f"{fingerprint(model)}-{feature}"
+    assert embedder.fingerprint == f"{fingerprint(model)}-{image_processor_fingerprint(processor)}-{feature}"
     assert embedder.fingerprint != load(folders[name]).fingerprint
 
 
@@ -186,7 +187,8 @@ def test_own_is_the_generators_encoder_and_leaves_it_as_it_was(tiny_llava):
     found = embedder.embed(pictures())
     np.testing.assert_allclose(found, load(tiny_llava).embed(pictures()), atol=1e-6)
     assert engine.model.training
-    assert embedder.fingerprint == f"{engine.fingerprint}-mean"
+    prepares = image_processor_fingerprint(engine.processor.image_processor)
+    assert embedder.fingerprint == f"{fingerprint(engine.model)}-{prepares}-mean"
     assert load(tiny_llava).fingerprint == embedder.fingerprint
 
 

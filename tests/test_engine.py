@@ -16,6 +16,7 @@ from prefalign.engines import ImageMask, Request, Sampling
 from prefalign.engines.sampling import RepetitionPenalty, gumbel_noise
 from prefalign.engines.transformers import TransformersEngine, load_engine
 from prefalign.models import ModelConfig, fingerprint
+from prefalign.processors import processor_fingerprint
 from prefalign.records import user_message
 
 
@@ -324,9 +325,9 @@ class TestFailures:
             engine.generate(some_requests(3), GREEDY)
 
 
-def test_load_engine_knows_its_weights(tiny_llava: Path) -> None:
+def test_load_engine_knows_its_weights_and_processor(tiny_llava: Path) -> None:
     engine = load_engine(ModelConfig(str(tiny_llava)), batch_size=2)
-    assert engine.fingerprint == fingerprint(engine.model)
+    assert engine.fingerprint == f"{fingerprint(engine.model)}-{processor_fingerprint(engine.processor)}"
     assert engine.capabilities == {
         "sample",
         "logprobs",

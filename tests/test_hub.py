@@ -263,6 +263,11 @@ def test_evaluations_that_are_refused(tmp_path, trained, evaluations):
     with pytest.raises(PublishError, match="its fingerprint is abc, that of the folder 123.*`dtype: auto`"):
         publish._check_same_weights({"fingerprint": "abc", "settings": {}}, {"fingerprint": "123"})
     publish._check_same_weights({"fingerprint": ""}, {"fingerprint": "123"})
+    weights = "0123456789abcdef"
+    with pytest.raises(
+        PublishError, match="same weights with another chat template, .* of the folder 0.*-bbbbbbbb.*as it is"
+    ):
+        publish._check_same_weights({"fingerprint": f"{weights}-aaaaaaaa"}, {"fingerprint": f"{weights}-bbbbbbbb"})
 
 
 def test_wrong_usage_is_refused(trained, pairs, tmp_path):
@@ -328,14 +333,15 @@ def test_a_relative_base_is_no_name_on_the_hub(tmp_path, monkeypatch):
 def test_a_run_notes_where_its_base_was(tiny_llava):
     from prefalign.training.runs import base_file
 
-    (text,) = base_file(str(tiny_llava), "abc").values()
+    (text,) = base_file(str(tiny_llava), "abc", "12").values()
     assert json.loads(text) == {
         "name": str(tiny_llava),
         "local": str(tiny_llava.resolve()),
         "fingerprint": "abc",
+        "processor": "12",
         "changed": False,
     }
-    (text,) = base_file("owner/name", "abc").values()
+    (text,) = base_file("owner/name", "abc", "12").values()
     assert json.loads(text)["local"] is None
 
 

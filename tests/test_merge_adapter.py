@@ -209,7 +209,7 @@ def test_an_adapter_finds_its_base_from_anywhere(tiny_llava, tmp_path, monkeypat
     base = shutil.copytree(tiny_llava, tmp_path / "runs" / "sft")
     monkeypatch.chdir(tmp_path)
     made = save_adapter(Path("runs/sft"), tmp_path / "adapter")
-    (made / "base.json").write_text(base_file("runs/sft", fingerprint(load(base)))["base.json"])
+    (made / "base.json").write_text(base_file("runs/sft", fingerprint(load(base)), "0" * 8)["base.json"])
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     out = merge_adapters(["../adapter"], tmp_path / "out")
@@ -246,7 +246,7 @@ def test_an_adapter_of_quantised_weights_goes_onto_their_original(adapter, tiny_
     named = json.loads((run / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(rounded)}
     (run / "adapter_config.json").write_text(json.dumps(named))
     (run / "prefalign_config.yaml").write_text(yaml.safe_dump({"model": {"model_name_or_path": str(rounded)}}))
-    for name, text in base_file(str(rounded), "0" * 16, changed=True).items():
+    for name, text in base_file(str(rounded), "0" * 16, "0" * 8, changed=True).items():
         (run / name).write_text(text)
     with pytest.raises(ModelError, match=r"base-4bit' holds quantised weights \(awq\).*Merge into the 16-bit model"):
         merge_adapters([str(run)], tmp_path / "out")

@@ -119,7 +119,7 @@ def test_a_part_that_cannot_be_read_is_computed_again(damage, bench, tmp_path, c
 
 
 @pytest.mark.parametrize(
-    "name", ["reference", "dtype", "max_length", "negative", "seed", "template", "picture size", "route"]
+    "name", ["reference", "dtype", "max_length", "negative", "seed", "template", "tokenizer", "picture size", "route"]
 )
 def test_a_cache_made_otherwise_is_refused(name, bench, tmp_path):
     rows = rows_of(2)
@@ -145,6 +145,8 @@ def test_a_cache_made_otherwise_is_refused(name, bench, tmp_path):
         processor = Bench("llava", tmp_path / "again").processor
         if name == "template":
             processor.chat_template = processor.chat_template.replace("USER", "HUMAN")
+        elif name == "tokenizer":
+            processor.tokenizer.add_tokens(["dragonfly"])
         else:
             processor.image_processor.image_mean = [0.4, 0.5, 0.6]
         collator.processor, label = processor, "processor"

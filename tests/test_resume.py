@@ -165,7 +165,7 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     run = tmp_path / "run"
     with pytest.raises(RunError, match="resume is true and .* holds no whole checkpoint"):
         open_run(run, run_files(config, "{}"), resume=True)
-    files = run_files(config, "{}", "{}") | base_file(str(tmp_path), "aaaa")
+    files = run_files(config, "{}", "{}") | base_file(str(tmp_path), "aaaa", "0a")
     assert open_run(run, files) is None
     assert not run.exists()  # looking claims nothing
     claim_run(run, files)
@@ -180,7 +180,12 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     with pytest.raises(RunError, match=r"another config \(eval_pairs: their manifest is another one now"):
         open_run(run, run_files(config, "{}", '{"rows_out": 3}'))
     with pytest.raises(RunError, match="model: its weights are others now, fingerprint aaaa -> bbbb"):
-        open_run(run, run_files(config, "{}") | base_file("x", "bbbb"))
+        open_run(run, run_files(config, "{}") | base_file("x", "bbbb", "0a"))
+    with pytest.raises(
+        RunError,
+        match=r"\(model: its chat template, tokenizer or image processor is another now, fingerprint of .* 0a -> 0b\)",
+    ):
+        open_run(run, run_files(config, "{}") | base_file("x", "aaaa", "0b"))
     whole(run / "checkpoint-5")
     assert open_run(run, run_files(config, "{}")) == run / "checkpoint-5"
     with pytest.raises(RunError, match="resume is false and .* holds checkpoint-5"):
@@ -204,11 +209,11 @@ def test_a_folder_belongs_to_one_run(tmp_path):
 
 
 def test_a_kill_while_a_folder_is_claimed_leaves_no_check_out(tmp_path):
-    files = run_files({"seed": 0}, "{}") | base_file("x", "aaaa")
+    files = run_files({"seed": 0}, "{}") | base_file("x", "aaaa", "0a")
     claim_run(tmp_path, {name: files[name] for name in list(files)[:1]})
     claim_run(tmp_path, files)
     with pytest.raises(RunError, match="pairs: their manifest is another one now.*; model: its weights are others now"):
-        open_run(tmp_path, run_files({"seed": 0}, '{"rows_out": 3}') | base_file("x", "bbbb"))
+        open_run(tmp_path, run_files({"seed": 0}, '{"rows_out": 3}') | base_file("x", "bbbb", "0a"))
     claim_run(tmp_path, run_files({"seed": 0}, '{"rows_out": 3}'))
     assert (tmp_path / "pairs_manifest.json").read_text() == "{}"
 
@@ -285,6 +290,12 @@ def test_a_base_that_was_trained_again_is_another_run(tiny_llava, pairs, tmp_pat
     base = Path(shutil.copytree(tiny_llava, tmp_path / "base"))
     values = recipe_values(base, pairs, tmp_path / "run")
     RECIPE.main(build(RECIPE.Config, values))
+    processor = base / "processor_config.json"
+    settings = processor.read_text()
+    processor.write_text(settings.replace('"patch_size": 14', '"patch_size": 7'))
+    with pytest.raises(RunError, match="model: its chat template, tokenizer or image processor is another now"):
+        RECIPE.main(build(RECIPE.Config, values))
+    processor.write_text(settings)
     tensors = load_file(base / "model.safetensors")
     tensors["language_model.lm_head.weight" if "language_model.lm_head.weight" in tensors else "lm_head.weight"] += 0.5
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})

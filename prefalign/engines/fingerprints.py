@@ -1,6 +1,7 @@
 """The fingerprint of a checkpoint's weights, for engines that hold them where nobody can look: vLLM, servers, other machines.
 
-Ids of rows depend on the weights and never on the engine, so this is `models.fingerprint` of the model as transformers loads it.
+Ids of rows depend on weights and processor and never on the engine, so this is `models.fingerprint` of the model as transformers
+loads it; `processors.engine_fingerprint` joins it with the processor's.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ Legend of shapes: `B` rows of a batch, `T` tokens, `V` vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -24,7 +23,7 @@ from prefalign.engines.sampling import RepetitionPenalty, RowNoise, check_sampli
 from prefalign.engines.stopping import SENTENCE_MARKS, Batch, Row, RowStop
 from prefalign.engines.watching import watching
 from prefalign.models import ModelConfig, fingerprint, load_model, load_processor
-from prefalign.records import canonical_json
+from prefalign.processors import engine_fingerprint
 
 
 class TransformersEngine:
@@ -34,7 +33,7 @@ class TransformersEngine:
         model: model from `models.load_model` (a `PeftModel` is fine); it may go on being trained between calls.
         processor: its processor.
         batch_size: rows in one forward pass. It changes speed and memory, not the results beyond rounding.
-        fingerprint: identity of the weights for record ids (`models.fingerprint`).
+        fingerprint: identity of weights and processor for record ids (`processors.engine_fingerprint`).
         share_prompts: run what several prompts begin with once (`sharing.py`), where the model allows it.
     """
 
@@ -368,12 +367,10 @@ def capabilities(config: Any) -> frozenset[str]:
 
 
 def load_engine(config: ModelConfig, *, batch_size: int = 16) -> TransformersEngine:
-    """Load model and processor and put an engine on them, with the fingerprint of the weights and of the processor's options."""
+    """Load model and processor and put an engine on them, with their fingerprint."""
     processor = load_processor(config)  # its faults show in no time
     model = load_model(config)
-    identity = fingerprint(model)
-    if config.processor:  # other pictures, so other rows
-        identity += "-" + hashlib.sha256(canonical_json(config.processor).encode()).hexdigest()[:8]
+    identity = engine_fingerprint(fingerprint(model), processor)
     return TransformersEngine(model, processor, batch_size=batch_size, fingerprint=identity)
 
 

@@ -38,7 +38,7 @@ class VllmEngine:
         processor: the model's processor, from `models.load_processor`.
         config: the model's transformers config.
         ends: ids that end an answer (`families.end_token_ids`).
-        fingerprint: identity of the weights for record ids (`checkpoint_fingerprint`).
+        fingerprint: identity of weights and processor for record ids (`processors.engine_fingerprint`).
         adapter: folder of a LoRA adapter that requests go through; `llm` must have been made with `enable_lora`.
     """
 

@@ -14,6 +14,7 @@ from prefalign.engines.config import EngineConfig
 from prefalign.engines.fingerprints import checkpoint_fingerprint
 from prefalign.engines.vllm import NO_SCORES, VllmEngine
 from prefalign.models import load_processor
+from prefalign.processors import engine_fingerprint
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Sizes that vLLM reserves room for (its `MaxLoRARanks`)."""
@@ -41,7 +42,7 @@ def load_engine(config: EngineConfig, *, needs: Sequence[str] = (), stage: str =
         )
     adapter = None if adapter is None else _local_adapter(adapter)
     rank = 0 if adapter is None else _lora_rank(adapter)
-    fingerprint = checkpoint_fingerprint(config)  # before vLLM takes the memory
+    fingerprint = engine_fingerprint(checkpoint_fingerprint(config), processor)  # before vLLM takes the memory
 
     from transformers import AutoConfig, GenerationConfig
     from vllm import LLM

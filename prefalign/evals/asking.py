@@ -19,7 +19,7 @@ from prefalign.evals.processes import ALONE, Share
 from prefalign.evals.reading import read_jsonl
 from prefalign.evals.reliance import Variant
 from prefalign.images import ImageError, sha256
-from prefalign.manifest import library_versions, write_atomically
+from prefalign.manifest import differences, library_versions, write_atomically
 from prefalign.records import canonical_json, message_text
 
 PREDICTIONS = "predictions.jsonl"
@@ -280,10 +280,7 @@ def _blocks(variants: Sequence[Variant], asking: Asking) -> Iterator[list[Varian
 def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
     before = read_settings(folder)
     if before and before != identity:
-        keys = {**before, **identity}
-        changed = ", ".join(
-            f"{key}: {before.get(key)} -> {identity.get(key)}" for key in keys if before.get(key) != identity.get(key)
-        )
+        changed = "; ".join(differences(before, identity))
         raise ValueError(
             f"{folder} holds replies made with other settings ({changed}). Mixing them would compare two things at once: give "
             "another `output`, or delete the folder."

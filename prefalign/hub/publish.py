@@ -37,6 +37,7 @@ from prefalign.hub.staging import (
 from prefalign.hub.upload import check_login, upload
 from prefalign.images import encode_png, open_image
 from prefalign.manifest import Manifest, read_manifest
+from prefalign.processors import OTHER_PROCESSOR, weights_of
 from prefalign.shards import whole_shards
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
@@ -334,14 +335,20 @@ def _test_set(items: Path, results: Mapping[str, Any]) -> str:
 
 
 def _check_same_weights(evaluation: Mapping[str, Any] | None, checked: Mapping[str, Any]) -> None:
-    """Refuse an evaluation of other weights (one of saved answers has no fingerprint)."""
+    """Refuse an evaluation of other weights or with another processor (one of saved answers has no fingerprint)."""
     found = (evaluation or {}).get("fingerprint")
-    if found and found != checked["fingerprint"]:
+    if not found or found == checked["fingerprint"]:
+        return
+    if weights_of(found) != weights_of(checked["fingerprint"]):
         raise PublishError(
             f"--evaluation is of other weights: its fingerprint is {found}, that of the folder {checked['fingerprint']}. A "
             "card must not show another model's numbers: evaluate this folder with `dtype: auto`, as it is checked here; weights "
             "rounded to another dtype are other weights and have another fingerprint."
         )
+    raise PublishError(
+        f"--evaluation is of {OTHER_PROCESSOR}: its fingerprint is {found}, that of the folder {checked['fingerprint']}. Users "
+        "of the folder would not get these numbers: evaluate it as it is, without other options in `model.processor`."
+    )
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

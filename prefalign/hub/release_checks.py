@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from prefalign.models import ModelConfig
+
 SECRETS = {
     "Hugging Face token": re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}"),
     "API key": re.compile(r"(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{20,}"),
@@ -163,8 +165,6 @@ def verify(folder: Path, *, base: str | None = None, picture: Path | None = None
         return _verify_dataset(folder)
     import torch
 
-    from prefalign.models import fingerprint
-
     processor = _load_processor(folder)
     model = _load_model(folder, base)
     true = _sample_picture() if picture is None else _open(picture)
@@ -188,7 +188,11 @@ def verify(folder: Path, *, base: str | None = None, picture: Path | None = None
                 f"the model answers {QUESTION!r} on a sample picture with nothing at all ({len(answer)} token(s)). "
                 "Check the chat template and the end-of-sequence token."
             )
-        report: dict[str, Any] = {"text": text, "picture_effect": picture_effect, "fingerprint": fingerprint(model)}
+        report: dict[str, Any] = {
+            "text": text,
+            "picture_effect": picture_effect,
+            "fingerprint": _fingerprint(folder, base, model),
+        }
         if (folder / "adapter_config.json").is_file():
             with model.disable_adapter():
                 report["adapter_effect"] = _change(logits, model(**inputs).logits.float())
@@ -232,15 +236,29 @@ def _load_processor(folder: Path) -> Any:
     return processor
 
 
-def _load_model(folder: Path, base: str | None) -> Any:
-    from prefalign.models import ModelConfig, load_model
+def _named(folder: Path, base: str | None) -> ModelConfig:
+    """The folder as engines name it: an adapter is put on its base."""
+    from prefalign.models import ModelConfig
 
     adapter = (folder / "adapter_config.json").is_file()
-    source = str(base) if adapter else str(folder)
+    return ModelConfig(str(base), adapter=str(folder)) if adapter else ModelConfig(str(folder))
+
+
+def _load_model(folder: Path, base: str | None) -> Any:
+    from prefalign.models import load_model
+
     try:
-        return load_model(ModelConfig(source, adapter=str(folder) if adapter else None))
+        return load_model(_named(folder, base))
     except Exception as error:
         raise CheckError(f"the model does not load ({type(error).__name__}: {_first_line(error)})") from error
+
+
+def _fingerprint(folder: Path, base: str | None, model: Any) -> str:
+    """That of an engine on the folder."""
+    from prefalign.models import fingerprint, load_processor
+    from prefalign.processors import engine_fingerprint
+
+    return engine_fingerprint(fingerprint(model), load_processor(_named(folder, base)))
 
 
 def _encode(processor: Any, picture: Image.Image, model: Any) -> Any:

@@ -17,6 +17,7 @@ from prefalign.config import to_mapping
 from prefalign.losses import Scores, read_losses, views_of
 from prefalign.manifest import differences
 from prefalign.models import ModelConfig, fingerprint, freeze, load_processor
+from prefalign.processors import processor_fingerprint
 from prefalign.training.arguments import check_precision, training_arguments
 from prefalign.training.checks import needs_reference
 from prefalign.training.distributed import claim_processes, running_processes
@@ -229,7 +230,10 @@ def train_round(
     trainer, loaded = _trainer(settings, model, pairs, output, continues=continues, seed=seed, files=files,
                                sources=sources_of(pairs))  # fmt: skip
     quantised = bool(getattr(trainer.model, "is_quantized", False))
-    trainer.files = files = files | base_file(model.model_name_or_path, loaded, changed=continues or quantised)
+    prepares = processor_fingerprint(trainer.data_collator.processor)
+    trainer.files = files = files | base_file(
+        model.model_name_or_path, loaded, prepares, changed=continues or quantised
+    )
     checkpoint = open_run(output, files, resume=resume)
     running = running_processes(trainer.accelerator, settings.trainer)
     trainer.train_dataset, fit = keep_fitting(trainer.train_dataset, trainer.data_collator)

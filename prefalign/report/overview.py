@@ -41,7 +41,7 @@ def described(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "version": prefalign.__version__,
         "manifest": manifest,
         "dropped_total": sum(manifest.dropped.values()),
-        "models": ", ".join(f"{role} {fingerprint[:16]}" for role, fingerprint in manifest.models.items()),
+        "models": ", ".join(f"{role} {fingerprint[:25]}" for role, fingerprint in manifest.models.items()),
         "provenance": {"settings": flattened(settings) or [("settings", "none")], "rest": flattened(rest)},
     }
 

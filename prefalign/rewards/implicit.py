@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 from prefalign.engines import Engine, Request
 from prefalign.engines.config import EngineConfig
 from prefalign.images import ImageError, open_image
+from prefalign.processors import weights_of
 from prefalign.rewards.reward import Response
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Implicit:
             load_engine(config, batch_size=self.batch_size, needs=NEEDS, stage=STAGE)
             for config in (self.model, self.reference)
         )
-        if policy.fingerprint == reference.fingerprint:
+        if weights_of(policy.fingerprint) == weights_of(reference.fingerprint):
             raise ValueError(
                 f"model {self.model.model_name_or_path!r} and reference {self.reference.model_name_or_path!r} have the same "
                 "weights, so every response would score 0. Give the policy after DPO, and the model that it started from."
@@ -84,7 +85,7 @@ class Implicit:
 
     @property
     def version(self) -> str:
-        """Weights of both."""
+        """Fingerprints of both."""
         return "/".join(engine.fingerprint for engine in self.engines)
 
     def score(self, responses: Sequence[Response]) -> dict[str, torch.Tensor]:

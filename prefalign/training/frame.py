@@ -13,6 +13,7 @@ from typing import Any
 from accelerate.utils import is_peft_model
 
 from prefalign.models import fingerprint, freeze, load_processor, parameter_table
+from prefalign.processors import processor_fingerprint
 from prefalign.training.arguments import check_precision
 from prefalign.training.distributed import Processes, claim_processes, prepare_processes
 from prefalign.training.policy import load_policy
@@ -72,7 +73,7 @@ def load_start(config: Any, arguments: Any, files: Mapping[str, str], *, continu
     changed = is_peft_model(model) or bool(getattr(model, "is_quantized", False))
     if config.lora is None:
         freeze(model, config.freeze)
-    note = base_file(config.model.model_name_or_path, base, changed=changed)
+    note = base_file(config.model.model_name_or_path, base, processor_fingerprint(processor), changed=changed)
     return Start(model, processor, base, {**files, **note})
 
 

@@ -28,6 +28,7 @@ from accelerate.utils import broadcast_object_list
 
 from prefalign.losses import VIEWS
 from prefalign.manifest import differences, write_atomically
+from prefalign.processors import processor_fingerprint
 from prefalign.training.documents import digest_of, picture_bytes
 from prefalign.training.scoring import run
 
@@ -155,14 +156,6 @@ def cache_settings(trainer: PreferenceTrainer, reference: str) -> dict[str, Any]
         reference: fingerprint of the reference's weights (`models.fingerprint`, taken before training).
     """
     collator, args = trainer.data_collator, trainer.args
-    processor = collator.processor
-    prepared = {
-        "class": type(processor).__name__,
-        "images": processor.image_processor.to_dict(),
-        "template": processor.chat_template,
-        "tokens": processor.tokenizer.backend_tokenizer.to_str(),
-        "arguments": {k: v for k, v in vars(processor).items() if isinstance(v, (int, float, str, bool, type(None)))},
-    }
     model = trainer.accelerator.unwrap_model(trainer.model)
     quantised = getattr(model.config, "quantization_config", None)
     shape = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_OF_THE_MODEL}
@@ -174,7 +167,7 @@ def cache_settings(trainer: PreferenceTrainer, reference: str) -> dict[str, Any]
         "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 else "none",
         "quantisation": json.loads(json.dumps(_plain(quantised), default=str)),
         "route": trainer.route.layout,
-        "processor": hashlib.sha256(json.dumps(prepared, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        "processor": processor_fingerprint(collator.processor),
         "max_length": _cut(collator.max_length, trainer.views),
         "negative": None if collator.negative is None else {**asdict(collator.negative), "seed": collator.seed},
     }

@@ -58,17 +58,19 @@ def files_of(config: Any, *folders: Path, data: str = "pairs") -> dict[str, str]
     return run_files(to_mapping(config), *manifests, data=data)
 
 
-def base_file(model_name_or_path: str, fingerprint: str, *, changed: bool = False) -> dict[str, str]:
+def base_file(model_name_or_path: str, fingerprint: str, processor: str, *, changed: bool = False) -> dict[str, str]:
     """One more of these files: the weights that the run starts from, and the folder they were in (None: the Hub's).
 
     Args:
         model_name_or_path: of the run's config.
         fingerprint: of the policy before training.
+        processor: `processors.processor_fingerprint` of what prepares its prompts.
         changed: the policy is not the base as it is stored: it brings an adapter, or is quantised.
     """
     folder = Path(model_name_or_path).expanduser()
     local = str(folder.resolve()) if folder.is_dir() else None
-    note = {"name": model_name_or_path, "local": local, "fingerprint": fingerprint, "changed": changed}
+    note = {"name": model_name_or_path, "local": local, "fingerprint": fingerprint, "processor": processor,
+            "changed": changed}  # fmt: skip
     return {BASE_FILE: json.dumps(note, indent=2)}
 
 
@@ -108,11 +110,16 @@ def open_run(
                 changed.append(f"{name.removesuffix(MANIFEST)}: their manifest is another one now")
         known = folder / BASE_FILE
         if BASE_FILE in files and known.is_file():
-            was, is_now = (
-                json.loads(text)["fingerprint"] for text in (known.read_text(encoding="utf-8"), files[BASE_FILE])
-            )
-            if was != is_now:
-                changed.append(f"model: its weights are others now, fingerprint {was} -> {is_now}")
+            was, is_now = (json.loads(text) for text in (known.read_text(encoding="utf-8"), files[BASE_FILE]))
+            if was["fingerprint"] != is_now["fingerprint"]:
+                changed.append(
+                    f"model: its weights are others now, fingerprint {was['fingerprint']} -> {is_now['fingerprint']}"
+                )
+            if was.get("processor", is_now["processor"]) != is_now["processor"]:
+                changed.append(
+                    "model: its chat template, tokenizer or image processor is another now, fingerprint of the processor "
+                    f"{was['processor']} -> {is_now['processor']}"
+                )
         if changed:
             raise RunError(
                 f"{folder} holds a run with another config ({'; '.join(changed)}). Going on would mix two runs: give another "

@@ -1,11 +1,12 @@
 """Options of the processor for families that take pictures of any size."""
 
 import pytest
-from tiny_vlms import picture, save_tiny
+from tiny_vlms import WITH_VIDEO, picture, save_tiny
 
 from prefalign.engines import Request
 from prefalign.engines.transformers import load_engine
 from prefalign.models import ModelConfig, load_processor
+from prefalign.processors import processor_fingerprint
 from prefalign.records import user_message
 
 pytestmark = pytest.mark.families
@@ -26,3 +27,20 @@ def test_a_pixel_budget_decides_what_the_model_sees(family, tmp_path):
             engine.logprobs([Request("row", [user_message("What?", 1)], [shown])], ["A cat."])[0].sum().item()
         )
     assert values[0] != values[1]
+
+
+@pytest.mark.parametrize("family", WITH_VIDEO)
+def test_a_processor_that_was_saved_again_has_the_same_fingerprint(family, tmp_path):
+    folder = save_tiny(family, tmp_path / family)
+    first = load_processor(ModelConfig(str(folder)))
+    first.save_pretrained(folder)
+    assert processor_fingerprint(load_processor(ModelConfig(str(folder)))) == processor_fingerprint(first)
+
+
+def test_a_pixel_budget_counts_and_is_the_same_once_saved(tmp_path):
+    folder = save_tiny("qwen2_vl", tmp_path / "model")
+    plain = load_processor(ModelConfig(str(folder)))
+    small = load_processor(ModelConfig(str(folder), processor={"min_pixels": 28 * 28, "max_pixels": 64 * 64}))
+    assert processor_fingerprint(small) != processor_fingerprint(plain)
+    small.save_pretrained(folder)
+    assert processor_fingerprint(load_processor(ModelConfig(str(folder)))) == processor_fingerprint(small)

@@ -14,6 +14,7 @@ from prefalign import families
 from prefalign.engines import Contrast, ImageMask, Request, Sampling
 from prefalign.engines.vllm import VllmEngine
 from prefalign.models import fingerprint
+from prefalign.processors import engine_fingerprint
 from prefalign.records import user_message
 from prefalign.scenes.world import draw, scene
 
@@ -197,8 +198,8 @@ def test_what_vllm_cannot_do_is_refused(fast):
         fast.generate(some_requests(1), Sampling(temperature=-1))
 
 
-def test_the_weights_have_the_fingerprint_that_transformers_gives_them(fast, slow):
-    assert fast.fingerprint == slow.fingerprint == fingerprint(slow.model)
+def test_it_has_the_fingerprint_that_the_transformers_engine_has(fast, slow):
+    assert fast.fingerprint == slow.fingerprint == engine_fingerprint(fingerprint(slow.model), slow.processor)
 
 
 def test_an_adapter_counts(fast, slow):

@@ -11,7 +11,8 @@ import yaml
 
 from prefalign.adapters import merge_adapters
 from prefalign.engines.fingerprints import checkpoint_fingerprint
-from prefalign.models import ModelConfig
+from prefalign.models import ModelConfig, load_processor
+from prefalign.processors import engine_fingerprint
 from prefalign.records import Candidates
 from prefalign.scenes.export import export
 from prefalign.store import read_records
@@ -89,8 +90,8 @@ def test_each_round_samples_from_what_the_round_before_trained(finished, tmp_pat
     ]  # fmt: skip
     trained = merge_adapters([str(run / "round-1" / "policy")], tmp_path / "merged")
     assert drawn == [
-        {checkpoint_fingerprint(ModelConfig("scenes"))},
-        {checkpoint_fingerprint(ModelConfig(str(trained)))},
+        {engine_fingerprint(checkpoint_fingerprint(model), load_processor(model))}
+        for model in (ModelConfig("scenes"), ModelConfig(str(trained)))
     ]
 
 
