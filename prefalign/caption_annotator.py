@@ -64,8 +64,9 @@ Answer: {answer}
 Grade:"""
 _REWRITE = """\
 You are given a caption of a picture and questions that must not be answerable from it any more. Take out exactly what answers
-them. Keep all other words and their order, and see to it that the result reads well. {added} Cover every question. First write one line for each question that says what has to go. Then write a line that
-begins with "{marker}:" and after it the new caption and nothing else."""
+them. Keep all other words and their order, and see to it that the result reads well. {added}
+Cover every question. First write one line for each question that says what has to go. Then write a line that begins with
+"{marker}:" and after it the new caption and nothing else."""
 _ADD_NOTHING = (
     "Apart from articles and the like, use no word that the caption does not have, no more general one either."
 )

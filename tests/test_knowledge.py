@@ -51,7 +51,8 @@ def test_unknown_by_hand(scores, threshold, unknown):
 
 @pytest.mark.parametrize(
     ("reply", "score"),
-    [("3", 3), (" Grade: 2.", 2), ("1 (wrong; 3 would be right)", 1), ("3/3", 3), ("1.0", 1), ("3.00", 3), ("-1", None), ("10", None), ("2.5", None),
+    [("3", 3), (" Grade: 2.", 2), ("1 (wrong; 3 would be right)", 1), ("3/3", 3), ("1.0", 1), ("3.00", 3),
+     ("-1", None), ("10", None), ("2.5", None), ("1.5", None),
      ("0", None), ("wrong", None), ("", None)],
 )  # fmt: skip
 def test_the_first_number_of_a_judgement_counts(reply, score):
