@@ -60,8 +60,8 @@ _DIGITS = re.compile(
 )
 _YES_NO = frozenset(("yes", "no"))
 _NOT = frozenset(
-    ("not", "never", "neither", "nor", "none", "nothing", "nobody", "nowhere", "without", "hardly", "cannot", "cant", "dont", "doesnt",
-     "didnt", "isnt", "arent", "wasnt", "werent", "wont", "wouldnt")
+    ("not", "never", "neither", "nor", "none", "nothing", "nobody", "nowhere", "without", "hardly", "cannot", "cant", "dont",
+     "doesnt", "didnt", "isnt", "arent", "wasnt", "werent", "wont", "wouldnt")
 )  # fmt: skip
 _CHOICE = re.compile(r"\bor\b|(?<=[^\W\d])\s?/\s?(?=[^\W\d])", re.IGNORECASE)
 _SPELLINGS = {
