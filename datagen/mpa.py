@@ -9,7 +9,7 @@ Paper: "When Big Models Train Small Ones: Label-Free Model Parity Alignment for 
 VLMs", EMNLP 2025, arXiv 2509.16633. Code: vl2g/MPA, `scripts/PA/PA.py`, `scripts/PI/PI.py`.
 Differs from the released code: answers are compared token by token, and annotations that refuse or are long are dropped
 (`matching: released` repeats its rule); a blank stands before the request for a short answer; the question keeps its mark; all
-batches are run, not the first alone; ids are unique; kept rows are not split (there 85:15 into train and validation).
+batches are run, not the first alone; ids are unique; rows are not split (there 85:15 into train and validation).
 
 Needs: rows with pictures, whose own questions are not used; the small model, and a large one for `annotator: engine`;
 `annotator: rules` takes questions and truth from the facts of the embedded world.
