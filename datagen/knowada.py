@@ -65,7 +65,7 @@ class Config:
         threshold: wrong answers of `num_generations` from which a question is unknown; lower removes more.
         least_judged: judged answers that a question needs; with fewer it is neither known nor unknown, and stays.
         least_words: share of its words that a caption has to keep.
-        allowed_words: words that a rewrite may add, such as "something".
+        allowed_words: words that a rewrite may add, such as "something"; the LLM is told them.
         rejected: rejected answers (`pairs`).
         batch_size: sequences per forward pass.
         seed: with a row's id it decides every draw.
@@ -171,7 +171,8 @@ def load_annotator(config: Config, engine: Engine) -> Annotator:
         from prefalign.engines.loading import load_engine
 
         engine = load_engine(config.llm, batch_size=config.batch_size, stage=METHOD)
-    return EngineAnnotator(engine, cache=config.cache, max_new_tokens=config.max_new_tokens, seed=config.seed)
+    return EngineAnnotator(engine, cache=config.cache, max_new_tokens=config.max_new_tokens,
+                           allowed_words=config.allowed_words, seed=config.seed)  # fmt: skip
 
 
 def row_settings(config: Config) -> dict[str, Any]:

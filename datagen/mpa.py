@@ -7,8 +7,9 @@ request for a short answer that the small model saw.
 
 Paper: "When Big Models Train Small Ones: Label-Free Model Parity Alignment for Efficient Visual Question Answering using Small
 VLMs", EMNLP 2025, arXiv 2509.16633. Code: vl2g/MPA, `scripts/PA/PA.py`, `scripts/PI/PI.py`.
-Differs from the released code: answers are compared token by token (`matching: released` repeats its substrings); a blank stands
-before the request for a short answer; the question keeps its mark; all batches are run, not the first alone; ids are unique.
+Differs from the released code: answers are compared token by token, and annotations that refuse or are long are dropped
+(`matching: released` repeats its rule); a blank stands before the request for a short answer; the question keeps its mark; all
+batches are run, not the first alone; ids are unique; rows are not split (there 85:15 into train and validation).
 
 Needs: rows with pictures, whose own questions are not used; the small model, and a large one for `annotator: engine`;
 `annotator: rules` takes questions and truth from the facts of the embedded world.
@@ -89,10 +90,11 @@ class Config:
         short_request: what is appended to a question, after a blank, when the models answer it.
         produce: `examples` or `pairs`.
         matching: `tokens`: the annotation is among an answer's words; `exact`: it is the answer; `released`: it is a substring of
-            the answer, both without white space and marks. The small model knows what any of the first and the last finds.
+            the answer, both without white space and marks. The small model knows what any of the first and the last finds;
+            with `released` and examples the last alone decides, and neither tolerance nor length counts.
         numeric_tolerance: relative difference up to which two numbers are the same; 0.05 is usual for charts.
-        max_answer_words: words and numbers of the longest answer: a longer annotation is dropped, and a longer answer of a model
-            gives no answer; null: any length.
+        max_answer_words: words and numbers of the longest answer: a longer annotation is dropped, a longer answer of the large
+            model confirms nothing (but for `released`), and one of the small model makes no pair; null: any length.
         vote: how often the large model is asked.
         sampling: how annotations and answers are drawn.
         batch_size: sequences per forward pass.
@@ -239,7 +241,11 @@ def annotate(rows: Sequence[Asked], large: Engine, config: Config) -> None:
 
 
 def _unfit(answer: str, config: Config) -> Dropped | None:
-    if not words_of(answer) or parity.is_refusal(answer):
+    if not words_of(answer):
+        return Dropped("no_answer")
+    if _as_published(config):
+        return None
+    if parity.is_refusal(answer, read=True):
         return Dropped("no_answer")
     too_long = config.max_answer_words is not None and words_of(answer) > config.max_answer_words
     return Dropped("long_answer") if too_long else None
@@ -315,7 +321,8 @@ def _unfit_rejected(row: Asked, config: Config) -> Dropped | None:
         return Dropped("small_refuses")
     if same_answer(row.small, row.answer) or parity.tokens(row.small) == parity.tokens(row.answer):
         return Dropped("small_equal")
-    if config.matching != "exact" and matches(row.small, row.answer, tolerance=config.numeric_tolerance):
+    parts = [] if config.matching == "exact" else [row.answer, *parity.choices(row.answer)]
+    if any(matches(row.small, part, tolerance=config.numeric_tolerance) for part in parts):
         return Dropped("small_part")
     too_long = config.max_answer_words is not None and words_of(row.small) > config.max_answer_words
     return Dropped("long_small_answer") if too_long else None

@@ -63,10 +63,17 @@ Answer: {answer}
 
 Grade:"""
 _REWRITE = """\
-You are given a caption of a picture and questions that must not be answerable from it any more. Take out, or make more general,
-exactly what answers them. Keep all other words and their order, add nothing that the caption does not say, and see to it that the
-result reads well. Cover every question. First write one line for each question that says what has to go. Then write a line that
-begins with "{marker}:" and after it the new caption and nothing else."""
+You are given a caption of a picture and questions that must not be answerable from it any more. Take out exactly what answers
+them. Keep all other words and their order, and see to it that the result reads well. {added}
+Cover every question. First write one line for each question that says what has to go. Then write a line that begins with
+"{marker}:" and after it the new caption and nothing else."""
+_ADD_NOTHING = (
+    "Apart from articles and the like, use no word that the caption does not have, no more general one either."
+)
+_MAY_ADD = (
+    "Where the name of something has to go but not what is said of it, put one of these words in its place: {words}. Apart from "
+    "these, articles and the like, use no word that the caption does not have, no more general one either."
+)
 _REWRITE_SHOTS = (
     (
         "A grey cat sleeps on a folded blue towel beside a window. Three flower pots stand on the sill.",
@@ -121,16 +128,26 @@ class EngineAnnotator:
         checking: the judge of rewrites.
     """
 
-    def __init__(self, engine: Engine, *, cache: Path | None = None, max_new_tokens: int = 1024, seed: int = 0) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        cache: Path | None = None,
+        max_new_tokens: int = 1024,
+        allowed_words: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
         """Args:
         engine: the LLM.
         cache: file that keeps judgements by model, caption, question and answer; None keeps none.
         max_new_tokens: longest list of questions, rewrite with its rationale, or list of statements.
+        allowed_words: words that it is told it may put in place of a name in a rewrite (those of `knowledge.rewrite_problem`).
         seed: seed of the stage.
         """
         self.engine = engine
         self.fingerprint = f"{engine.fingerprint}/{wording()}"
         self.sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0)
+        self.allowed_words = allowed_words
         self.seed = seed
         short = Sampling(max_new_tokens=30, temperature=0.0)
         self.judging = Judge(engine, wording_version("knowada-grade", _JUDGE), short, cache, retries=0)
@@ -159,7 +176,10 @@ class EngineAnnotator:
 
     def rewrite(self, items: Sequence[tuple[Captioned, Sequence[str]]]) -> list[Reply]:
         """Captions rewritten with a rationale first; `unreadable` without exactly one line that begins with the marker."""
-        prompts = [(f"{item.id}/rewrite", rewrite_prompt(item.caption, questions)) for item, questions in items]
+        prompts = [
+            (f"{item.id}/rewrite", rewrite_prompt(item.caption, questions, self.allowed_words))
+            for item, questions in items
+        ]
         return [
             _reply(completion, read_rewrite(completion.text, marker_of(item.caption)))
             for (item, _), completion in zip(items, self._ask(prompts), strict=True)
@@ -231,7 +251,7 @@ def read_questions(reply: str) -> list[str]:
 def read_score(reply: str) -> int | None:
     """The grade in a reply: its first number, if that is 1, 2 or 3; else None (so "-1", "2.5" and "10" are missing)."""
     found = _INTEGER.search(reply)
-    return int(found[0]) if found and found[0] in ("1", "2", "3") else None
+    return int(float(found[0])) if found and float(found[0]) in (1, 2, 3) else None
 
 
 def read_yes_no(reply: str) -> bool | None:
@@ -270,14 +290,21 @@ def marker_of(caption: str) -> str:
     return marker
 
 
-def rewrite_prompt(caption: str, questions: Sequence[str]) -> str:
-    """What an LLM is asked to take the answers to questions out of a caption, with four examples."""
+def rewrite_prompt(caption: str, questions: Sequence[str], allowed_words: Sequence[str] = ()) -> str:
+    """What an LLM is asked to take the answers to questions out of a caption, with four examples.
+
+    Args:
+        caption: the caption.
+        questions: what must not be answerable from it any more.
+        allowed_words: words that may stand in place of a name; others than the caption's make it a bad rewrite.
+    """
     marker = marker_of(caption)
+    added = _MAY_ADD.format(words=", ".join(allowed_words)) if allowed_words else _ADD_NOTHING
     shots = [
         f"{_asked(given, unknown)}\n\n" + "\n".join(f"- {why}" for why in reasons) + f"\n{marker}: {made}"
         for given, unknown, reasons, made in _REWRITE_SHOTS
     ]
-    return "\n\n".join([_REWRITE.format(marker=marker), *shots, _asked(caption, questions)])
+    return "\n\n".join([_REWRITE.format(marker=marker, added=added), *shots, _asked(caption, questions)])
 
 
 def _asked(caption: str, questions: Sequence[str]) -> str:
@@ -293,4 +320,5 @@ def read_rewrite(reply: str, marker: str) -> str | None:
 
 def wording() -> str:
     """Version of everything that the LLM is asked."""
-    return wording_version("knowada", question_prompt(""), _JUDGE, rewrite_prompt("", [""]), _ANSWERABLE, _STATEMENTS)
+    rewriting = (rewrite_prompt("", [""]), _MAY_ADD)
+    return wording_version("knowada", question_prompt(""), _JUDGE, *rewriting, _ANSWERABLE, _STATEMENTS)

@@ -2,10 +2,12 @@
 
 Equations: of a claim, p_yes = sum over spellings of "yes" of p(the reply begins with it | pictures, question), p_no likewise; it
 is undecided if p_yes + p_no is below a floor, else accepted if p_yes > p_no, else rejected (on a tie too). Of an answer,
-score = -(number of rejected claims), or that over the number of decided ones (`per_claim`).
+score = -(number of rejected claims), or that over the number of decided ones (`per_claim`); none if too small a share of its
+claims is decided, since an answer that nobody could judge would beat all that were judged.
 
 Source: RLAIF-V, arXiv 2405.17220, and its released pipeline. Differs from the release, besides what `prefalign.dividing` says:
-probabilities are plain ones (there after a repetition penalty); a labeller that says neither yes nor no decides nothing.
+probabilities are plain ones (there after a repetition penalty); a labeller that says neither yes nor no decides nothing, and
+an answer needs a share of decided claims.
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ class ConquerConfig:
         no: spellings of no.
         suffix: what follows every question.
         least_mass: a claim is undecided if p_yes + p_no is below this; 0: none is.
+        least_decided: share of an answer's claims that has to be decided for a score; 0: one claim is enough.
     """
 
     yes: list[str] = field(default_factory=lambda: ["yes", "Yes"])
     no: list[str] = field(default_factory=lambda: ["no", "No"])
     suffix: str = "Please answer yes or no."
     least_mass: float = 0.5
+    least_decided: float = 0.5
 
     def __post_init__(self) -> None:
         if not self.yes or not self.no or set(self.yes) & set(self.no):
@@ -45,6 +49,11 @@ class ConquerConfig:
         if not 0 <= self.least_mass <= 1:
             raise ValueError(
                 f"conquer.least_mass is {self.least_mass}; it is a probability: 0.5 wants half of all replies to be yes or no."
+            )
+        if not 0 <= self.least_decided <= 1:
+            raise ValueError(
+                f"conquer.least_decided is {self.least_decided}; it is a share of an answer's claims: 0.5 gives a score to an "
+                "answer of which half are decided."
             )
 
 
@@ -59,7 +68,7 @@ class Judgement:
         p_no: probability of no.
         verdicts: `accepted`, `rejected` or `undecided`.
         reason: why the answer has no score: `no_claims`, `too_long`, `unreadable_list`, `unequal_counts` (of claims and
-            questions), `undecided` (all claims) or `generation_failed`.
+            questions), `undecided` (too many claims) or `generation_failed`.
         error: of `generation_failed`, why splitter or labeller could not be asked; another time it may go well.
         left_out: claims with a negation that were not asked about.
     """
@@ -153,7 +162,8 @@ class ClaimJudge:
         judged.p_no = [math.fsum(reply[word] for word in self.conquer.no) for reply in replies]
         pairs = zip(judged.p_yes, judged.p_no, strict=True)
         judged.verdicts = [verdict(yes, no, self.conquer.least_mass) for yes, no in pairs]
-        if all(one == "undecided" for one in judged.verdicts):
+        decided = len(judged.verdicts) - judged.verdicts.count("undecided")
+        if decided < max(1, self.conquer.least_decided * len(judged.verdicts)):
             judged.reason = "undecided"
 
 

@@ -60,9 +60,10 @@ _DIGITS = re.compile(
 )
 _YES_NO = frozenset(("yes", "no"))
 _NOT = frozenset(
-    ("not", "never", "neither", "nor", "none", "without", "hardly", "cannot", "cant", "dont", "doesnt", "didnt", "isnt", "arent",
-     "wasnt", "werent", "wont", "wouldnt")
+    ("not", "never", "neither", "nor", "none", "nothing", "nobody", "nowhere", "without", "hardly", "cannot", "cant", "dont",
+     "doesnt", "didnt", "isnt", "arent", "wasnt", "werent", "wont", "wouldnt")
 )  # fmt: skip
+_CHOICE = re.compile(r"\bor\b|(?<=[^\W\d])\s?/\s?(?=[^\W\d])", re.IGNORECASE)
 _SPELLINGS = {
     "grey": "gray", "tyre": "tire", "kerb": "curb", "doughnut": "donut", "aeroplane": "airplane", "moustache": "mustache",
     "jewellery": "jewelry", "pyjamas": "pajamas", "aluminium": "aluminum",
@@ -71,10 +72,12 @@ _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3
 _FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 _REFUSAL = re.compile(
     r"\bi(?:'m| am) (?:sorry|not sure|unable)|\bas an ai\b|\bi (?:can't|cannot|can not|do not know|don't know)|"
-    r"\b(?:cannot|can't|can not) be (?:answered|determined|seen|read)|\bunanswerable\b|\bno answer\b|\bunknown\b|"
+    r"\b(?:cannot|can't|can not) be (?:answered|determined|seen|read)|\bunanswerable\b|"
     r"\bnot (?:enough information|possible to (?:tell|say)|visible|clear)\b",
     re.IGNORECASE,
 )
+_UNKNOWN = re.compile(r"\b(?:unknown|no answer)\b", re.IGNORECASE)
+_ONLY_UNKNOWN = re.compile(r"\W*(?:(?:it|this|the answer) is )?(?:unknown|no answer)\W*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,8 @@ def matches(
     Args:
         wanted: the short answer.
         said: the answer that is looked at. If "yes" or "no" is wanted it has to begin with that and hold no other one. One that
-            offers a choice ("red or blue") or denies it ("not really red") does not give it; a denial ends with "but". One
+            offers a choice ("red or blue", "red/blue") or denies it ("not really red", "nothing is red") does not give it; a
+            denial ends with "but". One
             that is `undecided` does not, either.
         tolerance: relative difference up to which two numbers are the same (years, dates and versions: none).
         most_words: an answer of more tokens gives none; None: of any length.
@@ -201,13 +205,23 @@ def matches(
         return len(inner) == len(outer) and all(map(_same, inner, outer, [tolerance] * len(inner)))
     if len(inner) == 1 and inner[0] in _YES_NO:
         return outer[:1] == inner and len(_YES_NO & {token for token in outer if isinstance(token, str)}) == 1
-    if "or" in outer and "or" not in inner:
+    if len(choices(said)) > 1 and len(choices(wanted)) == 1:
         return False
     return any(
         all(_same(one, other, tolerance) for one, other in zip(inner, outer[start:], strict=False))
         and not _denied(outer[:start])
         for start in range(len(outer) - len(inner) + 1)
     )
+
+
+def choices(text: str) -> list[str]:
+    """What an answer offers to choose from: the parts between "or" and slashes that stand between letters.
+
+    Example:
+        >>> choices("red or blue"), choices("blue/red"), choices("24/7")
+        (['red ', ' blue'], ['blue', 'red'], ['24/7'])
+    """
+    return _CHOICE.split(text)
 
 
 def _denied(before: Sequence[Token]) -> bool:
@@ -264,9 +278,20 @@ def read_annotation(reply: str) -> tuple[str, str] | None:
     return " ".join(found["question"].strip("* ").split()), found["answer"].strip().strip("*").strip()
 
 
-def is_refusal(text: str) -> bool:
-    """Whether an answer says that it gives none."""
-    return _REFUSAL.search(text.replace("\u2019", "'")) is not None
+def is_refusal(text: str, *, read: bool = False) -> bool:
+    """Whether an answer says that it gives none.
+
+    Args:
+        text: the answer.
+        read: it may be written in the picture, as "Unknown Soldier" or "No Answer Road": these words refuse alone only.
+
+    Example:
+        >>> is_refusal("The author is unknown."), is_refusal("Unknown Soldier", read=True), is_refusal("unknown", read=True)
+        (True, False, True)
+    """
+    if _REFUSAL.search(text.replace("\u2019", "'")):
+        return True
+    return (_ONLY_UNKNOWN.fullmatch(text) if read else _UNKNOWN.search(text)) is not None
 
 
 def with_request(question: str, request: str) -> str:

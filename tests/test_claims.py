@@ -143,6 +143,21 @@ def test_what_cannot_be_judged_has_no_score_and_a_reason():
         assert not found.verdicts
 
 
+def test_what_the_labeller_cannot_judge_does_not_beat_what_it_judged():
+    """Four accepted and one rejected claim make -1; one accepted and four undecided ones would make 0."""
+    table = {"dragon": {"No": 0.9}, "fog": {"all": 0.1}}
+    known = judge("A cat. A dog. A bird. A cup. A dragon.", table)
+    assert (known.score(), known.score(per_claim=True)) == (-1, -0.2)
+    unknown = judge("A cat. Some fog. More fog. Thick fog. Thin fog.", table)
+    assert unknown.verdicts == ["accepted", *["undecided"] * 4]
+    assert (unknown.reason, unknown.score(), unknown.score(per_claim=True)) == ("undecided", None, None)
+    half = "A cat. A dragon. More fog. Thick fog."
+    assert judge(half, table).score() == -1
+    assert judge(half, table, least_decided=0.51).reason == "undecided"
+    assert judge("A cat. Some fog. More fog.", table, least_decided=0).score() == 0
+    assert judge("Some fog.", table, least_decided=0).reason == "undecided"
+
+
 def test_equal_claims_count_once_in_either_case():
     found = judge("A dragon. A cat. a dragon! A Dragon.", {"dragon": {"No": 0.9}})
     assert found.claims == ["A dragon.", "A cat."]
@@ -279,6 +294,8 @@ def test_settings_that_say_nothing_are_refused():
         ConquerConfig(yes=["yes", "no"])
     with pytest.raises(ValueError, match="conquer.least_mass is 50; it is a probability"):
         ConquerConfig(least_mass=50)
+    with pytest.raises(ValueError, match="conquer.least_decided is 3.0; it is a share of an answer's claims"):
+        ConquerConfig(least_decided=3.0)
     with pytest.raises(ValueError, match="divide.attempts is 0 .* at least once"):
         DivideConfig(attempts=0)
 
@@ -333,6 +350,20 @@ def test_the_reward_says_which_responses_a_labeller_failed():
     assert rewards.failures[3].endswith("among them: HTTP 503")
     rewards.score(rows[:2])
     assert rewards.failures == {}
+
+
+def test_the_reward_gives_no_score_where_too_few_claims_are_decided():
+    fog = Labeller({"fog": {"all": 0.1}, "dragon": {"No": 0.9}})
+    blank = encode_png(Image.new("RGB", (60, 60), "white"), "b.png")
+    said = ["A cat. Some fog. More fog. Thick fog. Thin fog.", "A cat. A dog. A bird. A cup. A dragon."]
+    for least, expected in ((0.5, None), (0.2, 0.0)):
+        conquer = {"least_decided": least}
+        rewards = read_rewards([{"name": "claims", "labeller": SCENES, "divide": {"by": "rules"}, "conquer": conquer}])
+        reward = rewards.entries[0].reward
+        reward.judge = ClaimJudge(fog, None, RULES, reward.conquer)
+        unknown, known = rewards.score([response(text, blank) for text in said])["total"].tolist()
+        assert known == -1
+        assert math.isnan(unknown) if expected is None else unknown == expected
 
 
 def test_the_reward_per_claim_and_what_it_cannot_open():

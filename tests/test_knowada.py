@@ -233,7 +233,7 @@ def test_an_llm_asks_judges_and_rewrites_each_row_by_itself(stage, engine, promp
         grade=lambda text: "1" if "towel?" in text else "3",
     )  # fmt: skip
     known = settings(stage, rows, tmp_path)
-    outcomes = stage.process(llm_rows(prompts, 6), engine, EngineAnnotator(script), known)
+    outcomes = stage.process(llm_rows(prompts, 6), engine, EngineAnnotator(script, allowed_words=["thing"]), known)
     (made,) = outcomes[0]
     assert message_text(made.messages[-1:]) == "A grey cat sleeps on a towel. Three pots stand on the sill."
     assert [(one["question"], one["scores"], one["unknown"]) for one in made.meta["probes"]] == [
@@ -242,6 +242,7 @@ def test_an_llm_asks_judges_and_rewrites_each_row_by_itself(stage, engine, promp
         Failed("generation_failed", "the server is down"), Dropped("no_questions"), Dropped("unreadable"),
         Failed("generation_failed", "the server is down"), Dropped("cut_off")]  # fmt: skip
     rewrite = next(message_text(one.messages) for one in script.asked if one.id == "row0/rewrite")
+    assert "put one of these words in its place: thing." in rewrite
     assert rewrite.endswith(f"Caption: {CAT}\nQuestions:\n1. What colour is the towel?")
 
 
@@ -419,7 +420,9 @@ def test_settings_that_make_no_sense_are_refused(stage, rows, tmp_path, changes,
 
 def test_the_probed_model_is_loaded_once_if_it_annotates_too(stage, engine, rows, tmp_path):
     known = settings(stage, rows, tmp_path, annotator="engine", llm=SCENES["model"])
-    assert stage.load_annotator(known, engine).engine is engine
+    made = stage.load_annotator(known, engine)
+    assert made.engine is engine
+    assert made.allowed_words == known.allowed_words == ["object", "something", "someone", "thing"]
     other = settings(stage, rows, tmp_path, annotator="engine", llm={**SCENES["model"], "dtype": "float32"})
     assert stage.load_annotator(other, engine).engine is not engine
 

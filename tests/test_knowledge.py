@@ -2,6 +2,7 @@
 
 import pytest
 
+from prefalign import caption_annotator
 from prefalign.caption_annotator import (
     marker_of,
     read_labels,
@@ -50,7 +51,8 @@ def test_unknown_by_hand(scores, threshold, unknown):
 
 @pytest.mark.parametrize(
     ("reply", "score"),
-    [("3", 3), (" Grade: 2.", 2), ("1 (wrong; 3 would be right)", 1), ("3/3", 3), ("-1", None), ("10", None), ("2.5", None),
+    [("3", 3), (" Grade: 2.", 2), ("1 (wrong; 3 would be right)", 1), ("3/3", 3), ("1.0", 1), ("3.00", 3),
+     ("-1", None), ("10", None), ("2.5", None), ("1.5", None),
      ("0", None), ("wrong", None), ("", None)],
 )  # fmt: skip
 def test_the_first_number_of_a_judgement_counts(reply, score):
@@ -142,6 +144,22 @@ def test_checks_of_a_rewrite(rewritten, problem):
 )
 def test_another_form_of_a_word_is_not_new(caption, rewritten, problem):
     assert rewrite_problem(caption, rewritten, least_words=0.3) == problem
+
+
+def test_the_llm_is_told_which_words_it_may_add():
+    told = rewrite_prompt(CAT, ["What sleeps?"], ["something", "someone"])
+    assert "put one of these words in its place: something, someone." in told
+    assert "more general one" in told
+    assert "in its place" not in rewrite_prompt(CAT, ["What sleeps?"])
+    assert (
+        rewrite_problem("A grey cat sleeps.", "An animal sleeps.", least_words=0, allowed=["something"]) == "new_words"
+    )
+
+
+@pytest.mark.parametrize("shot", caption_annotator._REWRITE_SHOTS)
+def test_the_examples_of_rewrites_would_pass_the_check(shot):
+    caption, _, _, rewritten = shot
+    assert rewrite_problem(caption, rewritten, least_words=0.3) is None
 
 
 CAPTION = "There is a small red star at the top. There is a large blue ring on the left."

@@ -290,6 +290,46 @@ def test_numbers_confirm_and_reject_whole(stage, prompts, rows, tmp_path, answer
     assert found == Dropped(outcome) if outcome else isinstance(found, list)
 
 
+LONG = "these are more than ten words that stand upon one long sign"
+
+
+@pytest.mark.parametrize(
+    ("answer", "large", "tokens"),
+    [
+        ("Unknown Soldier", "Unknown Soldier", None),
+        ("No Answer Road", "It says No Answer Road.", None),
+        ("unknown", "unknown", "no_answer"),
+        ("not visible", "It is not visible.", "no_answer"),
+        (LONG, LONG, "long_answer"),
+        ("red", f"red, {LONG}", "large_disagrees"),
+        ("red", "Nothing is red", "large_disagrees"),
+    ],
+)
+def test_the_authors_rule_keeps_what_theirs_keeps_and_ours_drops_refusals(
+    stage, prompts, rows, tmp_path, answer, large, tokens
+):
+    """Theirs: the annotation is a substring of the large model's answer, and none of the small one's."""
+    said = {"annotation": f"Question: What?\nAnswer: {answer}", "large": large}
+    for changes, dropped in (
+        ({}, tokens),
+        ({"matching": "released"}, None),
+        ({"matching": "released", "produce": "pairs"}, tokens if tokens != "large_disagrees" else None),
+    ):
+        found = one(stage, prompts, llm(stage, rows, tmp_path, **changes), said, {"small": "stop"})
+        if dropped:
+            assert found == Dropped(dropped)
+        else:
+            assert found[0].meta["pseudo_answer"] == answer
+
+
+@pytest.mark.parametrize("answer", ["blue/red", "blue or red"])
+def test_one_of_what_the_annotation_offers_is_not_rejected(stage, prompts, rows, tmp_path, answer):
+    known = llm(stage, rows, tmp_path, produce="pairs")
+    said = {"annotation": f"Question: What?\nAnswer: {answer}", "large": answer}
+    assert one(stage, prompts, known, said, {"small": "Blue"}) == Dropped("small_part")
+    assert isinstance(one(stage, prompts, known, said, {"small": "green"}), list)
+
+
 def test_several_answers_of_the_large_model_vote(stage, prompts, rows, tmp_path):
     known = llm(stage, rows, tmp_path, vote={"num_generations": 3, "agreement": 0.6})
     two_of_three = {"large": "red car 2", "row_large_1": "blue"}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefalign.parity import Number, matches, read_annotation, released_match, tokens, undecided
+from prefalign.parity import Number, is_refusal, matches, read_annotation, released_match, tokens, undecided
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,14 @@ from prefalign.parity import Number, matches, read_annotation, released_match, t
         ("city centre", "the city center", True, False),
         ("four", "for", False, False),
         ("red", "red or blue", False, True),
+        ("blue", "blue/red", False, True),
+        ("red", "Blue / red.", False, True),
+        ("AC/DC", "It says AC/DC.", True, True),
+        ("5 km/h", "5 km/h", True, True),
+        ("red", "Nothing is red", False, True),
+        ("red", "Nobody wears red", False, True),
+        ("red", "Nothing but red", True, True),
+        ("nothing", "It says: nothing", True, True),
         ("red or blue", "Red or blue.", True, True),
         ("stra\u00dfe", "STRASSE", True, False),
         (
@@ -180,6 +188,23 @@ def test_the_whole_answer_can_be_asked_for():
     assert matches("two 1.5", "2, 1.6", tolerance=0.1, whole=True)
     assert not matches("yes", "Yes, it is.", whole=True)
     assert not matches("", "", whole=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "refuses", "read"),
+    [
+        ("Unknown Soldier", True, False),
+        ("No Answer Road", True, False),
+        ("unknown", True, True),
+        ("The answer is unknown.", True, True),
+        ("No answer.", True, True),
+        ("The text is not visible", True, True),
+        ("I can\u2019t tell", True, True),
+        ("No parking", False, False),
+    ],
+)
+def test_words_of_a_sign_are_no_refusal(text, refuses, read):
+    assert (is_refusal(text), is_refusal(text, read=True)) == (refuses, read)
 
 
 def test_long_answers_give_none():

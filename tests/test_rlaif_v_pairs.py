@@ -79,6 +79,15 @@ def test_what_gives_no_pair_says_why(by_hand):
     assert (message_text(pair.chosen), message_text(pair.rejected)) == (CAT.strip(), DRAGON.strip())
 
 
+def test_an_answer_that_could_not_be_judged_is_not_preferred(by_hand):
+    """One accepted and four undecided claims would score 0, four accepted and a refuted one score -1."""
+    judged = "A cat. A dog. A bird. A cup. A dragon."
+    (found,), (outcome,) = by_hand(candidates([judged, "A cat. Some fog. More fog. Thick fog. Thin fog."]))
+    assert [one["score"] for one in found["judged"]] == [-1, None]
+    assert found["judged"][1]["reason"] == "undecided"
+    assert outcome == Dropped("few_judged")
+
+
 def test_answers_at_the_length_limit_are_used_as_published_or_left_out(by_hand):
     row = candidates([DRAGON, CAT])
     row.responses[0]["finish_reason"] = "length"

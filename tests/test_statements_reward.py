@@ -146,7 +146,9 @@ def test_on_the_embedded_world_the_picture_decides():
     assert entry.reward.version == "scenes-rules-1"
 
 
-@pytest.mark.parametrize("prompt", ["_ASK", "_JUDGE", "_REWRITE", "_ANSWERABLE", "_STATEMENTS"])
+@pytest.mark.parametrize(
+    "prompt", ["_ASK", "_JUDGE", "_REWRITE", "_MAY_ADD", "_ADD_NOTHING", "_ANSWERABLE", "_STATEMENTS"]
+)
 def test_another_wording_is_another_version(reward, engine, monkeypatch, prompt):
     """So that a folder is not finished with other prompts than it was begun with."""
     monkeypatch.setattr(caption_annotator, prompt, getattr(caption_annotator, prompt) + " Be strict.")
