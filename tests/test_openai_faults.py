@@ -12,6 +12,7 @@ import sqlite3
 import time
 import traceback
 from collections import Counter
+from email.utils import formatdate
 
 import httpx2
 import pytest
@@ -102,15 +103,25 @@ def test_after_the_last_try_that_request_alone_has_failed(server, fault, message
     assert re.fullmatch(message + r"\.?", answers[0].error), answers[0].error
 
 
-@pytest.mark.parametrize("headers", [{"Retry-After": "3600"}, {"x-should-retry": "false"}])
-def test_where_a_server_wants_no_other_try_it_is_not_said_that_there_was_one(server, headers):
-    server.faults, server.headers = {"row0": [429]}, headers
+def test_where_a_server_wants_no_other_try_it_is_not_said_that_there_was_one(server):
+    server.faults, server.headers = {"row0": [429]}, {"x-should-retry": "false"}
     [answer] = engine_on(server).generate(some(1), GREEDY)
     assert len(server.asked) == 1
-    wait = "; to be asked again after 3600 s" if "Retry-After" in headers else ""
-    assert (
-        answer.error == f"request row0: the server answered 429 (fault 429 of Bearer none{wait}) in the one try it had"
-    )
+    assert answer.error == "request row0: the server answered 429 (fault 429 of Bearer none) in the one try it had"
+
+
+@pytest.mark.parametrize("wait", ["3600", formatdate(time.time() + 3600, usegmt=True)])
+@pytest.mark.parametrize("fault", [429, 503])
+def test_a_server_that_wants_to_be_left_alone_for_long_stops_the_run(server, tmp_path, fault, wait):
+    """Else every row after it would be put into quarantine, though an hour later it would have its answer."""
+    server.faults, server.headers = {"row2": [fault]}, {"Retry-After": wait}
+    engine = engine_on(server, concurrency=1, cache=tmp_path / "answers.sqlite")
+    said = rf"answers {fault} \(.*; Retry-After: {re.escape(wait)}\), and no request waits longer than 120 s\. Start the same"
+    with pytest.raises(ServerError, match=said):
+        engine.generate(some(4), GREEDY)
+    assert len(server.asked) == 3
+    assert [one.finish_reason for one in engine.generate(some(4), GREEDY)] == ["stop"] * 4
+    assert [one.name for one in server.asked[3:]] == ["row2", "row3"]
 
 
 def test_what_is_wrong_with_one_request_is_told_at_once_and_of_it_alone(server):

@@ -33,6 +33,8 @@ NO_KEY = "none"
 """What is sent where no key is set: servers that want none do not look at it."""
 QUIET = 30.0
 """Seconds between two messages about tries that failed: many requests wait at once."""
+LONGEST = 120.0
+"""Longest `Retry-After`, in seconds, for which the library waits."""
 SETTINGS = ("temperature", "top_p", "top_k", "repetition_penalty", "seed", "logprobs", "top_logprobs")
 """Settings that a server refuses for every request or for none."""
 
@@ -267,6 +269,12 @@ class Server:
                 f"{self.model!r} at {self.address} does not take the setting {error.param!r} as it is: {self._told(error)}. Set "
                 "`sampling` to what it takes; it is not left out silently."
             )
+        wait = self.client._parse_retry_after_header(error.response.headers) or 0
+        if error.status_code in (429, 503) and wait > LONGEST:
+            return ServerError(
+                f"{self.address} answers {self._told(error)}, and no request waits longer than {LONGEST:g} s. Start the same "
+                "command again after that time: what is finished is kept."
+            )
         repeated = error.status_code in (408, 409, 429) or error.status_code >= 500
         return RequestFailed(f"the server answered {self._told(error)}" + (f" {tries}" if repeated else ""))
 
@@ -296,7 +304,7 @@ class Server:
         body = error.body
         words = body.get("message") if isinstance(body, dict) else body
         wait = error.response.headers.get("retry-after")
-        after = f"; to be asked again after {wait} s" if wait and error.status_code == 429 else ""
+        after = f"; Retry-After: {wait}" if wait and error.status_code in (429, 503) else ""
         return f"{error.status_code} ({self._shown(str(words or 'without a reason'))}{after})"
 
     def _shown(self, text: str) -> str:
