@@ -229,9 +229,9 @@ def too_many(count: str, least: int | None = None) -> str:
     """Why a folder cannot have so many blocks, and what to do; `least` is the smallest block size that is enough, if known."""
     enough = "Raise --output.block_size" if least is None else f"Raise --output.block_size to {least:,} or more"
     return (
-        f"the rows make {count} blocks, and a folder has {MAX_BLOCKS:,} at most: the numbers in its shards' names have five digits, "
-        f"and with a sixth they would be read in another order than that of the rows. {enough} (with another --output.path, if "
-        "this one has blocks of that size)."
+        f"the rows make {count} blocks, and a folder has {MAX_BLOCKS:,} at most: the numbers in its shards' names have five "
+        "digits, and with a sixth they would be read in another order than that of the rows. "
+        f"{enough} (with another --output.path, if this one has blocks of that size)."
     )
 
 
