@@ -5,8 +5,10 @@
 - `candidates`: rows with several scored answers (VLFeedback's four), one thumb (TRL's unpaired rows), or two answers.
 - `examples`: the answer to imitate (the chosen one), for SFT.
 
-Layouts: `prefalign.sources.LAYOUTS`; each row's is told from its columns. No text is changed. What has no field in our rows is
-kept in `meta["columns"]` (candidates: `facts["columns"]`).
+Layouts: `prefalign.sources.LAYOUTS`; each row's is told from its columns. No text is changed, but that marks of pictures become
+blocks and the newline of LLaVA's files that parts the pictures from a question before or after them goes
+(`sources.turns.marked_blocks`); mDPO's rendered prompts become turns. What has no field in our rows is kept in `meta["columns"]`
+(candidates: `facts["columns"]`).
 
 Sources: RLHF-V (arXiv 2312.00849), RLAIF-V (2405.17220), POVID (2402.11411), STIC (2405.19716), MIA-DPO (2410.17637), mDPO
 (2406.11839), S-VCO's MVC (2502.13928), LLaVA-RLHF (2309.14525), VLFeedback (2312.10665), and the formats of TRL, LLaMA-Factory,

@@ -10,6 +10,7 @@ Needs: rows with questions (rows without a picture are sampled too, where the mo
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from prefalign import responses, sources, stages, store
 from prefalign.engines import Engine
 from prefalign.engines.config import EngineConfig
 from prefalign.manifest import Manifest
+from prefalign.pairing import AskedAttributes
 from prefalign.records import Candidates, Prompt
 from prefalign.responses import ResponseSampling
 from prefalign.sources import DataConfig
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 METHOD = "sample_responses"
+FIGURES = "attributes.json"
 
 
 @dataclass
@@ -40,6 +43,8 @@ class Config:
         sampling: how they are drawn.
         conversations: ask all linked questions of a row one after the other (`facts.rules.questions`), for rules that judge whole
             conversations; a response's `earlier` are then the answers before its `text`.
+        attributes: what a model trained on SteerLM rows is asked for, and whether lines that leak into its answers are taken
+            out; `attributes.json` then counts them. null: the question as it is.
         batch_size: sequences per forward pass.
         seed: with a row's id and an answer's number it decides the draw.
     """
@@ -50,6 +55,7 @@ class Config:
     num_generations: int = 4
     sampling: ResponseSampling = field(default_factory=ResponseSampling)
     conversations: bool = False
+    attributes: AskedAttributes | None = None
     batch_size: int = 16
     seed: int = 0
 
@@ -63,16 +69,25 @@ def main(config: Config) -> Manifest:
 
     sources.files_of(config.data)
     engine = load_engine(config.model, batch_size=config.batch_size)
-    return store.run_stage(
+    manifest = store.run_stage(
         METHOD,
         config.data,
         lambda block: process(block, engine, config),
         output=config.output,
         record=Candidates,
-        settings=responses.row_settings(config.num_generations, config.sampling, conversations=config.conversations),
+        settings=responses.row_settings(
+            config.num_generations, config.sampling, conversations=config.conversations, attributes=config.attributes
+        ),
         seed=config.seed,
         models={"generator": engine.fingerprint},
     )
+    if config.attributes is not None and config.attributes.strip:
+        folder = config.output.path
+        drawn = (response for row in stages.columns_of(folder, "responses") for response in row["responses"])
+        found = stages.write_figures(folder, FIGURES, lambda: responses.stripped_counts(drawn))
+        print(f"{METHOD}: attribute lines were taken out of {found['attributes_stripped']} of {found['answers']} answers",
+              file=sys.stderr)  # fmt: skip
+    return manifest
 
 
 def process(block: list[Prompt], engine: Engine, config: Config) -> list[Outcome]:
@@ -86,7 +101,7 @@ def process(block: list[Prompt], engine: Engine, config: Config) -> list[Outcome
 
     def work(rows: list[tuple[Prompt, list[Image.Image]]]) -> list[Outcome]:
         drawn = draw(rows, engine, config.sampling, num_generations=config.num_generations, method=METHOD,
-                     seed=config.seed)  # fmt: skip
+                     seed=config.seed, attributes=config.attributes)  # fmt: skip
         return [row if isinstance(row, Failed) else [row] for row in drawn]
 
     return stages.in_order(block, prepare, work)

@@ -36,6 +36,7 @@ CAUSES = {
 UNANSWERED = ("generation_failed", "judge_failed")
 """Reasons for which a row has failed that may not hold another time: a model or a server gave no answer."""
 OF_EVERY_STAGE = ("config.json", "manifest.json")
+MAX_BLOCKS = 100_000  # shards are read in order of their names, by `datasets` too, and names have five digits
 MAX_BLOCK_BYTES = 2**31 - 2**20  # Arrow's limit on the bytes of one list column, less what frames them
 
 
@@ -205,7 +206,12 @@ def commit(
         shard: `to_parquet` of its records; None: no shard.
         quarantine: rows of `quarantined`; none: no file.
         ledger: counts and ids of the block.
+
+    Raises:
+        StoreError: for the 100,001st block.
     """
+    if number >= MAX_BLOCKS:
+        raise StoreError(too_many(f"more than {MAX_BLOCKS:,}"))
     failures = folder / "quarantine" / f"{number:05d}.jsonl"
     file = folder / "data" / f"train-{number:05d}.parquet"
     if quarantine:
@@ -217,6 +223,16 @@ def commit(
     else:
         file.unlink(missing_ok=True)
     write_atomically(ledger_file(folder, number), json.dumps(ledger).encode())
+
+
+def too_many(count: str, least: int | None = None) -> str:
+    """Why a folder cannot have so many blocks, and what to do; `least` is the smallest block size that is enough, if known."""
+    enough = "Raise --output.block_size" if least is None else f"Raise --output.block_size to {least:,} or more"
+    return (
+        f"the rows make {count} blocks, and a folder has {MAX_BLOCKS:,} at most: the numbers in its shards' names have five "
+        "digits, and with a sixth they would be read in another order than that of the rows. "
+        f"{enough} (with another --output.path, if this one has blocks of that size)."
+    )
 
 
 def quarantined(index: int, row: Mapping[str, Any] | BadRow, reason: str, message: str) -> dict[str, Any]:

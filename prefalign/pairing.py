@@ -3,7 +3,8 @@
 Source: Li, Lin and Pei, "Multi-modal Preference Alignment Remedies Regression of Visual Instruction Tuning on Language
 Model", arXiv 2402.10884: the gap rule of the released data notebook, rejection sampling, SteerLM's attribute line; what makes a
 usable pair after Amirloo et al., arXiv 2407.02477. Differs from the release: besides a random rejected answer the worst or the
-nearest one can be taken, attributes may stand in the system turn, and attribute lines that leak into answers can be stripped.
+nearest one can be taken, attributes may stand in the system turn, and attribute lines that leak into answers can be stripped
+(`AskedAttributes`).
 
 Answers are `Candidates.responses` (mappings with `text`, `scores`, `finish_reason`); qualities are one number for each, None
 where a score is missing. Everything is a pure function of its arguments; draws come from a `random.Random` or a seed.
@@ -17,7 +18,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from prefalign.records import Message, assistant_message, row_seed, user_message
@@ -321,6 +322,45 @@ def strip_attributes(text: str) -> str:
     """
     found = _LEAKED.sub("", text)
     return found if found == text else found.strip()
+
+
+@dataclass
+class AskedAttributes:
+    """What a model trained on SteerLM rows is asked for, written as its training wrote it, and what is done about leaks.
+
+    Attributes:
+        values: value of each score, by the names and in the order of the rows' `steerlm.attributes` (published: helpfulness,
+            correctness and coherence 4, complexity and verbosity 2); empty: the question is left as it is, as in the rows that
+            lost their line (`drop_prob`).
+        decimals: `steerlm.decimals` of the rows.
+        place: `steerlm.place` of the rows.
+        strip: take attribute lines out of answers (`strip_attributes`) before they are scored or shown again.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    decimals: int = 0
+    place: Literal["user", "system"] = "user"
+    strip: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.values and not self.strip:
+            raise ValueError(
+                "attributes: no value is asked for and nothing is stripped, so the section does nothing. Give `values`, as in "
+                "{judge/helpfulness: 4}, or leave the section out."
+            )
+        if wrong := [name for name, value in self.values.items() if not math.isfinite(value)]:
+            raise ValueError(
+                f"attributes.values: {wrong[0]} is {self.values[wrong[0]]}, which no row of training has. Give a grade (0 to 4)."
+            )
+
+    def asked(self, messages: Sequence[Message]) -> list[Message]:
+        """The conversation that asks for these values: that of a row of `make_steerlm` without its answer."""
+        line = attribute_line(self.values, list(self.values), decimals=self.decimals) if self.values else None
+        return list(messages) if line is None else with_attributes(messages, line, self.place)
+
+    def stripped(self, answer: str) -> str:
+        """An answer without leaked lines, or as it is if they stay."""
+        return strip_attributes(answer) if self.strip else answer
 
 
 def _gap(values: Mapping[int, float], one: int, other: int) -> float:

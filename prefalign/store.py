@@ -57,7 +57,8 @@ class OutputConfig:
 
     Attributes:
         path: folder of the stage's output.
-        block_size: inputs per block; one block is one batch of work, one shard and one step of progress.
+        block_size: inputs per block; one block is one batch of work, one shard and one step of progress. A folder has 100,000
+            blocks at most.
         max_quarantine: stop when more rows than this have failed.
     """
 
@@ -112,7 +113,8 @@ def run_stage(
         The manifest, also written to `manifest.json`.
 
     Raises:
-        StoreError: if the folder belongs to another config, too many rows failed, nothing was left, or the disk is full.
+        StoreError: if the folder belongs to another config, too many rows failed, nothing was left, the disk is full, or the rows
+            make more than 100,000 blocks.
     """
     job = Job(stage, data, output, record, dict(settings), seed, dict(models or {}), reads)
     if (worker := WORKER.get()) is not None:
@@ -141,7 +143,7 @@ def write_records(
     """Write records that are cheap to make again (an export): same folder layout, one shard per block, no resume, no checks.
 
     Raises:
-        StoreError: if the folder belongs to another config or the disk is full.
+        StoreError: if the folder belongs to another config, the disk is full, or the records make more than 100,000 blocks.
     """
     folder = output.path
     identity = folders.identity_of(stage, settings, seed, output.block_size)
@@ -205,10 +207,12 @@ def run_job(job: Job, spread: Spread, shard: Shard) -> Manifest:
         print(f"{job.stage}: {folder} is already complete ({done.rows_out} rows)", file=sys.stderr)
         return done
     total, repeated = sources.survey(job.data)
+    count = math.ceil(total / job.output.block_size)
+    if count > blocks.MAX_BLOCKS:
+        raise StoreError(blocks.too_many(f"{count:,}", math.ceil(total / blocks.MAX_BLOCKS)))
     with folders.claimed(folder, identity, alone=shard.alone):
         ledgers = Ledgers(folder)
         _run_blocks(job, spread, shard, ledgers, total, repeated)
-        count = math.ceil(total / job.output.block_size)
         if missing := ledgers.missing(count):
             raise LeftToOthers(
                 f"shard {shard.number}/{shard.count} of {job.stage} has done its blocks; {missing} of {count} in {folder} are "

@@ -74,7 +74,8 @@ class Config:
         scenes: the embedded world.
         files: benchmarks from files.
         reliance: the image-reliance probe.
-        asking: decoding (greedy unless given; `contrast`: M3ID), block size, and `describe_first`: describe and respond (STIC).
+        asking: decoding (greedy unless given; `contrast`: M3ID), block size, `describe_first`: describe and respond (STIC), and
+            `attributes`: what a model trained on SteerLM rows is asked for.
         baseline: folder of another evaluation of the same items, to compare with.
         output: folder of this evaluation.
         batch_size: rows in one forward pass.
@@ -109,6 +110,7 @@ def main(config: Config) -> dict[str, Any]:
     scored = scoring.score_all(items, variants, replies, vocabularies)
     scoring.write_items(config.output / "items.jsonl", scored)
     results = sum_up(config, items, scored, settings)
+    results["notes"] += leaked(replies)
     write_atomically(config.output / "results.json", (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
     show(results, config.output)
     return results
@@ -301,9 +303,16 @@ def other_decoding(settings: dict[str, Any], baseline: Path) -> list[str]:
     return [
         f"only {'this run' if key in settings else 'the baseline'} used asking.{key} ({(settings | before)[key]}): the "
         "difference to the baseline is that of the decoding too"
-        for key in ("contrast", "describe_first")
+        for key in ("contrast", "describe_first", "attributes")
         if (key in settings) != (key in before)
     ]
+
+
+def leaked(replies: Sequence[Prediction]) -> list[str]:
+    """A note on replies that lost a leaked attribute line, if any did."""
+    count = sum(reply.unstripped is not None for reply in replies)
+    known = f"attribute lines were taken out of {count} of {len(replies)} replies (`unstripped` in predictions.jsonl)"
+    return [known] if count else []
 
 
 def show(results: dict[str, Any], folder: Path) -> None:

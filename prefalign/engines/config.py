@@ -17,7 +17,8 @@ class VllmConfig:
     Attributes:
         tensor_parallel_size: GPUs that one copy of the model is spread over.
         gpu_memory_utilization: share of a GPU's memory that weights and KV cache may take.
-        max_model_len: longest prompt with its answer, in tokens; None: the model's own.
+        max_model_len: longest prompt with its answer, in tokens; None: the model's own. Lower takes less memory and changes no
+            row: a request that does not fit, or whose answer it would cut off, fails and says so.
         enforce_eager: no CUDA graphs: starts faster, generates more slowly.
     """
 

@@ -40,6 +40,8 @@ class VllmEngine:
         ends: ids that end an answer (`families.end_token_ids`).
         fingerprint: identity of weights and processor for record ids (`processors.engine_fingerprint`).
         adapter: folder of a LoRA adapter that requests go through; `llm` must have been made with `enable_lora`.
+        own_context: positions of the model, where `max_model_len` may be fewer. Rows do not depend on that: an answer that it
+            alone would cut off is an error.
     """
 
     capabilities: frozenset[str] = frozenset({"sample", "logprobs", "prefix", "first_token"})
@@ -53,6 +55,7 @@ class VllmEngine:
         ends: Sequence[int],
         fingerprint: str = "",
         adapter: str | Path | None = None,
+        own_context: int | None = None,
     ) -> None:
         self.llm = llm
         self.processor = processor
@@ -61,6 +64,7 @@ class VllmEngine:
         self.ends = list(ends)
         self.fingerprint = fingerprint
         self.context = int(llm.llm_engine.model_config.max_model_len)
+        self.own_context = max(own_context or 0, self.context)
         self.visual_tokens = families.visual_tokens(processor, config)
         words = int(llm.llm_engine.model_config.get_vocab_size())
         banned = families.banned_token_ids(processor, config, keep=self.ends)
@@ -76,7 +80,8 @@ class VllmEngine:
         """One completion per request, in order.
 
         Requests about the same pictures go to vLLM one after the other, so that it finds their prefill in its cache. A request
-        that cannot be put to the model comes back alone with `finish_reason` `error`.
+        that cannot be put to the model, or whose answer only `max_model_len` cut off, comes back alone with `finish_reason`
+        `error`.
 
         Args:
             requests: what to answer.
@@ -94,7 +99,13 @@ class VllmEngine:
         rows = self._rows(requests, [""] * len(requests), done)
         for row, prompt, output in self._run(rows, done, lambda row: self._sampling(row.request, sampling)):
             new = list(output.outputs[0].token_ids)
-            done[row.index] = drawn_completion(self.tokenizer, self.ends, row.request, prompt[-CONTEXT_TAIL:], new)
+            said = drawn_completion(self.tokenizer, self.ends, row.request, prompt[-CONTEXT_TAIL:], new)
+            cut = (
+                self.context < self.own_context
+                and said.finish_reason == "length"
+                and len(new) < sampling.max_new_tokens
+            )
+            done[row.index] = _error(row.request, cut_message(row.request, len(new), self.context)) if cut else said
             USAGE.new_tokens += len(new)
         return [done[index] for index in range(len(requests))]
 
@@ -262,6 +273,11 @@ class VllmEngine:
         after = re.search(r"\(length (\d+)\).* is longer than the maximum model length", str(error), re.DOTALL)
         length = error.value if getattr(error, "parameter", None) == "input_tokens" else after and after[1]
         if length:
+            if self.context < self.own_context:
+                return (
+                    f"the prompt has {length} tokens, and model.vllm.max_model_len is {self.context} (the model has "
+                    f"{self.own_context} positions). Raise it."
+                )
             return (
                 f"the prompt has {length} tokens, and the model has {self.context} positions. Use fewer or smaller "
                 "pictures, or less text."
@@ -279,6 +295,15 @@ def in_picture_order(rows: Sequence[Row]) -> list[Row]:
     pictures = {row.index: b"".join(digests[id(image)] for image in row.request.images) for row in rows}
     first = {content: place for place, content in reversed(list(enumerate(pictures.values())))}
     return sorted(rows, key=lambda row: (first[pictures[row.index]], row.prompt, row.index))
+
+
+def cut_message(request: Request, length: int, limit: int) -> str:
+    """Why an answer that only `max_model_len` cut off is no answer."""
+    return (
+        f"request {request.id}: the answer was cut off after {length} tokens by model.vllm.max_model_len {limit}, before "
+        "max_new_tokens and the model's own positions, and rows would depend on a setting of memory. Raise max_model_len, or "
+        "lower max_new_tokens."
+    )
 
 
 def _error(request: Request, reason: str) -> Completion:

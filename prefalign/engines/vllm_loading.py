@@ -70,7 +70,10 @@ def load_engine(config: EngineConfig, *, needs: Sequence[str] = (), stage: str =
         **lora,
     )
     ends = families.end_token_ids(processor, generation)
-    return VllmEngine(llm, processor, model_config, ends=ends, fingerprint=fingerprint, adapter=adapter)
+    own = None if config.vllm.max_model_len is None else families.context_length(model_config)
+    return VllmEngine(
+        llm, processor, model_config, ends=ends, fingerprint=fingerprint, adapter=adapter, own_context=own
+    )
 
 
 def check_engine(config: EngineConfig, *, needs: Sequence[str] = (), stage: str = "this stage") -> None:

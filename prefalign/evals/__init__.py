@@ -62,6 +62,7 @@ class Prediction:
         eval, id, group: of the item (`reliance` ids end in `@condition`).
         prompt: text of the question.
         text: the reply.
+        unstripped: the reply as the model wrote it, if a leaked attribute line was taken out (`Asking.attributes`).
         picture: name of the first picture's copy in the evaluation's folder; only the first few are copied.
         condition: picture shown: `true`, `blank`, `noise`, `mismatched` or `none`.
         shown: id of the item whose picture was shown instead (`mismatched`).
@@ -85,6 +86,7 @@ class Prediction:
     error: str | None = None
     logp: float | None = None
     logp_tokens: int | None = None
+    unstripped: str | None = None
 
 
 @dataclass

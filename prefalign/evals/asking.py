@@ -20,6 +20,7 @@ from prefalign.evals.reading import read_jsonl
 from prefalign.evals.reliance import Variant
 from prefalign.images import ImageError, sha256
 from prefalign.manifest import differences, library_versions, write_atomically
+from prefalign.pairing import AskedAttributes
 from prefalign.records import canonical_json, message_text
 
 PREDICTIONS = "predictions.jsonl"
@@ -43,6 +44,8 @@ class Asking:
         short_answer_offset: what counts as `contrast.offset` for short answers, about the length of a question (as published).
         describe_first: let the model describe the pictures it is shown and put that before each question (STIC's describe and
             respond); None: ask plainly. It costs one description per question.
+        attributes: what a model trained on SteerLM rows is asked for with every question, and whether lines that leak into its
+            replies are taken out before they are scored; None: the question as it is.
     """
 
     max_new_tokens: int = 512
@@ -56,6 +59,7 @@ class Asking:
     contrast: Contrast | None = None
     short_answer_offset: int = 10
     describe_first: DescribeFirst | None = None
+    attributes: AskedAttributes | None = None
 
 
 def ask(
@@ -184,13 +188,15 @@ def read_settings(path: Path) -> dict[str, Any]:
 def _ask_block(engine: Engine, block: Sequence[Variant], asking: Asking, seed: int) -> Iterator[Prediction]:
     asked: dict[int, Request] = {}
     failures: dict[int, str] = {}
+    told = asking.attributes
     for number, variant in enumerate(block):
         try:
             pictures = variant.pictures(seed=seed, noise_step=asking.noise_step)
         except ImageError as error:
             failures[number] = str(error)
             continue
-        asked[number] = Request(id=variant.id, messages=variant.messages(), images=pictures, seed=seed)
+        messages = variant.messages() if told is None else told.asked(variant.messages())
+        asked[number] = Request(id=variant.id, messages=messages, images=pictures, seed=seed)
     if asking.describe_first is not None:
         failures |= _describe_first(engine, asked, asking.describe_first, seed)
     sampling = _sampling(asking, caption=block[0].item.eval == "chair")
@@ -207,12 +213,13 @@ def _ask_block(engine: Engine, block: Sequence[Variant], asking: Asking, seed: i
     for number, variant in enumerate(block):
         said = completions.get(number) or Completion(variant.id, "", finish_reason="error", error=failures.get(number))
         logp, tokens = sums.get(number, (math.nan, 0))
+        text = said.text if told is None else told.stripped(said.text)
         yield Prediction(
             eval=variant.eval,
             id=variant.id,
             group=variant.item.group,
             prompt=message_text(asked[number].messages if number in asked else variant.item.messages),
-            text=said.text,
+            text=text,
             picture=_picture(variant),
             condition=variant.condition,
             shown=variant.donor.id if variant.donor else "",
@@ -221,6 +228,7 @@ def _ask_block(engine: Engine, block: Sequence[Variant], asking: Asking, seed: i
             error=said.error,
             logp=None if math.isnan(logp) else logp,
             logp_tokens=None if math.isnan(logp) else tokens,
+            unstripped=said.text if text != said.text else None,
         )
 
 
@@ -313,4 +321,8 @@ def _write(file: Path, replies: Sequence[Prediction]) -> None:
 
 
 def _lines(replies: Sequence[Prediction]) -> bytes:
-    return "".join(json.dumps(dataclasses.asdict(reply), ensure_ascii=False) + "\n" for reply in replies).encode()
+    rows = [dataclasses.asdict(reply) for reply in replies]
+    for row in rows:
+        if row["unstripped"] is None:
+            del row["unstripped"]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

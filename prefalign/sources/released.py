@@ -16,6 +16,11 @@ from prefalign.sources.trainer_formats import trl
 from prefalign.sources.turns import text_turn, turns_of
 
 _VICUNA = re.compile(r"\s*(USER|ASSISTANT):\s*")
+_MARKS = re.compile(
+    r"<\|(?:im_start|im_end|start_header_id|eot_id|system|user|assistant|end)\|>|\[/?INST\]|<(?:start|end)_of_turn>"
+    r"|<end_of_utterance>"
+)
+_HEADER = re.compile(r"\b(?:assistant|ASSISTANT|Assistant):\s*$|### Response:\s*$")
 
 
 def rlaif_v(row: Mapping[str, Any]) -> Row:
@@ -69,9 +74,28 @@ def _output(value: Any) -> str:
 
 
 def mdpo(row: Mapping[str, Any]) -> Row:
-    """A prompt in the wording of a model's chat template, `... USER: <image>\\nquestion ASSISTANT:`; its system text is noted."""
+    """A prompt in the wording of a model's chat template, `... USER: <image>\\nquestion ASSISTANT:`; its system text is noted.
+
+    A prompt without that wording is the question itself (or turns).
+
+    Raises:
+        RecordError: `bad_prompt` for a prompt in the wording of another chat template.
+    """
     prompt = row["prompt"]
-    if not isinstance(prompt, str) or not (pieces := _VICUNA.split(prompt))[1:]:
+    if not isinstance(prompt, str):
+        return trl(row)
+    pieces = _VICUNA.split(prompt)
+    mark = _MARKS.search(prompt)
+    if mark is None and ("USER" not in pieces[1::2] or (pieces[0] and pieces[-2:] != ["ASSISTANT", ""])):
+        mark = _HEADER.search(prompt) or _VICUNA.search(prompt)
+    if mark is not None:
+        raise RecordError(
+            "bad_prompt",
+            f"`prompt` holds {mark[0].strip()!r} of a chat template ({prompt[:80]!r}), and the model's own would be put around "
+            "it. Give the question alone with `<image>` for each picture, turns of `role` and `content`, or mDPO's form "
+            "`USER: <image>\\nquestion ASSISTANT:`.",
+        )
+    if len(pieces) == 1:
         return trl(row)
     roles = {"USER": "user", "ASSISTANT": "assistant"}
     turns = [text_turn(roles[role], text) for role, text in zip(pieces[1::2], pieces[2::2], strict=True) if text]

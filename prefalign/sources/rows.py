@@ -28,7 +28,7 @@ from prefalign.sources import hub, layouts, llama_factory
 from prefalign.sources.columns import Row, pictures, source_id
 from prefalign.sources.config import BadRow, DataConfig
 from prefalign.sources.layouts import AUTO
-from prefalign.sources.turns import PLACEHOLDER, settle
+from prefalign.sources.turns import marked_blocks, settle
 from prefalign.text import same_answer
 
 AnyInput = TypeVar("AnyInput", Prompt, Pair, Candidates)
@@ -343,19 +343,9 @@ def _read_picture(picture: Any, config: DataConfig) -> EncodedImage:
 
 def _with_placeholders(turns: list[Message], pictures: int) -> list[Message]:
     """Turn `<image>` marks in user text into placeholders; with pictures and no mark at all, put them first."""
-    result: list[Message] = []
-    for turn in turns:
-        blocks: list[dict[str, Any]] = []
-        for block in turn["content"]:
-            if block["type"] == "image" or turn["role"] != "user" or PLACEHOLDER not in block["text"]:
-                blocks.append(block)
-                continue
-            for position, text in enumerate(block["text"].split(PLACEHOLDER)):
-                if position:
-                    blocks.append({"type": "image"})
-                if text.strip():
-                    blocks.append({"type": "text", "text": text.strip("\n")})
-        result.append({"role": turn["role"], "content": blocks})
+    result = [
+        {**turn, "content": marked_blocks(turn["content"])} if turn["role"] == "user" else {**turn} for turn in turns
+    ]
     if pictures and not any(block["type"] == "image" for turn in result for block in turn["content"]):
         first = next((turn for turn in result if turn["role"] == "user"), None)
         if first is not None:

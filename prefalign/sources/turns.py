@@ -43,6 +43,38 @@ def text_turn(role: str, text: str) -> Message:
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
+def marked_blocks(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Blocks of a user turn with a placeholder for each `<image>` in their text, which is else left as it is.
+
+    Left out is white space alone before the first picture, after the last, and among leading ones, and two newlines that are no
+    part of the text in LLaVA's files: the one after leading marks, which LLaVA's chat templates write themselves, and where all
+    pictures follow the text (`What is this?\\n<image>`) the one before them, which LLaVA's own training takes off when it moves
+    the mark to the front (`preprocess_multimodal`). Templates that join blocks in order (Qwen-VL) show all other line breaks as
+    published: `Image 1: <image>\\nImage 2: <image>\\nWhich?` stays on three lines.
+
+    Args:
+        blocks: the turn's content; left as it is.
+    """
+    if not any(block["type"] == "text" and PLACEHOLDER in block["text"] for block in blocks):
+        return [{**block} for block in blocks]
+    found: list[dict[str, Any]] = []
+    for block in blocks:
+        if block["type"] == "image":
+            found.append({"type": "image"})
+            continue
+        for position, text in enumerate(block["text"].split(PLACEHOLDER)):
+            found += [{"type": "image"}] if position else []
+            found += [{"type": "text", "text": text}] if text else []
+    shown = [place for place, block in enumerate(found) if block["type"] == "image"]
+    said = [place for place, block in enumerate(found) if block["type"] == "text" and block["text"].strip()]
+    first, last = (said[0], said[-1]) if said else (0, -1)
+    if said and shown[0] < first:
+        found[first]["text"] = found[first]["text"].removeprefix("\n")
+    elif said and last < shown[0]:
+        found[last]["text"] = found[last]["text"].removesuffix("\n")
+    return [block for place, block in enumerate(found) if block["type"] == "image" or first <= place <= last]
+
+
 def plain_text(message: Message) -> str:
     """The text of a turn, pictures left out."""
     return "".join(block["text"] for block in message["content"] if block["type"] == "text")
