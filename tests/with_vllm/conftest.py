@@ -58,11 +58,9 @@ def started(checkpoints: dict[str, Path], adapter: Path, request: pytest.Fixture
     from prefalign.engines.loading import load_engine
 
     name, _, with_adapter = request.param.partition("+")
-    config = EngineConfig(
-        str(checkpoints[name]), adapter=str(adapter) if with_adapter else None, vllm=VllmConfig(enforce_eager=True)
-    )
-    slow = load_engine(config)
-    config.engine = "vllm"
+    known = {"adapter": str(adapter) if with_adapter else None}
+    slow = load_engine(EngineConfig(str(checkpoints[name]), **known))
+    config = EngineConfig(str(checkpoints[name]), engine="vllm", vllm=VllmConfig(enforce_eager=True), **known)
     fast = load_engine(config, needs=["sample", "prefix", "first_token"])
     yield fast, slow
     fast.llm.llm_engine.engine_core.shutdown()
