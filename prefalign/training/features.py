@@ -1,7 +1,8 @@
 """Picture features of a rollout, computed once: cut by document, and put together again for each minibatch.
 
-A family gives the features of a batch as one tensor (flat, or in tiles) or as a list (one entry for each picture), and Qwen3-VL more of them for
-its first layers. Minibatches take documents in another order, so rows are cut by the image tokens of each document.
+A family gives the features of a batch as one tensor (flat, or in tiles) or as a list (one entry for each picture), and
+Qwen3-VL more of them for its first layers. Minibatches take documents in another order, so rows are cut by the image tokens of
+each document.
 """
 
 from __future__ import annotations
