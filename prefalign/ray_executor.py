@@ -324,7 +324,9 @@ class _Crew:
             raise ExecutorError(f"an actor could not answer: {error}") from error
         except self.ray.exceptions.RayError as error:
             text = " ".join(str(error).split())
-            known = re.search(r"The actor (?:died|is dead) because .*?(?= Some common causes| If the process|$)", text)
+            known = re.search(
+                r"The actor (?:died|is dead) because .*?(?= There are some| Some common causes| If the process|$)", text
+            )
             raise _Lost((known[0] if known else text)[-300:]) from error
 
     def _hear(self, future: Any) -> Ended | None:

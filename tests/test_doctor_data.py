@@ -5,6 +5,8 @@ import shutil
 from dataclasses import fields, replace
 
 import pytest
+import transformers
+from packaging.version import Version
 from PIL import Image
 from tiny_vlms import picture
 from transformers import LlavaProcessor
@@ -52,6 +54,11 @@ def test_a_context_that_is_too_short(doctor_case, tiny_llava, tmp_path):
 def test_pictures_that_the_template_leaves_out(doctor_case, tiny_llava, tmp_path):
     blind = edited(tiny_llava, tmp_path / "blind", template=template_of(tiny_llava).replace("<image>", ""))
     made = doctor_case(blind)
+    if Version(transformers.__version__) < Version("5.23"):  # there the model notices, not the processor
+        found = by_name(run_checks(made))["picture counts"]
+        assert found.verdict == "fail"
+        assert "Image features and image tokens do not match, tokens: 0, " in found.seen
+        return
     found = only(data.check_rows(made))
     assert (found.verdict, found.seen) == ("fail", "0 of a sample of 8 read (8 in the folder)")
     assert "Found total 0 <image> tokens and 1 images" in found.advice

@@ -81,9 +81,8 @@ class TestSampling:
         """600 first tokens at low temperature, so that a few tokens carry the mass; chi-square over them."""
         requests = [Request(f"r{index}", [user_message("Q", 1)], [picture(0)]) for index in range(600)]
         engine = TransformersEngine(llava.model, llava.processor, batch_size=200)
-        drawn = torch.tensor(
-            [c.token_ids[0] for c in engine.generate(requests, Sampling(max_new_tokens=1, temperature=0.25))]
-        )
+        answers = engine.generate(requests, Sampling(max_new_tokens=1, temperature=0.25))
+        drawn = torch.tensor([answer.token_ids[0] if answer.token_ids else answer.end_token for answer in answers])
         _, logits = greedy(llava.model, llava.processor, families.render(llava.processor, requests[0].messages),
                            requests[0].images, ImageMask(0.0, 0), 1, [])  # fmt: skip
         logits[0, llava.banned] = float("-inf")

@@ -91,8 +91,18 @@ def test_model_that_says_nothing_is_refused(tmp_path, trained):
 def test_chat_template_without_the_picture_is_refused(tmp_path, trained):
     deaf = copy(trained, tmp_path / "deaf")
     (deaf / "chat_template.jinja").write_text("USER: what is it ? ASSISTANT:")
-    with pytest.raises(CheckError, match="cannot encode a picture .*0 <image> tokens and 1 images"):
+    before_5_23 = "|cannot read a picture as .*tokens: 0, "  # there the model notices, not the processor
+    with pytest.raises(CheckError, match="cannot encode a picture .*0 <image> tokens and 1 images" + before_5_23):
         release_checks.verify(deaf)
+
+
+def test_processor_that_counts_patches_otherwise_is_refused(tmp_path, trained):
+    other = copy(trained, tmp_path / "other")
+    settings = json.loads((other / "processor_config.json").read_text())
+    settings["patch_size"] *= 2
+    (other / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckError, match="cannot read a picture as its processor gives it .*tokens: 1, "):
+        release_checks.verify(other)
 
 
 def test_half_a_processor_is_refused(tmp_path, trained, adapter):

@@ -171,7 +171,13 @@ def verify(folder: Path, *, base: str | None = None, picture: Path | None = None
     blank = _blank(true)
     with torch.inference_mode():
         inputs = _encode(processor, true, model)
-        logits = model(**inputs).logits.float()
+        try:
+            logits = model(**inputs).logits.float()
+        except ValueError as error:
+            raise CheckError(
+                f"the model cannot read a picture as its processor gives it ({_first_line(error)}). Publish the processor that "
+                "the model was trained with, and a chat template that shows the picture."
+            ) from error
         if not torch.isfinite(logits).all():
             raise CheckError("the model gives NaN or infinite logits on a sample picture; the weights are broken.")
         without = model(**_encode(processor, blank, model)).logits.float()

@@ -271,8 +271,15 @@ class Roles(nn.Module):
         for model in (self.policy, self.value):
             if model is not None:
                 core = families.core(model)
-                core.activation_checkpointing_enable(activation_checkpointing_kwargs=how, **settings)
+                enable = getattr(core, "activation_checkpointing_enable", None) or core.gradient_checkpointing_enable
+                enable(how, **settings)
                 core.disable_input_require_grads()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **settings: Any
+    ) -> None:
+        """The name by which transformers before 5.23 asks for `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **settings)
 
     def _head(self, states: torch.Tensor) -> torch.Tensor:
         """In float32 whatever an engine has cast the head to."""

@@ -1,7 +1,8 @@
 """Picture features of a rollout, computed once: cut by document, and put together again for each minibatch.
 
-A family gives the features of a batch as one flat tensor or as a list (one entry for each picture), and Qwen3-VL more of them for
-its first layers. Minibatches take documents in another order, so rows are cut by the image tokens of each document.
+A family gives the features of a batch as one tensor (flat, or in tiles) or as a list (one entry for each picture), and
+Qwen3-VL more of them for its first layers. Minibatches take documents in another order, so rows are cut by the image tokens of
+each document.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ def split_features(features: Any, counts: Sequence[int]) -> list[dict[str, Any]]
             "move to other places. The processor and the model do not belong together."
         )
     deep = [_flat(layer) for layer in getattr(features, "deepstack_features", None) or []]
+    tile = pooled.shape[1:-1] if isinstance(pooled, torch.Tensor) else None
     parts: list[dict[str, Any]] = []
     for start, count in zip(_starts(counts), counts, strict=True):
         if count == 0:
             parts.append({})
             continue
         rows = slice(start, start + count)
-        parts.append({"kind": type(features), "one": isinstance(pooled, torch.Tensor), "pooled": flat[rows].clone(),
+        parts.append({"kind": type(features), "tile": tile, "pooled": flat[rows].clone(),
                       "deep": [layer[rows].clone() for layer in deep]})  # fmt: skip
     return parts
 
@@ -50,7 +52,8 @@ def join_features(parts: Sequence[dict[str, Any]]) -> Any:
     if not parts:
         return None
     pooled = torch.cat([part["pooled"] for part in parts])
-    joined = parts[0]["kind"](pooler_output=pooled if parts[0]["one"] else [pooled])
+    tile = parts[0]["tile"]
+    joined = parts[0]["kind"](pooler_output=[pooled] if tile is None else pooled.unflatten(0, (-1, *tile)))
     if parts[0]["deep"]:
         joined.deepstack_features = [
             [torch.cat([part["deep"][layer] for part in parts])] for layer in range(len(parts[0]["deep"]))

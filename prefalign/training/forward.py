@@ -253,7 +253,10 @@ def _in_order(features: Any, ranges: list[tuple[int, int]] | None) -> Any:
         return features
     pooled = features.pooler_output
     chosen = _repeated(pooled, ranges)
-    ordered = type(features)(pooler_output=chosen if isinstance(pooled, torch.Tensor) else [chosen])
+    if isinstance(pooled, torch.Tensor):  # in tiles, as it came: SmolVLM before transformers 5.21 counts them
+        ordered = type(features)(pooler_output=chosen.unflatten(0, (-1, *pooled.shape[1:-1])))
+    else:
+        ordered = type(features)(pooler_output=[chosen])
     deep = getattr(features, "deepstack_features", None)
     if deep is not None:
         ordered.deepstack_features = [[_repeated(layer, ranges)] for layer in deep]
