@@ -10,7 +10,6 @@ Needs: rows with questions (rows without a picture are sampled too, where the mo
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -85,8 +84,9 @@ def main(config: Config) -> Manifest:
         folder = config.output.path
         drawn = (response for row in stages.columns_of(folder, "responses") for response in row["responses"])
         found = stages.write_figures(folder, FIGURES, lambda: responses.stripped_counts(drawn))
-        print(f"{METHOD}: attribute lines were taken out of {found['attributes_stripped']} of {found['answers']} answers",
-              file=sys.stderr)  # fmt: skip
+        stages.say(
+            f"{METHOD}: attribute lines were taken out of {found['attributes_stripped']} of {found['answers']} answers"
+        )
     return manifest
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from prefalign.blocks import UNANSWERED
 from prefalign.curation import Aggregate, Compare, Turn, aggregated, keep_best, turns_of
 from prefalign.engines import Engine, Request, Sampling
 from prefalign.evidence import Without, information_gain
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 UNUSABLE = ("no_picture", "no_reference")
 """Reasons for which a row never comes to the first stage."""
-UNANSWERED = ("judge_failed", "generation_failed")
-"""Reasons for which a row has failed that may not hold another time."""
 
 
 @dataclass

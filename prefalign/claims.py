@@ -163,7 +163,7 @@ class ClaimJudge:
         pairs = zip(judged.p_yes, judged.p_no, strict=True)
         judged.verdicts = [verdict(yes, no, self.conquer.least_mass) for yes, no in pairs]
         decided = len(judged.verdicts) - judged.verdicts.count("undecided")
-        if decided < max(1, self.conquer.least_decided * len(judged.verdicts)):
+        if decided < max(1.0, round(self.conquer.least_decided * len(judged.verdicts), 9)):
             judged.reason = "undecided"
 
 

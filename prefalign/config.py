@@ -137,7 +137,7 @@ def _value(text: str, declared: Any) -> Any:
         value = yaml.load(text, yaml.BaseLoader if _are_texts(declared) else _StrictLoader)
     except yaml.YAMLError:
         return text
-    quoted = isinstance(value, str) and text[:1] in ("'", '"', "!")
+    quoted = isinstance(value, str) and text[:1] in ("'", '"')
     return text if _is_text(declared) and not quoted else value
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import prefalign
 from prefalign import sources
 from prefalign.blocks import StoreError, read_ledger
-from prefalign.locks import is_alone, share
+from prefalign.locks import is_alone, open_to_lock, share
 from prefalign.manifest import Manifest, differences, library_versions, read_manifest, temporary, write_atomically
 from prefalign.records import SCHEMA_VERSION, canonical_json
 from prefalign.sources import DataConfig
@@ -121,7 +121,7 @@ def claimed(folder: Path, identity: Mapping[str, Any], *, alone: bool = True) ->
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _refuse_foreign(folder)
-        with (folder / ".at_work").open("a") as mark:
+        with open_to_lock(folder / ".at_work") as mark:
             empty = is_alone(mark)
             claim(folder, identity, alone=alone and empty)
             share(mark)
@@ -199,12 +199,18 @@ def sweep(folder: Path) -> None:
     Processes that are alive may still write blocks that others have committed before them, so a file is deleted only if its
     writer was a process of this machine that is gone, or if it is older than `STALE` seconds.
     """
-    for kind in (".", "data", "quarantine", "progress", "survey"):
-        for left in (folder / kind).glob(".*.tmp"):
-            with suppress(FileNotFoundError):
-                if _is_abandoned(left):
-                    left.unlink()
-    (folder / "progress" / ".lock").unlink(missing_ok=True)
+    for kind in (".", "data", "quarantine", "progress", "survey", "pool"):
+        sweep_up(folder / kind)
+    for lock in (folder / "progress" / ".lock", *(folder / "survey").glob(".*.lock")):
+        lock.unlink(missing_ok=True)
+
+
+def sweep_up(folder: Path) -> None:
+    """Delete what writers that are gone have left in one folder."""
+    for left in folder.glob(".*.tmp"):
+        with suppress(FileNotFoundError):
+            if _is_abandoned(left):
+                left.unlink()
 
 
 def _is_abandoned(unfinished: Path) -> bool:

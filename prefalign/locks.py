@@ -27,10 +27,18 @@ def locked(file: Path, *, wait: bool = True) -> Iterator[bool]:
         Whether it is held; always with `wait`.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as stream:
+    with open_to_lock(file) as stream:
         if wait:
             _flock(stream, fcntl.LOCK_EX)
-        yield wait or is_alone(stream)
+        try:
+            yield wait or is_alone(stream)
+        finally:
+            _flock(stream, fcntl.LOCK_UN)  # a child that was forked meanwhile has the file open too
+
+
+def open_to_lock(file: Path) -> IO[Any]:
+    """The file, made if it is not there, opened so that NFS gives both kinds of locks on it."""
+    return file.open("a+")
 
 
 def is_alone(stream: IO[Any]) -> bool:

@@ -108,5 +108,8 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
         for key in sorted({*before, *now}):
             yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
     elif before != now:
-        same_weights = isinstance(before, str) and isinstance(now, str) and weights_of(before) == weights_of(now)
+        known = (
+            isinstance(before, str) and isinstance(now, str) and weights_of(before) != before and weights_of(now) != now
+        )
+        same_weights = known and weights_of(before) == weights_of(now)
         yield f"{name}: {str(before)[:60]} -> {str(now)[:60]}{f' ({OTHER_PROCESSOR})' if same_weights else ''}"

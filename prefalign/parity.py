@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from prefalign.english import AMOUNTS, ARTICLES, NUMBERS, ORDINALS, SCALES, TENS, read_number
 
@@ -63,7 +64,8 @@ _NOT = frozenset(
     ("not", "never", "neither", "nor", "none", "nothing", "nobody", "nowhere", "without", "hardly", "cannot", "cant", "dont",
      "doesnt", "didnt", "isnt", "arent", "wasnt", "werent", "wont", "wouldnt")
 )  # fmt: skip
-_CHOICE = re.compile(r"\bor\b|(?<=[^\W\d])\s?/\s?(?=[^\W\d])", re.IGNORECASE)
+_OR = re.compile(r"\bor\b", re.IGNORECASE)
+_SLASH = re.compile(r"(?<=[^\W\d])\s?/\s?(?=[^\W\d])")
 _SPELLINGS = {
     "grey": "gray", "tyre": "tire", "kerb": "curb", "doughnut": "donut", "aeroplane": "airplane", "moustache": "mustache",
     "jewellery": "jewelry", "pyjamas": "pajamas", "aluminium": "aluminum",
@@ -205,7 +207,7 @@ def matches(
         return len(inner) == len(outer) and all(map(_same, inner, outer, [tolerance] * len(inner)))
     if len(inner) == 1 and inner[0] in _YES_NO:
         return outer[:1] == inner and len(_YES_NO & {token for token in outer if isinstance(token, str)}) == 1
-    if len(choices(said)) > 1 and len(choices(wanted)) == 1:
+    if len(choices(wanted)) == 1 and (_OR.search(said) or _beside_slash(inner, said)):
         return False
     return any(
         all(_same(one, other, tolerance) for one, other in zip(inner, outer[start:], strict=False))
@@ -221,7 +223,13 @@ def choices(text: str) -> list[str]:
         >>> choices("red or blue"), choices("blue/red"), choices("24/7")
         (['red ', ' blue'], ['blue', 'red'], ['24/7'])
     """
-    return _CHOICE.split(text)
+    return [part for half in _OR.split(text) for part in _SLASH.split(half)]
+
+
+def _beside_slash(inner: Sequence[Token], said: str) -> bool:
+    """Whether the wanted tokens stand right before or right after a slash: "red/blue", but not "60" in "60 km/h"."""
+    parts = [tokens(part) for part in _SLASH.split(said)]
+    return any(before[-len(inner) :] == inner or after[: len(inner)] == inner for before, after in pairwise(parts))
 
 
 def _denied(before: Sequence[Token]) -> bool:

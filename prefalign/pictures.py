@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from prefalign import sources
+from prefalign import folders, sources
 from prefalign.execution import SAMPLED
 from prefalign.images import SYSTEM_ERRORS, EncodedImage, ImageError, open_image, sha256
 from prefalign.manifest import temporary, write_atomically
@@ -87,6 +87,7 @@ def build_pool(folder: Path, data: DataConfig) -> PicturePool:
     from tqdm import tqdm
 
     folder.mkdir(parents=True, exist_ok=True)
+    folders.sweep_up(folder)
     done.unlink(missing_ok=True)
     offsets, digests = [0], []
     seen: set[bytes] = set()

@@ -233,7 +233,7 @@ def run_job(job: Job, spread: Spread, shard: Shard) -> Manifest:
 
 def _anew(folder: Path, shard: Shard, config: str = "") -> str:
     """How to go on with a folder without a row; what blocks it has are forgotten, unless other processes are at work there."""
-    if shard.alone:
+    if shard.alone and not any(folder.glob("data/*.parquet")):
         folders.start_afresh(folder)
         return f" and start again: {folder} starts afresh{config}"
     return f", stop the other shards, delete {folder} and start again"
@@ -268,11 +268,11 @@ def _run_blocks(job: Job, spread: Spread, shard: Shard, ledgers: Ledgers, total:
                     read(number)
 
         for block, outcomes in spread(to_do()):
+            if not shard.alone:
+                ledgers.refresh()
             _check_answers(job, shard, ledgers, block, outcomes)
             ledger = blocks.finish(job.output.path, block, outcomes, job.record)
             ledgers.count(ledger)
-            if not shard.alone:
-                ledgers.refresh()
             _check_failures(job, shard, ledgers, ledger)
             bar.update(len(block.rows))
 
@@ -285,13 +285,14 @@ def _check_answers(job: Job, shard: Shard, ledgers: Ledgers, block: Block, outco
     if not lost or total <= job.output.max_quarantine:
         return
     folder = job.output.path
-    again = "and start again: this block was not written, and its rows are asked again"
-    if not ledgers.counts["rows_out"]:
-        again = f"(no row was made yet){_anew(folder, shard)}"
+    ledgers.refresh()
+    again = " and start again: this block was not written, and its rows are asked again"
+    if shard.alone and not ledgers.counts["rows_out"]:
+        again = _anew(folder, shard)
     raise StoreError(
         f"{job.stage} stopped: {total} rows failed, above --output.max_quarantine {job.output.max_quarantine} (last block: "
         f"{len(lost)} of {len(block.inputs)} rows got no answer). First message: {lost[0].message} Mend the cause, or raise the "
-        f"limit, {again}."
+        f"limit,{again}."
     )
 
 
@@ -299,6 +300,7 @@ def _check_failures(job: Job, shard: Shard, ledgers: Ledgers, last: Mapping[str,
     if ledgers.counts["quarantined"] <= job.output.max_quarantine:
         return
     folder = job.output.path
+    ledgers.refresh()
     how = "Mend the data and start in another folder, or raise the limit and start again: it resumes."
     if not ledgers.counts["rows_out"]:
         how = f"No row was made yet: mend the cause{_anew(folder, shard)}."

@@ -155,15 +155,13 @@ class Survey:
         with locked(lock, wait=wait) as held:
             if not held:
                 return None
-            try:
-                found, done = on_disk()
-                if not done:
-                    made = {"of": self._config(*self.rule), "rows": self._work_on(found, block, work, again)}
-                    write = folders.create if found is None else write_atomically
-                    write(self.file(kind, number), json.dumps(made).encode())
-                    found = self.kept(kind, number)
-            finally:
-                lock.unlink(missing_ok=True)
+            found, done = on_disk()
+            if not done:
+                made = {"of": self._config(*self.rule), "rows": self._work_on(found, block, work, again)}
+                write = folders.create if found is None else write_atomically
+                write(self.file(kind, number), json.dumps(made).encode())
+                found = self.kept(kind, number)
+            lock.unlink(missing_ok=True)  # not if the work failed: others may wait for it
         return found
 
     def _work_on(

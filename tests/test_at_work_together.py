@@ -1,5 +1,6 @@
 """Several processes at work in one folder that draw other rows each: every block is one process's, and no config is mixed."""
 
+import fcntl
 import json
 import multiprocessing
 import random
@@ -10,6 +11,7 @@ import pytest
 
 from prefalign.blocks import Failed, NoRows
 from prefalign.execution import LeftToOthers, Shard, sharded
+from prefalign.locks import locked
 from prefalign.records import Pair, assistant_message
 from prefalign.sources import DataConfig
 from prefalign.store import OutputConfig, StoreError, read_records, run_stage
@@ -136,7 +138,43 @@ def test_rows_that_got_no_answer_are_asked_again_after_the_run_has_stopped(data,
 
 
 def test_a_run_that_got_no_answer_at_all_starts_afresh(data, tmp_path):
-    with pytest.raises(StoreError, match=r"no row was made yet.*starts afresh") as stopped:
+    with pytest.raises(StoreError, match=r"start again: .*out starts afresh\.") as stopped:
         run(data, tmp_path / "out", lambda _: None, max_quarantine=12)
     assert not isinstance(stopped.value, NoRows)
     assert run(data, tmp_path / "out", lambda _: "A dog.").rows_out == ROWS
+
+
+def test_a_plain_run_without_an_answer_leaves_the_rows_of_a_shard(data, tmp_path):
+    with sharded(Shard(1, 2)), pytest.raises(LeftToOthers):
+        run(data, tmp_path / "out", lambda _: "Mine.")
+    kept = sorted(file.name for file in (tmp_path / "out" / "progress").glob("*.json"))
+    with pytest.raises(StoreError, match=r"start again: this block was not written"):
+        run(data, tmp_path / "out", lambda _: None, max_quarantine=3)
+    assert sorted(file.name for file in (tmp_path / "out" / "progress").glob("*.json")) == kept
+
+
+def test_a_shard_without_an_answer_is_not_told_to_delete_anything(data, tmp_path):
+    with (
+        sharded(Shard(0, 2)),
+        pytest.raises(StoreError, match=r"raise the limit, and start again: this block") as stopped,
+    ):
+        run(data, tmp_path / "out", lambda _: None, max_quarantine=3)
+    assert "delete" not in str(stopped.value)
+
+
+def test_a_file_system_that_gives_shared_locks_on_readable_files_only(data, tmp_path, monkeypatch):
+    """NFS 4 makes `fcntl` locks of `flock`."""
+    monkeypatch.setattr(fcntl, "flock", fcntl.lockf)
+    assert run(data, tmp_path / "out", lambda _: "Mine.").rows_out == ROWS
+
+
+def test_a_lock_is_let_go_though_a_child_has_the_file_open(tmp_path):
+    ended = FORK.Event()
+    with locked(tmp_path / "lock") as held:
+        assert held
+        child = FORK.Process(target=ended.wait, args=(60,))
+        child.start()
+    with locked(tmp_path / "lock", wait=False) as held:
+        assert held
+    ended.set()
+    child.join()

@@ -206,6 +206,20 @@ def test_a_wrong_answer_that_fits_about_scenes_is_a_wrong_number(stage, scenes, 
     assert stage.outcome(row, words, Symbolic(), known) == Dropped("no_wrong_answer")
 
 
+def test_words_of_ones_own_that_say_no_number_are_no_wrong_number(stage, scenes, tmp_path):
+    """ "There is at least one star." is true of two."""
+    count = BANKS["presence"]["count"]
+    vague = dataclasses.replace(
+        count, answers={**count.answers, "some": ["There are some {things}.", "There {so_many} in the picture."]}
+    )
+    known = presence(stage, scenes, tmp_path, kinds=["consistent"], things={"absent": 0.0})
+    words = Speaker(RULE_SETS["presence"], {**BANKS["presence"], "count": vague}, HintPhrases())
+    for row in read_records(scenes, Prompt):
+        made = stage.outcome(row, words, Symbolic(), known)
+        if isinstance(made, list):
+            assert RULE_SETS["presence"].miscounts("count", message_text(made[0].rejected), made[0].facts["rules"])
+
+
 def test_counts_and_exclusions_of_scenes_are_true(stage, scenes, tmp_path):
     stage.main(presence(stage, scenes, tmp_path / "out", produce="prompts", hints={"share": 0.5}))
     made = list(read_records(tmp_path / "out", Prompt))

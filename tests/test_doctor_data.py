@@ -123,6 +123,9 @@ def test_another_picture_that_is_the_same(doctor_case, tmp_path):
     assert "such a loss stays where it starts" in found.advice
     found = only(model.check_gradients(made))
     assert (found.verdict, found.advice[:22]) == ("fail", "All gradients are zero")
+    flagged = [replace(row, meta={"rejected_on_rejected_images": True}) for row in same]
+    both = doctor_case(folder=write(tmp_path / "both", flagged), losses=[{"name": "visual"}, {"name": "two_pictures"}])
+    assert only(data.check_other_picture(both)).verdict == "fail"
 
 
 def test_the_rejected_answers_own_picture(doctor_case, tmp_path):

@@ -217,10 +217,14 @@ def test_secret_and_path_in_rows_are_refused(tmp_path):
 
 def test_a_path_beside_an_answer_is_refused_and_one_in_it_is_not(tmp_path):
     row = Candidates("row0", [encode_png(picture(0))], [user_message("what ?", images=1)],
-                     [{"text": "it shows /home/of/dogs", "generator": "scenes"}])  # fmt: skip
+                     [{"text": "it shows /home/of/dogs", "generator": "scenes", "earlier": ["It says /home/me."]}])  # fmt: skip
     write_records("t", [row], output=OutputConfig(tmp_path / "fine"), record=Candidates, settings={}, seed=0)
     assert read_rows([tmp_path / "fine" / "data" / "train-00000.parquet"])[0].rows == 1
-    row.responses[0] |= {"generator": "/mnt/models/Qwen2.5-VL-7B", "text": f"my key is {SECRET}"}
+    row.responses[0] |= {
+        "generator": "/mnt/models/Qwen2.5-VL-7B",
+        "text": f"my key is {SECRET}",
+        "earlier": ["The sign says /home/me/x."],
+    }
     write_records("t", [row], output=OutputConfig(tmp_path / "leaky"), record=Candidates, settings={}, seed=0)
     with pytest.raises(CheckError, match=r"row row0, column responses: absolute path /mnt/models/\.\.\.") as error:
         read_rows([tmp_path / "leaky" / "data" / "train-00000.parquet"])

@@ -262,7 +262,11 @@ def test_a_block_of_the_pass_that_fails_is_not_waited_for(passes, tmp_path):
 
     with sharded(Shard(0, 2)), pytest.raises(ValueError, match="the server is gone"):
         list(passes("shared", work))
-    assert not [*(tmp_path / "out" / "survey").iterdir()]
+    [lock] = (tmp_path / "out" / "survey").iterdir()  # nothing else, and nobody holds it
+    with locked(lock, wait=False) as held:
+        assert held
+    folders.sweep(tmp_path / "out")
+    assert not lock.exists()
 
 
 def test_two_of_eight_shards_share_out_the_blocks_of_all(passes, tmp_path):

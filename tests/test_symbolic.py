@@ -237,7 +237,8 @@ PRESENCE = [  # what an answer says to "is there a star?", "is there no star?" a
     ("Yes, it is missing.", "yes", "yes", "none", 0),
     ("No, there are two stars.", "no", "no", "some", 2),
     ("Yes, there is no star.", None, "yes", "none", 0),
-    ("No, there is a star.", None, "no", "some", None),
+    ("No, there is a star.", "no", "no", "some", None),
+    ("No, there is one circle and one square.", "no", "no", "some", 1),
     ("Yes or no.", None, None, None, None),
     ("It does not.", "no", None, None, None),
 ]

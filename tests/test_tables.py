@@ -79,10 +79,10 @@ def test_turns_and_lists_of_pictures_are_json(pictures):
         (pictures / f"{name}.png").read_bytes() for name in ("red", "blue")
     ]
     trl = {"id": "b", "image": "red.png", "prompt": json.dumps([{"role": "user", "content": "What is it?"}]),
-           "chosen": json.dumps([{"role": "assistant", "content": "A ring."}]), "rejected": "[1, 2]"}  # fmt: skip
+           "chosen": json.dumps([{"role": "assistant", "content": "A ring."}]), "rejected": "[]"}  # fmt: skip
     data = DataConfig(written(pictures / "trl.csv", [trl]))
     pair = to_pair(next(read_rows(data)), data)
-    assert (pair.chosen[0]["content"][0]["text"], pair.rejected[0]["content"][0]["text"]) == ("A ring.", "[1, 2]")
+    assert (pair.chosen[0]["content"][0]["text"], pair.rejected[0]["content"][0]["text"]) == ("A ring.", "[]")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,6 @@ def test_a_long_cell_is_read(tmp_path):
     [
         (b'b,"What, this?",c,d', "bad_table", "rows.csv line 4 has 4 cell(s) and the header 3"),
         (b"b,What?", "bad_table", "rows.csv line 4 has 2 cell(s) and the header 3"),
-        (b'b,"What" is it?,c', "bad_table", "rows.csv line 4 has a quote in the wrong place"),
         (b"b,Caf\xe9?,c", "bad_encoding", "rows.csv line 4 is not UTF-8 (byte 0xe9)"),
     ],
 )
@@ -146,7 +145,8 @@ def test_turns_that_are_no_json_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'id,question\na,"What?\nb,Who?\n', r"line 2 opens a cell with a quote that is not closed .* written twice"),
+        (b'id,question\na,"What?\nb,Who?\n', r"line 2 has a quote that is not closed.* written twice"),
+        (b'id,question\na,"What" is\nit?\n', r"line 2 has a quote that .* cannot be told where this row ends"),
         (b"id;question\na;What?\n", "'id;question': it seems to be separated by semicolons, and a .csv .* Save it with commas"),
         (b"id\tquestion\na\tWhat?\n", "separated by tabs, and a .csv file is read by its commas. Name it .tsv"),
         (b"id,question,id\na,What?,b\n", "two columns called 'id'; only one could count"),

@@ -15,7 +15,7 @@ from prefalign import bundled
 from prefalign.filtering import Filters
 from prefalign.hub.dataset_card import RowStatistics
 from prefalign.images import encode_png
-from prefalign.losses import read_losses
+from prefalign.losses import read_losses, views_of
 from prefalign.models import ModelConfig, freeze, load_model, load_processor
 from prefalign.negatives import Negative
 from prefalign.online.step_run import step_rows
@@ -24,11 +24,12 @@ from prefalign.rewards.rows import check_pictures, load_reward_pairs
 from prefalign.store import OutputConfig, write_records
 from prefalign.training.arguments import training_arguments
 from prefalign.training.checks import reading_rejected
-from prefalign.training.pairs import check_columns, check_negative, check_rejected_side, load_pairs
+from prefalign.training.pairs import check_columns, check_negative, check_rejected_side, check_texts, load_pairs
 from prefalign.training.reference import cache_reference
 from prefalign.training.sized_rows import RowSize, sized_rows
 from prefalign.training.unpaired import load_unpaired
 from tests.equality import compare, disturb, log_probs, step
+from tests.online_runs import run as online_run
 from tests.training_runs import make_pair, make_trainer
 
 FLAG = {"rejected_on_rejected_images": True}
@@ -223,6 +224,22 @@ def test_a_run_on_such_pairs_starts_with_these_checks(mixed, tmp_path):
     with pytest.raises(ValueError, match="2 of the 4 pairs of .*mixed reject an answer about `rejected_images`"):
         recipe.main(recipe.Config(ModelConfig("scenes"), mixed, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_rounds_refuse_them_as_offline_pairs_before_anything_is_drawn(mixed, tmp_path):
+    with pytest.raises(ValueError, match="2 of the 4 pairs of .*, and text would reject it on `images`"):
+        online_run(None, tmp_path / "online", offline=mixed, p_offline=1.0)
+    assert not (tmp_path / "online").exists()
+
+
+def test_one_text_on_one_picture_has_no_gradient(mixed, tmp_path):
+    pairs = write(tmp_path / "same", [replace(alone(number), rejected=alone(number).chosen) for number in range(3)])
+    views = views_of(read_losses([{"name": "two_pictures"}], beta=0.1))
+    with pytest.raises(ValueError, match="chosen and rejected are the same text in all 3 pairs"):
+        check_texts(load_pairs(pairs), views, pairs)
+    check_texts(load_pairs(mixed), views, mixed)
+    two = write(tmp_path / "two", [one_text(number) for number in range(3)])
+    check_texts(load_pairs(two), views, two)
 
 
 def test_other_readers_of_pairs_refuse_them(mixed, tmp_path):

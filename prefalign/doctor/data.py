@@ -123,12 +123,13 @@ def check_other_picture(case: Case) -> list[Finding]:
     own = [view for view in case.trainer.views if VIEWS[view].images == "images"]
     if not others or not own:
         raise NotExaminedError("no loss looks at another picture")
-    same, changes, either = [], [], VIEWS[others[0]].images == EITHER
+    same, changes = [], []
+    either = all(VIEWS[view].images == EITHER for view in others)  # a pair without another picture is none the worse
     for reading in sampled(case):
         if either and not reading.row["rejected_images"]:
             continue
         documents, places = reading.documents.documents, reading.documents.places
-        one, two = (documents[places[view][0][0]].vision.get("pixel_values") for view in (own[0], others[0]))
+        one, two = (documents[places[view][0][0]].vision.get("pixel_values") for view in (own[0], others[-1]))
         if one is None or two is None:
             continue
         if one.shape == two.shape:

@@ -41,6 +41,8 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json
 TEXT_SUFFIXES = (".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".jinja", ".py", ".csv")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 ROW_PATH_COLUMNS = ("images", "rejected_images", "meta", "facts", "responses")
+ANSWERS = ("text", "earlier", "unstripped", "unstripped_earlier")
+"""What a response holds of the model's words (`responses`)."""
 QUESTION = "Describe this image."
 SMALLEST_CHANGE = 1e-6
 
@@ -86,7 +88,7 @@ def _cells(column: str, value: Any) -> Iterator[tuple[str, bool]]:
     if column == "responses" and isinstance(value, str):
         for response in json.loads(value):
             for name, item in response.items():
-                yield from ((text, name != "text") for text in _strings(item))
+                yield from ((text, name not in ANSWERS) for text in _strings(item))
     else:
         yield from ((text, column in ROW_PATH_COLUMNS) for text in _strings(value))
 

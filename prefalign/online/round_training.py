@@ -19,10 +19,10 @@ from prefalign.manifest import differences
 from prefalign.models import ModelConfig, fingerprint, freeze, load_processor
 from prefalign.processors import processor_fingerprint
 from prefalign.training.arguments import check_precision, training_arguments
-from prefalign.training.checks import needs_reference
+from prefalign.training.checks import needs_reference, reading_rejected
 from prefalign.training.distributed import claim_processes, running_processes
 from prefalign.training.lora import LoraSettings, check_quantised, check_trainable
-from prefalign.training.pairs import check_columns, check_texts, keep_fitting, load_pairs
+from prefalign.training.pairs import check_columns, check_rejected_side, check_texts, keep_fitting, load_pairs
 from prefalign.training.policy import load_policy
 from prefalign.training.preference import PreferenceTrainer
 from prefalign.training.reference import (
@@ -146,6 +146,7 @@ def _trainer(
     losses = read_losses(settings.losses, beta=arguments.beta)
     dataset = load_pairs(pairs)
     check_columns(dataset, views_of(losses), pairs)
+    check_rejected_side(dataset, pairs, reading_rejected(losses, arguments.loss_type))
     if needs_reference(losses, arguments.loss_type):
         check_texts(dataset, views_of(losses), pairs)
     policy = load_policy(model, settings.lora, device=str(arguments.device), continues=continues)

@@ -50,9 +50,9 @@ from prefalign.records import Prompt, row_seed
 from prefalign.sources import DataConfig
 from prefalign.store import OutputConfig, read_records, write_records
 from prefalign.training.arguments import training_arguments
-from prefalign.training.checks import check_settings
+from prefalign.training.checks import check_settings, reading_rejected
 from prefalign.training.lora import check_quantised
-from prefalign.training.pairs import pairs_manifest
+from prefalign.training.pairs import check_rejected_side, load_pairs, pairs_manifest
 from prefalign.training.runs import CONFIG_FILE, RunError, claim_run, open_run, run_files
 
 PROMPTS = "round_prompts"
@@ -113,6 +113,7 @@ def _check_settings(config: OnlineConfig) -> None:
 
     Raises:
         ConfigError: settings of TRL, losses, annotator or rewards that could not be used, or several processes.
+        ValueError: offline pairs that the losses would read on the wrong picture.
         ModelError: there is no tower of a name in `freeze`.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -134,6 +135,8 @@ def _check_settings(config: OnlineConfig) -> None:
             f"losses: the views {', '.join(pictured)} look at `rejected_images`, and pairs of the policy's own answers have "
             "none. Take losses on the texts, such as [{name: text}], or offline pairs alone (p_offline: 1)."
         )
+    if config.offline is not None:
+        check_rejected_side(load_pairs(config.offline), config.offline, reading_rejected(losses, arguments.loss_type))
     if config.bdhs is None:
         read_annotator(config.annotator, config.rewards, config.margin)
     if config.evaluation is not None:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from prefalign.records import Message, assistant_message, user_message
 from prefalign.rewards.cases import Case
 from prefalign.rewards.phrases import HintPhrases, Phrases, Split, categories, check_answer, fill
+from prefalign.rewards.readings import number
 from prefalign.rewards.rule_sets import RuleSet
 
 Kind = Literal["hint", "consistent", "inconsistent"]
@@ -155,18 +156,25 @@ class Speaker:
                 for category in self.others(case, order[place])
                 if kind == "hint" or self.known.agree([*said, (order[place], category)]) == (kind == "consistent")
             ]
-            if kind == "consistent" and order[place] == "count" and case.miscounted is not None:
+            if kind == "consistent" and order[place] == "count" and self._miscounts(case):
                 wrong.append(case.reference["count"])
             if wrong:
                 return self._wrong(case, order[: place + 1], rng.choice(wrong), rng, hint=kind == "hint")
         return None
+
+    def _miscounts(self, case: Case) -> list[str]:
+        """Answers about the count that say a wrong number; a phrase without one would be true."""
+        if case.miscounted is None:
+            return []
+        texts = [fill(phrase, case.miscounted) for phrase in self.phrases["count"].answers[case.reference["count"]]]
+        return [text for text in texts if number(text) not in (None, case.number)]
 
     def _wrong(self, case: Case, order: Sequence[str], category: str, rng: random.Random, *, hint: bool) -> WrongTurn:
         *earlier, last = order
         turns = [self.turn(case, variable, rng) for variable in earlier]
         turns.append(self.turn(case, last, rng, category if hint else None))
         if category == case.reference[last] and case.miscounted is not None:
-            text = fill(rng.choice(self.phrases[last].answers[category]), case.miscounted)
+            text = rng.choice(self._miscounts(case))
         else:
             text = self.answer(case, last, category, rng)
         if hint:
@@ -192,6 +200,6 @@ def rules_of(name: str, case: Case, turns: Sequence[Turn]) -> dict[str, Any]:
 def messages_of(turns: Sequence[Turn], pictures: int, *, answered: bool = True) -> list[Message]:
     """A conversation, the pictures in its first question; without the last answer unless `answered`."""
     said: list[Message] = []
-    for number, turn in enumerate(turns):
-        said += [user_message(turn.question, 0 if number else pictures), assistant_message(turn.answer)]
+    for place, turn in enumerate(turns):
+        said += [user_message(turn.question, 0 if place else pictures), assistant_message(turn.answer)]
     return said if answered else said[:-1]

@@ -129,7 +129,7 @@ def yes_no(text: str, variable: str, rules: Mapping[str, Any]) -> str | None:
 def exists(text: str, variable: str, rules: Mapping[str, Any]) -> str | None:
     """Whether an answer says that a thing is there: by the yes or no that it begins with, else by its statement."""
     plain = _plain(text)
-    said = _presence(plain, {"some": "yes", "none": "no"})
+    said = _presence(plain, {"some": "yes", "none": "no"}, firm="no")
     nothing_said = said is None and not _LEADS.match(plain) and not _numbers(plain)
     return yesno.robust(text) if nothing_said else said  # "It does not."
 
@@ -139,13 +139,14 @@ def absent(text: str, variable: str, rules: Mapping[str, Any]) -> str | None:
     return _presence(_plain(text), {"some": "no", "none": "yes"})
 
 
-def _presence(plain: str, meaning: Mapping[str, str]) -> str | None:
+def _presence(plain: str, meaning: Mapping[str, str], *, firm: str | None = None) -> str | None:
+    """By what a text begins with, unless its statement contradicts that; `firm` is never contradicted: "No, there is a ring." """
     lead = _LEADS.match(plain)
     rest = plain[lead.end() :] if lead else plain
     stated = meaning.get(_some_or_none(rest, seen=True) or "")
     if lead is None:
         return stated
-    contradicts = _STATES.match(rest) and stated not in (None, lead.lastgroup)  # "Yes, there is no star."
+    contradicts = _STATES.match(rest) and stated not in (None, lead.lastgroup) and lead.lastgroup != firm
     return None if contradicts else lead.lastgroup
 
 

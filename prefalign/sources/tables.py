@@ -55,14 +55,10 @@ def rows(file: Path, facts: Collection[str] = ()) -> Iterator[Callable[[], Mappi
             except StopIteration:
                 break
             except csv.Error as error:
-                if header is None or "unexpected end of data" in str(error) or "field larger" in str(error):
-                    raise ValueError(
-                        f"{where} opens a cell with a quote that is not closed ({error}), so the rows behind it would be part of "
-                        'that cell. A quote inside a quoted cell is written twice ("").'
-                    ) from error
-                yield partial(BadRow, "bad_table", f"{where} has a quote in the wrong place ({error}). Write it twice, and the "
-                              "whole cell in quotes.")  # fmt: skip
-                continue
+                raise ValueError(
+                    f"{where} has a quote that is not closed, or in the wrong place ({error}), so it cannot be told where this "
+                    'row ends. A quote inside a cell is written twice (""), and the whole cell in quotes.'
+                ) from error
             if not cells:
                 continue
             if header is None:
@@ -150,6 +146,8 @@ def _value(name: str, cell: str, typed: Collection[str]) -> Any:
             found = json.loads(text)
         except (ValueError, RecursionError):
             return cell
-        if name in _PICTURES or all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in found):
+        if name in _PICTURES or (
+            found and all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in found)
+        ):
             return found
     return cell

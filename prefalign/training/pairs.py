@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefalign.losses import VIEWS
+from prefalign.losses.term import EITHER
 from prefalign.manifest import Manifest, read_manifest
 from prefalign.records import ON_TWO_PICTURES, Pair, message_text
 from prefalign.shards import whole_shards
@@ -194,7 +196,9 @@ def check_texts(dataset: Dataset, views: Sequence[str], folder: Path) -> None:
 def _same_texts(dataset: Dataset, views: Sequence[str]) -> Iterator[bool]:
     """For each row, whether a run compares a text with itself on the same pictures."""
     one_picture = _compares_on_one_picture(views)
-    return (one_picture and same for same in _texts_are_one(dataset))
+    either = any(VIEWS[view].images == EITHER for view in views) and "rejected_images" in dataset.column_names
+    others = _filled(dataset, "rejected_images") if either else itertools.repeat(False)
+    return (one_picture and same and not other for same, other in zip(_texts_are_one(dataset), others, strict=False))
 
 
 def _texts_are_one(dataset: Dataset) -> Iterator[bool]:
@@ -206,7 +210,9 @@ def _texts_are_one(dataset: Dataset) -> Iterator[bool]:
 
 
 def _compares_on_one_picture(views: Sequence[str]) -> bool:
-    return len({VIEWS[view].images for view in views}) == 1 and len(views) > 1
+    """Whether a run compares on the same pictures; with `EITHER`, in rows without others."""
+    pictures = {VIEWS[view].images for view in views}
+    return len(views) > 1 and (len(pictures) == 1 or pictures == {"images", EITHER})
 
 
 def rows_without(dataset: Dataset, column: str) -> int:
