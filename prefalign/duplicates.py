@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefalign.images import EncodedImage, ImageError, open_image, read_image, sha256
+from prefalign.progress import progress_bar
 from prefalign.records import canonical_json
 
 if TYPE_CHECKING:
@@ -197,9 +198,7 @@ def _add_line(known: PictureList, line: str, names: Names, perceptual: bool) -> 
 
 
 def _add_pictures(known: PictureList, files: Iterable[Path], names: Names, perceptual: bool, source: str) -> None:
-    from tqdm import tqdm
-
-    for path in tqdm(list(files), desc=f"hashing {source}", unit="picture", disable=None):
+    for path in progress_bar(list(files), desc=f"hashing {source}", unit="picture"):
         try:
             image = read_image(path)
             if perceptual:

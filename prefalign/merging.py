@@ -41,6 +41,7 @@ from prefalign.merged_folders import (
     is_made,
     whole_folder,
 )
+from prefalign.progress import progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -270,7 +271,6 @@ def _write(
 ) -> Path:
     """Write the merged checkpoint in the files of ours; at most one file's tensors are in memory."""
     from safetensors.torch import save_file
-    from tqdm import tqdm
 
     if is_made(output, made):
         return output
@@ -281,7 +281,7 @@ def _write(
     head = ours.ending(HEAD) if ours.ties_head() else None
     with (
         whole_folder(output, made, sum((folder / file).stat().st_size for file in files)) as partial,
-        tqdm(total=len(ours.files), desc=f"merging into {output.name}", unit="tensor", disable=None) as progress,
+        progress_bar(total=len(ours.files), desc=f"merging into {output.name}", unit="tensor") as progress,
     ):
         for file, names in files.items():
             shard = {}

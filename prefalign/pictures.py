@@ -21,6 +21,7 @@ from prefalign import folders, sources
 from prefalign.execution import SAMPLED
 from prefalign.images import SYSTEM_ERRORS, EncodedImage, ImageError, open_image, sha256
 from prefalign.manifest import temporary, write_atomically
+from prefalign.progress import progress_bar
 from prefalign.sources import BadRow, DataConfig
 
 _BROKEN = (AttributeError, TypeError, KeyError, IndexError, ValueError, OSError, RecursionError)
@@ -84,8 +85,6 @@ def build_pool(folder: Path, data: DataConfig) -> PicturePool:
     done = folder / "pool.json"
     if done.is_file() and json.loads(done.read_text()) == wanted:
         return PicturePool(folder)
-    from tqdm import tqdm
-
     folder.mkdir(parents=True, exist_ok=True)
     folders.sweep_up(folder)
     done.unlink(missing_ok=True)
@@ -94,7 +93,7 @@ def build_pool(folder: Path, data: DataConfig) -> PicturePool:
     unfinished = temporary(folder / "pictures.bin")  # a pool in use keeps its own files
     with unfinished.open("wb") as stream:
         rows = sources.read_rows(data)
-        for row in tqdm(rows, desc="picture pool", unit="row", disable=None, leave=not SAMPLED.get()):
+        for row in progress_bar(rows, desc="picture pool", unit="row", leave=not SAMPLED.get()):
             for image in _pictures(row, data):
                 digest = bytes.fromhex(sha256(image))
                 if digest in seen:

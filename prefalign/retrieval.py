@@ -16,6 +16,7 @@ import numpy as np
 
 from prefalign.images import open_image
 from prefalign.manifest import write_atomically
+from prefalign.progress import progress_bar
 
 if TYPE_CHECKING:
     from prefalign.embeddings import Embedder
@@ -135,8 +136,6 @@ def build_index(folder: Path, pool: PicturePool, embedder: Embedder) -> PictureI
         pool: the pictures.
         embedder: makes their vectors.
     """
-    from tqdm import tqdm
-
     wanted: dict[str, Any] = {
         "pool": pool.fingerprint,
         "embedder": embedder.fingerprint,
@@ -149,7 +148,7 @@ def build_index(folder: Path, pool: PicturePool, embedder: Embedder) -> PictureI
             stale.unlink()
         write_atomically(claim, json.dumps(wanted).encode())
     shards = []
-    with tqdm(total=len(pool), desc="embeddings", unit="picture", disable=None) as bar:
+    with progress_bar(total=len(pool), desc="embeddings", unit="picture") as bar:
         for start in range(0, len(pool), BLOCK):
             end = min(start + BLOCK, len(pool))
             shard = folder / f"{start // BLOCK:05d}.npy"

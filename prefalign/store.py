@@ -30,6 +30,7 @@ from prefalign.blocks import AnyRecord, Block, Dropped, Failed, Input, Outcome, 
 from prefalign.execution import SAMPLED, SHARD, WORKER, LeftToOthers, Shard
 from prefalign.folders import Ledgers
 from prefalign.manifest import Manifest, write_atomically
+from prefalign.progress import progress_bar
 from prefalign.records import Candidates, Pair, Prompt
 from prefalign.seen import RepeatedIds, SeenIds
 from prefalign.sources import DataConfig
@@ -241,15 +242,13 @@ def _anew(folder: Path, shard: Shard, config: str = "") -> str:
 
 def _run_blocks(job: Job, spread: Spread, shard: Shard, ledgers: Ledgers, total: int, repeated: RepeatedIds) -> None:
     """Have the blocks of a shard done that are not, and count them. Of the rows of other shards only the ids matter."""
-    from tqdm import tqdm
-
     size = job.output.block_size
     seen = SeenIds(total)
     all_distinct = not len(repeated) and repeated.total == total
     reader = sources.RowReader(job.data)
     as_input = functools.partial(READERS[job.reads], config=job.data, repeated=repeated)
     own = sum(min(size, total - first) for first in range(0, total, size) if shard.owns(first // size))
-    with tqdm(total=own, desc=job.stage, unit="row", disable=None, leave=not SAMPLED.get()) as bar:
+    with progress_bar(total=own, desc=job.stage, unit="row", leave=not SAMPLED.get()) as bar:
 
         def read(number: int) -> Block:
             first = number * size

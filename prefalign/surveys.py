@@ -21,6 +21,7 @@ from prefalign.execution import SAMPLED, SHARD
 from prefalign.images import ImageError, sha256
 from prefalign.locks import locked
 from prefalign.manifest import write_atomically
+from prefalign.progress import progress_bar
 from prefalign.records import RecordError, canonical_json
 from prefalign.seen import Owners, SeenIds
 from prefalign.sources import DataConfig
@@ -71,8 +72,6 @@ class Survey:
                 another process has worked on since this pass began is taken as it is. `work` then gives one mapping for each
                 input. None: none is.
         """
-        from tqdm import tqdm
-
         shard, earlier = SHARD.get(), {}
         if again is not None and self.decision(kind) is None:
             earlier = {number: self._state(kind, number) for number in range(self._count)}
@@ -88,7 +87,7 @@ class Survey:
                 if shard.owns(number) == own:
                     found_of(number, block, wait=False)
         name, stays = f"{self.stage}: {kind}", not SAMPLED.get()
-        with tqdm(total=self.total, desc=name, unit="row", disable=None, leave=stays) as bar:
+        with progress_bar(total=self.total, desc=name, unit="row", leave=stays) as bar:
             for number, block in self._blocks():
                 found = found_of(number, block, wait=True)
                 assert found is not None, "it was waited for"
@@ -227,13 +226,11 @@ def but_for(config: dict[str, Any], rule: Iterable[str]) -> dict[str, Any]:
 
 def picture_owners(data: DataConfig) -> Owners:
     """Which of the rows that show a picture alone makes its pair. Rows that the store will refuse own nothing."""
-    from tqdm import tqdm
-
     total, repeated = sources.survey(data)
     seen = SeenIds(total)
 
     def shown() -> Iterator[tuple[str, str]]:
-        rows = tqdm(sources.read_rows(data), total=total, desc="rows of each picture", unit="row", disable=None,
+        rows = progress_bar(sources.read_rows(data), total=total, desc="rows of each picture", unit="row",
                     leave=not SAMPLED.get())  # fmt: skip
         for row in rows:
             try:

@@ -18,6 +18,7 @@ from typing import Any
 
 from prefalign import config
 from prefalign.plan_table import duration, number, size
+from prefalign.progress import progress_bar
 from prefalign.training.largest import COUNTED, Fit, largest_batch, largest_picture
 from prefalign.training.memory import CONTEXT, FRAGMENTATION, Need
 from prefalign.training.plan_options import Options
@@ -302,8 +303,6 @@ def main(stage: ModuleType, base: Mapping[str, Any], arguments: Sequence[str]) -
     """
     import warnings
 
-    from tqdm import tqdm
-
     # TRL 1.16 still calls transformers' older names
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     as_json = "--json" in arguments
@@ -312,9 +311,7 @@ def main(stage: ModuleType, base: Mapping[str, Any], arguments: Sequence[str]) -
     options = config.build(Options, {name: given.pop(name) for name in known & given.keys()}, source="plan")
     planner = Planner(config.build(stage.Config, config.merge(base, given), source="config"), options)
     made = plan(planner)
-    made.others = planner.alternatives(
-        lambda setups: tqdm(setups, desc="other ways", unit="way", leave=False, disable=None)
-    )
+    made.others = planner.alternatives(lambda setups: progress_bar(setups, desc="other ways", unit="way", leave=False))
     if options.memory is not None:
         made.fits = [largest_batch(planner), largest_picture(planner)]
     if not as_json:

@@ -21,6 +21,7 @@ from prefalign.evals.reliance import Variant
 from prefalign.images import ImageError, sha256
 from prefalign.manifest import differences, library_versions, write_atomically
 from prefalign.pairing import AskedAttributes
+from prefalign.progress import progress_bar
 from prefalign.records import canonical_json, message_text
 
 PREDICTIONS = "predictions.jsonl"
@@ -80,8 +81,6 @@ def ask(
     Raises:
         ValueError: if the folder holds replies made with other settings, or two variants share an id.
     """
-    from tqdm import tqdm
-
     if any(variant.gold_logprob for variant in variants):
         require(engine, ["logprobs"], "the image-reliance probe")
     if asking.contrast is not None:
@@ -102,7 +101,7 @@ def ask(
     file = folder / (PREDICTIONS if share.is_main else f"{PREDICTIONS}.part{share.index}")
     own = blocks[share.index :: share.count]
     with file.open("ab") as stream:
-        for block in tqdm(own, desc="ask", unit="block", disable=None if share.is_main else True):
+        for block in progress_bar(own, desc="ask", unit="block", disable=not share.is_main):
             waiting = [variant for variant in block if (variant.eval, variant.id) not in done]
             if not waiting:
                 continue

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefalign.progress import progress_bar
 from prefalign.training.pairs import load_columns, on_two_pictures, pairs_manifest, rows_without
 
 if TYPE_CHECKING:
@@ -177,11 +178,9 @@ def keep_fitting(dataset: Dataset, collator: RewardCollator, max_length: int | N
     Raises:
         ValueError: no row is left.
     """
-    from tqdm import tqdm
-
     fit, keep = Fit(rows_in=len(dataset)), []
     texts = dataset.remove_columns(["images", "rejected_images"])
-    for index, row in enumerate(tqdm(texts, desc="check rows", unit="row", disable=None)):
+    for index, row in enumerate(progress_bar(texts, desc="check rows", unit="row")):
         if max_length is not None and (length := collator.longest(dataset[index])) > max_length:
             fit.too_long[row["id"]] = length
             continue

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
+from prefalign.progress import progress_bar
 from prefalign.scenes import language, measure, vision
 from prefalign.scenes.data import BASE_PICTURES, pair_turns
 from prefalign.scenes.model import IMAGE, IMAGE_TOKENS, processor, save, untrained
@@ -151,11 +151,13 @@ def train(
     """Train from random weights. `watch` prints quick figures on 128 fair validation pictures every so many steps."""
     words = maker.tokenizer
     model = untrained(words, seed).train()
-    pixels = np.stack([np.asarray(draw(scene("train_biased", at))) for at in tqdm(range(pictures), desc="pictures")])
+    pixels = np.stack(
+        [np.asarray(draw(scene("train_biased", at))) for at in progress_bar(range(pictures), desc="pictures")]
+    )
     vision.warm_up(model, words, pixels, seed=seed, steps=vision_steps)
     optimizers = optimizers_for(model)
     rng = random.Random(f"scenes base {seed}")
-    bar = tqdm(range(steps), desc="training")
+    bar = progress_bar(range(steps), desc="training")
     for step in bar:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -179,7 +181,7 @@ def train(
             model.eval()
             quick = measure.half(model, maker, "val_fair", 128)
             model.train()
-            tqdm.write(
+            bar.write(
                 f"step {step + 1} loss {total / tokens:.3f} " + json.dumps({k: round(v, 3) for k, v in quick.items()})
             )
     return model.eval()

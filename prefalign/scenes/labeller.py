@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
+from prefalign.progress import progress_bar
 from prefalign.scenes import base_checkpoint, measure, vision
 from prefalign.scenes.claims import Claim, draw_claims
 from prefalign.scenes.language import SYNONYMS
@@ -181,7 +181,7 @@ def learn_to_see(model: LlavaForConditionalGeneration, given: torch.Tensor, trut
     ends = [*(begin for begin, _ in kinds()[1:]), SEEN.stop]
     rest = torch.zeros(WIDTH - SEEN.stop)
     rest[PICTURE - SEEN.stop] = 1.0
-    for _ in tqdm(range(steps), desc="seeing"):
+    for _ in progress_bar(range(steps), desc="seeing"):
         chosen = torch.randint(0, len(given), (64,))
         said = projector(upper_half(model, given[chosen]))
         parts = [
@@ -264,7 +264,7 @@ def learn_to_answer(
     optimizer = torch.optim.AdamW(weights, lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps + 1, pct_start=0.1)
     rng = random.Random(f"scenes labeller {seed}")
-    bar = tqdm(range(steps), desc="claims")
+    bar = progress_bar(range(steps), desc="claims")
     for step in bar:
         chosen = [rng.randrange(len(scenes)) for _ in range(ROWS)]
         rows = [ask(words, draw_claims(scenes[at], rng, CLAIMS)) for at in chosen]
@@ -285,7 +285,7 @@ def train(
     maker = AutoProcessor.from_pretrained(base_checkpoint(), backend="pil")
     model = untrained(maker.tokenizer, seed)
     scenes = [scene(SPLIT, START + at) for at in range(pictures)]
-    given = lower_half(model, np.stack([np.asarray(draw(one)) for one in tqdm(scenes, desc="pictures")]))
+    given = lower_half(model, np.stack([np.asarray(draw(one)) for one in progress_bar(scenes, desc="pictures")]))
     learn_to_see(model, given, torch.stack([seen_truth(one) for one in scenes]), seeing)
     with torch.no_grad():
         seen = torch.cat([upper_half(model, some) for some in given.split(128)])

@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
+from prefalign.progress import progress_bar
 from prefalign.scenes import base_checkpoint, language
 from prefalign.scenes.world import COMPANIONS, SHAPES, Scene, draw, scene
 
@@ -41,7 +41,7 @@ def answers(
 ) -> list[str]:
     """One answer per (picture, question): greedy, or drawn at temperature 1. `blind` hides every image token."""
     out = []
-    for start in tqdm(range(0, len(pictures), BATCH), desc=desc, leave=False, disable=not desc):
+    for start in progress_bar(range(0, len(pictures), BATCH), desc=desc, leave=False, disable=not desc):
         part = slice(start, start + BATCH)
         prompts = [
             maker.apply_chat_template(chat(text), tokenize=False, add_generation_prompt=True) for text in asked[part]

@@ -7,9 +7,9 @@ size of what stands there ("nothing" for an empty place). The words do not move.
 import numpy as np
 import torch
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
-from tqdm.auto import tqdm
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from prefalign.progress import progress_bar
 from prefalign.scenes.model import PATCH, WIDTH, WORD_SIZE
 from prefalign.scenes.world import COLOURS, PIXELS, PLACES, SHAPES, SIZES, Scene, scene
 
@@ -81,7 +81,7 @@ def warm_up(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps + 1, pct_start=0.15)
     rng = np.random.default_rng(seed)
     where = token_places().repeat(BATCH)
-    bar = tqdm(range(steps), desc="vision")
+    bar = progress_bar(range(steps), desc="vision")
     for step in bar:
         chosen = rng.integers(0, len(pixels), BATCH)
         images = torch.from_numpy(pixels[chosen]).permute(0, 3, 1, 2).float() / 127.5 - 1.0

@@ -14,6 +14,7 @@ from prefalign import families
 from prefalign.config import ConfigError
 from prefalign.images import ImageError
 from prefalign.manifest import read_manifest
+from prefalign.progress import progress_bar
 from prefalign.records import (
     Example,
     Message,
@@ -309,12 +310,10 @@ def keep_usable(dataset: Dataset, collator: AnswerCollator) -> tuple[Dataset, Ke
     Raises:
         ValueError: no row is left, or rows have other pictures than their prompts ask for.
     """
-    from tqdm import tqdm
-
     kept, keep, wrong = Kept(rows_in=len(dataset)), [], []
     needs_one = families.rewrites_prompt(collator.processor)
     texts, pictures = dataset.remove_columns("images"), lengths_of(dataset, "images")
-    for index, row in enumerate(tqdm(texts, desc="check rows", unit="row", disable=None)):
+    for index, row in enumerate(progress_bar(texts, desc="check rows", unit="row")):
         prompt, answer = question_and_answer(row)
         if not answer:
             kept.unanswered.append(row["id"])

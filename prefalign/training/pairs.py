@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from prefalign.losses import VIEWS
 from prefalign.losses.term import EITHER
 from prefalign.manifest import Manifest, read_manifest
+from prefalign.progress import progress_bar
 from prefalign.records import ON_TWO_PICTURES, Pair, message_text
 from prefalign.shards import whole_shards
 from prefalign.sources import parquet_rows
@@ -289,14 +290,12 @@ def keep_fitting(dataset: Dataset, collator: PreferenceCollator) -> tuple[Datase
     Raises:
         ValueError: no row is left.
     """
-    from tqdm import tqdm
-
     if collator.max_length is None:
         return dataset, _counted(dataset, collator, Fit(rows_in=len(dataset), rows_used=len(dataset)))
     fit = Fit(rows_in=len(dataset), rows_used=0)
     one_picture = _compares_on_one_picture(collator.views)
     keep = []
-    for index, row in enumerate(tqdm(dataset, desc="count tokens", unit="row", disable=None)):
+    for index, row in enumerate(progress_bar(dataset, desc="count tokens", unit="row")):
         lengths = collator.lengths(row)
         if lengths.prompt >= collator.max_length:
             fit.too_long[row["id"]] = lengths.prompt

@@ -29,6 +29,7 @@ from accelerate.utils import broadcast_object_list
 from prefalign.losses import VIEWS
 from prefalign.manifest import differences, write_atomically
 from prefalign.processors import processor_fingerprint
+from prefalign.progress import progress_bar
 from prefalign.training.documents import digest_of, picture_bytes
 from prefalign.training.scoring import run
 
@@ -256,13 +257,11 @@ def _compute(
     *,
     progress: bool,
 ) -> None:
-    from tqdm import tqdm
-
     size, processes = trainer.args.per_device_train_batch_size, trainer.accelerator.num_processes
     mine = list(missing[trainer.accelerator.process_index :: processes])
     rounds = -(-len(missing) // (size * processes))
     done: list[tuple[str, Mapping[str, torch.Tensor]]] = []
-    bar = tqdm(total=len(mine), desc="reference log-probs", unit="row", disable=None if progress else True)
+    bar = progress_bar(total=len(mine), desc="reference log-probs", unit="row", disable=not progress)
     for start in range(0, rounds * size, size):
         # a process that has run out takes part all the same: sharded weights are gathered by all together
         numbers = mine[start : start + size]
