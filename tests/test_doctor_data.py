@@ -169,8 +169,9 @@ def test_one_answer_on_two_pictures_that_are_compared(doctor_case, tmp_path):
     def differ(name, rows, losses):
         return data.check_pairs(doctor_case(folder=write(tmp_path / name, rows), losses=losses))[1]
 
-    for name, chosen in (("text", losses), ("two", [{"name": "two_pictures"}])):
-        found = differ(name, rows, chosen)
+    apart = [replace(pair(0), rejected_images=[]), *rows[1:]]
+    for name, given, chosen in (("text", rows, losses), ("two", apart, [{"name": "two_pictures"}])):
+        found = differ(name, given, chosen)
         assert (found.verdict, found.seen) == ("pass", "in 1 of 3 rows, 2 have one answer on two pictures")
     again = [*rows[:2], replace(rows[2], rejected_images=rows[2].images)]
     found = differ("again", again, losses)

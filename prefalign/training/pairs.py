@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from prefalign.losses import VIEWS
 from prefalign.losses.term import EITHER
-from prefalign.manifest import Manifest, read_manifest
+from prefalign.manifest import Manifest, read_manifest, refuse_data_file
 from prefalign.records import ON_TWO_PICTURES, Pair, message_text
 from prefalign.shards import whole_shards
 from prefalign.sources import parquet_rows
@@ -55,6 +55,7 @@ def pairs_manifest(folder: Path) -> Manifest:
     Raises:
         ValueError: there is none, or the folder holds no pairs, or rows of another kind, or shards are damaged or lost.
     """
+    refuse_data_file(folder, "pairs")
     manifest = read_manifest(folder)
     if manifest is None and (folder / "pairs" / "manifest.json").is_file():
         raise ValueError(
