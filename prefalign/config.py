@@ -301,7 +301,9 @@ def _came_from(problem: Any, typed: Mapping[str, Any], source: str) -> str:
     for part in problem["loc"]:
         if isinstance(found, Mapping) and part in found:
             found = found[part]
-        elif found is typed:
+        elif found is typed or (
+            isinstance(found, Mapping) and str(part)[:1].islower()
+        ):  # else the name of a class in a union
             return source
     if not isinstance(found, Mapping):
         return COMMAND_LINE
@@ -315,10 +317,8 @@ def _elsewhere(cls: type, location: Sequence[str], known: Sequence[str]) -> str:
     named = [place for place in _settings(cls) if place.rpartition(".")[2] == name and place != ".".join(location)]
     if not 1 <= len(named) <= 3:
         return ""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return (
-        f"did you mean {' or '.join(repr(one) for one in [*named, *('.'.join([*parents, near]) for near in close)])}?"
-    )
+    named += [".".join([*parents, near]) for near in difflib.get_close_matches(name, known, n=1, cutoff=0.6)]
+    return f"did you mean {' or '.join(map(repr, named))}?"
 
 
 def _settings(cls: Any) -> list[str]:

@@ -133,6 +133,9 @@ def test_sections_of_every_stage_are_known():
         ("sed: 3", ["--seed", "3"], "run.yaml: sed: unknown key (value 3); did you mean 'seed'?"),
         ("trainer: {beta: 1}", ["--trainer.bet", "3"], "command line: trainer.bet: unknown key"),
         ("trainer: {bet: 1}", ["--trainer.beta", "3"], "run.yaml: trainer.bet: unknown key"),
+        ("trainer: {low: {beta: 1}}", ["--trainer.beta", "3"], "run.yaml: trainer.low: unknown key"),
+        ("corruption: {step: x}", ["--corruption.step", "y"], "command line: "),
+        ("corruption: {step: x}", ["--seed", "2"], "run.yaml: "),
         (
             "seed: x",
             ["--trainer.beta", "y"],
