@@ -86,7 +86,11 @@ def main(config: Config) -> Manifest:
     )
     folder = config.output.path
     found = stages.write_figures(folder, FIGURES, lambda: figures(folder, manifest))
+    columns = found.pop("columns_of_rows_without_picture", [])
     stages.say_figures(METHOD, found)
+    if bare := found.get("without_picture"):
+        beside = f"; columns that were not read: {', '.join(columns)}" if columns else ""
+        stages.say(f"{bare} of {manifest.rows_out} rows have no picture{beside}")
     return manifest
 
 
@@ -176,17 +180,27 @@ def changed_characters(chosen: str, rejected: str, min_block: int = 3) -> dict[s
 
 
 def figures(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """What was made, by layout, and how much of the two answers of a pair differs."""
+    """What was made, by layout, rows without a picture, and how much of the two answers of a pair differs."""
+    produce = manifest.config["settings"]["produce"]
     found: dict[str, Any] = {"rows_in": manifest.rows_in, "rows_out": manifest.rows_out, "dropped": manifest.dropped}
-    if manifest.config["settings"]["produce"] != "pairs":
-        return found
     layouts: Counter[str] = Counter()
-    spans = pictures = apart = 0
-    for row in stages.columns_of(folder, "meta"):
+    unread: set[str] = set()
+    bare = spans = pictures = apart = 0
+    for row in stages.columns_of(folder, "facts" if produce == "candidates" else "meta"):
+        notes = row["facts"] if produce == "candidates" else row["meta"]
+        if not (notes["imported"] if produce == "candidates" else notes)["images_sha256"]:
+            bare += 1
+            unread.update(name for name, value in notes.get("columns", {}).items() if value is not None)
+        if produce != "pairs":
+            continue
         layouts[row["meta"]["layout"]] += 1
         spans += len(row["meta"]["changed"]["chosen"])
         pictures += "rejected_images_sha256" in row["meta"]
         apart += row["meta"].get(ON_TWO_PICTURES) is True
+    if bare:
+        found |= {"without_picture": bare, "columns_of_rows_without_picture": sorted(unread)}
+    if produce != "pairs":
+        return found
     return {
         **found,
         "layouts": dict(sorted(layouts.items())),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import json
 import re
 import types
@@ -22,6 +23,7 @@ Config = TypeVar("Config")
 
 
 BOOLEAN = "tag:yaml.org,2002:bool"
+COMMAND_LINE = "command line"
 _NULLS = ("null", "Null", "NULL", "~")
 
 
@@ -189,8 +191,16 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def build(cls: type[Config], values: Mapping[str, Any], *, source: str = "config") -> Config:
+def build(
+    cls: type[Config], values: Mapping[str, Any], *, source: str = "config", typed: Mapping[str, Any] | None = None
+) -> Config:
     """Validate a mapping into dataclass `cls`.
+
+    Args:
+        cls: dataclass of the settings.
+        values: of its fields.
+        source: where they come from.
+        typed: those of `values` that were typed on the command line instead.
 
     Raises:
         ConfigError: one line per problem, each with the dotted key, the value and the nearest known name.
@@ -202,14 +212,21 @@ def build(cls: type[Config], values: Mapping[str, Any], *, source: str = "config
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
         listed: set[type | None] = set()
-        lines = [_explain(cls, problem, listed) for problem in error.errors()]
-        raise ConfigError(f"{source}: " + "\n  ".join(["", *lines] if len(lines) > 1 else lines)) from None
+        lines = [
+            (_came_from(problem, typed or {}, source), _explain(cls, problem, listed)) for problem in error.errors()
+        ]
+        if len({place for place, _ in lines}) == 1:
+            source, lines = lines[0][0], [("", line) for _, line in lines]
+        told = [f"{place}: {line}" if place not in ("", source) else line for place, line in lines]
+        raise ConfigError(f"{source}: " + "\n  ".join(["", *told] if len(told) > 1 else told)) from None
 
 
 def load(cls: type[Config], path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read `path` (if given), apply command-line `overrides`, validate into `cls`."""
-    values = merge(read_yaml(path) if path else {}, parse_overrides(overrides, cls))
-    return build(cls, values, source=Path(path).name if path else "command line")
+    typed = parse_overrides(overrides, cls)
+    if not path:
+        return build(cls, typed, source=COMMAND_LINE)
+    return build(cls, merge(read_yaml(path), typed), source=Path(path).name, typed=typed)
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -261,7 +278,7 @@ def _explain(cls: type, problem: Any, listed: set[type | None]) -> str:
             inner = dataclasses_in(typing.get_type_hints(owner).get(part)) if owner else []
             owner = inner[0] if inner else None
         known = [field.name for field in dataclasses.fields(owner)] if owner else []
-        hint = nearest(location[-1], known)
+        hint = _elsewhere(cls, location, known) or nearest(location[-1], known)
         if hint.startswith("known: "):
             if owner in listed:
                 return f"{dotted}: unknown key (value {problem['input']!r})."
@@ -276,6 +293,53 @@ def _explain(cls: type, problem: Any, listed: set[type | None]) -> str:
     if problem["type"] in ("string_type", "path_type") and isinstance(problem["input"], (int, float, date)):
         return f"{dotted}: a text is wanted, and YAML takes what is written there for {problem['input']!r}. Put it in quotes."
     return f"{dotted}: {problem['msg']} (got {problem['input']!r})."
+
+
+def _came_from(problem: Any, typed: Mapping[str, Any], source: str) -> str:
+    """Where the value of a problem was written; both places for a section whose own check names a setting that was typed."""
+    found: Any = typed
+    for part in problem["loc"]:
+        if isinstance(found, Mapping) and part in found:
+            found = found[part]
+        elif found is typed or (
+            isinstance(found, Mapping) and str(part)[:1].islower()
+        ):  # else the name of a class in a union
+            return source
+    if not isinstance(found, Mapping):
+        return COMMAND_LINE
+    named = problem["type"] == "value_error" and {*found} & {*re.findall(r"\w+", problem["msg"])}
+    return f"{source} with the {COMMAND_LINE}" if named else source
+
+
+def _elsewhere(cls: type, location: Sequence[str], known: Sequence[str]) -> str:
+    """A `did you mean` sentence where up to three other sections have a setting of this very name; else empty."""
+    *parents, name = location
+    named = [place for place in _settings(cls) if place.rpartition(".")[2] == name and place != ".".join(location)]
+    if not 1 <= len(named) <= 3:
+        return ""
+    named += [".".join([*parents, near]) for near in difflib.get_close_matches(name, known, n=1, cutoff=0.6)]
+    return f"did you mean {' or '.join(map(repr, named))}?"
+
+
+def _settings(cls: Any) -> list[str]:
+    """The dotted names of all settings of a dataclass, with those of the class that a mapping's `fields_of` names."""
+    hints = typing.get_type_hints(cls)
+    found: dict[str, None] = {}
+    for entry in dataclasses.fields(cls):
+        found[entry.name] = None
+        below = [
+            name
+            for option in _options(hints[entry.name])
+            if dataclasses.is_dataclass(option)
+            for name in _settings(option)
+        ]
+        if "fields_of" in entry.metadata:
+            module, _, name = entry.metadata["fields_of"].rpartition(".")
+            below = [
+                field.name for field in dataclasses.fields(getattr(importlib.import_module(module), name)) if field.init
+            ]
+        found.update(dict.fromkeys(f"{entry.name}.{name}" for name in below))
+    return list(found)
 
 
 def take_option(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:

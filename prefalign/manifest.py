@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import platform
+import shlex
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -50,6 +51,25 @@ def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a finished stage, or None."""
     file = folder / "manifest.json"
     return Manifest(**json.loads(file.read_text())) if file.is_file() else None
+
+
+def refuse_data_file(path: Path, produce: str) -> None:
+    """Check that what is given as the folder of a stage is no file of rows.
+
+    Args:
+        path: what is given.
+        produce: what `import_published` would best make of such a file.
+
+    Raises:
+        ValueError: it is a file; says how it is imported.
+    """
+    if path.is_file():
+        made = shlex.quote(f"runs/{path.stem}")
+        raise ValueError(
+            f"{path} is a data file, and the output folder of a stage is read here. Import it first: `prefalign run "
+            f"import_published --data.path {shlex.quote(str(path))} --output.path {made} --produce {produce}` (pairs, candidates "
+            f"or examples), then give {made}."
+        )
 
 
 def temporary(path: Path) -> Path:

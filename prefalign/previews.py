@@ -54,6 +54,11 @@ def plan_stages(arguments: Sequence[str]) -> None:
             said = "--shard and --executor are left out: the plan is of all rows, in one process."
             print(f"{Path(name).stem}: {said}", file=sys.stderr)
         resolved = bundled.resolve(name, module, options)
+        if judged := getattr(resolved, "judged", None):
+            raise config.ConfigError(
+                f"{Path(name).stem}: there is nothing to plan with `judged`: answers and verdicts are taken from {judged}, no "
+                f"model is asked. Start it: `prefalign run {name}` with the same arguments."
+            )
         stages.append(planner.Stage(Path(name).stem, module, resolved))
     plans = planner.plan(stages, rows=rows)
     if "--json" in arguments:

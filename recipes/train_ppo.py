@@ -50,7 +50,9 @@ class Config:
     reward_floor: float = 0.6
     force_reward: bool = False
     watch: list[dict[str, Any]] = field(default_factory=list)
-    trainer: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(
+        default_factory=dict, metadata={"fields_of": "prefalign.online.arguments.PPOConfig"}
+    )
     lora: LoraSettings | None = None
     freeze: list[str] = field(default_factory=lambda: ["vision", "projector"])
     fast_path: Literal["auto", "off"] = "auto"

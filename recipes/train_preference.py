@@ -55,7 +55,7 @@ class Config:
     reference_folder: Path | None = None
     fast_path: Literal["auto", "off"] = "auto"
     tokens_per_pass: int | None = None
-    trainer: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict, metadata={"fields_of": "trl.DPOConfig"})
     lora: LoraSettings | None = None
     freeze: list[str] = field(default_factory=lambda: ["vision"])
     resume: Literal["auto"] | bool = "auto"

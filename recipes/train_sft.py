@@ -41,7 +41,7 @@ class Config:
     output: Path
     eval_data: Path | None = None
     answer: Literal["chosen", "answer"] | None = None
-    trainer: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict, metadata={"fields_of": "trl.SFTConfig"})
     lora: LoraSettings | None = None
     freeze: list[str] = field(default_factory=lambda: ["vision"])
     resume: Literal["auto"] | bool = "auto"

@@ -60,7 +60,7 @@ class Config:
     rejected_pictures: bool = False
     fast_path: Literal["auto", "off"] = "auto"
     reference_rows: int = 256
-    trainer: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict, metadata={"fields_of": "trl.RewardConfig"})
     lora: LoraSettings | None = None
     freeze: list[str] = field(default_factory=lambda: ["vision"])
     resume: Literal["auto"] | bool = "auto"

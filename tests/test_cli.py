@@ -259,12 +259,12 @@ def test_two_configs(stage, tmp_path, capsys):
 
 @pytest.mark.parametrize("form", ["--config {}", "--config={}"])
 def test_demo_takes_a_config_of_ones_own(form, tmp_path, capsys):
-    """Both files are refused by name before anything runs, so the message tells which one was read."""
+    """What is refused before anything runs is said with its place: the file, or the command line."""
     (tmp_path / "mine.yaml").write_text("prompts: many\n")
     assert cli.main(["demo", *form.format(tmp_path / "mine.yaml").split()]) == 1
     assert capsys.readouterr().err.startswith("error: mine.yaml: prompts: ")
     assert cli.main(["demo", "--output", str(tmp_path / "out"), "--prompts", "many"]) == 1
-    assert capsys.readouterr().err.startswith("error: demo.yaml: prompts: ")
+    assert capsys.readouterr().err.startswith("error: command line: prompts: ")
 
 
 def test_interruption_of_a_verb_that_does_not_resume(monkeypatch, capsys):

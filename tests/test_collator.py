@@ -13,9 +13,11 @@ from prefalign.families import image_token_ids
 from prefalign.images import ImageError, encode_png
 from prefalign.models import ModelConfig, load_processor
 from prefalign.records import Pair, assistant_message
+from prefalign.report.rows import write_report
 from prefalign.store import OutputConfig, write_records
 from prefalign.training.collator import PreferenceCollator
 from prefalign.training.documents import PromptTooLong, decode
+from prefalign.training.examples import load_examples
 from prefalign.training.pairs import keep_fitting, load_pairs, pairs_manifest
 from tests.equality import as_row, assert_same_inputs, trl_batch
 from tests.sft_runs import make_example, write_examples
@@ -180,6 +182,18 @@ def test_unfinished_pairs_are_refused(tmp_path: Path):
     (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match="holds no finished pairs .*start it again with the same config"):
         load_pairs(folder)
+
+
+def test_a_data_file_is_no_folder_of_a_stage(tmp_path: Path):
+    """Training, SFT and the report say how it is imported."""
+    file = tmp_path / "my rows.jsonl"
+    file.write_text("{}\n")
+    readers = ((load_pairs, "pairs"), (load_examples, "examples"), (lambda path: write_report(path, tmp_path), "pairs"))
+    for read, produce in readers:
+        with pytest.raises(ValueError, match="is a data file") as error:
+            read(file)
+        command = f"import_published --data.path '{file}' --output.path 'runs/my rows' --produce {produce}`"
+        assert command in str(error.value)
 
 
 def test_rows_that_are_no_pairs_are_refused(tmp_path: Path):

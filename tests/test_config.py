@@ -83,6 +83,83 @@ def test_unknown_key_names_the_nearest(tmp_path):
         config.load(Config, file)
 
 
+@dataclass
+class Arguments:
+    max_steps: int = 1
+    eval_note: str = ""
+
+
+@dataclass
+class Recipe:
+    output: Path
+    note: str = ""
+    data: Crop = field(default_factory=Crop)
+    judge: Noise = field(default_factory=Noise)
+    trainer: dict[str, Any] = field(default_factory=dict, metadata={"fields_of": f"{__name__}.Arguments"})
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--max_steps", "2"], "max_steps: unknown key (value 2); did you mean 'trainer.max_steps'?"),
+        (["--size", "2"], "size: unknown key (value 2); did you mean 'data.size'?"),
+        (
+            ["--judge.max_steps", "2"],
+            "judge.max_steps: unknown key (value 2); did you mean 'trainer.max_steps' or 'judge.step'?",
+        ),
+        (["--judge.output", "x"], "judge.output: unknown key (value 'x'); did you mean 'output'?"),
+        (["--eval_note", "x"], "eval_note: unknown key (value 'x'); did you mean 'trainer.eval_note' or 'note'?"),
+        (["--judge.nothing", "x"], "judge.nothing: unknown key (value 'x'); known: step."),
+    ],
+)
+def test_a_setting_without_its_section_is_found(words, hint):
+    with pytest.raises(config.ConfigError) as error:
+        config.load(Recipe, None, ["--output", "y", *words])
+    assert str(error.value) == f"command line: {hint}"
+
+
+def test_sections_of_every_stage_are_known():
+    for name in bundled.stages():
+        assert "output" in {place.partition(".")[0] for place in config._settings(bundled.load_stage(name).Config)}
+    assert {"trainer.max_steps", "trainer.beta"} <= {
+        *config._settings(bundled.load_stage("train_preference").Config),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "said"),
+    [
+        ("{}", ["--sed", "3"], "command line: sed: unknown key (value 3); did you mean 'seed'?"),
+        ("sed: 3", ["--seed", "3"], "run.yaml: sed: unknown key (value 3); did you mean 'seed'?"),
+        ("trainer: {beta: 1}", ["--trainer.bet", "3"], "command line: trainer.bet: unknown key"),
+        ("trainer: {bet: 1}", ["--trainer.beta", "3"], "run.yaml: trainer.bet: unknown key"),
+        ("trainer: {low: {beta: 1}}", ["--trainer.beta", "3"], "run.yaml: trainer.low: unknown key"),
+        ("corruption: {step: x}", ["--corruption.step", "y"], "command line: "),
+        ("corruption: {step: x}", ["--seed", "2"], "run.yaml: "),
+        (
+            "seed: x",
+            ["--trainer.beta", "y"],
+            "run.yaml: \n  command line: trainer.beta: Input should be a valid number",
+        ),
+    ],
+)
+def test_the_place_of_a_mistake_is_named(tmp_path, text, words, said):
+    file = write(tmp_path, f"output: x\n{text}\n" if text != "{}" else "output: x\n")
+    with pytest.raises(config.ConfigError) as error:
+        config.load(Config, file, words)
+    assert str(error.value).startswith(said)
+
+
+def test_a_check_of_a_section_that_is_partly_typed(tmp_path):
+    file = write(tmp_path, "span: {low: 3, high: 4}\n")
+    with pytest.raises(config.ConfigError, match=r"^run.yaml with the command line: span: low is 3 and high 2"):
+        config.load(Measured, file, ["--span.high", "2"])
+    with pytest.raises(config.ConfigError, match=r"^run.yaml: times is 0"):
+        config.load(Measured, write(tmp_path, "times: 0\n"), ["--span.high", "2"])
+    with pytest.raises(config.ConfigError, match=r"^run.yaml with the command line: times is 0"):
+        config.load(Measured, file, ["--times", "0"])
+
+
 def test_unknown_override_names_the_nearest():
     with pytest.raises(config.ConfigError, match=r"sed: unknown key \(value 1\); did you mean 'seed'\?"):
         config.load(Config, None, ["--output", "x", "--sed", "1"])

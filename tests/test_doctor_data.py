@@ -161,6 +161,28 @@ def test_answers_of_other_lengths_equal_answers_and_copies(doctor_case, tmp_path
     assert copies.seen == "1 of 7 rows are copies of another"
 
 
+def test_one_answer_on_two_pictures_that_are_compared(doctor_case, tmp_path):
+    """No fault under losses that read both pictures; it is one without the other picture, or where both are the same."""
+    losses = [{"name": "text"}, {"name": "visual"}]
+    rows = [pair(0), *(pair(number, rejected=pair(number).chosen) for number in (1, 2))]
+
+    def differ(name, rows, losses):
+        return data.check_pairs(doctor_case(folder=write(tmp_path / name, rows), losses=losses))[1]
+
+    apart = [replace(pair(0), rejected_images=[]), *rows[1:]]
+    for name, given, chosen in (("text", rows, losses), ("two", apart, [{"name": "two_pictures"}])):
+        found = differ(name, given, chosen)
+        assert (found.verdict, found.seen) == ("pass", "in 1 of 3 rows, 2 have one answer on two pictures")
+    again = [*rows[:2], replace(rows[2], rejected_images=rows[2].images)]
+    found = differ("again", again, losses)
+    assert (found.verdict, found.advice) == ("warn", "Nothing is learned from one text as both answers: pair-2.")
+    found = differ("alone", rows, losses[:1])
+    assert (found.verdict, found.advice) == (
+        "warn",
+        "Nothing is learned from one text as both answers: pair-1, pair-2.",
+    )
+
+
 def test_rejected_answers_that_are_always_longer(doctor_case, tmp_path):
     """By little, but always."""
     longer = [assistant_message("a red circle and a blue square and then a green circle now")]

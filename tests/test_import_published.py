@@ -244,6 +244,26 @@ def test_both_configs_read_twins(name, tmp_path):
         assert pair.meta["changed"]["chosen"]
 
 
+def test_rows_without_a_picture_are_said(folder, capsys):
+    """With the columns that were not read, where a picture's name may be; training on them says so too."""
+    row = {"question": QUESTION, "chosen": GOOD, "rejected": BAD}
+    rows = [{**row, "file": "a.png", "id": str(n), "source": None} for n in range(2)]
+    for produce, record in (("pairs", Pair), ("candidates", Candidates), ("examples", Example)):
+        run(folder, rows, output=produce, produce=produce, record=record)
+        said_of_them = capsys.readouterr().err.splitlines()
+        assert said_of_them[-1] == "2 of 2 rows have no picture; columns that were not read: file"
+        found = json.loads((folder / produce / "import.json").read_text())
+        assert (found["without_picture"], found["columns_of_rows_without_picture"]) == (2, ["file"])
+    run(folder, [{**rows[0], "image": "a.png"}, row], output="mixed")
+    assert capsys.readouterr().err.endswith("1 of 2 rows have no picture\n")
+    run(folder, [{**rows[0], "image": "a.png"}], output="shown")
+    assert "no picture" not in capsys.readouterr().err
+    train_one_step(
+        "train_preference_mdpo", folder / "pairs", folder / "policy", losses=[{"name": "text"}], negative=None
+    )
+    assert "2 pairs, none has a picture, so nothing visual is learned" in capsys.readouterr().out
+
+
 def train_one_step(name, pairs, output, **changes):
     """A step on two pairs of the scenes model, by a bundled config."""
     recipe = bundled.load_stage("train_preference")

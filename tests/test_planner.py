@@ -234,6 +234,10 @@ def test_the_verb(prompts, tmp_path, capsys):
         (["--rows", "3"], "plan needs a stage, as in"),
         (["--seed", "3"], "plan needs a stage before --seed"),
         (["bdsh"], "no stage called 'bdsh'; did you mean 'bdhs'?"),
+        (
+            ["rlaif_v", "--config", "datagen/rlaif_v_scenes", "--judged", "runs/before"],
+            "rlaif_v: there is nothing to plan with `judged`: answers and verdicts are taken from runs/before, no model is asked",
+        ),
     ],
 )
 def test_errors_of_the_verb(arguments, message, capsys):

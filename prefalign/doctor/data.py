@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean, median
+from typing import Any
 
 from prefalign import families
 from prefalign.doctor.case import Case, shown
@@ -155,7 +156,11 @@ def check_pairs(case: Case) -> list[Finding]:
         raise NotExaminedError("the losses look at one answer of each pair only")
     lengths = {side: mean(len(reading.answers()[side]) for reading in readings) for side in ("chosen", "rejected")}
     texts = [tuple(message_text(reading.row[side]) for side in ("chosen", "rejected")) for reading in readings]
-    same = [str(reading.row["id"]) for reading, both in zip(readings, texts, strict=True) if same_answer(*both)]
+    one_text = [reading.row for reading, both in zip(readings, texts, strict=True) if same_answer(*both)]
+    same = [str(row["id"]) for row in one_text if not _pictures_are_compared(row, case)]
+    differ = f"in {len(readings) - len(one_text)} of {len(readings)} rows"
+    if apart := len(one_text) - len(same):
+        differ += f", {apart} have one answer on two pictures"
     contents = [
         (shown(reading.row), message_text(reading.row["prompt"]), *both)
         for reading, both in zip(readings, texts, strict=True)
@@ -177,11 +182,20 @@ def check_pairs(case: Case) -> list[Finding]:
     problem = f"Nothing is learned from one text as both answers: {some(same)}." if same else ""
     return [
         judge("answer lengths", length, warn=bias),
-        judge("answers differ", f"in {len(readings) - len(same)} of {len(readings)} rows", warn=problem,
-              fail=problem * (len(same) == len(readings))),
+        judge("answers differ", differ, warn=problem, fail=problem * (len(same) == len(readings))),
         judge("duplicates", f"{copies} of {len(readings)} rows are copies of another",
               warn="`prefalign run filter_pairs` drops them." if copies else ""),
     ]  # fmt: skip
+
+
+def _pictures_are_compared(row: Mapping[str, Any], case: Case) -> bool:
+    """Whether the losses read a row on two different pictures, so that one text as both answers teaches something too."""
+    looked_at = {VIEWS[view].images for view in case.trainer.views}
+    if "images" not in looked_at or not looked_at & {"rejected_images", EITHER}:
+        return False
+    if not row["rejected_images"]:
+        return "rejected_images" in looked_at and case.collator.negative is not None
+    return shown(row) != shown(row, "rejected_images")
 
 
 def sampled(case: Case) -> list:

@@ -120,7 +120,7 @@ class OnlineConfig:
     evaluation: dict[str, Any] | None = None
     evaluation_config: str = "recipes/evaluate_scenes"
     losses: list[dict[str, Any]] = field(default_factory=lambda: [{"name": "text"}])
-    trainer: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict, metadata={"fields_of": "trl.DPOConfig"})
     fast_path: Literal["auto", "off"] = "auto"
     lora: LoraSettings | None = None
     freeze: list[str] = field(default_factory=lambda: ["vision"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import prefalign
-from prefalign.manifest import Manifest, read_manifest
+from prefalign.manifest import Manifest, read_manifest, refuse_data_file
 from prefalign.report.page import MINUS, flattened
 
 FLAGGED_SHARE = 5  # one card in so many is kept for flagged rows that the even sample misses
@@ -20,6 +20,7 @@ def finished(folder: Path) -> Manifest:
     Raises:
         ValueError: there is none; names the folders inside that have one.
     """
+    refuse_data_file(folder, "pairs")
     if (manifest := read_manifest(folder)) is not None:
         return manifest
     if inside := ", ".join(str(file.parent) for file in sorted(folder.glob("*/manifest.json"))):

@@ -13,7 +13,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from prefalign import families
 from prefalign.config import ConfigError
 from prefalign.images import ImageError
-from prefalign.manifest import read_manifest
+from prefalign.manifest import read_manifest, refuse_data_file
 from prefalign.progress import progress_bar
 from prefalign.records import (
     Example,
@@ -59,6 +59,7 @@ def load_examples(folder: Path, answer: Answer | None = None) -> Dataset:
     """
     from datasets import Features, Image, List, load_dataset
 
+    refuse_data_file(folder, "examples")
     manifest = read_manifest(folder)
     if manifest is None and (inside := sorted(file.parent.name for file in folder.glob("*/manifest.json"))):
         raise ValueError(

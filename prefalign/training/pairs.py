@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from prefalign.losses import VIEWS
 from prefalign.losses.term import EITHER
-from prefalign.manifest import Manifest, read_manifest
+from prefalign.manifest import Manifest, read_manifest, refuse_data_file
 from prefalign.progress import progress_bar
 from prefalign.records import ON_TWO_PICTURES, Pair, message_text
 from prefalign.shards import whole_shards
@@ -56,6 +56,7 @@ def pairs_manifest(folder: Path) -> Manifest:
     Raises:
         ValueError: there is none, or the folder holds no pairs, or rows of another kind, or shards are damaged or lost.
     """
+    refuse_data_file(folder, "pairs")
     manifest = read_manifest(folder)
     if manifest is None and (folder / "pairs" / "manifest.json").is_file():
         raise ValueError(
@@ -242,6 +243,7 @@ class Fit:
         same_texts: rows kept that compare a text with itself on the same pictures, which has no gradient.
         same_when_cut: rows kept that do so only because `max_length` cuts both answers before they differ.
         stored_pictures: with a `negative`, rows kept that show `rejected_images` of their own instead.
+        without_picture: rows kept that show no picture.
     """
 
     rows_in: int
@@ -251,6 +253,7 @@ class Fit:
     same_texts: int = 0
     same_when_cut: int = 0
     stored_pictures: int = 0
+    without_picture: int = 0
 
     @property
     def needed(self) -> int:
@@ -278,6 +281,8 @@ class Fit:
             parts.append(
                 f"{self.same_when_cut} have one text as both answers once cut; a greater max_length tells them apart"
             )
+        if 0 < self.rows_used == self.without_picture:
+            parts.append("none has a picture, so nothing visual is learned")
         if self.stored_pictures:
             made = self.rows_used - self.stored_pictures
             parts.append(f"{self.stored_pictures} show the other picture stored with them, {made} one made on the fly")
@@ -316,6 +321,7 @@ def keep_fitting(dataset: Dataset, collator: PreferenceCollator) -> tuple[Datase
 
 def _counted(dataset: Dataset, collator: PreferenceCollator, fit: Fit) -> Fit:
     fit.same_texts = sum(_same_texts(dataset, collator.views))
+    fit.without_picture = rows_without(dataset, "images")
     if collator.negative is not None:
         fit.stored_pictures = len(dataset) - rows_without(dataset, "rejected_images")
     return fit
