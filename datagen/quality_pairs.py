@@ -257,8 +257,9 @@ def nothing_made(folder: Path, prompts: int, dropped: dict[Export, Counter[str]]
         dropped: prompts by reason, of each export.
     """
     reasons = "; ".join(f"{name}: {_told(why)}" for name, why in dropped.items())
+    count = "1 prompt" if prompts == 1 else f"{prompts} prompts"
     common = sum(dropped.values(), Counter[str]())
-    return f"{METHOD} made nothing of the answers to {prompts} prompts: {reasons}.{blocks.likely_cause(folder, common)}"
+    return f"{METHOD} made nothing of the answers to {count}: {reasons}.{blocks.likely_cause(folder, common)}"
 
 
 def ungraded(config: Config, rewards: Combined) -> tuple[str, str]:

@@ -179,6 +179,18 @@ def test_the_first_message_is_shown_with_the_folder_of_the_others(data, tmp_path
         start(data, tmp_path / "few", lambda prompts: failed, max_quarantine=5)
 
 
+def test_the_message_shown_is_of_the_commonest_reason(data, tmp_path):
+    def process(prompts):
+        failed = [Failed("generation_failed", f"400 about {prompt.id}.") for prompt in prompts]
+        return [Failed("missing_image", "no 0.png.") if prompt.id == "0" else why
+                for prompt, why in zip(prompts, failed, strict=True)]  # fmt: skip
+
+    with pytest.raises(
+        StoreError, match=r"19 generation_failed, 1 missing_image\. First message: 400 about 1\. All messages"
+    ):
+        start(data, tmp_path / "out", process)
+
+
 def test_another_config_is_refused(data, tmp_path):
     start(data, tmp_path / "out")
     with pytest.raises(StoreError, match=r"made with another config \(settings\.a: 1 -> 2\).*another `output\.path`"):
