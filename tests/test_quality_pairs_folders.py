@@ -133,7 +133,7 @@ def test_nothing_at_all_is_an_error_and_other_rules_go_on_with_the_answers(stage
     with pytest.raises(
         NoRows,
         match=r"quality_pairs made nothing of the answers to 2 prompts: pairs: 2 small_gap; best: 2 low_quality\. No two answers"
-        r" .*`pairs\.min_gap`\. Figures are in \S+/quality\.json\. Mend that and start again: what is graded in \S+/answers stays",
+        r" .*`pairs\.min_gap`\. Figures are in \S+/quality\.json\. Mend that and start again: what is graded in \S+/answers",
     ):
         stage.main(settings(stage, rows, out, grader, **strict))
     asked = len(grader.requests)
