@@ -20,15 +20,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from prefalign import pairing, responses, selecting, sources, stages, store
+from prefalign import blocks, pairing, responses, selecting, sources, stages, store
 from prefalign.engines import Engine
 from prefalign.engines.config import EngineConfig
-from prefalign.execution import SHARD, WORKER
-from prefalign.judge import RUBRIC
+from prefalign.execution import SAMPLED, SHARD, WORKER
+from prefalign.judge import RUBRIC, shortened
 from prefalign.manifest import Manifest, read_manifest, write_atomically
 from prefalign.records import Candidates, Prompt
 from prefalign.responses import ResponseSampling
@@ -105,7 +106,12 @@ class Config:
 
 
 def main(config: Config) -> Manifest:
-    """Run the stage. Returns the manifest of the graded answers; those of the exports are in their folders."""
+    """Run the stage. Returns the manifest of the graded answers; those of the exports are in their folders.
+
+    Raises:
+        NoRows: nothing qualifies for any of the exports. The graded answers stay, as after any other run.
+        StoreError: as `store.run_stage` does.
+    """
     from prefalign.engines.loading import check_engine, load_engine
     from prefalign.rewards import named_scores, read_rewards, second_grades
 
@@ -129,13 +135,18 @@ def main(config: Config) -> Manifest:
         seed=config.seed,
         models={"generator": engine.fingerprint, **rewards.versions()},
     )
-    for name in config.exports:
-        export(folder, name, config)
+    dropped = {name: why for name in config.exports if (why := export(folder, name, config))}
     found = figures(folder, rewards, config)  # anew at each start: an export may have been added
     write_atomically(folder / FIGURES, json.dumps(found, indent=2).encode())
     for name in config.exports:
         stages.say(f"{METHOD}/{name}: {found[name]}")
     stages.say(f"{METHOD}: agreement of the judge with itself: {found['agreement'] or 'not asked for'}")
+    lack, way_on = ungraded(config, rewards)
+    if config.exports and len(dropped) == len(config.exports) and not SAMPLED.get():
+        raise blocks.NoRows(nothing_made(folder, manifest.rows_out, dropped) + lack,
+                            way_on or f"Mend that and start again: what is graded in {answers} stays.")  # fmt: skip
+    if way_on:
+        stages.say(f"{METHOD}:{lack} {way_on}")
     return manifest
 
 
@@ -207,14 +218,23 @@ def process(
     return stages.in_order(block, lambda prompt: stages.opened(prompt.images), work)
 
 
-def export(folder: Path, name: Export, config: Config) -> None:
-    """Rows made of the stored grades, in a folder of their own; an export that nothing qualifies for is left out."""
+def export(folder: Path, name: Export, config: Config) -> Counter[str]:
+    """Rows made of the stored grades, in a folder of their own; an export that nothing qualifies for is left out.
+
+    Returns:
+        Why nothing qualifies: prompts by reason. Empty if something does.
+    """
     from prefalign.rewards import stored
 
     rules, answers = rules_of(config, name), folder / ANSWERS
-    if all(isinstance(selecting.outcome(row, rules), Dropped) for row in stored.without_pictures(answers)):
-        stages.say(f"{METHOD}: no answer qualifies for {name}, so there is no {folder.name}/{name}.")
-        return
+    dropped: Counter[str] = Counter()
+    for row in stored.without_pictures(answers):
+        if not isinstance(found := selecting.outcome(row, rules), Dropped):
+            break
+        dropped[found.reason] += 1
+    else:
+        stages.say(f"{METHOD}: no answer qualifies for {name} ({_told(dropped)}), so there is no {folder.name}/{name}.")
+        return dropped
     store.run_stage(
         METHOD,
         DataConfig(answers),
@@ -225,6 +245,66 @@ def export(folder: Path, name: Export, config: Config) -> None:
         seed=config.seed,
         reads=Candidates,
     )
+    return Counter()
+
+
+def nothing_made(folder: Path, prompts: int, dropped: dict[Export, Counter[str]]) -> str:
+    """Why there is no folder of rows beside the graded answers.
+
+    Args:
+        folder: the stage's output.
+        prompts: how many have answers.
+        dropped: prompts by reason, of each export.
+    """
+    reasons = "; ".join(f"{name}: {_told(why)}" for name, why in dropped.items())
+    count = "1 prompt" if prompts == 1 else f"{prompts} prompts"
+    common = sum(dropped.values(), Counter[str]())
+    return f"{METHOD} made nothing of the answers to {count}: {reasons}.{blocks.likely_cause(folder, common)}"
+
+
+def ungraded(config: Config, rewards: Combined) -> tuple[str, str]:
+    """How many answers lack a score that the exports read, with the likely cause; and how to have them graded after all.
+
+    Both are empty if none does, the second one as well if no judge is asked. A block is worked on again if its ledger and the
+    manifest are gone, and the folders made of the grades that were stored have to go as well.
+    """
+    from prefalign.rewards.judged import JudgedAttributes
+
+    answers = rows_folder(config)
+    names = [name for _, name in _named(config)]
+    lacking: Counter[int] = Counter()
+    total = 0
+    for shard in sorted(answers.glob("data/*.parquet")):
+        rows = (json.loads(row["responses"]) for row in sources.parquet_rows(shard, ["responses"]))
+        given = [response["scores"] for row in rows for response in row]
+        total += len(given)
+        lacking[int(shard.stem.rpartition("-")[2])] = sum(any(one.get(name) is None for name in names) for one in given)
+    lacking = +lacking
+    if not lacking:
+        return "", ""
+    lack = f" {lacking.total()} of {total} answers lack a grade"
+    judges = [entry.reward.judge for entry in rewards.entries if isinstance(entry.reward, JudgedAttributes)]
+    if not judges:
+        return f"{lack}: the rewards gave none.", ""
+    why = "the judge gave no reply that can be read, or had neither pictures nor facts to go by"
+    for judge in judges:
+        if judge.unread is not None:
+            tries = f"in {judge.retries + 1} attempts"
+            why = f"{tries} the judge gave no reply that can be read (the last: {shortened(judge.unread)})"
+    ledgers = [f"{answers}/progress"]
+    if len(lacking) <= 4:
+        ledgers = [str(blocks.ledger_file(answers, number)) for number in lacking]
+    made = [str(answers.with_name(name)) for name in get_args(Export) if answers.with_name(name).is_dir()]
+    way_on = (
+        f"To have them graded, mend the judge, delete {', '.join([f'{answers}/manifest.json', *ledgers, *made])} and start "
+        "again: they are drawn again, and of the judge's replies those that can be read are taken from its cache, if it has "
+        f"one. Another judge grades the answers as they are with `prefalign run score_responses --data.path {answers}`."
+    )
+    return f"{lack}: {why}.", way_on
+
+
+def _told(dropped: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
 
 
 def figures(folder: Path, rewards: Combined, config: Config) -> dict[str, Any]:

@@ -25,6 +25,8 @@ CAUSES = {
     "cut_off": "Answers reached their limit on tokens (`max_new_tokens`) before they ended.",
     "few_judged": "Fewer than two answers of a row could be judged; `answers` in claims.json counts why (`unreadable_list`: the "
     "splitter wrote no list of claims).",
+    "group_size": "The rows have other than `pairs.group_size` graded answers.",
+    "low_quality": "The best answer of no row reaches `best.min_quality`: draw more answers, or lower it.",
     "no_facts": "`annotator: rules` reads the facts of the embedded world, which other rows lack: set annotator to `engine`, and "
     "name `large`.",
     "no_picture": "The rows name no picture (`image` or `images`).",
@@ -242,13 +244,21 @@ def quarantined(index: int, row: Mapping[str, Any] | BadRow, reason: str, messag
 
 
 def first_message(folder: Path) -> str:
-    """A sentence with the first message in the quarantine and where the others are; empty if there is none."""
-    file = min(folder.glob("quarantine/*.jsonl"), default=None)
-    if file is None:
-        return ""
-    with file.open(encoding="utf-8") as stream:
-        message = json.loads(next(stream))["message"]
-    return f" First message: {message} All messages are in {file.parent}."
+    """The first message of the commonest reason in a folder's quarantine (the first on ties); empty if there is none."""
+    counts: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for file in sorted(folder.glob("quarantine/*.jsonl")):
+        with file.open(encoding="utf-8") as stream:
+            for row in map(json.loads, stream):
+                counts[row["reason"]] += 1
+                first.setdefault(row["reason"], row["message"])
+    return first[counts.most_common(1)[0][0]] if first else ""
+
+
+def told_message(folder: Path) -> str:
+    """A sentence with `first_message` and where the others are; empty if there is none."""
+    message = first_message(folder)
+    return f" First message: {message} All messages are in {folder / 'quarantine'}." if message else ""
 
 
 def likely_cause(folder: Path, dropped: Mapping[str, int]) -> str:

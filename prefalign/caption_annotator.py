@@ -166,7 +166,7 @@ class EngineAnnotator:
         return found
 
     def judge(self, items: Sequence[tuple[str, str, str]]) -> list[int | Reply | None]:
-        """Grades; the same caption, question and answer are asked about once, ever, if there is a cache."""
+        """Grades; with a cache the same caption, question and answer are not asked about again once a grade was read."""
         asked = [
             Question(question, _JUDGE.format(caption=caption.strip(), question=question, answer=answer.strip()))
             for caption, question, answer in items

@@ -2,7 +2,7 @@
 
 A reply is JSON or it counts as missing; nothing is guessed. An unreadable reply is asked for twice more. A request that got no
 reply at all has failed, which says nothing of what was to be judged: it is told apart. Replies are kept by model, prompt,
-pictures and sampling, so that a rerun asks nothing but what failed.
+pictures and sampling, so that a rerun asks nothing but what failed and what was given up as unreadable.
 
 Sources: attribute scores 0 to 4 as in HelpSteer and arXiv 2402.10884; pairwise criteria as in arXiv 2407.02477, section 3. The
 wording is ours.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 import re
 from collections import Counter
@@ -25,6 +24,7 @@ from prefalign.engines import Engine, Request, Sampling
 from prefalign.images import EncodedImage, ImageError, open_image, pixels_sha256, sha256
 from prefalign.records import Message, canonical_json, message_text, user_message
 from prefalign.replies import Replies
+from prefalign.text import json_objects
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -137,7 +137,7 @@ def read_grades(text: str, attributes: Sequence[str]) -> dict[str, int] | None:
     """
     found = [
         {name: entry[name] for name in attributes}
-        for entry in _objects(text)
+        for entry in json_objects(text)
         if all(
             isinstance(entry.get(name), int) and not isinstance(entry[name], bool) and 0 <= entry[name] <= 4
             for name in attributes
@@ -157,7 +157,7 @@ class Vote:
 
 def read_vote(text: str) -> Vote | None:
     """The vote in a reply: a JSON object with `better`, or a reply that is "A", "B" or "tie" and nothing else; else None."""
-    votes = [vote for entry in _objects(text) if (vote := _vote(entry)) is not None]
+    votes = [vote for entry in json_objects(text) if (vote := _vote(entry)) is not None]
     if votes:
         return votes[0] if len({vote.better for vote in votes}) == 1 else None
     bare = re.fullmatch(r"\W*(?:answer\s+)?(a|b|tie)\W*", text, re.IGNORECASE)
@@ -232,6 +232,7 @@ class Judge:
             `failed` got no reply.
         failed: of the last call of `ask`, by place of the question, why it got no reply (a server that was overloaded, a
             picture that cannot be opened).
+        unread: the last reply to a question that was given up because none of its replies could be read.
     """
 
     engine: Engine
@@ -241,6 +242,7 @@ class Judge:
     retries: int = 2
     counts: Counter[str] = field(default_factory=Counter)
     failed: dict[int, str] = field(default_factory=dict, init=False)
+    unread: str | None = field(default=None, init=False)
 
     @property
     def version(self) -> str:
@@ -250,7 +252,8 @@ class Judge:
     def ask(self, questions: Sequence[Question], read: Callable[[str], Answer | None]) -> list[Answer | None]:
         """Ask, read, and ask again what could not be read; all of a round in one call of the engine.
 
-        What got no reply is not asked again here; `failed` says of each why.
+        What got no reply is not asked again here; `failed` says of each why. A question that was given up in an earlier call,
+        all its kept replies being unreadable, is asked anew, and what is said now takes their place.
 
         Args:
             questions: what to ask.
@@ -260,10 +263,14 @@ class Judge:
             One answer for each question; None for what is missing.
         """
 
-        def put(rows: list[int], attempt: int) -> list[str | NoReply]:
-            return self._replies([questions[row] for row in rows], attempt)
+        anew = self._given_up(questions, read)
+        said: dict[int, str] = {}
 
-        def read_reply(_: int, reply: str) -> Answer | None:
+        def put(rows: list[int], attempt: int) -> list[str | NoReply]:
+            return self._replies([questions[row] for row in rows], attempt, [row in anew for row in rows])
+
+        def read_reply(row: int, reply: str) -> Answer | None:
+            said[row] = reply
             return read(reply)
 
         answers, self.failed = ask_until_read(len(questions), put, read_reply, attempts=self.retries + 1)
@@ -278,21 +285,30 @@ class Judge:
                 len(self.failed), len(questions), questions[row].id, message,
             )  # fmt: skip
         if unread := [row for row in missing if row not in self.failed]:
+            self.unread = said[unread[0]]
             logger.warning(
-                "%d of %d judgements are missing: no readable reply in %d attempts (first: %s).",
-                len(unread), len(questions), self.retries + 1, questions[unread[0]].id,
+                "%d of %d judgements are missing: no readable reply in %d attempts (first: %s: %s).",
+                len(unread), len(questions), self.retries + 1, questions[unread[0]].id, shortened(self.unread),
             )  # fmt: skip
         return answers
 
-    def _replies(self, questions: Sequence[Question], attempt: int) -> list[str | NoReply]:
-        texts = [question.text + (REMINDER if attempt else "") for question in questions]
-        # a greedy model would say the same again: the second time it is reminded, from then on it is drawn from
-        sampling = self.sampling
-        if attempt > 1 and not sampling.temperature:
-            sampling = dataclasses.replace(sampling, temperature=0.7)
-        keys = [self._key(question, text, sampling, attempt) for question, text in zip(questions, texts, strict=True)]
+    def _given_up(self, questions: Sequence[Question], read: Callable[[str], Answer | None]) -> set[int]:
+        """Places of the questions of which a reply to every attempt is kept and none can be read."""
+        if self.cache is None:
+            return set()
+        left = list(range(len(questions)))
+        for attempt in range(self.retries + 1):
+            keys = [self._key(questions[row], attempt) for row in left]
+            known = Replies(self.cache).kept(keys)
+            left = [row for row, key in zip(left, keys, strict=True) if key in known and read(known[key]) is None]
+        return set(left)
+
+    def _replies(self, questions: Sequence[Question], attempt: int, anew: Sequence[bool]) -> list[str | NoReply]:
+        sampling = self._sampling(attempt)
+        keys = [self._key(question, attempt) for question in questions]
         kept = Replies(self.cache) if self.cache is not None else None
-        known = kept.kept(keys) if kept is not None else {}
+        over = {key for key, again in zip(keys, anew, strict=True) if again}
+        known = kept.kept(set(keys) - over) if kept is not None else {}
         fresh = {key: row for row, key in enumerate(keys) if key not in known}
         failed: dict[str, str] = {}
         requests = []
@@ -302,11 +318,14 @@ class Judge:
             except ImageError as error:
                 failed[key] = str(error)
                 continue
-            requests.append(Request(key, [user_message(texts[row], len(images))], images, seed=attempt))
+            requests.append(
+                Request(key, [user_message(_text(questions[row], attempt), len(images))], images, seed=attempt)
+            )
         completions = self.engine.generate(requests, sampling) if requests else []
         said = {request.id: completion for request, completion in zip(requests, completions, strict=True)}
         if kept is not None:
-            kept.keep({key: one.text for key, one in said.items() if one.finish_reason != "error"}, self.version)
+            fit = {key: one.text for key, one in said.items() if one.finish_reason != "error"}
+            kept.keep(fit, self.version, over=over)
         self.counts["asked"] += len(said)
         self.counts["cached"] += len(set(keys) & set(known))
         for key, completion in said.items():
@@ -316,15 +335,27 @@ class Judge:
                 known[key] = completion.text
         return [known[key] if key in known else NoReply(failed[key]) for key in keys]
 
-    def _key(self, question: Question, text: str, sampling: Sampling, attempt: int) -> str:
+    def _sampling(self, attempt: int) -> Sampling:
+        """A greedy model would say the same again: the second time it is reminded, from then on it is drawn from."""
+        if attempt > 1 and not self.sampling.temperature:
+            return dataclasses.replace(self.sampling, temperature=0.7)
+        return self.sampling
+
+    def _key(self, question: Question, attempt: int) -> str:
         content = {
             "judge": self.version,
-            "text": text,
+            "text": _text(question, attempt),
             "images": [picture_hash(image) for image in question.images],
-            "sampling": dataclasses.asdict(sampling),
+            "sampling": dataclasses.asdict(self._sampling(attempt)),
             "attempt": attempt,
         }
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def shortened(reply: str) -> str:
+    """The beginning of a reply in quotes, on one line, for messages."""
+    words = " ".join(reply.split())
+    return repr(words if len(words) <= 80 else f"{words[:80]}...")
 
 
 def wording_version(name: str, *texts: str) -> str:
@@ -335,6 +366,10 @@ def wording_version(name: str, *texts: str) -> str:
 def picture_hash(image: EncodedImage | Image.Image) -> str:
     """Hex SHA-256 of a picture's content: the encoded bytes, or mode, size and pixels of a decoded one."""
     return sha256(image) if isinstance(image, dict) else pixels_sha256(image)
+
+
+def _text(question: Question, attempt: int) -> str:
+    return question.text + (REMINDER if attempt else "")
 
 
 _SIDES = {"a": "A", "b": "B", "tie": "tie"}
@@ -350,27 +385,6 @@ def _vote(entry: Mapping[str, Any]) -> Vote | None:
     if isinstance(stated, (int, float)) and not isinstance(stated, bool) and 0 <= stated <= 100:
         confidence = stated / 100
     return Vote(side, confidence, reason.strip() if isinstance(reason, str) else "")
-
-
-def _objects(text: str) -> list[dict[str, Any]]:
-    """The JSON objects in a text that are in no other one; none that has a key twice."""
-    decoder = json.JSONDecoder(object_pairs_hook=_unique)
-    found, position = [], text.find("{")
-    while position >= 0:
-        try:
-            entry, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError):  # the latter of brackets in brackets, a thousand deep
-            end = position + 1
-        else:
-            found.append(entry)
-        position = text.find("{", end)
-    return found
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice")
-    return dict(pairs)
 
 
 def _thing_line(thing: Any) -> str:

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from prefalign import bundled, sources
+from prefalign.blocks import first_message
 from prefalign.engines import USAGE, Usage
 from prefalign.execution import SAMPLED
 from prefalign.manifest import differences, read_manifest
@@ -217,12 +218,10 @@ def _nothing_made(name: str, scratch: Path, error: StoreError) -> tuple[int, int
     nothing = re.search(r" made no row out of (\d+): (.*?)\. ", str(error))
     if nothing is None:
         raise error
-    messages = [json.loads(line)["message"] for file in sorted(scratch.glob("quarantine/*.jsonl"))
-                for line in file.read_text().splitlines()]  # fmt: skip
-    if messages:
+    if message := first_message(scratch):
         raise ValueError(
             f"{name} made no row out of the first {nothing[1]} ({nothing[2]}), so nothing can be foretold. The first message: "
-            f"{messages[0]} Mend the cause, or take more rows with --rows."
+            f"{message} Mend the cause, or take more rows with --rows."
         ) from error
     return int(nothing[1]), 0, {reason: int(count) for count, reason in re.findall(r"(\d+) (\w+)", nothing[2])}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -65,12 +65,13 @@ class Replies:
             )
             return {key: row[0] for key, row in rows if row is not None}
 
-    def keep(self, replies: Mapping[str, str], source: str) -> None:
+    def keep(self, replies: Mapping[str, str], source: str, *, over: Collection[str] = ()) -> None:
         """Add replies in one transaction; of two under one key the first stays.
 
         Args:
             replies: reply by key.
             source: which model gave them, for people who look into the file.
+            over: those of the keys under which the last one stays.
 
         Raises:
             RepliesError: if they cannot be written; the file is as it was before.
@@ -81,6 +82,7 @@ class Replies:
         with self._opened() as base, base:
             base.execute("BEGIN IMMEDIATE")
             base.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, source TEXT, reply TEXT)")
+            base.executemany("DELETE FROM replies WHERE key = ?", [(key,) for key in over if key in replies])
             base.executemany(
                 "INSERT OR IGNORE INTO replies VALUES (?, ?, ?)",
                 [(key, source, reply) for key, reply in replies.items()],

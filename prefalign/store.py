@@ -224,7 +224,7 @@ def run_job(job: Job, spread: Spread, shard: Shard) -> Manifest:
         if manifest.rows_out == 0:
             raise blocks.NoRows(
                 f"{job.stage} made no row out of {manifest.rows_in}: {_reasons(manifest.dropped)}."
-                f"{blocks.likely_cause(folder, manifest.dropped)}{blocks.first_message(folder)}",
+                f"{blocks.likely_cause(folder, manifest.dropped)}{blocks.told_message(folder)}",
                 f"Mend the cause{_anew(folder, shard, ', with any config')}.",
             )
         folders.sweep(folder)
@@ -305,7 +305,7 @@ def _check_failures(job: Job, shard: Shard, ledgers: Ledgers, last: Mapping[str,
         how = f"No row was made yet: mend the cause{_anew(folder, shard)}."
     raise StoreError(
         f"{job.stage} stopped: {ledgers.counts['quarantined']} rows failed, above --output.max_quarantine "
-        f"{job.output.max_quarantine} (last block: {_reasons(last['dropped'])}).{blocks.first_message(folder)} {how}"
+        f"{job.output.max_quarantine} (last block: {_reasons(last['dropped'])}).{blocks.told_message(folder)} {how}"
     )
 
 

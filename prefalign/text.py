@@ -1,4 +1,4 @@
-"""Sentences, splits, swaps, diffs and similarity of answers: plain string work, no model.
+"""Sentences, splits, swaps, diffs and similarity of answers, JSON in them: plain string work, no model.
 
 A sentence keeps the blanks that follow it, so the parts of a text always join to the text itself.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 import math
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 Similarity = Callable[[list[str], list[str]], list[float]]
 """Takes two lists of N texts, gives N cosine similarities in [-1, 1]."""
@@ -230,3 +232,24 @@ def load_similarity(name: str = "lexical") -> Similarity:
         return [float(value) for value in (ours * theirs).sum(axis=1)]
 
     return similarity
+
+
+def json_objects(text: str) -> list[dict[str, Any]]:
+    """The JSON objects in a text that are in no other one; none that has a key twice."""
+    decoder = json.JSONDecoder(object_pairs_hook=_no_key_twice)
+    found, position = [], text.find("{")
+    while position >= 0:
+        try:
+            entry, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError):  # the latter of brackets in brackets, a thousand deep
+            end = position + 1
+        else:
+            found.append(entry)
+        position = text.find("{", end)
+    return found
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)

@@ -134,14 +134,38 @@ def test_a_rerun_asks_nothing_and_another_picture_wording_or_model_asks_again(sc
         assert {row[0] for row in base.execute("SELECT source FROM replies")} == {reward.version for reward in asking}
 
 
-def test_unreadable_replies_are_kept_too(tmp_path):
+def test_a_question_that_was_given_up_is_asked_anew_and_what_is_said_then_is_kept(tmp_path, caplog):
+    rows = [Response("row", [], [user_message("Hi")], text) for text in ("Hello.", "Bye.")]
+    cache = tmp_path / "replies.sqlite"
+
+    def graded(*replies):
+        engine = Scripted(*replies)
+        reward = JudgedAttributes(engine=engine, cache=str(cache))
+        scores = reward.score(rows)["correctness"].tolist()
+        return [None if math.isnan(score) else score for score in scores], len(engine.requests), reward.judge
+
+    good = json.dumps(FIVE)
+    found, asked, judge = graded(
+        "Fine.", "So so.", "Fine.", good, "Fine."
+    )  # the second one is read when it is reminded
+    assert (found, asked, judge.unread) == ([None, 4], 5, "Fine.")
+    assert "1 of 2 judgements are missing: no readable reply in 3 attempts (first: row: 'Fine.')" in caplog.text
+    with sqlite3.connect(cache) as base:
+        assert base.execute("SELECT count(*) FROM replies WHERE reply = 'Fine.'").fetchone() == (3,)
+    assert graded("Fine.")[:2] == ([None, 4], 3)  # a judge that says the same again
+    assert graded("Well.", good)[:2] == ([4, 4], 2)
+    assert graded("Never asked.")[:2] == ([4, 4], 0)
+
+
+def test_a_question_that_was_not_given_up_goes_on_where_it_stopped(tmp_path):
     row = Response("row", [], [user_message("Hi")], "Hello.")
-    for asked in (3, 0):
-        engine = Scripted("Fine.")
-        reward = JudgedAttributes(engine=engine, cache=str(tmp_path / "replies.sqlite"))
-        assert math.isnan(reward.score([row])["correctness"].item())
-        assert len(engine.requests) == asked
-        assert reward.judge.counts["missing"] == 1
+    cache = str(tmp_path / "replies.sqlite")
+    busy = JudgedAttributes(engine=Overloaded("could not be read", reply="Fine."), cache=cache)
+    assert math.isnan(busy.score([row])["correctness"].item())
+    assert (busy.failures, busy.judge.unread) == ({0: "busy"}, None)
+    engine = Overloaded(reply=json.dumps(FIVE))
+    assert JudgedAttributes(engine=engine, cache=cache).score([row])["correctness"].item() == 4
+    assert ["could not be read" in message_text(one.messages) for one in engine.requests] == [True]
 
 
 def test_a_judge_without_pictures_is_told_the_facts_or_does_not_judge(scenes):
@@ -194,7 +218,7 @@ def test_a_model_that_babbles_is_counted_missing(tiny_llava, tmp_path):
         assert base.execute("SELECT count(*) FROM replies").fetchone()[0] == 6  # no request failed
     again = JudgedAttributes(**settings, attributes=["correctness"])
     assert again.score(rows)["correctness"].isnan().all()
-    assert again.judge.counts == {"asked": 0, "read": 0, "missing": 2, "cached": 6}
+    assert again.judge.counts == reward.judge.counts  # what nobody could read is asked anew
     assert again.version == reward.version
 
 

@@ -190,6 +190,11 @@ def test_errors_name_the_way_out(prompts, tmp_path):
     with pytest.raises(ValueError, match=r"povid made no row out of the first 1 \(1 missing_image\), so nothing can be foretold. "
                                          r"The first message: picture 'gone.png' is not in"):  # fmt: skip
         plan([stage("povid", tmp_path / "rows.jsonl", tmp_path / "out")])
+    broken = [{"id": name, "question": "?", "answer": "A.", "image": 3} for name in "bc"]
+    with (tmp_path / "rows.jsonl").open("a") as stream:
+        stream.writelines("\n" + json.dumps(row) for row in broken)
+    with pytest.raises(ValueError, match=r"1 missing_image.*The first message: (?!picture 'gone)"):
+        plan([stage("povid", tmp_path / "rows.jsonl", tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 

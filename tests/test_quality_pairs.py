@@ -329,10 +329,12 @@ def test_rows_that_cannot_be_shown_fail_alone(stage, engine, rows, tmp_path):
 
 
 def test_an_export_that_nothing_qualifies_for_is_left_out(stage, rows, tmp_path, capsys):
-    known = settings(stage, rows, tmp_path / "out", best={"min_quality": 13}, exports=["best"], data={"limit": 2})
+    known = settings(
+        stage, rows, tmp_path / "out", best={"min_quality": 13}, exports=["best", "steerlm"], data={"limit": 2}
+    )
     stage.main(known)
     assert not (tmp_path / "out" / "best").exists()
-    assert "no answer qualifies for best" in capsys.readouterr().err
+    assert "no answer qualifies for best (2 low_quality)" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "quality.json").read_text())["best"] == {"rows": 0, "drop_rate": 1.0}
 
 
@@ -380,7 +382,7 @@ def test_names_and_second_grades_that_no_reward_gives_are_refused(stage, rows, t
 def test_rules_grade_as_well_and_their_names_are_looked_at_before_anything_is_drawn(
     stage, rows, tmp_path, reward, term
 ):
-    known = {"rewards": [reward], "regrade": 0.0, "exports": ["pairs"], "data": {"limit": 1}}
+    known = {"rewards": [reward], "regrade": 0.0, "exports": [], "data": {"limit": 1}}
     label = reward["name"]
     right = settings(stage, rows, tmp_path / "out", **known)
     right = dataclasses.replace(right, quality={f"{label}/{term}": 1.0, "total": 1.0})

@@ -28,6 +28,8 @@ def test_nothing_is_made_before_something_is_kept(tmp_path):
     Replies(path).keep({"a": "one", "b": "two"}, "m")
     Replies(path).keep({"a": "another"}, "n")
     assert Replies(path).kept(["a", "b", "c"]) == {"a": "one", "b": "two"}
+    Replies(path).keep({"a": "new", "b": "newer"}, "n", over={"b", "d"})
+    assert Replies(path).kept(["a", "b", "d"]) == {"a": "one", "b": "newer"}
 
 
 def test_an_empty_file_holds_nothing_yet(tmp_path):

@@ -169,10 +169,11 @@ def test_what_lies_behind_the_commonest_reason_is_told_with_the_figures(data, tm
         start(data, tmp_path / "out", process)
 
 
-def test_the_first_message_is_shown_with_the_folder_of_the_others(data, tmp_path):
-    failed = [Failed("too_long", "9000 tokens. Raise max_length.")] * 4
+def test_the_first_message_of_the_commonest_reason_is_shown_with_the_folder_of_the_others(data, tmp_path):
+    failed = [Failed("missing_image", "no 0.png."), *[Failed("too_long", "9000 tokens. Raise max_length.")] * 3]
     with pytest.raises(
-        StoreError, match=r"20 too_long\. First message: 9000 tokens\. Raise max_length\. All .*/quarantine\. Mend"
+        StoreError,
+        match=r"5 missing_image, 15 too_long\. First message: 9000 tokens\. Raise max_length\. All .*/quarantine\. Mend",
     ):
         start(data, tmp_path / "out", lambda prompts: failed)
     with pytest.raises(StoreError, match=r"too_long\)\. First message: 9000 tokens.*/quarantine\. No row was made yet"):

@@ -66,7 +66,7 @@ class _Asking:
         pictures: show the pictures; false for an LLM, which is told the facts.
         facts: tell what is known of the pictures (captions, rationales, objects, reference answer) beside showing them.
         sampling: how replies are drawn; greedy unless set.
-        cache: file that keeps every reply, so that a rerun asks nothing.
+        cache: file that keeps every reply, so that a rerun asks nothing but what failed or could not be read.
         batch_size: replies in one forward pass.
     """
 
