@@ -271,23 +271,25 @@ def ungraded(config: Config, rewards: Combined) -> tuple[str, str]:
     from prefalign.rewards.judged import JudgedAttributes
 
     answers = rows_folder(config)
+    judges = {entry.name: entry.reward.judge for entry in rewards.entries if isinstance(entry.reward, JudgedAttributes)}
     names = [name for _, name in _named(config)]
+    judged = [name for name in names if name == "total" or name.partition("/")[0] in judges]
     lacking: Counter[int] = Counter()
-    total = 0
+    total = others = 0
     for shard in sorted(answers.glob("data/*.parquet")):
         rows = (json.loads(row["responses"]) for row in sources.parquet_rows(shard, ["responses"]))
         given = [response["scores"] for row in rows for response in row]
         total += len(given)
-        lacking[int(shard.stem.rpartition("-")[2])] = sum(any(one.get(name) is None for name in names) for one in given)
+        lacking[int(shard.stem.rpartition("-")[2])] = sum(
+            any(one.get(name) is None for name in judged) for one in given
+        )
+        others += sum(any(one.get(name) is None for name in names) for one in given)
     lacking = +lacking
-    if not lacking:
-        return "", ""
+    if not judges or not lacking:
+        return (f" {others} of {total} answers lack a score: the rewards gave none." if others else ""), ""
     lack = f" {lacking.total()} of {total} answers lack a grade"
-    judges = [entry.reward.judge for entry in rewards.entries if isinstance(entry.reward, JudgedAttributes)]
-    if not judges:
-        return f"{lack}: the rewards gave none.", ""
     why = "the judge gave no reply that can be read, or had neither pictures nor facts to go by"
-    for judge in judges:
+    for judge in judges.values():
         if judge.unread is not None:
             tries = f"in {judge.retries + 1} attempts"
             why = f"{tries} the judge gave no reply that can be read (the last: {shortened(judge.unread)})"

@@ -13,6 +13,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -335,9 +336,9 @@ def _settings(cls: Any) -> list[str]:
         ]
         if "fields_of" in entry.metadata:
             module, _, name = entry.metadata["fields_of"].rpartition(".")
-            below = [
-                field.name for field in dataclasses.fields(getattr(importlib.import_module(module), name)) if field.init
-            ]
+            with suppress(ImportError):  # of an extra that is not installed
+                known = dataclasses.fields(getattr(importlib.import_module(module), name))
+                below = [field.name for field in known if field.init]
         found.update(dict.fromkeys(f"{entry.name}.{name}" for name in below))
     return list(found)
 

@@ -296,10 +296,12 @@ class Judge:
         """Places of the questions of which a reply to every attempt is kept and none can be read."""
         if self.cache is None:
             return set()
-        left = list(range(len(questions)))
+        left, kept = list(range(len(questions))), Replies(self.cache)
         for attempt in range(self.retries + 1):
+            if not left:
+                break
             keys = [self._key(questions[row], attempt) for row in left]
-            known = Replies(self.cache).kept(keys)
+            known = kept.kept(keys)
             left = [row for row, key in zip(left, keys, strict=True) if key in known and read(known[key]) is None]
         return set(left)
 

@@ -12,7 +12,6 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from prefalign.english import AMOUNTS, ARTICLES, NUMBERS, ORDINALS, SCALES, TENS, read_number
 
@@ -65,7 +64,8 @@ _NOT = frozenset(
      "doesnt", "didnt", "isnt", "arent", "wasnt", "werent", "wont", "wouldnt")
 )  # fmt: skip
 _OR = re.compile(r"\bor\b", re.IGNORECASE)
-_SLASH = re.compile(r"(?<=[^\W\d])\s?/\s?(?=[^\W\d])")
+_SLASH = re.compile(r"(?<=[^\W\d]{3})\s?/\s?(?=(?:(?:an?|the)\s)?[^\W\d]{3})", re.IGNORECASE)
+_CLAUSE = re.compile(r"[(),;]|\.\s")
 _SPELLINGS = {
     "grey": "gray", "tyre": "tire", "kerb": "curb", "doughnut": "donut", "aeroplane": "airplane", "moustache": "mustache",
     "jewellery": "jewelry", "pyjamas": "pajamas", "aluminium": "aluminum",
@@ -207,7 +207,7 @@ def matches(
         return len(inner) == len(outer) and all(map(_same, inner, outer, [tolerance] * len(inner)))
     if len(inner) == 1 and inner[0] in _YES_NO:
         return outer[:1] == inner and len(_YES_NO & {token for token in outer if isinstance(token, str)}) == 1
-    if len(choices(wanted)) == 1 and (_OR.search(said) or _beside_slash(inner, said)):
+    if len(choices(wanted)) == 1 and (_OR.search(said) or _beside_slash(wanted, said)):
         return False
     return any(
         all(_same(one, other, tolerance) for one, other in zip(inner, outer[start:], strict=False))
@@ -217,19 +217,20 @@ def matches(
 
 
 def choices(text: str) -> list[str]:
-    """What an answer offers to choose from: the parts between "or" and slashes that stand between letters.
+    """What an answer offers to choose from: the parts between "or" and slashes that stand between words of three letters or more.
 
     Example:
-        >>> choices("red or blue"), choices("blue/red"), choices("24/7")
-        (['red ', ' blue'], ['blue', 'red'], ['24/7'])
+        >>> choices("red or blue"), choices("blue/red"), choices("60 km/h")
+        (['red ', ' blue'], ['blue', 'red'], ['60 km/h'])
     """
     return [part for half in _OR.split(text) for part in _SLASH.split(half)]
 
 
-def _beside_slash(inner: Sequence[Token], said: str) -> bool:
-    """Whether the wanted tokens stand right before or right after a slash: "red/blue", but not "60" in "60 km/h"."""
-    parts = [tokens(part) for part in _SLASH.split(said)]
-    return any(before[-len(inner) :] == inner or after[: len(inner)] == inner for before, after in pairwise(parts))
+def _beside_slash(wanted: str, said: str) -> bool:
+    """Whether the wanted answer stands in a clause that offers a choice: "red/dark blue", not "2019" in "May 2019 (UTC/GMT)"."""
+    inner = tokens(wanted)
+    offers = [tokens(clause) for clause in _CLAUSE.split(said) if _SLASH.search(clause)]
+    return any(inner == offer[at : at + len(inner)] for offer in offers for at in range(len(offer)))
 
 
 def _denied(before: Sequence[Token]) -> bool:

@@ -30,7 +30,7 @@ class _Lines:
     """A file in which what tqdm writes over itself becomes lines."""
 
     def write(self, text: str) -> None:
-        if line := text.strip():
+        if line := text.replace("\x1b[A", "").strip():
             sys.stderr.write(f"{line}\n")
 
     def flush(self) -> None:

@@ -234,10 +234,12 @@ def run_job(job: Job, spread: Spread, shard: Shard) -> Manifest:
 
 def _anew(folder: Path, shard: Shard, config: str = "") -> str:
     """How to go on with a folder without a row; what blocks it has are forgotten, unless other processes are at work there."""
-    if shard.alone and not any(folder.glob("data/*.parquet")):
-        folders.start_afresh(folder)
-        return f" and start again: {folder} starts afresh{config}"
-    return f", stop the other shards, delete {folder} and start again"
+    if not shard.alone:
+        return f", stop the other shards, delete {folder} and start again"
+    if any(folder.glob("data/*.parquet")):  # of shards that are at work, or of a block that was killed in its commit
+        return " and start again"
+    folders.start_afresh(folder)
+    return f" and start again: {folder} starts afresh{config}"
 
 
 def _run_blocks(job: Job, spread: Spread, shard: Shard, ledgers: Ledgers, total: int, repeated: RepeatedIds) -> None:
@@ -281,9 +283,9 @@ def _check_answers(job: Job, shard: Shard, ledgers: Ledgers, block: Block, outco
     failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
     lost = [outcome for outcome in failed if outcome.reason in blocks.UNANSWERED]
     total = ledgers.counts["quarantined"] + len(block.quarantine) + len(failed)
-    if not lost or total <= job.output.max_quarantine:
-        return
     folder = job.output.path
+    if not lost or total <= job.output.max_quarantine or blocks.read_ledger(folder, block.number) is not None:
+        return
     ledgers.refresh()
     again = " and start again: this block was not written, and its rows are asked again"
     if shard.alone and not ledgers.counts["rows_out"]:

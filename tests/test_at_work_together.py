@@ -178,3 +178,27 @@ def test_a_lock_is_let_go_though_a_child_has_the_file_open(tmp_path):
         assert held
     ended.set()
     child.join()
+
+
+def test_failures_of_a_block_that_another_process_has_committed_count_once(data, tmp_path):
+    """A shard is in a block while a plain run does all of them."""
+    lost = ("r8", "r9", "r10")
+
+    def overtaken(identity):
+        if identity == "r8" and not (tmp_path / "out" / "manifest.json").exists():
+            with sharded(Shard()):
+                run(data, tmp_path / "out", lambda one: None if one in lost else "Theirs.", max_quarantine=5)
+        return None if identity in lost else "Mine."
+
+    with sharded(Shard(1, 2)):
+        assert run(data, tmp_path / "out", overtaken, max_quarantine=5).quarantined == 3
+
+
+def test_a_lone_run_goes_on_where_a_commit_was_killed(data, tmp_path):
+    """Between the shard and its ledger; nothing has to be deleted."""
+    run(data, tmp_path / "whole", lambda _: "Mine.")
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    for name in ("config.json", "data/train-00000.parquet"):
+        (tmp_path / "out" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    with pytest.raises(StoreError, match=r"or raise the limit, and start again\.$"):
+        run(data, tmp_path / "out", lambda _: None, max_quarantine=5)

@@ -17,7 +17,7 @@ def test_a_log_gets_a_line_now_and_then(capsys, monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0.1)
     go(20)
     lines = capsys.readouterr().err.splitlines()
-    assert 2 <= len(lines) <= 5
+    assert 2 <= len(lines) < 20
     assert all(re.match(r"asked: +\d+%\|.*\| \d+/20 \[.*row/s\]$", line) for line in lines)
     go(20, disable=True)
     assert capsys.readouterr().err == ""

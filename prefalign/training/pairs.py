@@ -198,8 +198,7 @@ def check_texts(dataset: Dataset, views: Sequence[str], folder: Path) -> None:
 def _same_texts(dataset: Dataset, views: Sequence[str]) -> Iterator[bool]:
     """For each row, whether a run compares a text with itself on the same pictures."""
     one_picture = _compares_on_one_picture(views)
-    either = any(VIEWS[view].images == EITHER for view in views) and "rejected_images" in dataset.column_names
-    others = _filled(dataset, "rejected_images") if either else itertools.repeat(False)
+    others = _filled(dataset, "rejected_images") if _reads_either(dataset, views) else itertools.repeat(False)
     return (one_picture and same and not other for same, other in zip(_texts_are_one(dataset), others, strict=False))
 
 
@@ -209,6 +208,10 @@ def _texts_are_one(dataset: Dataset) -> Iterator[bool]:
     for batch in table.iter(batch_size=1000):
         for row in batch.to_pylist():
             yield same_answer(*(message_text(row[side]) for side in ("chosen", "rejected")))
+
+
+def _reads_either(dataset: Dataset, views: Sequence[str]) -> bool:
+    return any(VIEWS[view].images == EITHER for view in views) and "rejected_images" in dataset.column_names
 
 
 def _compares_on_one_picture(views: Sequence[str]) -> bool:
@@ -298,7 +301,7 @@ def keep_fitting(dataset: Dataset, collator: PreferenceCollator) -> tuple[Datase
     if collator.max_length is None:
         return dataset, _counted(dataset, collator, Fit(rows_in=len(dataset), rows_used=len(dataset)))
     fit = Fit(rows_in=len(dataset), rows_used=0)
-    one_picture = _compares_on_one_picture(collator.views)
+    one_picture, either = _compares_on_one_picture(collator.views), _reads_either(dataset, collator.views)
     keep = []
     for index, row in enumerate(progress_bar(dataset, desc="count tokens", unit="row")):
         lengths = collator.lengths(row)
@@ -306,7 +309,8 @@ def keep_fitting(dataset: Dataset, collator: PreferenceCollator) -> tuple[Datase
             fit.too_long[row["id"]] = lengths.prompt
             continue
         fit.answers_cut += lengths.total > collator.max_length
-        fit.same_when_cut += one_picture and collator.max_length - lengths.prompt <= lengths.alike
+        one = one_picture and not (either and row["rejected_images"])
+        fit.same_when_cut += one and collator.max_length - lengths.prompt <= lengths.alike
         keep.append(index)
     fit.rows_used = len(keep)
     if not keep:
