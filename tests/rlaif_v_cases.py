@@ -2,7 +2,10 @@
 
 import json
 
+from test_claims import Labeller
+
 from prefalign import bundled, config
+from prefalign.engines import FirstToken
 from prefalign.images import encode_png
 from prefalign.records import Candidates, user_message
 from tests.tiny_vlms import picture
@@ -14,6 +17,19 @@ SMALL = {"labeller": None, "divide": {"rules": {"claim": "There is something {wh
          "sampling": {"max_new_tokens": 64, "temperature": 1.0}}  # fmt: skip
 DRAGON = "A dragon sleeps. "
 CAT = "A cat sits. "
+
+
+class Absent(Labeller):
+    """Labels by rules, and does not reply about the row `down`."""
+
+    down = ""
+
+    def first_token(self, requests, words):
+        replies = super().first_token(requests, words)
+        return [
+            FirstToken({}, "HTTP 503") if self.down and self.down in request.id else one
+            for request, one in zip(requests, replies, strict=True)
+        ]
 
 
 def settings(stage, rows, folder, **changes):

@@ -12,7 +12,7 @@ from prefalign.dividing import DivideConfig
 from prefalign.engines import Completion, FirstToken
 from prefalign.records import Candidates, Pair, message_text
 from prefalign.store import OutputConfig, StoreError, read_records, write_records
-from tests.rlaif_v_cases import SCENES, candidates, settings, survey_of
+from tests.rlaif_v_cases import SCENES, Absent, candidates, settings, survey_of
 
 
 @pytest.fixture(scope="module")
@@ -112,19 +112,6 @@ def test_rows_that_had_failed_when_all_was_decided_are_not_asked_about_again(sta
 
 WORDS = [chr(97 + number) for number in range(18)]
 SENTENCES = {"by": "rules", "rules": {"patterns": ["(?P<claim>[^.]+[.])"], "claim": "{Claim}", "question": "{Claim}"}}
-
-
-class Absent(Labeller):
-    """Labels by rules, and does not reply about the row `down`."""
-
-    down = ""
-
-    def first_token(self, requests, words):
-        replies = super().first_token(requests, words)
-        return [
-            FirstToken({}, "HTTP 503") if self.down and self.down in request.id else one
-            for request, one in zip(requests, replies, strict=True)
-        ]
 
 
 @pytest.mark.parametrize("how", ["killed", "shards", "late"])

@@ -4,42 +4,27 @@ import json
 import re
 
 import pytest
-from test_claims import Labeller
 
 from prefalign import bundled, execution
 from prefalign.blocks import NoRows
 from prefalign.claims import ClaimJudge
 from prefalign.config import ConfigError
 from prefalign.dividing import DivideConfig
-from prefalign.engines import FirstToken
 from prefalign.images import encode_png
 from prefalign.records import Candidates, Pair
 from prefalign.store import OutputConfig, StoreError, read_records, write_records
-from tests.rlaif_v_cases import CAT, DRAGON, SCENES, candidates, settings
+from tests.rlaif_v_cases import CAT, DRAGON, SCENES, Absent, candidates, settings
 from tests.tiny_vlms import picture
 
 FIRST = {"min_gap": 1.0, "per_prompt": 2, "length_balance": "off", "least_kept": 0.1}
 DRAGONS = [DRAGON, "Two dragons fly. ", "One dragon reads a long book about the old days. "]
 
 
-class Server(Labeller):
-    """Refutes dragons, and does not reply about the row `down`."""
-
-    down = ""
-
-    def first_token(self, requests, words):
-        replies = super().first_token(requests, words)
-        return [
-            FirstToken({}, "HTTP 503") if self.down and self.down in request.id else one
-            for request, one in zip(requests, replies, strict=True)
-        ]
-
-
 @pytest.fixture
 def stage(monkeypatch):
     """The stage, whose labeller `stage.server` is; `stage.loaded` counts how often models were loaded."""
     stage = bundled.load_stage("rlaif_v")
-    stage.server, stage.loaded = Server({"dragon": {"No": 0.9}}), []
+    stage.server, stage.loaded = Absent({"dragon": {"No": 0.9}}), []
 
     def load(config):
         stage.loaded.append(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from prefalign.hub.release_checks import refuse, scan_row
 from prefalign.images import sha256
 from prefalign.manifest import Manifest
 from prefalign.records import ON_TWO_PICTURES, message_text, normalise_messages
-from prefalign.seen import Distinct
+from prefalign.seen import Distinct, Spread
 
 IMPORTED = "import_published"
 PREVIEW_ROWS = 3
@@ -35,27 +34,6 @@ COLUMNS = {
     "margin": "by how much the chosen answer is better, in the scorer's units",
     "meta": "JSON text: provenance (generator, seed, settings, SHA-256 of the pictures, parent row, scores)",
 }
-
-
-@dataclass
-class Spread:
-    """Mean, least and greatest of numbers that come one at a time and are not kept."""
-
-    count: int = 0
-    total: float = 0
-    least: float = math.inf
-    greatest: float = -math.inf
-
-    def add(self, number: float) -> None:
-        """Count one number."""
-        self.count += 1
-        self.total += number
-        self.least, self.greatest = min(self.least, number), max(self.greatest, number)
-
-    @property
-    def mean(self) -> float:
-        """The sum by the count."""
-        return self.total / self.count
 
 
 @dataclass

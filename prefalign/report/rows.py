@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from prefalign.report.charts import histogram
 from prefalign.report.overview import as_number, described, finished, median_of, percent, plain, problems, sampled
 from prefalign.report.page import flattened, thumbnail, write_page
 from prefalign.report.pairs import write_pair_report
+from prefalign.seen import Spread
 from prefalign.shards import read_shards
 from prefalign.store import read_records
 from prefalign.text import same_answer
@@ -52,21 +52,6 @@ class _Said:
 
 
 @dataclass
-class _Score:
-    """What the values of one score come to; they themselves are not kept."""
-
-    responses: int = 0
-    total: float = 0.0
-    lowest: float = math.inf
-    highest: float = -math.inf
-
-    def add(self, value: float) -> None:
-        self.responses += 1
-        self.total += value
-        self.lowest, self.highest = min(self.lowest, value), max(self.highest, value)
-
-
-@dataclass
 class _Statistics:
     rows: int = 0
     pictures: int = 0
@@ -75,7 +60,7 @@ class _Statistics:
     words: Counter[float] = field(default_factory=Counter)
     flags: Counter[str] = field(default_factory=Counter)
     finishes: Counter[str] = field(default_factory=Counter)
-    scores: dict[str, _Score] = field(default_factory=dict)
+    scores: dict[str, Spread] = field(default_factory=dict)
 
     def add(self, row: Row, flags: Sequence[str]) -> None:
         answers = _answers(row)
@@ -88,7 +73,7 @@ class _Statistics:
         for response in row.responses if isinstance(row, Candidates) else ():
             self.finishes[str(response.get("finish_reason") or "not told")] += 1
             for name, value in (response.get("scores") or {}).items():
-                score, figure = self.scores.setdefault(name, _Score()), as_number(value)
+                score, figure = self.scores.setdefault(name, Spread()), as_number(value)
                 if figure is not None:
                     score.add(figure)
 
@@ -162,9 +147,9 @@ def _overview(
             if stats.flags[name]
         ],
         "scores": [
-            {"name": name, "missing": stats.answers - score.responses,
-             "mean": plain(score.total / score.responses) if score.responses else "none",
-             "range": f"{plain(score.lowest)} to {plain(score.highest)}" if score.responses else "none"}
+            {"name": name, "missing": stats.answers - score.count,
+             "mean": plain(score.mean) if score.count else "none",
+             "range": f"{plain(score.least)} to {plain(score.greatest)}" if score.count else "none"}
             for name, score in stats.scores.items()
         ],
         "chart": histogram("Length of the answers", {"answers": stats.words}, x_label="words", whole=True),
